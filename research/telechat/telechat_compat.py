@@ -1,0 +1,86 @@
+"""What differs between MindFormers 1.6 and 1.9, and what MindFormers needs to run on a CPU. Nothing else.
+
+Every other module imports moved names from here, so that a new MindFormers version is met in one place.
+"""
+import importlib
+import sys
+from typing import Any, Callable, Tuple
+
+import mindspore as ms
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+
+PACKAGE = "research.telechat"
+
+
+def first_import(*candidates: str) -> Any:
+    """The first of `candidates` ("module:name") that this MindFormers version has; ImportError names all of them."""
+    for candidate in candidates:
+        module, name = candidate.split(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            continue
+    raise ImportError(f"none of {', '.join(candidates)} exists in the installed mindformers {mindformers_version()}; "
+                      "supported are mindformers 1.6.0 to 1.9.0")
+
+
+def mindformers_version() -> str:
+    """Version of the installed MindFormers."""
+    return importlib.import_module("mindformers").__version__
+
+
+LayerSetting = first_import("mindformers.models.utils:LayerSetting",
+                            "mindformers.parallel_core.training_graph.transformer.utils:LayerSetting")
+lazy_inline = first_import("mindformers.models.utils:lazy_inline", "mindformers.version_control:get_lazy_inline")
+set_output_path = first_import("mindformers.tools:set_output_path", "mindformers.utils.file_utils:set_output_path",
+                               "mindformers.tools.utils:set_output_path")
+
+
+def plugin_class(module_type: str) -> Callable[[type], type]:
+    """Register a class with MindFormers so that it exists once, whichever way its file was loaded.
+
+    MindFormers' `auto_register` copies the file named in a YAML to a folder of its own and executes the copy, while
+    other modules import ``research.telechat.x``: without care there are two classes of one name, and `isinstance`
+    fails between them. A class defined in such a copy is therefore replaced by the one of the real module.
+    """
+    def register(cls: type) -> type:
+        real_name = f"{PACKAGE}.{cls.__module__.rsplit('.', 1)[-1]}"
+        if cls.__module__ != real_name and cls.__module__ != "__main__":
+            return getattr(importlib.import_module(real_name), cls.__name__)
+        MindFormerRegister.register_cls(cls, module_type)
+        return cls
+    return register
+
+
+def on_cpu() -> bool:
+    """Whether the current context computes on the CPU. Asked for kernels only in telechat_kernels."""
+    return ms.get_context("device_target") == "CPU"
+
+
+# MindFormers binds the barrier of `mindspore.communication.comm_func`, which has no CPU kernel, at import in these.
+_BARRIER_USERS: Tuple[str, ...] = ("mindformers.trainer.utils", "mindformers.utils.load_checkpoint_utils",
+                                   "mindformers.utils.parallel_utils", "mindformers.trainer.base_trainer",
+                                   "mindformers.checkpoint.checkpoint", "mindformers.core.callback.callback")
+
+
+def prepare_cpu() -> None:
+    """Make MindFormers' own code run on the CPU: several processes wait for each other with a barrier that exists."""
+    if not on_cpu():
+        return
+    for name in _BARRIER_USERS:
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        if hasattr(module, "barrier"):
+            module.barrier = _cpu_barrier
+
+
+def _cpu_barrier(*_args: Any, **_kwargs: Any) -> None:
+    """A barrier that is a no-op in a single process, where no communication group exists."""
+    if "mindspore.communication" in sys.modules and ms.communication.GlobalComm.INITED:
+        ms.mint.distributed.barrier()
+
+
+__all__ = ["LayerSetting", "MindFormerModuleType", "first_import", "lazy_inline", "mindformers_version", "on_cpu",
+           "plugin_class", "prepare_cpu", "set_output_path"]

@@ -1,0 +1,83 @@
+"""Rotary position embedding: frequencies, the official long-context rules and the cos/sin tables. NumPy only.
+
+Formulas, d = head_dim, S = tokens in the sequence, L = base_seqlen (source: the official modeling code, checked against
+its tables):
+
+- TeleChat (7B, 12B, TeleChat2): S' = max(S, training_seqlen); alpha = max(2^ceil(log2(S'/L) + 1) - 1, 1);
+  base = theta * alpha^(d/(d-2)) (NTK-aware scaling); mscale = 0.1 ln(S'/training_seqlen) + 1 if S' > training_seqlen,
+  else 1; cos and sin are multiplied by mscale.
+- TeleChat-52B: alpha as above with S' = S; base = theta * alpha; no mscale.
+- NTK, PI, None: what earlier MindSpore plugins offered. NTK: base = theta * scaling_factor^(d/(d-2)); PI: positions
+  divided by scaling_factor; None: neither.
+"""
+import math
+from dataclasses import dataclass
+from typing import Tuple
+
+import numpy as np
+
+EXTEND_METHODS = ("TELECHAT", "None", "PI", "NTK")
+
+
+@dataclass(frozen=True)
+class RopeRule:
+    """Everything the cos/sin tables of one model depend on, besides the sequence length."""
+
+    head_dim: int                    # elements of one head, even
+    theta: float = 10000.0           # base of the frequencies
+    extend_method: str = "TELECHAT"  # one of EXTEND_METHODS
+    scaling_factor: float = 1.0      # for PI and NTK
+    training_seqlen: int = 8192      # tokens; context the weights were trained with
+    base_seqlen: int = 8192          # tokens; L of the rule
+    base_power: bool = True          # base = theta * alpha^(d/(d-2)); False: theta * alpha, and S' = S
+    mscale: bool = True              # scale cos and sin past training_seqlen
+    table_dtype: str = "float32"     # cos and sin are rounded to it: "float16", "bfloat16" or "float32"
+
+
+def ntk_alpha(seq_length: int, base_seqlen: int) -> float:
+    """alpha of the official rule for a sequence of `seq_length` tokens; 1, 3, 7, 15, ..."""
+    return max(2.0 ** math.ceil(math.log2(seq_length / base_seqlen) + 1) - 1, 1.0)
+
+
+def rope_scaling(rule: RopeRule, seq_length: int) -> Tuple[float, float]:
+    """(base of the frequencies, factor on cos and sin) for a sequence of `seq_length` tokens."""
+    power = rule.head_dim / (rule.head_dim - 2)
+    if rule.extend_method == "TELECHAT":
+        effective = max(seq_length, rule.training_seqlen) if rule.base_power else seq_length
+        alpha = ntk_alpha(effective, rule.base_seqlen)
+        base = rule.theta * (alpha ** power if rule.base_power else alpha)
+        grown = rule.mscale and effective > rule.training_seqlen
+        return base, 0.1 * math.log(effective / rule.training_seqlen) + 1.0 if grown else 1.0
+    if rule.extend_method == "NTK":
+        return rule.theta * rule.scaling_factor ** power, 1.0
+    return rule.theta, 1.0
+
+
+def round_bfloat16(x: np.ndarray) -> np.ndarray:
+    """float32 values rounded to the nearest bfloat16 (ties to even), as float32."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return rounded.view(np.float32)
+
+
+_ROUND = {"float32": lambda x: x, "float16": lambda x: x.astype(np.float16).astype(np.float32),
+          "bfloat16": round_bfloat16}
+
+
+def rope_table(rule: RopeRule, seq_length: int, num_positions: int = 0) -> Tuple[np.ndarray, np.ndarray]:
+    """cos and sin for the rotate-half layout, as float32 arrays [positions, head_dim] rounded to rule.table_dtype.
+
+    `seq_length` decides the scaling; `num_positions` (0: seq_length) how many rows the tables have.
+    Angles are computed in float32, as the official code does, so that long positions round alike.
+    """
+    base, mscale = rope_scaling(rule, seq_length)
+    positions = np.arange(num_positions or seq_length, dtype=np.float32)
+    if rule.extend_method == "PI":
+        positions = positions / np.float32(rule.scaling_factor)
+    exponents = np.arange(0, rule.head_dim, 2, dtype=np.float32) / np.float32(rule.head_dim)
+    inv_freq = (1.0 / np.power(np.float32(base), exponents)).astype(np.float32)
+    angles = np.outer(positions, inv_freq)                     # [positions, head_dim / 2]
+    angles = np.concatenate([angles, angles], axis=-1)         # [positions, head_dim]
+    rounded = _ROUND[rule.table_dtype]
+    factor = np.float32(mscale)
+    return rounded(factor * rounded(np.cos(angles))), rounded(factor * rounded(np.sin(angles)))
