@@ -1,0 +1,185 @@
+"""TeleChat for training and prediction: `TelechatModel` (decoder) and `TelechatForCausalLM` (with head and loss)."""
+from typing import Any, Optional, Tuple
+
+import mindspore.common.dtype as mstype
+from mindformers.models.modeling_utils import PreTrainedModel
+from mindspore import Tensor, nn
+from mindspore.ops import operations as P
+
+from research.telechat import telechat_kernels as kernels
+from research.telechat.telechat_compat import LayerSetting, MindFormerModuleType, lazy_inline, plugin_class
+from research.telechat.telechat_config import TelechatConfig
+from research.telechat.telechat_layer import RMSNorm, TelechatEmbedding, TelechatLinear
+from research.telechat.telechat_loss import CrossEntropyLoss
+from research.telechat.telechat_mask import AttentionMask
+from research.telechat.telechat_transformer import TelechatDecodeLayer
+
+__all__ = ["TelechatForCausalLM", "TelechatModel"]
+
+
+class TelechatPreTrainedModel(PreTrainedModel):
+    """What MindFormers needs to know of the family."""
+
+    config_class = TelechatConfig
+    base_model_prefix = "telechat"
+    _support_list: list = []
+
+
+class TelechatModel(TelechatPreTrainedModel):
+    """Embedding, decoder layers, final norm."""
+
+    def __init__(self, config: TelechatConfig):
+        super().__init__(config, auto_prefix=True)
+        self.document_boundaries = config.document_boundaries
+        self.tok_embeddings = TelechatEmbedding(config)
+        self.layers = nn.CellList()
+        setting = LayerSetting(config.num_layers, config.offset, config.parallel_config, config.pp_interleave_num)
+        for layer_id in range(config.num_layers):
+            layer = TelechatDecodeLayer(config, layer_id)
+            setting(layer, layer_id)
+            self.layers.append(layer)
+        self.mask = AttentionMask(config)
+        self.norm_out = RMSNorm(config)
+        self.shard(config)
+
+    def construct(self, tokens: Tensor, attention_mask: Optional[Tensor] = None,
+                  actual_seq_len: Optional[Tensor] = None) -> Tensor:
+        """tokens: [B, S] int32 -> hidden states after the final norm, [B, S, H].
+
+        attention_mask: [B, S], 0 where nothing may look; actual_seq_len: [B, K], ends of packed conversations.
+        """
+        h, rope, mask = self.prepare(tokens, attention_mask, actual_seq_len)
+        for layer in self.layers:
+            h = layer(h, rope, mask)
+        return self.norm_out(h)
+
+    def prepare(self, tokens: Tensor, attention_mask: Optional[Tensor], actual_seq_len: Optional[Tensor]
+                ) -> Tuple[Tensor, Tuple[Tensor, Tensor], Optional[Tensor]]:
+        """Embeddings [B, S, H], rotary tables and the mask of all layers."""
+        seq = tokens.shape[1]
+        rotary = self.layers[0].attention.rotary
+        if self.document_boundaries and actual_seq_len is not None:
+            documents, positions = self.mask.documents(seq, actual_seq_len)        # [B, S] each
+            rope = rotary.tables_at(positions, seq)
+            mask = self.mask(tokens, attention_mask, documents)
+        else:
+            rope = rotary.tables(seq)
+            mask = self.mask(tokens, attention_mask, None)
+        return self.tok_embeddings(tokens), rope, mask
+
+    def shard(self, config: TelechatConfig) -> None:
+        """Pipeline stages of what is not a layer, and how the final norm is cut."""
+        plan = config.parallel_config
+        self.norm_out.shard((plan.data_parallel, plan.context_parallel, 1))
+        last = plan.pipeline_stage - 1
+        self.tok_embeddings.pipeline_stage = 0
+        if last > 0:
+            self.norm_out.pipeline_stage = last
+            self.tok_embeddings.set_comm_fusion(2)
+            self.norm_out.set_comm_fusion(2)
+        else:
+            self.tok_embeddings.set_comm_fusion(plan.gradient_aggregation_group)
+            self.norm_out.set_comm_fusion(plan.gradient_aggregation_group)
+
+
+class TelechatHead(nn.Cell):
+    """Logits [.., V] float32 = logits_scale * (x W^T), W being the embedding table where the head is tied."""
+
+    def __init__(self, config: TelechatConfig):
+        super().__init__()
+        self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
+        self.dtype = kernels.matmul_dtype(config.compute_dtype)
+        self.scale = config.logits_scale
+        self.matmul = P.MatMul(transpose_b=True)
+        self.mul = P.Mul()
+        self.cast = P.Cast()
+        self.reshape = P.Reshape()
+        self.shard(config)
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x: [.., H], weight: [V, H] -> [.., V]."""
+        rows = self.reshape(self.cast(x, self.dtype), (-1, self.hidden_size))
+        logits = self.cast(self.matmul(rows, self.cast(weight, self.dtype)), mstype.float32)
+        if self.scale != 1.0:
+            logits = self.mul(logits, self.scale)
+        return self.reshape(logits, (*x.shape[:-1], self.vocab_size))
+
+    def shard(self, config: TelechatConfig) -> None:
+        """The vocabulary over model parallelism where it divides."""
+        plan = config.parallel_config
+        rows = plan.data_parallel * plan.context_parallel
+        mp = 1 if plan.vocab_emb_dp or config.vocab_size % plan.model_parallel else plan.model_parallel
+        self.matmul.shard(((rows, 1), (mp, 1)))
+        self.mul.shard(((rows, mp), ()))
+
+
+class LMHead(TelechatLinear):
+    """Holder of the parameter `lm_head.weight` [V, H] of an untied head; TelechatHead computes with it."""
+
+    def __init__(self, config: TelechatConfig):
+        super().__init__(config, config.hidden_size, config.vocab_size)
+
+
+@plugin_class(MindFormerModuleType.MODELS)
+class TelechatForCausalLM(TelechatPreTrainedModel):
+    """TeleChat with language-model head and loss.
+
+    Training: `(input_ids [B, N + 1], labels [B, N + 1])` -> loss, float32 scalar: position i predicts label i + 1;
+    labels equal to `ignore_token_id` do not count. With `document_boundaries` the third input is actual_seq_len.
+    Evaluation: `(input_ids [B, S])` -> logits [B, S, V] float32; with labels `(logits, labels, mask)`.
+    """
+
+    @lazy_inline
+    def __init__(self, config: TelechatConfig):
+        super().__init__(config, auto_prefix=True)
+        self.config = config
+        self.use_past = config.use_past
+        self.is_first_iteration = True
+        self.ignore_token_id = config.ignore_token_id
+        self.document_boundaries = config.document_boundaries
+        self.tied = config.tie_word_embeddings
+        self.model = TelechatModel(config)
+        if not self.tied:
+            self.lm_head = LMHead(config)
+        self.head = TelechatHead(config)
+        self.loss = CrossEntropyLoss(config)
+        self.slice = P.StridedSlice()
+        self.reshape = P.Reshape()
+        self.shard(config)
+        self.load_checkpoint(config)
+
+    def construct(self, input_ids: Tensor, labels: Optional[Tensor] = None, input_position: Optional[Tensor] = None,
+                  position_ids: Any = None, attention_mask: Optional[Tensor] = None, input_embeds: Any = None,
+                  init_reset: Any = None, batch_valid_length: Optional[Tensor] = None, batch_index: Any = None,
+                  zactivate_len: Any = None, block_tables: Optional[Tensor] = None,
+                  slot_mapping: Optional[Tensor] = None) -> Any:
+        """The arguments are those that MindFormers' trainer and generator pass, by position."""
+        actual_seq_len = input_position if self.document_boundaries else None
+        if not self.training:
+            logits = self.logits(self.model(input_ids, attention_mask, actual_seq_len))
+            if labels is None:
+                return logits
+            return logits, labels, (labels != self.ignore_token_id).astype(mstype.float32)
+        batch, length = input_ids.shape
+        tokens = self.slice(input_ids, (0, 0), (batch, length - 1), (1, 1))        # [B, N]
+        if attention_mask is not None:
+            attention_mask = self.slice(attention_mask, (0, 0), (batch, length - 1), (1, 1))
+        targets = self.slice(input_ids if labels is None else labels, (0, 1), (batch, length), (1, 1))
+        logits = self.logits(self.model(tokens, attention_mask, actual_seq_len))   # [B, N, V]
+        return self.loss(self.reshape(logits, (-1, logits.shape[-1])), self.reshape(targets, (-1,)))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[.., H] -> [.., V] float32."""
+        return self.head(hidden, self.model.tok_embeddings.embedding_weight if self.tied else self.lm_head.weight)
+
+    def shard(self, config: TelechatConfig) -> None:
+        """Pipeline stage of the head."""
+        plan = config.parallel_config
+        self.slice.shard(((plan.data_parallel, 1),))
+        last = plan.pipeline_stage - 1
+        if last > 0:
+            self.head.pipeline_stage = last
+            if self.tied:
+                self.model.tok_embeddings.embedding_weight.add_pipeline_stage(last)
+            else:
+                self.lm_head.pipeline_stage = last

@@ -1,0 +1,189 @@
+"""The small cells of TeleChat: linear layer, RMSNorm, embedding, rotary embedding, feed-forward.
+
+Each takes the config, reads like its formula, and carries its own sharding.
+"""
+from typing import Any, Tuple
+
+import mindspore.common.dtype as mstype
+from mindformers.modules.layers import Linear
+from mindspore import Parameter, Tensor, nn
+from mindspore.common.initializer import Normal, initializer
+from mindspore.ops import operations as P
+from mindspore.ops.auto_generate import SiLU
+from mindspore.ops.primitive import constexpr
+
+from research.telechat import telechat_kernels as kernels
+from research.telechat.telechat_rope import RopeRule, rope_table
+
+
+class TelechatLinear(Linear):
+    """y = x W^T + b with W [out, in]. A MindFormers Linear, as LoRA finds its targets by that class."""
+
+    def __init__(self, config: Any, in_channels: int, out_channels: int, has_bias: bool = False):
+        super().__init__(in_channels, out_channels, has_bias=has_bias, weight_init=Normal(config.initializer_range),
+                         param_init_type=config.param_init_type,
+                         compute_dtype=kernels.matmul_dtype(config.compute_dtype))
+
+
+class RMSNorm(nn.Cell):
+    """RMSNorm in `layernorm_compute_type`; the result is in the dtype of matrix multiplications."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.weight = Parameter(initializer("ones", (config.hidden_size,), config.param_init_type),
+                                parallel_optimizer=False)
+        self.compute_dtype = config.layernorm_compute_type
+        self.out_dtype = kernels.matmul_dtype(config.compute_dtype)
+        self.norm = kernels.RMSNormKernel(config.rms_norm_eps)
+        self.cast = P.Cast()
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x: [..., H] -> [..., H]."""
+        weight = self.cast(self.weight, self.compute_dtype)
+        return self.cast(self.norm(self.cast(x, self.compute_dtype), weight), self.out_dtype)
+
+    def shard(self, strategy: tuple) -> None:
+        """`strategy`: how x is cut."""
+        self.norm.shard(strategy)
+
+
+class TelechatEmbedding(nn.Cell):
+    """Rows of the embedding table, times input_mult, in the dtype of the residual stream."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding_weight = Parameter(initializer(Normal(config.initializer_range), shape,
+                                                      config.embedding_init_type), name="embedding_weight")
+        self.out_dtype = config.res_dtype
+        self.input_mult = config.input_mult
+        self.gather = P.Gather()
+        self.scale = P.Mul()
+        self.cast = P.Cast()
+        self.dropout = nn.Dropout(p=config.embed_dropout_prob)
+        self.has_dropout = config.embed_dropout_prob > 0
+        self.shard(config)
+
+    def construct(self, tokens: Tensor) -> Tensor:
+        """tokens: [B, S] int32 -> [B, S, H]."""
+        h = self.cast(self.gather(self.embedding_weight, tokens, 0), self.out_dtype)
+        if self.input_mult != 1.0:
+            h = self.scale(h, self.cast(self.input_mult, self.out_dtype))
+        return self.dropout(h) if self.has_dropout else h
+
+    def shard(self, config: Any) -> None:
+        """The table is cut by rows over model parallelism, or not at all with vocab_emb_dp."""
+        plan = config.parallel_config
+        dp, cp, mp = plan.data_parallel, plan.context_parallel, plan.model_parallel
+        rows = 1 if plan.vocab_emb_dp or config.vocab_size % mp else mp
+        self.gather.shard(((rows, 1), (dp, cp)))
+        self.scale.shard(((dp, cp, 1), ()))
+        self.dropout.dropout.shard(((dp, cp, 1),))
+
+
+@constexpr
+def _rope_constants(rule: tuple, seq_length: int, dtype: Any) -> Tuple[Tensor, Tensor]:
+    """cos and sin [S, D] as constants of the graph; made when it is compiled, for the length it is compiled for."""
+    cos, sin = rope_table(RopeRule(*rule), seq_length)
+    return Tensor(cos, dtype), Tensor(sin, dtype)
+
+
+class RotaryEmbedding(nn.Cell):
+    """Rotates queries and keys: x cos + rotate_half(x) sin (Su et al., 2021), rotate_half([a, b]) = [-b, a]."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        compute = kernels.matmul_dtype(config.compute_dtype)
+        # 16-bit arithmetic only where both the activations and the tables are of that type, as in the official code.
+        self.dtype = compute if compute == config.rotary_dtype else mstype.float32
+        self.rule = tuple(vars(config.rope_rule).values())
+        self.halves = P.Split(axis=-1, output_num=2)
+        self.neg = P.Neg()
+        self.concat = P.Concat(axis=-1)
+        self.mul_cos = P.Mul()
+        self.mul_sin = P.Mul()
+        self.add = P.Add()
+        self.cast = P.Cast()
+        self.gather = P.Gather()
+        self.reshape = P.Reshape()
+        self.shard(config)
+
+    def tables(self, seq_length: int) -> Tuple[Tensor, Tensor]:
+        """cos and sin for positions 0 .. seq_length - 1, [S, D]."""
+        return _rope_constants(self.rule, seq_length, self.dtype)
+
+    def tables_at(self, positions: Tensor, seq_length: int) -> Tuple[Tensor, Tensor]:
+        """cos and sin at `positions` [B, S], scaled as for `seq_length` tokens: [B, 1, S, D]."""
+        cos, sin = self.tables(seq_length)
+        batch, length = positions.shape
+        shape = (batch, 1, length, cos.shape[-1])
+        return self.reshape(self.gather(cos, positions, 0), shape), self.reshape(self.gather(sin, positions, 0), shape)
+
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: [B, N, S, D]; cos, sin: [S, D] or [B, 1, S, D] -> as x."""
+        dtype = x.dtype
+        x = self.cast(x, self.dtype)
+        first, second = self.halves(x)                                             # [B, N, S, D / 2] each
+        rotated = self.concat((self.neg(second), first))
+        return self.cast(self.add(self.mul_cos(x, cos), self.mul_sin(rotated, sin)), dtype)
+
+    def shard(self, config: Any) -> None:
+        """Heads over model parallelism, tokens over context parallelism."""
+        plan = config.parallel_config
+        x = (plan.data_parallel, plan.model_parallel, plan.context_parallel, 1)
+        table = (plan.data_parallel, 1, plan.context_parallel, 1) if config.document_boundaries else x[2:]
+        self.halves.shard((x,))
+        self.neg.shard((x,))
+        self.concat.shard((x, x))
+        self.mul_cos.shard((x, table))
+        self.mul_sin.shard((x, table))
+        self.add.shard((x, x))
+
+
+class TelechatFeedForward(nn.Cell):
+    """w2(silu(gate(x)) * up(x)) (SwiGLU, Shazeer, 2020); gate and up are w1 and w3, or one w_gate_hidden."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.fused = config.fused_projections
+        self.ffn, self.groups = config.intermediate_size, config.ffn_groups
+        hidden = config.hidden_size
+        if self.fused:
+            self.w_gate_hidden = TelechatLinear(config, hidden, 2 * self.ffn)
+            self.split = P.Split(axis=-1, output_num=2)
+        else:
+            self.w1 = TelechatLinear(config, hidden, self.ffn)
+            self.w3 = TelechatLinear(config, hidden, self.ffn)
+        self.w2 = TelechatLinear(config, self.ffn, hidden, has_bias=config.out_proj_has_bias)
+        self.silu = SiLU()
+        self.mul = P.Mul()
+        self.reshape = P.Reshape()
+        self.shard(config)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x: [B, S, H] -> [B, S, H]."""
+        if not self.fused:
+            return self.w2(self.mul(self.silu(self.w1(x)), self.w3(x)))
+        batch, seq, _ = x.shape
+        both = self.reshape(self.w_gate_hidden(x), (batch, seq, self.groups, -1))  # [B, S, G, 2 F / G]
+        gate, up = self.split(both)                                                # [B, S, G, F / G] each
+        return self.w2(self.reshape(self.mul(self.silu(gate), up), (batch, seq, self.ffn)))
+
+    def shard(self, config: Any) -> None:
+        """Columns of gate and up, rows of w2 over model parallelism."""
+        plan = config.parallel_config
+        dp, cp, mp = plan.data_parallel, plan.context_parallel, plan.model_parallel
+        rows = dp * cp
+        if self.fused:
+            self.w_gate_hidden.shard(((rows, 1), (mp, 1)))
+            self.split.shard(((dp, cp, mp, 1),))
+            inner = (dp, cp, mp, 1)
+        else:
+            self.w1.shard(((rows, 1), (mp, 1)))
+            self.w3.shard(((rows, 1), (mp, 1)))
+            inner = (dp, cp, mp)
+        self.silu.shard((inner,))
+        self.mul.shard((inner, inner))
+        out = ((rows * mp, 1),) if plan.use_seq_parallel else None
+        self.w2.shard(((rows, mp), (1, mp)), strategy_bias=((rows * mp, 1) if out else (rows, 1), (1,)),
+                      out_strategy_matmul=out)
