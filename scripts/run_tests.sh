@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Runs the linter and the tests in the project's environment, which it makes where there is none (see env.sh).
+#
+#   bash scripts/run_tests.sh                       all tests
+#   bash scripts/run_tests.sh -m "not slow"         arguments go to pytest
+#   TELECHAT_TEST_TORCH=1 bash scripts/run_tests.sh torch is installed too, so that tests of .bin checkpoints run
+set -eu
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+extras=(dev)
+if [ "${TELECHAT_TEST_TORCH:-0}" = 1 ]; then extras+=(torch); fi
+telechat_env "${extras[@]}"
+cd "$TELECHAT_ROOT"
+
+lint=0
+if "$PYTHON" -c 'import ruff' 2>/dev/null; then
+    "$PYTHON" -m ruff check . || lint=$?
+else
+    echo "ruff is not installed: no lint."
+fi
+if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
+    echo "torch is not installed: tests of .bin checkpoints will skip (TELECHAT_TEST_TORCH=1 installs it)."
+fi
+tests=0
+"$PYTHON" -m pytest "$@" </dev/null || tests=$?
+if [ "$lint" -ne 0 ] && [ "$tests" -eq 0 ]; then
+    echo "error: the tests passed, but ruff found faults (listed before the tests)." >&2
+    exit "$lint"
+fi
+exit "$tests"
