@@ -2,8 +2,8 @@
 
 Reads SentencePiece models (``tokenizer.model``: 12B, 52B, TeleChat2) and byte-level BPE files of Hugging Face
 tokenizers (``tokenizer.json``: 7B). It needs only the libraries sentencepiece and tokenizers, so that it starts at once
-and can be loaded in worker processes. It does not know how a conversation is written (telechat_conversation does), nor padding and
-batches for MindFormers (telechat_tokenizer does).
+and can be loaded in worker processes. It does not know how a conversation is written (telechat_conversation does), nor
+padding and batches for MindFormers (telechat_tokenizer does).
 
 Two ways to read a marker such as ``<_bot>`` in a text, never mixed:
 
@@ -37,7 +37,8 @@ class Vocab:
 
     Attributes: `path`; `fingerprint`, the SHA-256 of the file in hex; `size`, one more than the greatest id; `markers`,
     piece to id of every token that is a marker and never comes from plain text; `special_ids`, the ids of those markers
-    that `skip_special_tokens` removes: the ones the file itself calls special, and the ones named in `special_tokens`.
+    that `skip_special_tokens` removes: the ones the file itself calls special, and the ones named in `special_tokens`;
+    `own_tokens`, role ("unk", "bos", "eos", "pad") to piece as a SentencePiece model names them, empty for others.
     """
 
     def __init__(self, path: Path, data: bytes, special_tokens: Mapping[str, str]):
@@ -49,6 +50,7 @@ class Vocab:
         self.size = self._backend.size
         self.markers: Mapping[str, int] = MappingProxyType(self._backend.markers)
         self.special_ids: FrozenSet[int] = frozenset(self._backend.special_ids)
+        self.own_tokens: Mapping[str, str] = MappingProxyType(self._backend.own_tokens)
         self._check_named()
         self._check_plain()
 
@@ -80,8 +82,9 @@ class Vocab:
         """Ids of `text` as plain text: markers typed in it are ordinary characters. Raises VocabError, see below."""
         try:
             return self._backend.encode(text)
-        except (TypeError, ValueError, RuntimeError) as err:
-            raise _text_error([text], err) from err
+        except (TypeError, ValueError, RuntimeError):
+            _check_texts([text])
+            raise
 
     def encode_batch(self, texts: Sequence[str], num_threads: Optional[int] = None) -> List[List[int]]:
         """`encode` of each text, in the library's own threads (None: one per core; 1: none besides this one).
@@ -90,10 +93,13 @@ class Vocab:
         VocabError when a text is not a str or holds a lone surrogate, which has no UTF-8 form.
         """
         texts = list(texts)
+        if not all(isinstance(text, str) for text in texts):
+            _check_texts(texts)
         try:
             return self._backend.encode_batch(texts, num_threads)
-        except (TypeError, ValueError, RuntimeError) as err:
-            raise _text_error(texts, err) from err
+        except (TypeError, ValueError, RuntimeError):
+            _check_texts(texts)
+            raise
 
     def encode_with_specials(self, text: str) -> List[int]:
         """Ids of `text`, where each marker written in it becomes its single id; the text between them as `encode`."""
@@ -129,6 +135,10 @@ class Vocab:
             raise VocabError(f"token id {token_id} does not exist in {self.path}, whose ids end at {self.size - 1}")
         return piece
 
+    def pieces(self) -> Dict[str, int]:
+        """Piece to id of the whole vocabulary, as a new dict."""
+        return self._backend.pieces()
+
     def __len__(self) -> int:
         return self.size
 
@@ -156,7 +166,7 @@ class Vocab:
             if piece not in self.markers:
                 known = ", ".join(list(self.markers)[:12])
                 fault = ("is an ordinary piece of text there, so it cannot be a marker"
-                         if self.token_to_id(piece) is not None else "is not in it")
+                         if isinstance(piece, str) and self.token_to_id(piece) is not None else "is not in it")
                 raise VocabError(f"vocabulary {self.path}: the {role} token {piece!r} {fault}; its markers are {known}"
                                  + (", ..." if len(self.markers) > 12 else ""))
 
@@ -221,18 +231,17 @@ def _find_file(path: Path) -> Path:
     return path
 
 
-def _text_error(texts: Sequence[Any], err: Exception) -> Exception:
-    """What is wrong with the texts that the library refused."""
+def _check_texts(texts: Sequence[Any]) -> None:
+    """Raise VocabError for the first of the texts that no library can encode."""
     for number, text in enumerate(texts):
         where = f"text {number + 1} of {len(texts)}" if len(texts) > 1 else "text"
         if not isinstance(text, str):
-            return VocabError(f"{where} to be encoded is {type(text).__name__}, expected str")
+            raise VocabError(f"{where} to be encoded is {type(text).__name__}, expected str")
         try:
             text.encode()
         except UnicodeEncodeError as bad:
-            return VocabError(f"{where} to be encoded holds a lone surrogate ({text[bad.start]!r} at character "
-                              f"{bad.start + 1}), which has no UTF-8 form; repair the text's source")
-    return err
+            raise VocabError(f"{where} to be encoded holds a lone surrogate ({text[bad.start]!r} at character "
+                             f"{bad.start + 1}), which has no UTF-8 form; repair the text's source") from None
 
 
 def _reload(path: str, special_tokens: Mapping[str, str], fingerprint: str) -> Vocab:

@@ -1,9 +1,10 @@
 """The two kinds of vocabulary files, with their markers switched off in plain text. Not a public interface.
 
-`SentencePieceFile` (``tokenizer.model``) and `ByteLevelBpeFile` (``tokenizer.json``) have the same attributes and methods,
-of which `research.telechat.telechat_vocab.Vocab` is made: `size`, `markers` (piece to id), `special_ids`, `dummy_prefix`
-(whether a leading space of each stretch of text is the encoder's own), `encode`, `encode_batch`, `token_to_id`,
-`id_to_token`, and `token_bytes` (the UTF-8 bytes that each id stands for).
+`SentencePieceFile` (``tokenizer.model``) and `ByteLevelBpeFile` (``tokenizer.json``) have the same attributes and
+methods, of which `research.telechat.telechat_vocab.Vocab` is made: `size`, `markers` (piece to id), `special_ids`,
+`own_tokens` (role to piece), `dummy_prefix` (whether a leading space of each stretch of text is the encoder's own),
+`encode`, `encode_batch`, `token_to_id`, `id_to_token`, `pieces` (piece to id), and `token_bytes` (the UTF-8 bytes that
+each id stands for).
 """
 import json
 import re
@@ -52,7 +53,9 @@ class SentencePieceFile:
             raise VocabError(f"vocabulary file {path} is not a usable SentencePiece model: {err}") from err
         self.size = self._model.get_piece_size()
         self._unknown_id = self._model.unk_id()
-        self._model.encode("")                           # a model without normaliser or pieces fails here, not later
+        roles = {"unk": self._unknown_id, "bos": self._model.bos_id(), "eos": self._model.eos_id(),
+                 "pad": self._model.pad_id()}
+        self.own_tokens = {role: self._model.id_to_piece(i) for role, i in roles.items() if i >= 0}
 
     def encode(self, text: str) -> List[int]:
         if not isinstance(text, str):
@@ -71,6 +74,9 @@ class SentencePieceFile:
     def id_to_token(self, token_id: int) -> Optional[str]:
         return self._model.id_to_piece(int(token_id))
 
+    def pieces(self) -> Dict[str, int]:
+        return {piece: i for i, piece in enumerate(self._model.id_to_piece(list(range(self.size))))}
+
     def token_bytes(self) -> List[bytes]:
         pieces = self._model.id_to_piece(list(range(self.size)))
         return [bytes([int(piece[3:5], 16)]) if self._model.is_byte(i) else piece.replace(_SPACE, " ").encode()
@@ -81,6 +87,7 @@ class ByteLevelBpeFile:
     """A tokenizer.json with its markers taken out of the list of added tokens, which are found inside any text."""
 
     dummy_prefix = False
+    own_tokens: Dict[str, str] = {}                      # noqa: RUF012 (the file names none)
 
     def __init__(self, path: Path, data: bytes, named: Iterable[str]):
         import tokenizers
@@ -127,6 +134,9 @@ class ByteLevelBpeFile:
     def id_to_token(self, token_id: int) -> Optional[str]:
         return self._pieces.get(int(token_id))
 
+    def pieces(self) -> Dict[str, int]:
+        return dict(self._ids)
+
     def token_bytes(self) -> List[bytes]:
         values = _byte_level_alphabet()
         table = ["\ufffd".encode()] * self.size          # ids that the file leaves out
@@ -159,13 +169,14 @@ def _read_symbols(path: Path, data: bytes) -> Tuple[List[Tuple[str, int, int, in
         for field, start, end in _fields(data, 0, len(data)):
             seen.add(field)
             if field == 1:                               # repeated SentencePiece pieces
-                kind = 1
-                # A type other than NORMAL is written behind the score, as the last two bytes of most pieces; look at
-                # the fields one by one only then, which keeps the reading of 100 000 pieces short.
-                if data[end - 2] == 0x18 or _has_type(data, start, end):
+                # A learnt piece is its text and a score of five bytes, nothing else. To see just that, rather than
+                # look at every field, keeps the reading of 100 000 pieces short.
+                if data[start] == 0x0A and start + data[start + 1] + 7 == end:
+                    kind = kind_at = 0
+                else:
                     parts = {number: (a, b) for number, a, b in _fields(data, start, end)}
                     kind_at = parts[3][0] if 3 in parts else 0
-                    kind = data[kind_at] if kind_at else 1
+                    kind = data[kind_at] if kind_at else 0
                 if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
                     a, b = parts[1]
                     symbols.append((data[a:b].decode(), token_id, kind, kind_at))
@@ -181,10 +192,6 @@ def _read_symbols(path: Path, data: bytes) -> Tuple[List[Tuple[str, int, int, in
         raise VocabError(f"vocabulary file {path} ends after {token_id} pieces, without the model's settings: it is "
                          "truncated; copy it again from the official model's folder and compare its size")
     return symbols, dummy_prefix
-
-
-def _has_type(data: bytes, start: int, end: int) -> bool:
-    return any(number == 3 for number, _, _ in _fields(data, start, end))
 
 
 def _fields(data: bytes, pos: int, end: int) -> Iterable[Tuple[int, int, int]]:
