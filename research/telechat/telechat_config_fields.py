@@ -130,5 +130,5 @@ FRAMEWORK = frozenset((
     "parallel_decoding_params", "model_type", "text_config", "vision_config", "head_config", "torch_dtype",
     "chunk_prefill", "return_extra_loss", "llm_backend", "input_sliced_sig", "rl_config", "monitor_config",
     "calculate_per_token_loss", "swap_config", "batch_size", "transformers_version", "is_composition", "_commit_hash",
-    "use_legacy", "mem_coeff", "qkv_concat", "swap", "user_eos_token_id",
+    "use_legacy", "mem_coeff", "qkv_concat", "swap", "user_eos_token_id", "dataset_config",
 ))
