@@ -185,10 +185,12 @@ def _read_symbols(path: Path, data: bytes) -> Tuple[List[Tuple[str, int, int, in
                 for number, a, _ in _fields(data, start, end):
                     if number == 3:                      # add_dummy_prefix
                         dummy_prefix = bool(data[a])
+        if not token_id:
+            raise ValueError("no pieces")
     except (IndexError, ValueError, KeyError) as err:
         raise VocabError(f"vocabulary file {path} is neither a SentencePiece model nor a {JSON_FILE}, or it is "
                          "truncated; copy it again from the official model's folder and compare its size") from err
-    if not token_id or not {2, 3} <= seen:
+    if not {2, 3} <= seen:
         raise VocabError(f"vocabulary file {path} ends after {token_id} pieces, without the model's settings: it is "
                          "truncated; copy it again from the official model's folder and compare its size")
     return symbols, dummy_prefix
