@@ -7,7 +7,9 @@ import sys
 from typing import Any, Callable, Tuple
 
 import mindspore as ms
-from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
+
+from research.telechat.telechat_variants import ConfigError
 
 PACKAGE = "research.telechat"
 
@@ -34,6 +36,18 @@ LayerSetting = first_import("mindformers.models.utils:LayerSetting",
 lazy_inline = first_import("mindformers.models.utils:lazy_inline", "mindformers.version_control:get_lazy_inline")
 set_output_path = first_import("mindformers.tools:set_output_path", "mindformers.utils.file_utils:set_output_path",
                                "mindformers.tools.utils:set_output_path")
+
+
+def apply_template(recipe: Any) -> Any:
+    """The recipe with MindFormers' defaults filled in and its unknown keys refused (ConfigError), as a config object."""
+    template = first_import("mindformers.tools.register.template:ConfigTemplate",
+                            "mindformers.utils.config:ConfigTemplate")
+    plain = recipe.to_dict()
+    try:
+        changed = template.apply_template(plain)
+    except (KeyError, TypeError, ValueError) as err:
+        raise ConfigError(f"recipe: {err.args[0] if err.args else err}") from err
+    return MindFormerConfig(**(changed or plain))
 
 
 def plugin_class(module_type: str) -> Callable[[type], type]:
@@ -82,5 +96,5 @@ def _cpu_barrier(*_args: Any, **_kwargs: Any) -> None:
         ms.mint.distributed.barrier()
 
 
-__all__ = ["LayerSetting", "MindFormerModuleType", "first_import", "lazy_inline", "mindformers_version", "on_cpu",
-           "plugin_class", "prepare_cpu", "set_output_path"]
+__all__ = ["LayerSetting", "MindFormerModuleType", "apply_template", "first_import", "lazy_inline", "mindformers_version",
+           "on_cpu", "plugin_class", "prepare_cpu", "set_output_path"]

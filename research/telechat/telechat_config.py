@@ -3,10 +3,11 @@
 The keys stand in telechat_config_fields, the variants in telechat_variants; this file resolves and checks them. Later
 sources win: defaults, the variant named by `net_name`, presets (`amp_level`), keys of earlier YAMLs, explicit keys.
 """
+import contextlib
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Dict, Union
+from typing import Any, ClassVar, Dict, Union
 
 import mindspore.common.dtype as mstype
 from mindformers.models.configuration_utils import PretrainedConfig
@@ -18,6 +19,7 @@ from research.telechat.telechat_config_fields import DTYPES, FIELDS, FRAMEWORK, 
 from research.telechat.telechat_rope import RopeRule
 from research.telechat.telechat_variants import (
     ConfigError,
+    Variant,
     get_variant,
     read_hf_config,
     variant_fields,
@@ -54,10 +56,8 @@ def _check_key(key: str, value: Any, field: Field) -> Any:
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if wanted is float and isinstance(value, str):       # YAML 1.1 reads 1e-5 as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if wanted is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
@@ -120,7 +120,7 @@ class TelechatConfig(PretrainedConfig):
     """
 
     model_type = "telechat"
-    _support_list: list = []
+    _support_list: ClassVar[list] = []
 
     def __init__(self, **kwargs: Any):
         framework = {key: kwargs.pop(key) for key in list(kwargs) if key in FRAMEWORK and key not in FIELDS}
@@ -205,6 +205,13 @@ class TelechatConfig(PretrainedConfig):
             head_dim=self.head_dim, theta=self.theta, extend_method=self.extend_method,
             scaling_factor=self.scaling_factor, training_seqlen=self.training_seqlen, base_seqlen=self.base_seqlen,
             base_power=self.rope_base_power, mscale=self.rope_mscale, table_dtype=dtype_name(self.rotary_dtype))
+
+    def to_variant(self) -> Variant:
+        """Sizes and capabilities as a Variant, which names and shapes of parameters follow from (telechat_weights)."""
+        dense = "telechat_tied" if self.tie_word_embeddings else "telechat"
+        layout = "telechat_mup" if self.fused_projections else dense
+        fields = {key: getattr(self, key) for key in variant_fields(get_variant("telechat_12b")) if hasattr(self, key)}
+        return Variant(**{**fields, "hf_layout": layout})
 
     @classmethod
     def from_hf_config(cls, path_or_dict: Union[str, Path, Dict[str, Any]], **overrides: Any) -> "TelechatConfig":

@@ -117,6 +117,7 @@ LEGACY: Dict[str, Optional[str]] = {
     "is_flexible_shape": "is_dynamic covers it",
     "quant": "quantisation is not supported",
     "compute_in_2d": "the layout of activations is not configurable",
+    "run_mode": "the recipe's own run_mode decides",
     "use_moe": "there are no experts in this family",
     "use_fused_ops": "fused kernels follow from the device",
 }

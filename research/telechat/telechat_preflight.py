@@ -1,0 +1,90 @@
+"""Checks of recipe, checkpoint and data before a model is built: each fault is one clear line within seconds.
+
+Nothing is loaded: only headers of checkpoints and the description beside a data set are read.
+"""
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from mindformers.tools.logger import logger
+
+from research.telechat.telechat_checkpoint import CheckpointError
+from research.telechat.telechat_checkpoint_files import open_mindspore
+from research.telechat.telechat_config import TelechatConfig
+from research.telechat.telechat_dataset_meta import check_dataset_meta
+from research.telechat.telechat_variants import ConfigError
+from research.telechat.telechat_weights import parameters
+
+_SHOWN = 8                                 # faults listed in full; the rest are counted
+
+
+def model_config(config: Any) -> TelechatConfig:
+    """The model config of a recipe, checked; ConfigError names the key at fault."""
+    section = (config.get("model") or {}).get("model_config")
+    if not section:
+        raise ConfigError("the recipe has no section model.model_config")
+    keys = {key: value for key, value in section.items() if key not in ("type", "auto_register", "auto_map")}
+    return TelechatConfig(**keys)
+
+
+def _listed(lines: List[str]) -> str:
+    rest = len(lines) - _SHOWN
+    return "; ".join(lines[:_SHOWN]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def checkpoint_faults(expected: Dict[str, Tuple[int, ...]], found: Dict[str, Tuple[int, ...]]) -> List[str]:
+    """What differs between the shapes of the model's parameters and those of a checkpoint, one text each."""
+    other = [f"{name}: the recipe has {list(shape)}, the checkpoint {list(found[name])}"
+             for name, shape in expected.items() if name in found and tuple(found[name]) != tuple(shape)]
+    missing = [f"{name}: missing in the checkpoint" for name in expected if name not in found]
+    return other + missing
+
+
+def check_checkpoint(config: Any) -> None:
+    """Compare the complete checkpoint that `load_checkpoint` names with the recipe's sizes, by its headers.
+
+    Checkpoints that are cut already (folders rank_N) are left to MindFormers. Raises ConfigError.
+    """
+    path = Path(str(config.load_checkpoint))
+    if not path.exists():
+        raise ConfigError(f"load_checkpoint: {path} does not exist")
+    if path.is_dir() and any(re.match(r"rank_\d+$", entry.name) for entry in path.iterdir()):
+        return
+    try:
+        checkpoint = open_mindspore(path)
+    except CheckpointError as err:
+        raise ConfigError(f"load_checkpoint: {err}") from err
+    found = {name: info.shape for name, info in checkpoint.tensors.items()}
+    checkpoint.close()
+    expected = {param.ms_name: param.shape for param in parameters(model_config(config).to_variant())}
+    faults = checkpoint_faults(expected, found)
+    if faults:
+        raise ConfigError(f"load_checkpoint: {path} is not a checkpoint of this recipe's model ({len(faults)} of "
+                          f"{len(expected)} parameters differ): {_listed(faults)}. Choose the recipe of the model that "
+                          "the checkpoint belongs to")
+    extra = [name for name in found if re.match(r"(model\.|lm_head\.)", name) and name not in expected]
+    if extra:
+        logger.warning("load_checkpoint: %s holds %d parameters that the model does not have; they are not loaded: %s",
+                       path, len(extra), _listed(extra))
+
+
+def check_dataset(config: Any, section: str) -> None:
+    """Check that the data set of `section` (train_dataset, eval_dataset) exists and fits the recipe's model.
+
+    Raises ConfigError: no path, nothing there, records of another length, token ids beyond the vocabulary, no record.
+    """
+    loader = (config.get(section) or {}).get("data_loader")
+    if not loader:
+        raise ConfigError(f"the recipe has no section {section}.data_loader")
+    if loader.get("type") != "MindDataset":
+        return
+    path = loader.get("dataset_dir") or loader.get("dataset_files")
+    if not path:
+        raise ConfigError(f"{section}: no data set is named; give --{section} FILE_OR_FOLDER (made by "
+                          "research/telechat/telechat_preprocess.py)")
+    model = model_config(config)
+    for each in path if isinstance(path, (list, tuple)) else [path]:
+        note = check_dataset_meta(each, vocab_size=model.vocab_size, seq_length=model.seq_length,
+                                  pad_token_id=model.pad_token_id)
+        if note:
+            logger.warning("%s: %s", section, note)

@@ -1,0 +1,186 @@
+"""From a recipe and a command line to a running Trainer: what run_mindformer.py does once its arguments are read.
+
+Sets the recipe's keys, adapts it to the device, checks what can be checked before anything is built, and starts
+MindFormers' Trainer. It computes nothing itself.
+"""
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from mindformers.core.context import build_context
+from mindformers.tools.logger import logger
+from mindformers.tools.register import MindFormerConfig
+from mindformers.trainer import Trainer
+
+from research.telechat import telechat, telechat_tokenizer, telechat_tokenizer_fast, telechat_train
+from research.telechat.telechat_compat import apply_template, prepare_cpu, set_output_path
+from research.telechat.telechat_preflight import check_checkpoint, check_dataset
+from research.telechat.telechat_variants import ConfigError
+
+# Classes that MindFormers must not copy and execute once more: importing their modules has registered them.
+_REGISTERED = {cls.__name__ for cls in (telechat.TelechatForCausalLM, telechat.TelechatConfig,
+                                        telechat_tokenizer.TelechatTokenizer,
+                                        telechat_tokenizer_fast.TelechatTokenizerFast,
+                                        telechat_train.TelechatTrainOneStepCell)}
+
+# command line option -> key of the recipe
+_OPTION_KEYS = {
+    "run_mode": "run_mode", "load_checkpoint": "load_checkpoint", "output_dir": "output_dir", "seed": "seed",
+    "src_strategy_path_or_dir": "src_strategy_path_or_dir", "auto_trans_ckpt": "auto_trans_ckpt",
+    "transform_process_num": "transform_process_num", "only_save_strategy": "only_save_strategy",
+    "strategy_load_checkpoint": "parallel.strategy_ckpt_load_file", "resume_training": "resume_training",
+    "use_parallel": "use_parallel", "mode": "context.mode", "device_id": "context.device_id",
+    "device_target": "context.device_target", "do_eval": "do_eval", "profile": "profile",
+    "remote_save_url": "remote_save_url", "epochs": "runner_config.epochs", "batch_size": "runner_config.batch_size",
+    "gradient_accumulation_steps": "runner_config.gradient_accumulation_steps",
+    "sink_mode": "runner_config.sink_mode", "train_dataset": "train_dataset.data_loader.dataset_dir",
+    "eval_dataset": "eval_dataset.data_loader.dataset_dir", "num_samples": "train_dataset.data_loader.num_samples",
+    "predict_batch_size": "predict_batch_size", "adapter_id": "adapter_id",
+}
+
+
+def set_key(config: MindFormerConfig, dotted: str, value: Any) -> None:
+    """Set `a.b.c`; a section that the recipe lacks is an error that names the nearest one."""
+    *sections, key = dotted.split(".")
+    for depth, section in enumerate(sections):
+        if not isinstance(config.get(section), dict):
+            near = difflib.get_close_matches(section, list(config), n=1)
+            raise ConfigError(f"--{dotted}: the recipe has no section {'.'.join(sections[:depth + 1])!r}"
+                              + (f"; did you mean {near[0]!r}?" if near else ""))
+        config = config[section]
+    config[key] = value
+
+
+def complete_recipe(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> MindFormerConfig:
+    """The recipe with the command line applied."""
+    config = MindFormerConfig(**recipe)
+    for option, key in _OPTION_KEYS.items():
+        value = getattr(args, option)
+        if value is not None:
+            set_key(config, key, value)
+    for key, value in overrides:
+        set_key(config, key, value)
+    if config.run_mode not in ("train", "finetune", "eval", "predict"):
+        raise ConfigError(f"run_mode: expected train, finetune, eval or predict, found {config.run_mode!r}; "
+                          "set it in the recipe or with --run_mode")
+    return config
+
+
+def forget_auto_register(config: Any) -> None:
+    """Remove `auto_register` of classes that are registered already, so that nothing is copied and executed twice."""
+    if isinstance(config, dict):
+        reference = config.get("auto_register")
+        if isinstance(reference, str) and reference.rsplit(".", 1)[-1] in _REGISTERED:
+            config.pop("auto_register")
+        for value in config.values():
+            forget_auto_register(value)
+    elif isinstance(config, list):
+        for value in config:
+            forget_auto_register(value)
+
+
+def translate_old_keys(config: MindFormerConfig) -> None:
+    """What earlier TeleChat recipes name and MindFormers no longer has."""
+    optimizer = config.get("optimizer")
+    if optimizer and optimizer.type == "FP32StateAdamWeightDecay":
+        logger.info("optimizer.type FP32StateAdamWeightDecay is gone from MindFormers: AdamW, whose moments are "
+                    "float32 too, takes its place.")
+        optimizer.type = "AdamW"
+        if "beta1" in optimizer:
+            optimizer.betas = [optimizer.pop("beta1"), optimizer.pop("beta2", 0.999)]
+    for name in ("callbacks", "eval_callbacks"):
+        kept = [entry for entry in config.get(name) or [] if entry.get("type") != "ObsMonitor"]
+        if len(kept) != len(config.get(name) or []):
+            config[name] = kept
+    metric = config.get("metric")
+    if isinstance(metric, dict):
+        config.metric = metric
+
+
+def adapt_to_cpu(config: MindFormerConfig) -> None:
+    """Settings that only an Ascend has give way to those of a CPU; a plan that needs several cards is refused."""
+    if config.context.device_target != "CPU":
+        return
+    plan = config.get("parallel_config") or {}
+    for key in ("model_parallel", "pipeline_stage", "context_parallel"):
+        if plan.get(key, 1) > 1:
+            raise ConfigError(f"parallel_config.{key} is {plan[key]}: a CPU runs data parallelism only; set it to 1 "
+                              "or run on Ascend")
+    workers = int(os.environ.get("MS_WORKER_NUM", "1"))
+    if config.use_parallel and workers == 1:
+        logger.info("use_parallel is set, but this is a single process: it runs alone.")
+        config.use_parallel = False
+    plan["data_parallel"] = workers if config.use_parallel else 1
+    parallel = config.setdefault("parallel", MindFormerConfig())
+    parallel.update(parallel_mode=0, full_batch=False, gradients_mean=True, enable_parallel_optimizer=False)
+    config.context.pop("jit_config", None)
+    if config.get("runner_config"):
+        config.runner_config.sink_mode = False
+    wrapper = config.get("runner_wrapper")
+    if wrapper and wrapper.type == "MFTrainOneStepCell":
+        wrapper.type = "TelechatTrainOneStepCell"
+
+
+def detect_checkpoint_format(config: MindFormerConfig) -> None:
+    """Set `load_ckpt_format` from what --load_checkpoint names, as MindFormers does not look itself."""
+    path = Path(str(config.load_checkpoint or ""))
+    if not config.load_checkpoint:
+        return
+    if path.suffix in (".ckpt", ".safetensors"):
+        config.load_ckpt_format = path.suffix[1:]
+    elif path.is_dir():
+        for suffix in ("ckpt", "safetensors"):
+            if next(path.rglob(f"*.{suffix}"), None) is not None:
+                config.load_ckpt_format = suffix
+                break
+
+
+def predict_input(args: Any, config: MindFormerConfig) -> Any:
+    """The prompts of --predict_data: one text, a list, or the lines of a file."""
+    data = args.predict_data
+    if data is None:
+        data = config.get("input_data")
+    if data is None:
+        raise ConfigError("--predict_data is missing: give a question, a raw prompt or a text file")
+    texts = [data] if isinstance(data, str) else list(data)
+    if len(texts) == 1 and os.path.isfile(texts[0]):
+        with open(texts[0], encoding="utf-8") as lines:
+            texts = [line.rstrip("\n") for line in lines if line.strip()]
+        if not texts:
+            raise ConfigError(f"--predict_data: the file {data} holds no text")
+    return [text.replace(r"\n", "\n") for text in texts]
+
+
+def run(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> None:
+    """Carry out `recipe` with the command line `args` and `overrides`.
+
+    Raises:
+        ConfigError: anything about recipe, checkpoint or data that can be told before the model is built.
+    """
+    config = complete_recipe(args, recipe, overrides)
+    translate_old_keys(config)
+    forget_auto_register(config)
+    adapt_to_cpu(config)
+    detect_checkpoint_format(config)
+    training = config.run_mode in ("train", "finetune")
+    if training:
+        check_dataset(config, "train_dataset")
+    if config.load_checkpoint and not config.get("resume_training"):
+        check_checkpoint(config)
+    if args.register_path:
+        os.environ["REGISTER_PATH"] = os.path.abspath(args.register_path)
+    config = apply_template(config)
+    set_output_path(config.output_dir)
+    build_context(config)
+    prepare_cpu()
+    if training:
+        Trainer(config).train()
+    elif config.run_mode == "eval":
+        check_dataset(config, "eval_dataset")
+        Trainer(config).evaluate(eval_checkpoint=config.load_checkpoint)
+    else:
+        prompts = predict_input(args, config)
+        config.save_file = os.path.join(config.output_dir, "text_generation_result.txt")
+        Trainer(config).predict(predict_checkpoint=config.load_checkpoint, input_data=prompts,
+                                batch_size=config.get("predict_batch_size"), adapter_id=config.get("adapter_id"))
