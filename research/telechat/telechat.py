@@ -1,5 +1,5 @@
 """TeleChat for training and prediction: `TelechatModel` (decoder) and `TelechatForCausalLM` (with head and loss)."""
-from typing import Any, Optional, Tuple
+from typing import Any, ClassVar, Optional, Tuple
 
 import mindspore.common.dtype as mstype
 from mindformers.models.modeling_utils import PreTrainedModel
@@ -22,7 +22,7 @@ class TelechatPreTrainedModel(PreTrainedModel):
 
     config_class = TelechatConfig
     base_model_prefix = "telechat"
-    _support_list: list = []
+    _support_list: ClassVar[list] = []
 
 
 class TelechatModel(TelechatPreTrainedModel):
@@ -135,6 +135,7 @@ class TelechatForCausalLM(TelechatPreTrainedModel):
         self.config = config
         self.use_past = config.use_past
         self.is_first_iteration = True
+        self.argmax = kernels.argmax_last            # MindFormers' generator picks greedy tokens with it
         self.ignore_token_id = config.ignore_token_id
         self.document_boundaries = config.document_boundaries
         self.tied = config.tie_word_embeddings

@@ -39,7 +39,7 @@ set_output_path = first_import("mindformers.tools:set_output_path", "mindformers
 
 
 def apply_template(recipe: Any) -> Any:
-    """The recipe with MindFormers' defaults filled in and its unknown keys refused (ConfigError), as a config object."""
+    """The recipe as a config object, with MindFormers' defaults; ConfigError for keys that it does not know."""
     template = first_import("mindformers.tools.register.template:ConfigTemplate",
                             "mindformers.utils.config:ConfigTemplate")
     plain = recipe.to_dict()
@@ -96,5 +96,5 @@ def _cpu_barrier(*_args: Any, **_kwargs: Any) -> None:
         ms.mint.distributed.barrier()
 
 
-__all__ = ["LayerSetting", "MindFormerModuleType", "apply_template", "first_import", "lazy_inline", "mindformers_version",
-           "on_cpu", "plugin_class", "prepare_cpu", "set_output_path"]
+__all__ = ["LayerSetting", "MindFormerModuleType", "apply_template", "first_import", "lazy_inline",
+           "mindformers_version", "on_cpu", "plugin_class", "prepare_cpu", "set_output_path"]

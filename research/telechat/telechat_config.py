@@ -40,7 +40,7 @@ def dtype_name(value: Any) -> str:
 
 def _check_key(key: str, value: Any, field: Field) -> Any:
     """`value` in the type that `field` demands; ConfigError says what was expected and found."""
-    if value is None and field.optional or field.kind == "any":
+    if (value is None and field.optional) or field.kind == "any":
         return value
     if field.kind == "dtype":
         name = dtype_name(value)
