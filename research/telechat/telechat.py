@@ -135,7 +135,7 @@ class TelechatForCausalLM(TelechatPreTrainedModel):
         self.config = config
         self.use_past = config.use_past
         self.is_first_iteration = True
-        self.argmax = kernels.argmax_last            # MindFormers' generator picks greedy tokens with it
+        self.argmax = kernels.argmax                 # MindFormers' generator picks greedy tokens with it
         self.ignore_token_id = config.ignore_token_id
         self.document_boundaries = config.document_boundaries
         self.tied = config.tie_word_embeddings

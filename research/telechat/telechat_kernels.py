@@ -35,9 +35,9 @@ def gather_labels() -> bool:
     return on_cpu()
 
 
-def argmax_last(logits: Tensor) -> Tensor:
-    """Index of the largest logit of each row, [..., V] -> [...]; works on every device."""
-    return ms.ops.argmax(logits, -1)
+def argmax(logits: Tensor, axis: int = -1) -> Tensor:
+    """Index of the largest logit along `axis`; unlike mint.argmax, it exists on every device."""
+    return ms.ops.argmax(logits, axis)
 
 
 class RMSNormKernel(nn.Cell):
