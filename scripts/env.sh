@@ -182,6 +182,7 @@ telechat_env() {
     if [ -n "${TELECHAT_PYTHON:-}" ]; then
         current=$(command -v "$TELECHAT_PYTHON") ||
             telechat_die "TELECHAT_PYTHON=$TELECHAT_PYTHON is no program that can be run."
+        current=$(cd "$(dirname "$current")" && pwd)/$(basename "$current")
         telechat_use_own "$current" "$@"
     else
         current=$(command -v python3 || command -v python || true)

@@ -25,7 +25,7 @@ def requirements(extras: List[str]) -> List[str]:
 
 
 def is_installed(requirement: str) -> bool:
-    """Whether a distribution, or else a module, of the requirement's name is there (a source checkout has no metadata)."""
+    """Whether a distribution of this name is there, or a module (a source checkout has no metadata)."""
     name = re.match(r"[A-Za-z0-9._-]+", requirement).group()
     try:
         metadata.version(name)
