@@ -1,8 +1,9 @@
 """`TelechatTokenizer`: the vocabulary of a TeleChat model as a MindFormers tokenizer, for YAML and the text generator.
 
 Thin: what a text's ids are, and what ids mean, is decided in telechat_vocab; this file adds what MindFormers expects of
-a tokenizer (batches, padding, special token properties, saving). It is not used where a user's text must not be able to
-hold markers: there, telechat_conversation renders the conversation.
+a tokenizer (batches, padding, special token properties, saving). Encoding a text here takes the markers in it as
+tokens; where a user's text must not be able to hold any, telechat_conversation renders the conversation, as
+`apply_chat_template` does.
 """
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
 
 from research.telechat.telechat_compat import MindFormerModuleType, plugin_class
+from research.telechat.telechat_conversation import Renderer, detect_template
 from research.telechat.telechat_vocab import Vocab, VocabError
 from research.telechat.telechat_vocab_files import JSON_FILE, MODEL_FILE
 
@@ -94,6 +96,10 @@ class TelechatTokenizer(PreTrainedTokenizer):
         """Text of the pieces."""
         return self.vocab.decode(self.convert_tokens_to_ids(tokens))
 
+    def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> str:
+        """Text of ids (list, array or tensor), or of a single id, which MindFormers' own method does not take."""
+        return super().decode([token_ids] if isinstance(token_ids, int) else token_ids, *args, **kwargs)
+
     def build_inputs_with_special_tokens(self, token_ids_0: List[int],
                                          token_ids_1: Optional[List[int]] = None) -> List[int]:
         """The ids of one text, or of two, each with bos and eos as this tokenizer was told."""
@@ -106,6 +112,29 @@ class TelechatTokenizer(PreTrainedTokenizer):
         if not already_has_special_tokens:
             token_ids_0 = self.build_inputs_with_special_tokens(token_ids_0, token_ids_1)
         return [int(token_id in self.vocab.special_ids) for token_id in token_ids_0]
+
+    def apply_chat_template(self, conversation: Any, chat_template: Optional[str] = None,
+                            add_generation_prompt: bool = False, tokenize: bool = True, padding: Any = False,
+                            truncation: bool = False, max_length: Optional[int] = None, return_tensors: Any = None,
+                            tools: Any = None, **kwargs: Any) -> Any:
+        """Token ids of a conversation (a list of messages with role and content), written as its family writes them.
+
+        MindFormers' `chat` calls it. With `truncation` the oldest turns are dropped until `max_length` ids are left.
+        A Jinja template, given here or to the tokenizer, is used instead; it cannot keep typed markers from becoming
+        tokens. Raises ConversationError, ConfigError.
+        """
+        if chat_template is not None or self.chat_template is not None:
+            return super().apply_chat_template(conversation, chat_template, add_generation_prompt, tokenize, padding,
+                                               truncation, max_length, return_tensors, **kwargs)
+        messages = getattr(conversation, "messages", conversation)
+        if add_generation_prompt:
+            ids = self._renderer.prompt(messages, tools, max_length if truncation else None)
+        else:
+            ids = self._renderer.render(messages, tools)[0]
+        if not tokenize:
+            return self.vocab.decode(ids)
+        return self.prepare_for_model(ids, add_special_tokens=False, padding="max_length" if padding else False,
+                                      max_length=max_length, return_tensors=return_tensors)["input_ids"]
 
     def save_vocabulary(self, save_directory: str, filename_prefix: Optional[str] = None) -> Tuple[str]:
         """Copy the vocabulary file into `save_directory`; its path, as a tuple. VocabError if that fails."""
@@ -131,6 +160,10 @@ class TelechatTokenizer(PreTrainedTokenizer):
         return self.vocab.pieces()
 
     @property
+    def _renderer(self) -> Renderer:
+        return Renderer(detect_template(self.vocab), self.vocab)
+
+    @property
     def _prefix_ids(self) -> List[int]:
         return [self.bos_token_id] if self.add_bos_token else []
 
@@ -148,9 +181,9 @@ class TelechatTokenizer(PreTrainedTokenizer):
     def _convert_id_to_token(self, index: int) -> str:
         return self.vocab.id_to_token(index)
 
-    def _decode(self, token_ids: Union[int, List[int]], skip_special_tokens: bool = False,
+    def _decode(self, token_ids: List[int], skip_special_tokens: bool = False,
                 clean_up_tokenization_spaces: Optional[bool] = None, **kwargs: Any) -> str:
-        text = self.vocab.decode([token_ids] if isinstance(token_ids, int) else token_ids, skip_special_tokens)
+        text = self.vocab.decode(token_ids, skip_special_tokens)
         if clean_up_tokenization_spaces or (clean_up_tokenization_spaces is None and self.clean_up_tokenization_spaces):
             return self.clean_up_tokenization(text)
         return text
