@@ -1,8 +1,9 @@
 """How a conversation is written as token ids: the one renderer for preprocessing, prediction and serving.
 
 Messages (role and content) become token ids and a loss mask for training, or the prompt of a generation. What differs
-between the families is a field of a `Template` (telechat_templates). The file knows no vocabulary file (telechat_vocab reads those), no data
-format (telechat_records reads those) and no sequence length of training (telechat_packing cuts and packs).
+between the families is a field of a `Template` (telechat_templates). The file knows no vocabulary file (telechat_vocab
+reads those), no data format (telechat_records reads those) and no sequence length of training (telechat_packing cuts
+and packs).
 
 Two steps, so that preprocessing can encode the texts of many conversations in one call: `Renderer.plan` gives the
 texts, `Renderer.assemble` puts their ids between the markers. `render` and `prompt` do both for one conversation.
@@ -19,8 +20,8 @@ from typing import Any, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 from research.telechat.telechat_templates import Template, detect_template, get_template
 from research.telechat.telechat_variants import ConfigError
 
-__all__ = ["ConversationError", "Message", "Plan", "Prompt", "Rendered", "Renderer", "Span", "detect_template", "get_template",
-           "to_message"]
+__all__ = ["ConversationError", "Message", "Plan", "Prompt", "Rendered", "Renderer", "Span", "detect_template",
+           "get_template", "to_message"]
 
 SYSTEM, USER, BOT, TOOL = "system", "user", "bot", "tool"
 ROLE_ALIASES = {
@@ -72,7 +73,8 @@ class Rendered(NamedTuple):
     ids: List[int]
     loss: List[Tuple[int, bool]]             # run lengths: (number of ids, whether the loss counts there)
     turns: List[int]                         # position at which each turn begins
-    separator: int                           # number of ids between two turns, which belong to neither
+    separator: int = 0                       # number of ids between two turns, which belong to neither
+    opening: int = 1                         # number of ids of the marker with which a turn begins
 
     def mask(self) -> List[int]:
         """1 where the loss counts, else 0; as long as `ids`."""
@@ -127,6 +129,7 @@ class Renderer:
             self.system_id = self._marker("system", template.system)
         self._prompt_start = self._marker("start", template.prompt_start) if template.prompt_start else None
         self._separator = tuple(vocab.encode(template.separator)) if template.separator else ()
+        self._opening = 1
         if self.as_text:
             self._set_up_text_markers()
 
@@ -178,7 +181,8 @@ class Renderer:
             loss.append((len(part) - span.tail, span.loss))
             if span.tail:
                 loss.append((span.tail, False))
-        return Rendered(ids, loss, [positions[start] for start in plan.turns], len(self._separator))
+        return Rendered(ids, loss, [positions[start] for start in plan.turns], len(self._separator),
+                        self._opening)
 
     # Generation
 
@@ -353,6 +357,7 @@ class Renderer:
         template = self.template
         words = (template.user, template.bot, template.text_end)
         self._typed_marker = re.compile("(" + "|".join(map(re.escape, words)) + ")")
+        self._opening = len(self.vocab.encode(template.user))
         self._text_end_length = len(self._continued(template.text_end))
         self._spelt = {word: tuple(token for char in word for token in self._continued(char)) for word in words}
 

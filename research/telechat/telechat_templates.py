@@ -1,4 +1,4 @@
-"""The table of chat templates: how each family of TeleChat writes a conversation. Data only; telechat_conversation renders.
+"""The table of chat templates: how each family of TeleChat writes a conversation. Data only, no rendering.
 
 `Variant.chat_template` (telechat_variants) names the template of a model; where no model is named, the markers in its
 vocabulary tell the family.

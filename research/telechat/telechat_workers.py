@@ -1,0 +1,125 @@
+"""Runs a function over a stream in several processes, with results in the order of the stream.
+
+Unlike the pools of the standard library it holds only a bounded part of the stream, notices a worker that was killed,
+and leaves no worker behind when the main process is.
+"""
+import multiprocessing
+import queue
+import signal
+import threading
+import traceback
+from collections import deque
+from typing import Any, Callable, Iterable, Iterator, List
+
+_DEPTH = 4                                   # items in the hands of one worker: it must not wait for the main process
+
+
+class WorkerError(RuntimeError):
+    """A worker process failed; one line that says how."""
+
+
+def ordered_map(make: Callable[[], Callable[[Any], Any]], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """`make()(item)` of each item, in order. With `workers` below 2 in this process.
+
+    `make` is called once in each worker. An exception of the function is raised here, in its item's place; a worker
+    that dies raises WorkerError.
+    """
+    if workers < 2:
+        yield from map(make(), items)
+        return
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+    pipes = [context.Pipe() for _ in range(workers)]
+    mine = [pipe[0] for pipe in pipes]
+    processes = []
+    try:
+        for number in range(workers):
+            others = mine + [pipe[1] for index, pipe in enumerate(pipes) if index != number]
+            process = context.Process(target=_work, args=(make, pipes[number][1], others), daemon=True)
+            process.start()
+            processes.append(process)
+        for _, theirs in pipes:
+            theirs.close()
+        yield from _run(mine, processes, iter(items))
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+        for connection in mine:
+            connection.close()
+
+
+def _run(connections: List[Any], processes: List[Any], items: Iterator[Any]) -> Iterator[Any]:
+    waiting: deque[int] = deque()              # the worker of each item that is on its way, in order
+    sent = 0
+    exhausted = False
+    while True:
+        while not exhausted and len(waiting) < _DEPTH * len(connections):
+            try:
+                item = next(items)
+            except StopIteration:
+                exhausted = True
+                break
+            number = sent % len(connections)
+            _guard(connections[number].send, processes[number], item)
+            waiting.append(number)
+            sent += 1
+        if not waiting:
+            return
+        number = waiting.popleft()
+        failed, result = _guard(connections[number].recv, processes[number])
+        if failed:
+            raise result
+        yield result
+
+
+def _guard(call: Callable[..., Any], process: Any, *args: Any) -> Any:
+    try:
+        return call(*args)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        process.join(5)
+        raise WorkerError(f"a worker process has died (exit code {process.exitcode}; -9: it was killed, often for want "
+                          "of memory); try again with a smaller --num_workers") from None
+
+
+def _work(make: Callable[[], Callable[[Any], Any]], connection: Any, others: List[Any]) -> None:
+    """The worker: one thread receives, one computes, one sends, so that the pipe never blocks the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)             # the main process decides what an interruption means
+    for other in others:                                     # inherited; would hide the main process's end from us
+        other.close()
+    arrived: queue.Queue[Any] = queue.Queue()
+    finished: queue.Queue[Any] = queue.Queue()
+    threading.Thread(target=_receive, args=(connection, arrived), daemon=True).start()
+    threading.Thread(target=_send, args=(connection, finished), daemon=True).start()
+    function = None
+    while True:
+        item = arrived.get()
+        if item is _END:
+            return
+        try:
+            function = function or make()
+            finished.put((False, function(item)))
+        except Exception as err:
+            known = isinstance(err, (ValueError, OSError, MemoryError))
+            finished.put((True, err if known else WorkerError("".join(traceback.format_exception(
+                type(err), err, err.__traceback__)))))
+
+
+_END = object()
+
+
+def _receive(connection: Any, arrived: queue.Queue[Any]) -> None:
+    try:
+        while True:
+            arrived.put(connection.recv())
+    except (EOFError, OSError):
+        arrived.put(_END)                                    # the main process is gone
+
+
+def _send(connection: Any, finished: queue.Queue[Any]) -> None:
+    try:
+        while True:
+            connection.send(finished.get())
+    except OSError:
+        return
