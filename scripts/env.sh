@@ -45,7 +45,7 @@ telechat_find_python() {
             printf '%s\n' "$path"
             return
         fi
-        without_venv=$path
+        without_venv=${without_venv:-$path}
     done
     if [ -n "$without_venv" ]; then
         telechat_die "$without_venv has no venv module, so .venv cannot be made." \

@@ -1,5 +1,5 @@
-"""The quick start: a tiny TeleChat-12B-shaped model learns the conversations in examples/, on a CPU, by the commands that
-a real model takes on an Ascend machine.
+"""The quick start: a tiny TeleChat-12B-shaped model learns the conversations in examples/, on a CPU, by the same
+commands that a real model takes on an Ascend machine.
 
 Started by quickstart.sh, which makes the environment. Everything goes to quickstart_output/; a step whose inputs have
 not changed is reused (step_runner.py). The model is far too small to know anything else than these conversations.
