@@ -1,0 +1,186 @@
+"""Benchmark: time and peak memory of checkpoint conversion, beside a plain copy of the same bytes on the same disk.
+
+    python benchmarks/convert.py --work_dir DIR [--gigabytes 4.8] [--cold] [--json FILE]
+
+Makes a random checkpoint of the given size in DIR (twice that much space is needed), converts it by the commands that
+users run, and deletes everything again. Copies and conversions take turns; each is a process of its own, its peak
+resident memory is VmHWM. The input is in the page cache for both, unless --cold drops it before each step.
+Targets: at most 3 times the copy, at most 1.5 GB of memory more than the largest tensor.
+"""
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from research.telechat.telechat_checkpoint_write import (
+    OutputFile,
+    OutTensor,
+    bin_layout,
+    cut_shards,
+    index_text,
+    publish,
+    safetensors_layout,
+)
+from research.telechat.telechat_hf_config import hf_config
+from research.telechat.telechat_variants import Variant, get_variant
+from research.telechat.telechat_weights import hf_buffers, parameters
+
+_ROW = ("{model:13} {input:>11} -> {output:11} {gigabytes:5.2f} GB {seconds:6.1f} s | copy {copy_seconds:5.1f} s, "
+        "to disk {copy_to_disk_seconds:5.1f} s | ratio {ratio:4.2f} | peak {peak_gigabytes:.2f} GB, largest tensor "
+        "{largest_tensor_gigabytes:.2f} GB")
+TIME_TARGET, MEMORY_TARGET = 3.0, 1.5e9
+_COMMANDS = ROOT / "research" / "telechat"
+# Runs a command in this process and prints its own high-water mark of resident memory, in bytes, as the last line.
+_MEASURED = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+sys.path[0] = ""
+code = 0
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as err:
+    code = err.code or 0
+with open("/proc/self/status") as status:
+    print(next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")))
+sys.exit(code)
+"""
+
+
+def make_checkpoint(folder: Path, variant: Variant, kind: str, shard: int) -> Tuple[int, int]:
+    """Write a random official checkpoint (bfloat16); (bytes, bytes of the largest tensor)."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    noise = (rng.standard_normal(1 << 22).astype(np.float32) * 0.05).view(np.uint32)
+    noise = (noise >> 16).astype(np.uint16).view(np.uint8)
+    tensors = [OutTensor(param.hf_name, "BF16", param.hf_shape) for param in parameters(variant)]
+    tensors += [OutTensor(name, "BF16", ()) for name in hf_buffers(variant)]
+    parts = cut_shards(tensors, shard)
+    stem, suffix = ("pytorch_model", ".bin") if kind == "bin" else ("model", ".safetensors")
+    layouts = []
+    for number, part in enumerate(parts, 1):
+        path = folder / f"{stem}-{number:05d}-of-{len(parts):05d}{suffix}"
+        layouts.append(bin_layout(path, part) if kind == "bin" else safetensors_layout(path, part, {"format": "pt"}))
+        output = OutputFile(layouts[-1], 0)
+        for tensor in part:
+            for start in range(0, tensor.nbytes, noise.nbytes):
+                output.write(tensor.name, start, memoryview(noise)[:min(noise.nbytes, tensor.nbytes - start)])
+        output.finish()
+    publish(layouts)
+    (folder / f"{stem}{suffix}.index.json").write_text(index_text(layouts))
+    (folder / "config.json").write_text(json.dumps(hf_config(variant)))
+    return sum(layout.size for layout in layouts), max(tensor.nbytes for tensor in tensors)
+
+
+def with_layers(name: str, size: float) -> Variant:
+    """The variant, with as many layers as make `size` bytes in 16 bits; all other sizes, and so the tensors, real."""
+    variant = get_variant(name)
+    one, two = (sum(int(np.prod(param.shape)) for param in parameters(replace(variant, num_layers=n))) for n in (1, 2))
+    layers = max(1, -(-int(size / 2 - (2 * one - two)) // (two - one)))
+    return replace(variant, num_layers=layers)
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Ask the system to forget the folder's files."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def measure(command: Sequence[str], source: Path, cold: bool) -> Tuple[float, Optional[int]]:
+    """(seconds, peak resident bytes) of a command; copies print no peak."""
+    if cold:
+        drop_from_cache(source)
+    else:
+        for path in source.iterdir():
+            with open(path, "rb") as file:
+                while file.read(1 << 24):
+                    pass
+    os.sync()
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    seconds = time.monotonic() - started
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    lines = done.stdout.split()
+    return seconds, int(lines[-1]) if lines and command[0] == sys.executable else None
+
+
+OUTPUTS = {"safetensors": ["--format", "safetensors"], "ckpt": ["--format", "ckpt"],
+           "float32": ["--format", "safetensors", "--dtype", "float32"],
+           "verified": ["--format", "safetensors", "--verify"]}
+
+
+def run_case(work: Path, name: str, kind: str, args: argparse.Namespace) -> List[Dict[str, Any]]:
+    """Make one checkpoint; copy and convert it, by turns; what was measured, a row for each kind of output."""
+    source, out = work / "source", work / "out"
+    total, largest = make_checkpoint(source, with_layers(name, args.gigabytes * 1e9), kind,
+                                     10**9 if kind == "bin" else 2 * 10**9)
+    commands = {"copy": ["cp", "-r", str(source), str(out)],
+                "copy to disk": ["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(source), str(out)]}
+    for output in args.outputs:
+        commands[output] = [sys.executable, "-c", _MEASURED, str(_COMMANDS / "convert_weight_torch_to_ms.py"),
+                            "--torch_path", str(source), "--model_name", name, "--mindspore_path", str(out),
+                            *OUTPUTS[output]]
+    times: Dict[str, List[float]] = {step: [] for step in commands}
+    peaks: Dict[str, int] = {}
+    for _ in range(args.repeat):
+        for step, command in commands.items():
+            seconds, peak = measure(command, source, args.cold)
+            shutil.rmtree(out)
+            times[step].append(seconds)
+            peaks[step] = max(peaks.get(step, 0), peak or 0)
+    shutil.rmtree(source)
+    median = {step: float(np.median(values)) for step, values in times.items()}
+    return [{"model": name, "input": kind, "output": output, "gigabytes": total / 1e9, "seconds": median[output],
+             "copy_seconds": median["copy"], "copy_to_disk_seconds": median["copy to disk"],
+             "ratio": median[output] / median["copy"], "peak_gigabytes": peaks[output] / 1e9,
+             "largest_tensor_gigabytes": largest / 1e9, "all_seconds": times,
+             "ok": median[output] <= TIME_TARGET * median["copy"] and peaks[output] <= MEMORY_TARGET + largest}
+            for output in args.outputs]
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the benchmark; 0 where every target is met."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work_dir", type=Path, required=True, help="where the checkpoint is made")
+    parser.add_argument("--gigabytes", type=float, default=4.8)
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each step; the median counts (default: 3)")
+    parser.add_argument("--cold", action="store_true", help="drop the input from the page cache before each step")
+    parser.add_argument("--cases", nargs="+", default=["telechat_12b:safetensors", "telechat_12b:bin",
+                                                       "telechat_52b:safetensors"], metavar="MODEL:INPUT")
+    parser.add_argument("--outputs", nargs="+", default=["safetensors", "ckpt"], choices=list(OUTPUTS))
+    parser.add_argument("--json", type=Path, help="also write the results there")
+    args = parser.parse_args(argv)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    results: List[Dict[str, Any]] = []
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+          f"{'cold' if args.cold else 'warm'} input, median of {args.repeat}")
+    for case in args.cases:
+        name, _, kind = case.partition(":")
+        with tempfile.TemporaryDirectory(dir=args.work_dir, prefix="convert-benchmark-") as folder:
+            rows = run_case(Path(folder), name, kind, args)
+        for row in rows:
+            print(_ROW.format(**row), "" if row["ok"] else "MISSED", flush=True)
+        results.extend(rows)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    return 0 if all(row["ok"] for row in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
