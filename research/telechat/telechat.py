@@ -9,6 +9,8 @@ from mindspore.ops import operations as P
 from research.telechat import telechat_kernels as kernels
 from research.telechat.telechat_compat import LayerSetting, MindFormerModuleType, lazy_inline, plugin_class
 from research.telechat.telechat_config import TelechatConfig
+from research.telechat.telechat_generation import TelechatGenerationMixin
+from research.telechat.telechat_kv_cache import GenerationStep, RotaryTables, rotates_on_read
 from research.telechat.telechat_layer import RMSNorm, TelechatEmbedding, TelechatLinear
 from research.telechat.telechat_loss import CrossEntropyLoss
 from research.telechat.telechat_mask import AttentionMask
@@ -40,17 +42,35 @@ class TelechatModel(TelechatPreTrainedModel):
             self.layers.append(layer)
         self.mask = AttentionMask(config)
         self.norm_out = RMSNorm(config)
+        self.use_past = config.use_past
+        self.by_length = rotates_on_read(config)
+        if self.use_past:
+            self.step = GenerationStep(config)
+        elif self.by_length:
+            self.tables = RotaryTables(config)
         self.shard(config)
 
     def construct(self, tokens: Tensor, attention_mask: Optional[Tensor] = None,
-                  actual_seq_len: Optional[Tensor] = None) -> Tensor:
+                  actual_seq_len: Optional[Tensor] = None, lengths: Optional[Tensor] = None,
+                  block_tables: Optional[Tensor] = None, slot_mapping: Optional[Tensor] = None) -> Tensor:
         """tokens: [B, S] int32 -> hidden states after the final norm, [B, S, H].
 
         attention_mask: [B, S], 0 where nothing may look; actual_seq_len: [B, K], ends of packed conversations.
+        Generation only: lengths [B], tokens of each sequence; block_tables and slot_mapping as in telechat_kv_cache.
         """
-        h, rope, mask = self.prepare(tokens, attention_mask, actual_seq_len)
+        cached = None
+        if self.use_past:
+            rope, mask, cached = self.step(tokens, lengths, block_tables, slot_mapping)
+            h = self.tok_embeddings(tokens)
+        elif self.by_length and lengths is not None:
+            h, _, mask = self.prepare(tokens, attention_mask, actual_seq_len)
+            rope = self.tables.all_positions(tokens, lengths)
+        else:
+            h, rope, mask = self.prepare(tokens, attention_mask, actual_seq_len)
+        if self.use_past and mask is None:
+            mask = self.mask(tokens, None, None)
         for layer in self.layers:
-            h = layer(h, rope, mask)
+            h = layer(h, rope, mask, cached)
         return self.norm_out(h)
 
     def prepare(self, tokens: Tensor, attention_mask: Optional[Tensor], actual_seq_len: Optional[Tensor]
@@ -121,7 +141,7 @@ class LMHead(TelechatLinear):
 
 
 @plugin_class(MindFormerModuleType.MODELS)
-class TelechatForCausalLM(TelechatPreTrainedModel):
+class TelechatForCausalLM(TelechatGenerationMixin, TelechatPreTrainedModel):
     """TeleChat with language-model head and loss.
 
     Training: `(input_ids [B, N + 1], labels [B, N + 1])` -> loss, float32 scalar: position i predicts label i + 1;
@@ -146,6 +166,9 @@ class TelechatForCausalLM(TelechatPreTrainedModel):
         self.loss = CrossEntropyLoss(config)
         self.slice = P.StridedSlice()
         self.reshape = P.Reshape()
+        self.gather_rows = P.Gather()
+        self.cumsum = P.CumSum()
+        self.ones_like = P.OnesLike()
         self.shard(config)
         self.load_checkpoint(config)
 
@@ -156,6 +179,8 @@ class TelechatForCausalLM(TelechatPreTrainedModel):
                   slot_mapping: Optional[Tensor] = None) -> Any:
         """The arguments are those that MindFormers' trainer and generator pass, by position."""
         actual_seq_len = input_position if self.document_boundaries else None
+        if batch_valid_length is not None:
+            return self.next_token(input_ids, attention_mask, batch_valid_length, block_tables, slot_mapping)
         if not self.training:
             logits = self.logits(self.model(input_ids, attention_mask, actual_seq_len))
             if labels is None:
@@ -168,6 +193,25 @@ class TelechatForCausalLM(TelechatPreTrainedModel):
         targets = self.slice(input_ids if labels is None else labels, (0, 1), (batch, length), (1, 1))
         logits = self.logits(self.model(tokens, attention_mask, actual_seq_len))   # [B, N, V]
         return self.loss(self.reshape(logits, (-1, logits.shape[-1])), self.reshape(targets, (-1,)))
+
+    def next_token(self, tokens: Tensor, attention_mask: Optional[Tensor], lengths: Tensor,
+                   block_tables: Optional[Tensor], slot_mapping: Optional[Tensor]) -> Tensor:
+        """One step of generation: logits behind the last token of each sequence, [B, V] float32.
+
+        lengths: [1, B] or [B]; the other arguments as in telechat_kv_cache.
+        """
+        lengths = self.reshape(lengths, (-1,))
+        hidden = self.model(tokens, attention_mask, None, lengths, block_tables, slot_mapping)
+        rows = self.reshape(hidden, (-1, hidden.shape[-1]))
+        if not self.use_past or self.is_first_iteration:
+            rows = self.gather_rows(rows, self.last_rows(tokens, lengths), 0)
+        return self.logits(rows)
+
+    def last_rows(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Index of the last token of each sequence among all tokens: prompts padded, or back to back."""
+        if self.use_past and self.model.step.flat_prefill:
+            return self.cumsum(lengths, 0) - 1
+        return (self.cumsum(self.ones_like(lengths), 0) - 1) * tokens.shape[1] + lengths - 1
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[.., H] -> [.., V] float32."""

@@ -6,12 +6,14 @@ from typing import Any
 
 import mindspore as ms
 import mindspore.common.dtype as mstype
+import numpy as np
 from mindformers.modules.flash_attention import FlashAttention
 from mindformers.tools.logger import logger
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
 
 from research.telechat.telechat_compat import on_cpu
+from research.telechat.telechat_rope import rule_is_constant
 
 
 def matmul_dtype(dtype: Any) -> Any:
@@ -23,8 +25,13 @@ def matmul_dtype(dtype: Any) -> Any:
 
 
 def use_flash_attention(config: Any) -> bool:
-    """Whether attention runs in the flash attention kernel: asked for, and the device has it."""
-    return bool(config.use_flash_attention) and not on_cpu()
+    """Whether attention runs in the flash attention kernel: asked for, and the device and the cache allow it."""
+    return bool(config.use_flash_attention) and not on_cpu() and (not config.use_past or use_paged_attention(config))
+
+
+def use_paged_attention(config: Any) -> bool:
+    """Whether the KV cache works with the fused kernels, which need keys that are rotated once and for all."""
+    return config.use_past and not on_cpu() and rule_is_constant(config.rope_rule, config.seq_length)
 
 
 def gather_labels() -> bool:
@@ -89,3 +96,25 @@ def flash_attention(config: Any) -> FlashAttention:
         use_attention_mask=not config.use_ring_attention, use_ring_attention=config.use_ring_attention)
     kernel.shard(config.parallel_config)
     return kernel
+
+
+class FlatFlashAttention(nn.Cell):
+    """Causal flash attention over prompts that stand back to back, for generation with is_dynamic."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.kernel = FlashAttention(head_num=config.num_heads, pre_tokens=2147483647, next_tokens=0,
+                                     scale_value=config.head_dim ** -0.5, input_layout="TH", use_attention_mask=True)
+        self.kernel.shard(config.parallel_config)
+        # The kernel repeats this triangle; what stands in it depends on the type (MindFormers' inference attention).
+        forbidden = 1.0 if config.compute_dtype == mstype.bfloat16 else -10000.0
+        self.mask = Tensor(np.triu(np.full((128, 128), forbidden, np.float32), 1), config.compute_dtype)
+        self.reshape = P.Reshape()
+
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+        """query: [1, T, N * D]; key, value: [1, T, N_kv * D]; lengths: [B], tokens of each prompt -> as query."""
+        query = self.reshape(query, (-1, query.shape[-1]))
+        key = self.reshape(key, (-1, key.shape[-1]))
+        value = self.reshape(value, (-1, value.shape[-1]))
+        context = self.kernel(query, key, value, self.mask, None, None, None, lengths, lengths)
+        return self.reshape(context, (1, -1, context.shape[-1]))

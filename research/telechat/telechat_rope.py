@@ -11,8 +11,8 @@ its tables):
   divided by scaling_factor; None: neither.
 """
 import math
-from dataclasses import dataclass
-from typing import Tuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Tuple
 
 import numpy as np
 
@@ -81,3 +81,36 @@ def rope_table(rule: RopeRule, seq_length: int, num_positions: int = 0) -> Tuple
     rounded = _ROUND[rule.table_dtype]
     factor = np.float32(mscale)
     return rounded(factor * rounded(np.cos(angles))), rounded(factor * rounded(np.sin(angles)))
+
+
+class LengthTables(NamedTuple):
+    """Tables for sequences that grow while they are read, as in generation. P = longest sequence, D = head_dim.
+
+    The cos at position p in a sequence of n tokens is rounded(mscale[n] * cos[level[n] * P + p]), rounded to the
+    rule's table_dtype; sin likewise.
+    """
+
+    cos: np.ndarray                  # float32 [levels * P, D], one block of P rows per base of the frequencies
+    sin: np.ndarray                  # float32 [levels * P, D]
+    level: np.ndarray                # int32 [P + 1], by number of tokens
+    mscale: np.ndarray               # float32 [P + 1], by number of tokens
+
+
+def rule_is_constant(rule: RopeRule, max_length: int) -> bool:
+    """Whether all sequences of up to `max_length` tokens have the same tables, so that rotated keys stay valid while a
+    sequence grows. (Both results of rope_scaling never fall with the length.)"""
+    return rope_scaling(rule, 1) == rope_scaling(rule, max_length)
+
+
+def tables_by_length(rule: RopeRule, max_length: int) -> LengthTables:
+    """The tables of every sequence length from 1 to `max_length` tokens."""
+    scalings = [rope_scaling(rule, max(length, 1)) for length in range(max_length + 1)]
+    bases = sorted({base for base, _ in scalings})
+    index = {base: number for number, base in enumerate(bases)}
+    first = {base: length for length, (base, _) in reversed(list(enumerate(scalings)))}
+    plain = replace(rule, mscale=False)
+    tables = [rope_table(plain, max(first[base], 1), max_length) for base in bases]
+    return LengthTables(
+        np.concatenate([cos for cos, _ in tables]), np.concatenate([sin for _, sin in tables]),
+        np.array([index[base] for base, _ in scalings], np.int32),
+        np.array([mscale for _, mscale in scalings], np.float32))

@@ -5,6 +5,7 @@ from mindspore import Tensor, nn
 from mindspore.ops import operations as P
 
 from research.telechat import telechat_kernels as kernels
+from research.telechat.telechat_kv_cache import ComposedCache, PagedCache, rotates_on_read
 from research.telechat.telechat_layer import RMSNorm, RotaryEmbedding, TelechatFeedForward, TelechatLinear
 
 
@@ -84,18 +85,64 @@ class TelechatAttention(nn.Cell):
         self.kv_to_heads = P.Transpose()
         self.merge_heads = P.Transpose()
         self.reshape = P.Reshape()
+        self.use_past = config.use_past
+        if self.use_past:
+            self.is_first_iteration = True
+            self.rotate_on_read = rotates_on_read(config)
+            self.paged = kernels.use_paged_attention(config)
+            self.cache = PagedCache(config) if self.paged else ComposedCache(config)
+            self.flat_prefill = config.is_dynamic
+            if self.paged and self.flat_prefill:
+                self.attend_flat = kernels.FlatFlashAttention(config)
         self.shard(config)
 
-    def construct(self, x: Tensor, rope: Tuple[Tensor, Tensor], mask: Optional[Tensor]) -> Tensor:
-        """x: [B, S, H]; rope: cos and sin (telechat_layer.RotaryEmbedding); mask as the kernel takes it -> [B, S, H]."""
+    def construct(self, x: Tensor, rope: Tuple[Tensor, Tensor], mask: Optional[Tensor],
+                  cached: Optional[Tuple] = None) -> Tensor:
+        """x: [B, S, H]; rope: cos and sin (telechat_layer.RotaryEmbedding); mask as the kernel takes it -> [B, S, H].
+
+        cached: what `telechat_kv_cache.GenerationStep` says of the cache, where there is one.
+        """
         batch, seq, _ = x.shape
         query, key, value = self.project(x)
         cos, sin = rope
         query = self.rotary(self.to_heads(query, (0, 2, 1, 3)), cos, sin)          # [B, N, S, D]
-        key = self.rotary(self.kv_to_heads(key, (0, 2, 1, 3)), cos, sin)           # [B, N_kv, S, D]
+        plain_key = self.kv_to_heads(key, (0, 2, 1, 3))
+        key = self.rotary(plain_key, cos, sin)                                     # [B, N_kv, S, D]
         value = self.kv_to_heads(value, (0, 2, 1, 3))
+        if self.use_past and self.paged:
+            return self.wo(self.attend_paged(query, key, value, mask, cached))
+        if self.use_past:
+            key, value = self.through_cache(plain_key if self.rotate_on_read else key, key, value, cached)
         context = self.merge_heads(self.attend(query, key, value, mask), (0, 2, 1, 3))
         return self.wo(self.reshape(context, (batch, seq, self.hidden_size)))
+
+    def through_cache(self, kept: Tensor, key: Tensor, value: Tensor, cached: Tuple) -> Tuple[Tensor, Tensor]:
+        """Cache `kept` (the key, or the unrotated key) and `value`: [B, N_kv, S, D] each -> the keys and values to look
+        at, [B, N_kv, L, D]: those of this step when prompts are read, all cached ones afterwards."""
+        caches = self.cache(kept, value, cached[0])
+        if self.is_first_iteration:
+            return key, value
+        key, value = self.cache.read(caches, cached[1])
+        if self.rotate_on_read:
+            key = self.rotary(key, *cached[2])
+        return key, value
+
+    def attend_paged(self, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], cached: Tuple) -> Tensor:
+        """As `construct`, after rotation, with the fused kernels of the cache -> [B, S, H]."""
+        slot_mapping, lengths, block_tables = cached
+        flat_key, flat_value = self.flatten(key), self.flatten(value)
+        written = self.cache(flat_key, flat_value, slot_mapping)
+        query = P.Depend()(query, written)
+        if not self.is_first_iteration:
+            return self.cache.attend(self.flatten(query), lengths, block_tables)
+        if self.flat_prefill:
+            return self.attend_flat(self.flatten(query), flat_key, flat_value, lengths)
+        return self.flatten(self.attend(query, key, value, mask))
+
+    def flatten(self, x: Tensor) -> Tensor:
+        """[B, N, S, D] -> [B, S, N * D]."""
+        batch, heads, seq, dim = x.shape
+        return self.reshape(self.merge_heads(x, (0, 2, 1, 3)), (batch, seq, heads * dim))
 
     def project(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """x: [B, S, H] -> queries [B, S, N, D], keys and values [B, S, N_kv, D]."""
@@ -139,9 +186,10 @@ class TelechatDecodeLayer(nn.Cell):
         self.res_dtype = config.res_dtype
         self.shard(config)
 
-    def construct(self, x: Tensor, rope: Tuple[Tensor, Tensor], mask: Optional[Tensor]) -> Tensor:
+    def construct(self, x: Tensor, rope: Tuple[Tensor, Tensor], mask: Optional[Tensor],
+                  cached: Optional[Tuple] = None) -> Tensor:
         """x: [B, S, H] in res_dtype -> the same."""
-        h = self.add_residual(x, self.attention(self.attention_norm(x), rope, mask))
+        h = self.add_residual(x, self.attention(self.attention_norm(x), rope, mask, cached))
         return self.add_residual(h, self.feed_forward(self.ffn_norm(h)))
 
     def add_residual(self, x: Tensor, y: Tensor) -> Tensor:
