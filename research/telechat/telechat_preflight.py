@@ -8,10 +8,10 @@ from typing import Any, Dict, List, Tuple
 
 from mindformers.tools.logger import logger
 
+from research.telechat import telechat_dataset_meta as dataset_meta
 from research.telechat.telechat_checkpoint import CheckpointError
 from research.telechat.telechat_checkpoint_files import open_mindspore
 from research.telechat.telechat_config import TelechatConfig
-from research.telechat.telechat_dataset_meta import check_dataset_meta
 from research.telechat.telechat_variants import ConfigError
 from research.telechat.telechat_weights import parameters
 
@@ -83,8 +83,14 @@ def check_dataset(config: Any, section: str) -> None:
         raise ConfigError(f"{section}: no data set is named; give --{section} FILE_OR_FOLDER (made by "
                           "research/telechat/telechat_preprocess.py)")
     model = model_config(config)
+    columns = ["input_ids", "labels", *(["actual_seq_len"] if model.document_boundaries else [])]
+    if config[section].get("input_columns") != columns:
+        logger.info("%s.input_columns: %s, as model_config.document_boundaries is %s.", section, columns,
+                    model.document_boundaries)
+        config[section]["input_columns"] = columns
     for each in path if isinstance(path, (list, tuple)) else [path]:
-        note = check_dataset_meta(each, vocab_size=model.vocab_size, seq_length=model.seq_length,
-                                  pad_token_id=model.pad_token_id)
+        note = dataset_meta.check_dataset(each, vocab_size=model.vocab_size, seq_length=model.seq_length,
+                                          pad_token_id=model.pad_token_id,
+                                          document_boundaries=model.document_boundaries)
         if note:
             logger.warning("%s: %s", section, note)
