@@ -130,6 +130,7 @@ class Renderer:
         self._prompt_start = self._marker("start", template.prompt_start) if template.prompt_start else None
         self._separator = tuple(vocab.encode(template.separator)) if template.separator else ()
         self._opening = 1
+        self._marker_spans = Span((self.user_id,)), Span((self.bot_id,)), Span((self.end_id,), loss=True)
         if self.as_text:
             self._set_up_text_markers()
 
@@ -286,10 +287,10 @@ class Renderer:
 
     def _turn(self, turn: List[Message]) -> List[Span]:
         """One turn with markers as ids."""
-        spans = [Span((self.user_id,))]
-        spans += [Span(text=self._question(turn))]
+        user, bot, end = self._marker_spans
+        spans = [user, Span((), self._question(turn))]
         if turn[-1].role == BOT:
-            spans += [Span((self.bot_id,)), Span(text=_answer(turn[-1]), loss=True), Span((self.end_id,), loss=True)]
+            spans += [bot, Span((), _answer(turn[-1]), True), end]
         return spans
 
     def _text_turn(self, turn: List[Message], last: bool) -> List[Span]:

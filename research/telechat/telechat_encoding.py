@@ -9,7 +9,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from research.telechat.telechat_conversation import ConversationError, Renderer
-from research.telechat.telechat_packing import Cut, cut
+from research.telechat.telechat_packing import Cut, cut, marked_ids
 from research.telechat.telechat_records import RecordError, detect_format, parse_record
 from research.telechat.telechat_sources import Chunk, Source, peek_records
 from research.telechat.telechat_variants import ConfigError
@@ -67,18 +67,17 @@ class Encoder:
             if conversation.messages[0].role == "system" and self.renderer.system_id is None:
                 counts[f"note: system prompt, policy {self.renderer.system_policy!r}"] += 1
         encoded = iter(self.renderer.vocab.encode_batch([text for plan in plans for text in plan.texts], num_threads=1))
+        conversations = [self.renderer.assemble(plan, encoded) for plan in plans]
         pieces: List[np.ndarray] = []
-        lengths = []
-        for plan in plans:
-            rendered = self.renderer.assemble(plan, encoded)
-            lengths.append(len(rendered.ids))
-            result = cut(rendered, self.limit, self.long)
+        for rendered, marked in zip(conversations, marked_ids(conversations)):
+            result = cut(rendered, marked, self.limit, self.long)
             pieces += result.pieces
-            _count(counts, result, len(rendered.ids))
+            _count(counts, result, len(marked))
         tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
         counts["answer tokens"] = int((tokens >= 0).sum())
-        return Encoded(chunk.source, tokens, np.array([len(piece) for piece in pieces], np.int32),
-                       np.array(lengths, np.int32), dict(counts), errors, chunk.progress)
+        sizes = np.array([len(piece) for piece in pieces], np.int32)
+        lengths = np.array([len(rendered.ids) for rendered in conversations], np.int32)
+        return Encoded(chunk.source, tokens, sizes, lengths, dict(counts), errors, chunk.progress)
 
 
 def _count(counts: Counter[str], result: Cut, tokens: int) -> None:

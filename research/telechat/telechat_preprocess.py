@@ -98,7 +98,7 @@ def preprocess(args: argparse.Namespace) -> dict:
     columns = {"input_ids": length, "labels": length, **({"actual_seq_len": slots} if slots else {})}
     encoder = Encoder(renderer, formats, length, args.long)
     report = Report(length)
-    packer = FirstFitPacker(length, args.pack_window, slots - 1 if slots else length)
+    packer = FirstFitPacker(length, args.pack_window, slots - 1 if slots else length, args.seed)
     shuffle = ShuffleBuffer(args.shuffle_buffer, args.seed)
     with DatasetWriter(Path(args.output_path), columns, args.file_megabytes << 20) as writer:
         chunks = read_chunks(sources, args.seed, _CHUNK_BYTES)
