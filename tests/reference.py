@@ -102,7 +102,7 @@ def forward(hf: Dict[str, Any], weights: Dict[str, np.ndarray], ids: np.ndarray,
             x = x + (gate / (1 + np.exp(-gate)) * up) @ w[p + "mlp.down_proj.weight"].T + w[p + "mlp.down_proj.bias"]
         states.append(x)
     states[-1] = _norm(x, w["ln_f.weight"], eps)
-    head = w["lm_head.weight"] if "lm_head.weight" in w else table
+    head = w.get("lm_head.weight", table)
     scale = hf["output_mult"] / hf["mup_scale_factor"] if fused and hf.get("use_mup") else 1.0
     return states[-1] @ head.T * scale, states
 

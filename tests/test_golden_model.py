@@ -41,7 +41,8 @@ def golden(request):
 
 
 def test_logits(golden):
-    np.testing.assert_allclose(logits_of(golden.model, golden.vectors["input_ids"]), golden.vectors["logits"], atol=1e-4)
+    got = logits_of(golden.model, golden.vectors["input_ids"])
+    np.testing.assert_allclose(got, golden.vectors["logits"], atol=1e-4)
 
 
 def test_logits_full_precision_rotary(golden):

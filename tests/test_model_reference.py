@@ -71,7 +71,7 @@ def test_document_boundaries_give_the_losses_of_each_alone():
     lengths = [9, 5, 10]                                   # 24 positions
     ids = RNG.integers(4, hf["vocab_size"], (1, 25))
     expected, _ = forward(hf, weights, ids[:, :24], documents=lengths)
-    ends = ms.Tensor(np.array([np.cumsum(lengths).tolist() + [24, 24]], np.int32))
+    ends = ms.Tensor(np.array([[*np.cumsum(lengths).tolist(), 24, 24]], np.int32))
     model = build_model(hf, weights, document_boundaries=True)
     np.testing.assert_allclose(logits_of(model, ids[:, :24], input_position=ends), expected, atol=2e-4)
     start = 0

@@ -137,7 +137,7 @@ def test_missing_recipe(capsys):
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("a: [1", "not valid YAML"), ("- 1", "must hold keys"), ("base_config: nowhere.yaml", "nowhere.yaml does not exist"),
+    ("a: [1", "not valid YAML"), ("- 1", "must hold keys"), ("base_config: no.yaml", "no.yaml does not exist"),
     ("base_config: self.yaml", "inherits itself")])
 def test_broken_recipe(capsys, tmp_path, text, words):
     (tmp_path / "self.yaml").write_text(text)
@@ -174,6 +174,11 @@ def test_no_data_set(capsys, tmp_path):
 def test_records_of_another_length(capsys, small_data, tmp_path):
     line = mistake(capsys, command(small_data, tmp_path, "--model.model_config.seq_length", "64"))
     assert "64" in line and str(SEQ) in line
+
+
+def test_fewer_records_than_a_batch(capsys, small_data, tmp_path):
+    line = mistake(capsys, command(small_data, tmp_path, "--batch_size", "5"))
+    assert "holds 4 records, fewer than one step's batch of 5" in line
 
 
 def test_token_ids_beyond_the_vocabulary(capsys, small_data, tmp_path):

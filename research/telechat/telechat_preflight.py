@@ -88,9 +88,29 @@ def check_dataset(config: Any, section: str) -> None:
         logger.info("%s.input_columns: %s, as model_config.document_boundaries is %s.", section, columns,
                     model.document_boundaries)
         config[section]["input_columns"] = columns
+    if model.document_boundaries:            # MindFormers passes columns by name; the model calls the third so
+        config[section]["construct_args_key"] = ["input_ids", "labels", "input_position"]
     for each in path if isinstance(path, (list, tuple)) else [path]:
         note = dataset_meta.check_dataset(each, vocab_size=model.vocab_size, seq_length=model.seq_length,
                                           pad_token_id=model.pad_token_id,
                                           document_boundaries=model.document_boundaries)
         if note:
             logger.warning("%s: %s", section, note)
+    if section == "train_dataset":
+        _check_enough_records(config, path)
+
+
+def _check_enough_records(config: Any, path: Any) -> None:
+    """ConfigError where the data set holds less than one batch: training would end at once without a step."""
+    from mindspore.dataset import MindDataset
+    paths = path if isinstance(path, (list, tuple)) else [path]
+    files = [str(file) for each in paths for file in dataset_meta.data_files(Path(each))]
+    records = MindDataset(files, shuffle=False).get_dataset_size()
+    runner, plan = config.get("runner_config") or {}, config.get("parallel_config") or {}
+    micro = plan.get("micro_batch_num", 1) if plan.get("pipeline_stage", 1) > 1 else 1
+    batch = (runner.get("batch_size", 1) * plan.get("data_parallel", 1) * micro
+             * runner.get("gradient_accumulation_steps", 1) * (config.get("micro_batch_interleave_num") or 1))
+    if records < batch:
+        raise ConfigError(f"train_dataset: {path} holds {records} records, fewer than one step's batch of {batch} "
+                          "(batch_size * data_parallel * micro-batches * accumulation); lower runner_config.batch_size "
+                          "or use more data")
