@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
@@ -171,6 +172,7 @@ class OutputFile:
             save_bin(partial_path(self.layout.path), self._buffers, {tensor.name: tensor.dtype for tensor in tensors},
                      {tensor.name: tensor.shape for tensor in tensors})
             self._buffers = {}
+            self._descriptor = os.open(partial_path(self.layout.path), os.O_RDWR | getattr(os, "O_BINARY", 0))
         self.sync()
         self.close()
 
@@ -250,9 +252,9 @@ def index_text(layouts: Sequence[Layout]) -> str:
 
 
 def check_free_space(folder: Path, needed: int, kept: int) -> None:
-    """CheckpointError if `folder` cannot take `needed` bytes, of which `kept` stand there already."""
-    import shutil
-    free = shutil.disk_usage(folder).free
+    """CheckpointError if `folder`, which need not exist, cannot take `needed` bytes, of which `kept` are there."""
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
     if needed - kept > free:
         raise CheckpointError(f"{folder} has {free / 1e9:.2f} GB free, the result needs {(needed - kept) / 1e9:.2f} "
                               "GB; free some or choose another place")

@@ -3,6 +3,7 @@
 The commands convert_weight_torch_to_ms.py and convert_weight_ms_to_torch.py are thin fronts of `convert`. Names and row
 orders come from telechat_weights, files from telechat_checkpoint*, the moving of bytes from telechat_stream.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -48,12 +49,13 @@ class Source(NamedTuple):
 
 
 class Target(NamedTuple):
-    """The result: its files, and texts that are written beside them at the end (name -> text)."""
+    """The result: its files, and texts that are written beside them at the end."""
 
     layouts: List[Layout]
     texts: Dict[Path, str]
     journal: Path
     official: bool
+    folder_is_model: bool = False        # the folder is loaded as a whole, so that no other weights may lie in it
 
 
 @dataclass
@@ -122,12 +124,10 @@ def convert(source: Source, target: Target, transfers: Dict[str, Transfer], opti
     report = Report(tensors=len(transfers), parameters=sum(map(_elements, transfers.values())))
     started = time.monotonic()
     _check_paths(source, target)
-    folder = target.journal.parent
-    folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(target.journal, _digest(source, target, options), target.layouts)
     report.resumed_tensors = sum(journal.done.values())
     kept = sum(tensor.nbytes for layout in target.layouts for tensor in layout.tensors[:journal.done[layout.path.name]])
-    check_free_space(folder, sum(layout.size for layout in target.layouts), kept)
+    check_free_space(target.journal.parent, sum(layout.size for layout in target.layouts), kept)
     with Stream(options.workers) as stream:
         if source.match.tied_head:
             check_tied_head(source.checkpoint, source.match)
@@ -138,9 +138,16 @@ def convert(source: Source, target: Target, transfers: Dict[str, Transfer], opti
         if report.resumed_tensors:
             say(f"continuing an interrupted conversion: {report.resumed_tensors} of {report.tensors} tensors, "
                 f"{kept / 1e9:.2f} GB, are there already")
-        _write(stream, source, target, transfers, journal, report)
-        if options.verify:
-            report.verified_tensors = _verify(stream, source, target, transfers, journal)
+        target.journal.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(stream, source, target, transfers, journal, report)
+            if options.verify:
+                report.verified_tensors = _verify(stream, source, target, transfers)
+        except CheckpointError:                       # faulty input or disk: continuing later would not mend it
+            for layout in target.layouts:
+                remove(partial_path(layout.path))
+            journal.remove()
+            raise
     publish(target.layouts)
     for path, text in target.texts.items():
         write_text(path, text)
@@ -161,13 +168,14 @@ def _check_paths(source: Source, target: Target) -> None:
     if inputs & outputs:
         raise CheckpointError(f"{sorted(inputs & outputs)[0]} would be overwritten while it is read; "
                               "give another place for the result")
-    first = target.layouts[0].path
-    if len(target.layouts) > 1 or target.texts:
-        strangers = sorted(path.name for path in first.parent.glob("*" + first.suffix)
-                           if path.resolve() not in outputs)
-        if strangers and first.parent.is_dir():
-            raise CheckpointError(f"{first.parent} already holds other weights, which would be loaded with the new "
-                                  f"ones: {', '.join(strangers)}; remove them or give another folder")
+    folder = target.journal.parent
+    if target.folder_is_model and folder.is_dir():
+        ours = outputs | {path.resolve() for path in target.texts}
+        strangers = sorted(path.name for path in folder.iterdir() if path.resolve() not in ours
+                           and (path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")))
+        if strangers:
+            raise CheckpointError(f"{folder} already holds other weights, which would be loaded with the new ones or "
+                                  f"instead: {', '.join(strangers)}; remove them or give another folder")
 
 
 def _digest(source: Source, target: Target, options: Options) -> str:
@@ -226,7 +234,8 @@ def _write(stream: Stream, source: Source, target: Target, transfers: Dict[str, 
                 journal.record(layout.path.name, len(ordered))
             except BaseException:
                 stream.stop()
-                tracker.save()
+                with contextlib.suppress(OSError):     # a full disk: what could not be saved is written again
+                    tracker.save()
                 raise
             finally:
                 output.close()
@@ -253,7 +262,7 @@ class _Tracker:
             if due:
                 self._unsaved = 0
         if due:
-            self.save()
+            self.save()                # by the thread that completed it; the others go on meanwhile
 
     def save(self) -> None:
         """Bring the complete tensors to disk and say so. A .bin file counts only as a whole."""
@@ -264,7 +273,7 @@ class _Tracker:
             self._journal.record(self._output.layout.path.name, prefix)
 
 
-def _verify(stream: Stream, source: Source, target: Target, transfers: Dict[str, Transfer], journal: Journal) -> int:
+def _verify(stream: Stream, source: Source, target: Target, transfers: Dict[str, Transfer]) -> int:
     """Read the result from disk and compare every tensor with what the input gives; the number of tensors compared."""
     wrong: Dict[str, int] = {}
     lock = threading.Lock()
@@ -290,9 +299,6 @@ def _verify(stream: Stream, source: Source, target: Target, transfers: Dict[str,
             finally:
                 result.close()
     if wrong:
-        for layout in target.layouts:
-            remove(partial_path(layout.path))
-        journal.remove()
         raise CheckpointError(f"{len(wrong)} tensors read back from {target.journal.parent} differ from what was "
                               f"written: {', '.join(wrong)}; the disk is faulty, or the input changed; the result was "
                               "deleted")

@@ -2,7 +2,7 @@
 
 They read headers, and of the contents only what they need.
 """
-from typing import List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from research.telechat.telechat_weights import (
 )
 
 _SAMPLED_LAYERS = 4              # fused weights read to tell how they are grouped
-_EXPLAINED = 0.02                # share of variance that a grouping must explain to count as recognised
+_EXPLAINED = 0.02                # share of variance that a grouping must explain at least to count as recognised
 _CHUNK = 32 << 20
 
 
@@ -36,15 +36,17 @@ def check_model(checkpoint: Checkpoint, params: Sequence[Param], official: bool)
         faults.append(f"{len(match.unknown)} are unknown: {summarise(match.unknown)}{hint}")
     if match.duplicate:
         faults.append(f"{len(match.duplicate)} stand twice under two names: {summarise(match.duplicate)}")
+    misfits: Dict[str, List[str]] = {}                     # what is wrong -> the tensors
     for param in params:
         name = match.found.get(param.ms_name)
         if name is None:
             continue
         info, shape = checkpoint.tensors[name], param.hf_shape if official else param.shape
         if info.shape != shape:
-            faults.append(f"{name} has shape {list(info.shape)}, expected {list(shape)}")
+            misfits.setdefault(f"shape {list(info.shape)}, expected {list(shape)}", []).append(name)
         elif info.dtype not in ITEM_SIZE:
-            faults.append(f"{name} has type {info.dtype}, expected {', '.join(NAMES.values())}")
+            misfits.setdefault(f"type {info.dtype}, expected {', '.join(NAMES.values())}", []).append(name)
+    faults += [f"{summarise(names)}: {what}" for what, names in misfits.items()]
     if match.tied_head and checkpoint.tensors[match.tied_head][:2] != checkpoint.tensors[
             match.found.get(params[0].ms_name, match.tied_head)][:2]:
         faults.append(f"{match.tied_head} does not have shape and type of the embeddings it is tied to")
@@ -93,13 +95,14 @@ def check_source_mp(checkpoint: Checkpoint, variant: Variant, match: Match, sour
     scores = {n: float(np.mean([explained_by_groups(norms, 3, n) for norms in sample])) for n in degrees}
     given = own if source_mp is None else source_mp
     best = max(degrees, key=lambda n: (scores[n], n == given))
-    if scores[best] > _EXPLAINED and scores[best] > 2 * scores[given]:
+    recognised = max(_EXPLAINED, 20 / len(sample[0]))      # ten times what chance explains of so many rows
+    if scores[best] > recognised and scores[best] > 2 * scores[given]:
         looks = ("this project's order, without --source_mp" if best == own else f"--source_mp {best}")
         said = ("no --source_mp was given" if source_mp is None else f"--source_mp {source_mp} was given")
         raise CheckpointError(f"{said}, but the rows of {match.found[fused[0].ms_name]} and others are ordered as for "
                               f"{looks}: that order explains {scores[best]:.0%} of the variance of the row sizes, the "
                               f"given one {scores[given]:.0%}")
-    if source_mp is not None and scores[best] <= _EXPLAINED:
+    if source_mp is not None and scores[best] <= recognised:
         checkpoint.notes.append(f"--source_mp {source_mp} could not be confirmed: the rows of q, k and v do not differ "
                                 "in size (as in an untrained model)")
 

@@ -138,14 +138,14 @@ def mindspore_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes:
         return Target([layout], {}, _journal(path), False)
     if path.suffix in (".bin", ".pt", ".pth") and not path.is_dir():
         raise CheckpointError(f"--mindspore_path {path} must end in .ckpt or .safetensors, or be a folder")
-    texts = {path / "config.json": json.dumps(sizes.config, indent=2) + "\n"} if sizes.config is not None else {}
+    texts = _config_text(path, sizes) if sizes.config is not None else {}
     if kind == "ckpt":
         return Target([ckpt_layout(path / "mindspore.ckpt", tensors)], texts, _journal(path / "mindspore.ckpt"), False)
     layouts = _shards(path, "model", ".safetensors", tensors, shard or 5 * 10**9,
                       lambda file, part: safetensors_layout(file, part, metadata))
     for name in INDEX_NAMES:
         texts[path / name] = index_text(layouts)
-    return Target(layouts, texts, _journal(path / "conversion"), False)
+    return Target(layouts, texts, _journal(path / "conversion"), False, True)
 
 
 def official_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: Sizes, shard: Optional[int]) -> Target:
@@ -154,7 +154,7 @@ def official_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: 
         layout = (safetensors_layout(path, tensors, {"format": "pt"}) if path.suffix == ".safetensors"
                   else bin_layout(path, tensors))
         return Target([layout], {}, _journal(path), True)
-    texts = {path / "config.json": json.dumps(sizes.config or hf_config(sizes.variant), indent=2) + "\n"}
+    texts = _config_text(path, sizes)
     if kind == "bin":
         layouts = _shards(path, "pytorch_model", ".bin", tensors, shard or _BIN_SHARD, bin_layout)
         index = BIN_INDEX_NAME
@@ -164,7 +164,17 @@ def official_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: 
         index = INDEX_NAMES[0]
     if len(layouts) > 1:
         texts[path / index] = index_text(layouts)
-    return Target(layouts, texts, _journal(path / "conversion"), True)
+    return Target(layouts, texts, _journal(path / "conversion"), True, True)
+
+
+def _config_text(folder: Path, sizes: Sizes) -> Dict[Path, str]:
+    """The config.json to write into `folder`; none where the one that is there says the same."""
+    path = folder / "config.json"
+    if path.is_file():
+        if variant_from_hf(read_hf_config(path)) == variant_from_hf(sizes.config or hf_config(sizes.variant)):
+            return {}
+        raise ConfigError(f"{path} describes another model; remove it or give another folder")
+    return {path: json.dumps(sizes.config or hf_config(sizes.variant), indent=2) + "\n"}
 
 
 def _journal(path: Path) -> Path:

@@ -250,9 +250,10 @@ def explained_by_groups(row_norms: np.ndarray, parts: int, groups: int) -> float
 
     Projections of a trained model differ in the size of their rows, v from q and k above all, so that the share is
     largest for the grouping that the matrix really has: a wrong one mixes the projections. Freshly initialised
-    weights give about 0 for every grouping. row_norms: [rows], positive.
+    weights give about (parts - 1) / rows for every grouping. row_norms: [rows], not negative; NaN and infinity count
+    as very small and very large.
     """
-    logs = np.log(np.maximum(row_norms.astype(np.float64), 1e-30))
+    logs = np.log(np.clip(np.nan_to_num(row_norms.astype(np.float64), nan=0.0), 1e-30, 1e30))
     by_part = ungroup_rows(logs, parts, groups).reshape(parts, -1)       # [parts, rows / parts]
     total = logs.var()
     return float(by_part.mean(axis=1).var() / total) if total > 0 else 0.0
