@@ -16,7 +16,7 @@ from research.telechat.telechat_variants import ConfigError
 
 SUFFIXES = (".jsonl", ".json")
 COMPRESSED = (".gz", ".zst")
-MAX_RECORD_BYTES = 64 << 20                  # longer lines are reported and skipped: they would break the memory bound
+MAX_RECORD_BYTES = 16 << 20                  # longer ones are counted as unusable: they would break the memory bound
 _BLOCK = 1 << 20                             # bytes read at once
 _SAMPLE_BLOCK = 64                           # records among which a fractional weight chooses
 
