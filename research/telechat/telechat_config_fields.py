@@ -80,7 +80,7 @@ FIELDS: Dict[str, Field] = {
                                  "column actual_seq_len holds their ends"),
     # attention kernels
     "use_flash_attention": Field(True, "bool", "flash attention kernel where the device has one"),
-    "use_attn_mask_compression": Field(True, "bool", "flash attention with a 2048 x 2048 causal mask, not the full one"),
+    "use_attn_mask_compression": Field(True, "bool", "flash attention with a 2048 x 2048 causal mask, not a full one"),
     "use_ring_attention": Field(False, "bool", "context parallelism by ring attention"),
     # generation
     "use_past": Field(False, "bool", "keep keys and values of earlier tokens (KV cache)"),
