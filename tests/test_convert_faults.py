@@ -1,0 +1,460 @@
+"""Conversion when things go wrong: faulty input, full disks, kills in the middle, results that do not read back."""
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoint_fixtures import (
+    Raw,
+    assert_same,
+    mindspore_tensors,
+    official_tensors,
+    read_safetensors,
+    small_variant,
+    write_official,
+    write_safetensors,
+)
+from test_convert import error_of, read_ckpt, to_ms, to_torch
+
+from research.telechat import telechat_checkpoint_torch, telechat_checkpoint_write, telechat_convert
+from research.telechat.telechat_hf_config import hf_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def model(tmp_path):
+    """(variant, tensors, official folder of three shards) of a small 12B."""
+    variant = small_variant("telechat_12b")
+    tensors = official_tensors(variant)
+    return variant, tensors, write_official(tmp_path / "hf", variant, tensors, shards=3)
+
+
+def edit_json(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def edit_header(path, change):
+    """Change the header of a safetensors file, not its contents."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length:])
+
+
+SHARD = "model-00002-of-00003.safetensors"
+INDEX = "model.safetensors.index.json"
+QUERY = "transformer.h.1.self_attention.query.weight"
+
+
+def _first_tensor(header):
+    return header[next(name for name in header if name != "__metadata__")]
+
+
+FAULTS = {
+    "shard missing": (lambda d: (d / SHARD).unlink(), [INDEX, "1 of which are not there", SHARD]),
+    "shard missing, no index": (lambda d: ((d / SHARD).unlink(), (d / INDEX).unlink()), ["number 2 is missing"]),
+    "shard truncated": (lambda d: os.truncate(d / SHARD, 2000), [SHARD, "truncated", "download it again"]),
+    "shard cut in its header": (lambda d: os.truncate(d / SHARD, 40), [SHARD, "truncated"]),
+    "shard empty": (lambda d: os.truncate(d / SHARD, 0), [SHARD, "0 bytes"]),
+    "shard of zeros": (lambda d: (d / SHARD).write_bytes(bytes(500)), [SHARD, "cannot be read"]),
+    "shard of text": (lambda d: (d / SHARD).write_text("<html>not found</html>" * 9), [SHARD, "not a safetensors"]),
+    "index not json": (lambda d: (d / INDEX).write_text("{"), [INDEX, "not valid JSON"]),
+    "index empty": (lambda d: (d / INDEX).write_text("{}"), [INDEX, "weight_map"]),
+    "index of another model": (lambda d: edit_json(d / INDEX, lambda j: j["weight_map"].update({"a.b": SHARD})),
+                               ["do not hold: a.b"]),
+    "index incomplete": (lambda d: edit_json(d / INDEX, lambda j: j["weight_map"].pop(QUERY)),
+                         ["does not name", QUERY, "incomplete"]),
+    "index leads elsewhere": (lambda d: edit_json(d / INDEX, lambda j: j["weight_map"].update({QUERY: "../x"})),
+                              ["'../x'", "beside the index"]),
+    "tensor twice": (lambda d: (shutil.copy(d / SHARD, d / "model-00004-of-00003.safetensors"),
+                                edit_json(d / INDEX, lambda j: j["weight_map"].update(
+                                    {QUERY: "model-00004-of-00003.safetensors"}))), ["stands twice"]),
+    "type unknown": (lambda d: edit_header(d / SHARD, lambda h: _first_tensor(h).update(dtype="F8")), ["wrongly"]),
+    "type integer": (lambda d: edit_header(d / SHARD, lambda h: _first_tensor(h).update(dtype="I16")),
+                     ["type I16", "expected float16, bfloat16, float32"]),
+    "shape negative": (lambda d: edit_header(d / SHARD, lambda h: _first_tensor(h).update(shape=[-1])), ["wrongly"]),
+    "shape against size": (lambda d: edit_header(d / SHARD, lambda h: _first_tensor(h).update(shape=[7])),
+                           [SHARD, "needs 14 bytes"]),
+    "offsets overlap": (lambda d: edit_header(d / SHARD, lambda h: [
+        entry["data_offsets"].__setitem__(slice(None), [0, entry["data_offsets"][1] - entry["data_offsets"][0]])
+        for name, entry in h.items() if name != "__metadata__"]), ["overlap"]),
+    "config not json": (lambda d: (d / "config.json").write_text("x"), ["config.json", "not valid JSON"]),
+    "config without sizes": (lambda d: (d / "config.json").write_text('{"tie_word_embeddings": false}'),
+                             ["config.json", "is missing"]),
+    "config of other sizes": (lambda d: edit_json(d / "config.json", lambda j: j.update(vocab_size=99)),
+                              ["word_embeddings.weight, lm_head.weight: shape [11, 24], expected [99, 24]"]),
+    "config of another depth": (lambda d: edit_json(d / "config.json", lambda j: j.update(n_layer=4)),
+                                ["20 parameters are missing", "transformer.h.{2-3}.input_layernorm.weight"]),
+    "config of a shallower model": (lambda d: edit_json(d / "config.json", lambda j: j.update(n_layer=1)),
+                                    ["10 are unknown", "transformer.h.1.mlp.up_proj.weight"]),
+    "config of another family": (lambda d: edit_json(d / "config.json", lambda j: j.update(base_seqlen=8192)),
+                                 ["telechat_12b has the layout 'telechat'"]),
+    "folder empty": (lambda d: [path.unlink() for path in d.iterdir()], ["holds no *.safetensors"]),
+    "folder missing": (lambda d: shutil.rmtree(d), ["does not exist"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faulty_input_is_one_line_and_leaves_nothing(fault, model, tmp_path, capfd):
+    change, expected = FAULTS[fault]
+    change(model[2])
+    message = error_of(capfd, to_ms(model[2], tmp_path / "out" / "x.ckpt", "--model_name", "telechat_12b"))
+    for text in expected:
+        assert text in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_missing_and_unknown_parameter_is_listed(model, tmp_path, capfd):
+    variant, tensors, _ = model
+    changed = {name.replace("up_proj", "upper"): raw for name, raw in tensors.items() if "ln_f" not in name}
+    source = write_official(tmp_path / "other", variant, changed)
+    message = error_of(capfd, to_ms(source, tmp_path / "x.ckpt"))
+    assert "3 parameters are missing: transformer.h.{0-1}.mlp.up_proj.weight, transformer.ln_f.weight" in message
+    assert "2 are unknown: transformer.h.{0-1}.mlp.upper.weight" in message
+
+
+def test_json_bombs_and_duplicate_keys_in_headers_are_errors(model, tmp_path, capfd):
+    for text in (b"[" * 100_000, b'{"a": 1, "a": 2}', b"\xff\xfe", b"[]", b'{"a": null}', b'{"a": {"dtype": "F16"}}'):
+        (model[2] / SHARD).write_bytes(len(text).to_bytes(8, "little") + text)
+        assert SHARD in error_of(capfd, to_ms(model[2], tmp_path / "x.ckpt"))
+
+
+def test_safetensors_win_over_bin_and_that_is_said(model, tmp_path, capsys):
+    (model[2] / "pytorch_model.bin").write_bytes(b"junk")
+    assert to_ms(model[2], tmp_path / "x.ckpt") == 0
+    assert "the safetensors are read" in capsys.readouterr().out
+
+
+def test_folders_with_other_weights_are_not_mixed(model, tmp_path, capfd):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model-00001-of-00009.safetensors").write_bytes(b"old")
+    message = error_of(capfd, to_ms(model[2], out, "--format", "safetensors"))
+    assert "already holds other weights" in message and "model-00001-of-00009.safetensors" in message
+    assert to_ms(model[2], out) == 0                                        # mindspore.ckpt mixes with nothing
+    message = error_of(capfd, to_torch(out / "mindspore.ckpt", out))
+    assert "already holds other weights" in message
+
+
+def test_input_is_never_overwritten(tmp_path, capfd):
+    variant = small_variant("telechat_7b")
+    source = write_official(tmp_path / "hf", variant, official_tensors(variant))
+    before = (source / "model.safetensors").read_bytes()
+    message = error_of(capfd, to_ms(source, source / "model.safetensors"))
+    assert "would be overwritten while it is read" in message
+    assert (source / "model.safetensors").read_bytes() == before
+
+
+def test_a_config_of_another_model_is_not_replaced(model, tmp_path, capfd):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(hf_config(small_variant("telechat_52b"))))
+    assert "describes another model" in error_of(capfd, to_ms(model[2], out))
+
+
+def test_wrong_options_are_refused(model, tmp_path, capfd):
+    assert "must end in .ckpt or .safetensors" in error_of(capfd, to_ms(model[2], tmp_path / "x.bin"))
+    for options in (["--mp", "0"], ["--mp", "x"], ["--dtype", "int8"], ["--max_shard_size", "5 apples"],
+                    ["--model_name", "telechat_9b"]):
+        with pytest.raises(SystemExit) as stop:
+            to_ms(model[2], tmp_path / "x.ckpt", *options)
+        assert stop.value.code == 2
+
+
+# --- .ckpt input ------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_ckpt_files_are_one_line(model, tmp_path, capfd):
+    good = tmp_path / "good.ckpt"
+    assert to_ms(model[2], good) == 0
+    data = good.read_bytes()
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(model[0])))
+    bad = tmp_path / "bad.ckpt"
+    rng = np.random.default_rng(0)
+    cases = [b"", b"\x0a", data[:-1], data[:len(data) // 2], b"\xff" * 300, b"PK\x03\x04" + data, data + b"\x0a\x05abc",
+             *(data[:n] + bytes([data[n] ^ 0x55]) + data[n + 1:] for n in (0, 1, 3, 5, 50, 52, 54))]
+    cases += [bytes(rng.integers(0, 256, 500, np.uint8)) for _ in range(20)]
+    for case in cases:
+        bad.write_bytes(case)
+        code = to_torch(bad, tmp_path / "back", "--skip_value_check")
+        assert "bad.ckpt" in error_of(capfd, code)
+        assert not (tmp_path / "back").exists()
+
+
+def test_slices_of_a_distributed_checkpoint_are_named(tmp_path, capfd):
+    (tmp_path / "ms" / "rank_0").mkdir(parents=True)
+    assert "merge them" in error_of(capfd, to_torch(tmp_path / "ms", tmp_path / "back"))
+
+
+# --- .bin -------------------------------------------------------------------------------------------------------------
+
+
+def write_bin(folder, variant, tensors, **options):
+    torch = pytest.importorskip("torch")
+    dtypes = {"F16": (torch.float16, np.int16), "BF16": (torch.bfloat16, np.int16), "F32": (torch.float32, np.int32)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hf_config(variant)))
+    torch.save({name: torch.from_numpy(np.array(raw.bits).view(dtypes[raw.dtype][1])).view(dtypes[raw.dtype][0])
+                for name, raw in tensors.items()}, folder / "pytorch_model.bin", **options)
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_bin_files_of_both_formats_convert(zipped, dtype, tmp_path, capsys):
+    variant = small_variant("telechat_52b")
+    tensors = official_tensors(variant, dtype, any_bits=True)
+    source = write_bin(tmp_path / "hf", variant, tensors, _use_new_zipfile_serialization=zipped)
+    assert to_ms(source, tmp_path / "x.safetensors", "--verify") == 0
+    assert_same(read_safetensors(tmp_path / "x.safetensors"), mindspore_tensors(variant, tensors))
+    assert ("before 1.6" in capsys.readouterr().out) is not zipped
+
+
+def test_bin_is_written_in_shards_that_torch_reads(tmp_path):
+    torch = pytest.importorskip("torch")
+    variant = small_variant("telechat_52b")
+    tensors = official_tensors(variant, "BF16", any_bits=True)
+    source = write_official(tmp_path / "hf", variant, tensors)
+    assert to_ms(source, tmp_path / "x.safetensors") == 0
+    assert to_torch(tmp_path / "x.safetensors", tmp_path / "back", "--format", "bin", "--max_shard_size", "3KB",
+                    "--verify") == 0
+    index = json.loads((tmp_path / "back" / "pytorch_model.bin.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 2 and shards[0] == f"pytorch_model-00001-of-{len(shards):05d}.bin"
+    found = {}
+    for shard in shards:
+        state = torch.load(tmp_path / "back" / shard, weights_only=True)
+        assert all(index["weight_map"][name] == shard for name in state)
+        found.update({name: Raw("BF16", t.view(torch.int16).numpy().view(np.uint16)) for name, t in state.items()})
+    assert_same(found, tensors)
+    assert to_ms(tmp_path / "back", tmp_path / "again.safetensors") == 0
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
+
+
+def test_strided_and_shared_tensors_of_a_bin_are_read_right(tmp_path):
+    torch = pytest.importorskip("torch")
+    variant = small_variant("telechat_7b")
+    tensors = official_tensors(variant)
+    folder = write_bin(tmp_path / "hf", variant, tensors)
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    name = "h.0.mlp.gate_proj.weight"
+    state[name] = state[name].t().contiguous().t()
+    state["lm_head.weight"] = state["word_embeddings.weight"]
+    torch.save(state, folder / "pytorch_model.bin")
+    assert to_ms(folder, tmp_path / "x.safetensors") == 0
+    assert_same(read_safetensors(tmp_path / "x.safetensors"), mindspore_tensors(variant, tensors))
+
+
+class _Attack:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_code_in_a_bin_is_not_run(model, tmp_path, capfd, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    for path in model[2].glob("*.safetensors*"):
+        path.unlink()
+    file = model[2] / "pytorch_model.bin"
+    for content in (pickle.dumps({"x": _Attack()}), b"PK\x03\x04junk", b"", b"junk"):
+        file.write_bytes(content)
+        assert "pytorch_model.bin" in error_of(capfd, to_ms(model[2], tmp_path / "x.ckpt"))
+    import torch
+    torch.save([1, 2], file)
+    assert "not a dictionary of tensors" in error_of(capfd, to_ms(model[2], tmp_path / "x.ckpt"))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_without_torch_the_extra_is_named(model, tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for path in model[2].glob("*.safetensors*"):
+        path.unlink()
+    (model[2] / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    assert "pip install 'telechat-mindspore[torch]'" in error_of(capfd, to_ms(model[2], tmp_path / "x.ckpt"))
+    with pytest.raises(ValueError, match=r"\[torch\]"):
+        telechat_checkpoint_torch.import_torch()
+
+
+# --- disks and interruptions ------------------------------------------------------------------------------------------
+
+
+def test_a_disk_without_room_is_noticed_before_writing(model, tmp_path, capfd, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(telechat_checkpoint_write.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert "0.00 GB free" in error_of(capfd, to_ms(model[2], tmp_path / "out" / "x.ckpt"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["x.ckpt", "x.safetensors", "folder"])
+def test_a_disk_that_fills_up_leaves_the_old_file_and_the_rerun_continues(kind, model, tmp_path, capfd, monkeypatch):
+    options = ["--format", "safetensors", "--max_shard_size", "2KB"]
+    assert to_ms(model[2], tmp_path / "whole" / kind, *options) == 0
+    target = tmp_path / "out" / kind
+    if kind != "folder":
+        target.parent.mkdir()
+        target.write_bytes(b"the older checkpoint")
+    monkeypatch.setattr(telechat_convert, "JOURNAL_BYTES", 1)
+    real, written = os.pwrite, [0]
+
+    def full(descriptor, data, offset):
+        if written[0] + len(data) > 9000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written[0] += len(data)
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    assert "the disk is full" in error_of(capfd, to_ms(model[2], target, *options))
+    assert not list(tmp_path.glob("out/folder/*.safetensors")) and not list(tmp_path.glob("out/folder/*index*"))
+    if kind != "folder":
+        assert target.read_bytes() == b"the older checkpoint"
+    monkeypatch.setattr(os, "pwrite", real)
+    assert to_ms(model[2], target, *options, "--verify") == 0
+    assert "continuing an interrupted conversion" in capfd.readouterr().out
+    result = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    assert {path.name: path.read_bytes() for path in result} == whole
+
+
+# Runs the command with slow writes and a journal entry for every tensor, so that there is time to interrupt it.
+_SLOW = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from research.telechat import convert_weight_torch_to_ms, telechat_convert
+telechat_convert.JOURNAL_BYTES = 1
+real = os.pwrite
+def slow(*args):
+    time.sleep(0.05)
+    return real(*args)
+os.pwrite = slow
+sys.exit(convert_weight_torch_to_ms.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_conversion_leaves_no_finished_file_and_resumes(number, model, tmp_path, capfd):
+    target = tmp_path / "out" / "x.ckpt"
+    process = subprocess.Popen([sys.executable, "-c", _SLOW.format(root=str(ROOT)), "--torch_path", str(model[2]),
+                                "--mindspore_path", str(target), "--workers", "1"], stderr=subprocess.PIPE, text=True)
+    journal = target.with_name("x.ckpt.partial.json")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if journal.exists() and json.loads(journal.read_text())["done"]["x.ckpt"] >= 2:
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130)
+    if number != signal.SIGKILL:
+        assert "interrupted" in err and "Traceback" not in err
+    assert not target.exists() and target.with_name("x.ckpt.partial").exists()
+    assert to_ms(model[2], target, "--verify") == 0
+    assert "continuing an interrupted conversion" in capfd.readouterr().out
+    assert_same(read_ckpt(target), mindspore_tensors(model[0], model[1]))
+    assert [path.name for path in target.parent.iterdir()] == ["x.ckpt"]
+
+
+def test_a_rerun_with_other_options_or_input_starts_anew(model, tmp_path, capfd, monkeypatch):
+    target = tmp_path / "out" / "x.safetensors"
+    monkeypatch.setattr(telechat_convert, "JOURNAL_BYTES", 1)
+
+    def interrupted(*options):
+        real, count = os.pwrite, [0]
+
+        def stop(*args):
+            count[0] += 1
+            if count[0] > 8:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", stop)
+            assert to_ms(model[2], target, *options) == 130
+        assert target.with_name("x.safetensors.partial").exists()
+
+    interrupted()
+    assert to_ms(model[2], target, "--dtype", "float32", "--verify") == 0
+    interrupted()
+    tensors = {name: Raw(raw.dtype, raw.bits ^ 1) for name, raw in model[1].items()}
+    write_official(model[2], model[0], tensors, shards=3)
+    assert to_ms(model[2], target, "--verify") == 0
+    assert "continuing" not in capfd.readouterr().out
+    assert_same(read_safetensors(target), mindspore_tensors(model[0], tensors))
+    assert [path.name for path in target.parent.iterdir()] == ["x.safetensors"]
+
+
+def test_verification_finds_a_flipped_bit(model, tmp_path, capfd, monkeypatch):
+    real = telechat_checkpoint_write.OutputFile.write
+
+    def faulty(self, name, start, view):
+        if name == "lm_head.weight":
+            view = memoryview(bytes([view[0] ^ 1]) + bytes(view[1:]))
+        real(self, name, start, view)
+
+    monkeypatch.setattr(telechat_checkpoint_write.OutputFile, "write", faulty)
+    message = error_of(capfd, to_ms(model[2], tmp_path / "out" / "x.ckpt", "--verify"))
+    assert "1 tensors read back" in message and "lm_head.weight" in message
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_input_that_shrinks_while_it_is_read_is_noticed(model, tmp_path, capfd, monkeypatch):
+    real = telechat_convert.check_free_space
+
+    def truncate(*args):
+        os.truncate(model[2] / SHARD, 3000)
+        return real(*args)
+
+    monkeypatch.setattr(telechat_convert, "check_free_space", truncate)
+    message = error_of(capfd, to_ms(model[2], tmp_path / "out" / "x.ckpt", "--skip_value_check"))
+    assert SHARD in message and "truncated" in message
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+def test_memory_stays_below_the_largest_tensor(tmp_path):
+    """A .safetensors input needs a few chunks of memory, whatever the size of its tensors."""
+    variant = small_variant("telechat_12b", layers=1, heads=8, head_dim=128, ffn=1024, vocab=200_000)
+    from research.telechat.telechat_checkpoint_write import OutputFile, OutTensor, publish, safetensors_layout
+    from research.telechat.telechat_weights import parameters
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf_config(variant)))
+    layout = safetensors_layout(folder / "model.safetensors", [OutTensor(param.hf_name, "BF16", param.hf_shape)
+                                                               for param in parameters(variant)], {"format": "pt"})
+    OutputFile(layout, 0).finish()                                          # zeros, without blocks on the disk
+    publish([layout])
+    code = ("import sys\nsys.path.insert(0, sys.argv.pop(1))\n"
+            "from research.telechat import convert_weight_torch_to_ms\n"
+            "assert convert_weight_torch_to_ms.main(sys.argv[1:]) == 0\n"
+            "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))\n")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), "--torch_path", str(folder), "--mindspore_path",
+                           str(tmp_path / "x.ckpt")], capture_output=True, text=True, check=True)
+    peak = int(done.stdout.split()[-1]) * 1024
+    assert peak < variant.vocab_size * variant.hidden_size * 2, f"{peak / 1e6:.0f} MB"
+
+
+def test_training_checkpoints_convert_without_their_optimizer(model, tmp_path, capfd):
+    variant, tensors, _ = model
+    weights = mindspore_tensors(variant, tensors)
+    extra = {"adam_m.model.norm_out.weight": weights["model.norm_out.weight"],
+             "global_step": Raw("F32", np.zeros(1, np.uint32))}
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(variant)))
+    write_safetensors(tmp_path / "x.safetensors", {**weights, **extra}, {"format": "ms"})
+    assert to_torch(tmp_path / "x.safetensors", tmp_path / "back") == 0
+    assert "left out, because they hold no weights: 2 entries" in capfd.readouterr().out
+    assert_same(read_safetensors(tmp_path / "back" / "model.safetensors"), tensors)
+    lora = {"model.layers.0.attention.wq.mindpet_delta_lora_a": weights["model.norm_out.weight"]}
+    write_safetensors(tmp_path / "x.safetensors", {**weights, **lora}, {"format": "ms"})
+    assert "merge LoRA adapters first" in error_of(capfd, to_torch(tmp_path / "x.safetensors", tmp_path / "b"))
