@@ -7,13 +7,16 @@ from mindspore import Tensor, nn
 from mindspore.ops import operations as P
 
 from research.telechat import telechat_kernels as kernels
+from research.telechat import telechat_sharding as sharding
 from research.telechat.telechat_compat import LayerSetting, MindFormerModuleType, lazy_inline, plugin_class
 from research.telechat.telechat_config import TelechatConfig
 from research.telechat.telechat_generation import TelechatGenerationMixin
-from research.telechat.telechat_kv_cache import GenerationStep, RotaryTables, rotates_on_read
+from research.telechat.telechat_kv_cache import GenerationStep, RotaryTables
 from research.telechat.telechat_layer import RMSNorm, TelechatEmbedding, TelechatLinear
 from research.telechat.telechat_loss import CrossEntropyLoss
 from research.telechat.telechat_mask import AttentionMask
+from research.telechat.telechat_rope import rule_is_constant
+from research.telechat.telechat_rows import RowsToTokens, TokensToRows
 from research.telechat.telechat_transformer import TelechatDecodeLayer
 
 __all__ = ["TelechatForCausalLM", "TelechatModel"]
@@ -42,18 +45,19 @@ class TelechatModel(TelechatPreTrainedModel):
             self.layers.append(layer)
         self.mask = AttentionMask(config)
         self.norm_out = RMSNorm(config)
+        self.to_rows = TokensToRows(config)
         self.use_past = config.use_past
-        self.by_length = rotates_on_read(config)
+        self.by_length = not rule_is_constant(config.rope_rule, config.seq_length)
         if self.use_past:
             self.step = GenerationStep(config)
         elif self.by_length:
             self.tables = RotaryTables(config)
-        self.shard(config)
+        sharding.pipeline(self, config.parallel_config)
 
     def construct(self, tokens: Tensor, attention_mask: Optional[Tensor] = None,
                   actual_seq_len: Optional[Tensor] = None, lengths: Optional[Tensor] = None,
                   block_tables: Optional[Tensor] = None, slot_mapping: Optional[Tensor] = None) -> Tensor:
-        """tokens: [B, S] int32 -> hidden states after the final norm, [B, S, H].
+        """tokens: [B, S] int32 -> hidden states after the final norm, rows [B S, H] (telechat_rows).
 
         attention_mask: [B, S], 0 where nothing may look; actual_seq_len: [B, K], ends of packed conversations.
         Generation only: lengths [B], tokens of each sequence; block_tables and slot_mapping as in telechat_kv_cache.
@@ -61,7 +65,7 @@ class TelechatModel(TelechatPreTrainedModel):
         cached = None
         if self.use_past:
             rope, mask, cached = self.step(tokens, lengths, block_tables, slot_mapping)
-            h = self.tok_embeddings(tokens)
+            h = self.tok_embeddings(self.to_rows(tokens))
         elif self.by_length and lengths is not None:
             h, _, mask = self.prepare(tokens, attention_mask, actual_seq_len)
             rope = self.tables.all_positions(tokens, lengths)
@@ -70,12 +74,12 @@ class TelechatModel(TelechatPreTrainedModel):
         if self.use_past and mask is None:
             mask = self.mask(tokens, None, None)
         for layer in self.layers:
-            h = layer(h, rope, mask, cached)
+            h = layer(h, tokens.shape, rope, mask, cached)
         return self.norm_out(h)
 
     def prepare(self, tokens: Tensor, attention_mask: Optional[Tensor], actual_seq_len: Optional[Tensor]
                 ) -> Tuple[Tensor, Tuple[Tensor, Tensor], Optional[Tensor]]:
-        """Embeddings [B, S, H], rotary tables and the mask of all layers."""
+        """Embeddings, rows [B S, H]; rotary tables and the mask of all layers."""
         seq = tokens.shape[1]
         rotary = self.layers[0].attention.rotary
         if self.document_boundaries and actual_seq_len is not None:
@@ -85,52 +89,28 @@ class TelechatModel(TelechatPreTrainedModel):
         else:
             rope = rotary.tables(seq)
             mask = self.mask(tokens, attention_mask, None)
-        return self.tok_embeddings(tokens), rope, mask
+        return self.tok_embeddings(self.to_rows(tokens)), rope, mask
 
-    def shard(self, config: TelechatConfig) -> None:
-        """Pipeline stages of what is not a layer, and how the final norm is cut."""
-        plan = config.parallel_config
-        self.norm_out.shard((plan.data_parallel, plan.context_parallel, 1))
-        last = plan.pipeline_stage - 1
-        self.tok_embeddings.pipeline_stage = 0
-        if last > 0:
-            self.norm_out.pipeline_stage = last
-            self.tok_embeddings.set_comm_fusion(2)
-            self.norm_out.set_comm_fusion(2)
-        else:
-            self.tok_embeddings.set_comm_fusion(plan.gradient_aggregation_group)
-            self.norm_out.set_comm_fusion(plan.gradient_aggregation_group)
 
 
 class TelechatHead(nn.Cell):
-    """Logits [.., V] float32 = logits_scale * (x W^T), W being the embedding table where the head is tied."""
+    """Logits [T, V] float32 = logits_scale * (x W^T), W being the embedding table where the head is tied."""
 
     def __init__(self, config: TelechatConfig):
         super().__init__()
-        self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
         self.dtype = kernels.matmul_dtype(config.compute_dtype)
         self.scale = config.logits_scale
         self.matmul = P.MatMul(transpose_b=True)
         self.mul = P.Mul()
         self.cast = P.Cast()
-        self.reshape = P.Reshape()
-        self.shard(config)
+        sharding.head(self, sharding.Mesh(config))
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x: [.., H], weight: [V, H] -> [.., V]."""
-        rows = self.reshape(self.cast(x, self.dtype), (-1, self.hidden_size))
-        logits = self.cast(self.matmul(rows, self.cast(weight, self.dtype)), mstype.float32)
-        if self.scale != 1.0:
-            logits = self.mul(logits, self.scale)
-        return self.reshape(logits, (*x.shape[:-1], self.vocab_size))
+        """x: rows [T, H], weight: [V, H] -> [T, V]."""
+        logits = self.matmul(self.cast(x, self.dtype), self.cast(weight, self.dtype))
+        logits = self.cast(logits, mstype.float32)
+        return self.mul(logits, self.scale) if self.scale != 1.0 else logits
 
-    def shard(self, config: TelechatConfig) -> None:
-        """The vocabulary over model parallelism where it divides."""
-        plan = config.parallel_config
-        rows = plan.data_parallel * plan.context_parallel
-        mp = 1 if plan.vocab_emb_dp or config.vocab_size % plan.model_parallel else plan.model_parallel
-        self.matmul.shard(((rows, 1), (mp, 1)))
-        self.mul.shard(((rows, mp), ()))
 
 
 class LMHead(TelechatLinear):
@@ -164,12 +144,14 @@ class TelechatForCausalLM(TelechatGenerationMixin, TelechatPreTrainedModel):
             self.lm_head = LMHead(config)
         self.head = TelechatHead(config)
         self.loss = CrossEntropyLoss(config)
+        self.to_rows = TokensToRows(config)
+        self.to_tokens = RowsToTokens(config)
         self.slice = P.StridedSlice()
         self.reshape = P.Reshape()
         self.gather_rows = P.Gather()
         self.cumsum = P.CumSum()
         self.ones_like = P.OnesLike()
-        self.shard(config)
+        sharding.causal_lm(self, config.parallel_config)
         self.load_checkpoint(config)
 
     def construct(self, input_ids: Tensor, labels: Optional[Tensor] = None, input_position: Optional[Tensor] = None,
@@ -183,6 +165,7 @@ class TelechatForCausalLM(TelechatGenerationMixin, TelechatPreTrainedModel):
             return self.next_token(input_ids, attention_mask, batch_valid_length, block_tables, slot_mapping)
         if not self.training:
             logits = self.logits(self.model(input_ids, attention_mask, actual_seq_len))
+            logits = self.to_tokens(logits, *input_ids.shape)
             if labels is None:
                 return logits
             return logits, labels, (labels != self.ignore_token_id).astype(mstype.float32)
@@ -191,8 +174,8 @@ class TelechatForCausalLM(TelechatGenerationMixin, TelechatPreTrainedModel):
         if attention_mask is not None:
             attention_mask = self.slice(attention_mask, (0, 0), (batch, length - 1), (1, 1))
         targets = self.slice(input_ids if labels is None else labels, (0, 1), (batch, length), (1, 1))
-        logits = self.logits(self.model(tokens, attention_mask, actual_seq_len))   # [B, N, V]
-        return self.loss(self.reshape(logits, (-1, logits.shape[-1])), self.reshape(targets, (-1,)))
+        logits = self.logits(self.model(tokens, attention_mask, actual_seq_len))   # [B N, V]
+        return self.loss(logits, self.to_rows(targets))
 
     def next_token(self, tokens: Tensor, attention_mask: Optional[Tensor], lengths: Tensor,
                    block_tables: Optional[Tensor], slot_mapping: Optional[Tensor]) -> Tensor:
@@ -201,8 +184,7 @@ class TelechatForCausalLM(TelechatGenerationMixin, TelechatPreTrainedModel):
         lengths: [1, B] or [B]; the other arguments as in telechat_kv_cache.
         """
         lengths = self.reshape(lengths, (-1,))
-        hidden = self.model(tokens, attention_mask, None, lengths, block_tables, slot_mapping)
-        rows = self.reshape(hidden, (-1, hidden.shape[-1]))
+        rows = self.model(tokens, attention_mask, None, lengths, block_tables, slot_mapping)
         if not self.use_past or self.is_first_iteration:
             rows = self.gather_rows(rows, self.last_rows(tokens, lengths), 0)
         return self.logits(rows)
@@ -214,17 +196,5 @@ class TelechatForCausalLM(TelechatGenerationMixin, TelechatPreTrainedModel):
         return (self.cumsum(self.ones_like(lengths), 0) - 1) * tokens.shape[1] + lengths - 1
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[.., H] -> [.., V] float32."""
+        """Rows [T, H] -> [T, V] float32."""
         return self.head(hidden, self.model.tok_embeddings.embedding_weight if self.tied else self.lm_head.weight)
-
-    def shard(self, config: TelechatConfig) -> None:
-        """Pipeline stage of the head."""
-        plan = config.parallel_config
-        self.slice.shard(((plan.data_parallel, 1),))
-        last = plan.pipeline_stage - 1
-        if last > 0:
-            self.head.pipeline_stage = last
-            if self.tied:
-                self.model.tok_embeddings.embedding_weight.add_pipeline_stage(last)
-            else:
-                self.lm_head.pipeline_stage = last

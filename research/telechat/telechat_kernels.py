@@ -2,7 +2,7 @@
 
 The only module that asks for the device. Each factory or cell below hides one such choice; the layers do not know it.
 """
-from typing import Any
+from typing import Any, Optional
 
 import mindspore as ms
 import mindspore.common.dtype as mstype
@@ -11,9 +11,12 @@ from mindformers.modules.flash_attention import FlashAttention
 from mindformers.tools.logger import logger
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
+from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
+from research.telechat import telechat_sharding as sharding
 from research.telechat.telechat_compat import on_cpu
-from research.telechat.telechat_rope import rule_is_constant
+
+NO_LIMIT = 2**31 - 1                     # of the attention kernel's window
 
 
 def matmul_dtype(dtype: Any) -> Any:
@@ -25,13 +28,13 @@ def matmul_dtype(dtype: Any) -> Any:
 
 
 def use_flash_attention(config: Any) -> bool:
-    """Whether attention runs in the flash attention kernel: asked for, and the device and the cache allow it."""
-    return bool(config.use_flash_attention) and not on_cpu() and (not config.use_past or use_paged_attention(config))
+    """Whether attention runs in the flash attention kernel: asked for, and the device has it."""
+    return bool(config.use_flash_attention) and not on_cpu()
 
 
-def use_paged_attention(config: Any) -> bool:
-    """Whether the KV cache works with the fused kernels, which need keys that are rotated once and for all."""
-    return config.use_past and not on_cpu() and rule_is_constant(config.rope_rule, config.seq_length)
+def use_paged_attention() -> bool:
+    """Whether the device has the fused kernels of the KV cache."""
+    return not on_cpu()
 
 
 def gather_labels() -> bool:
@@ -84,18 +87,44 @@ class RMSNormKernel(nn.Cell):
         self.mul.shard((strategy, (1,)))
 
 
-def flash_attention(config: Any) -> FlashAttention:
-    """The flash attention cell for training: BNSD layout, causal.
+def per_sequence_mask(config: Any) -> bool:
+    """Whether every sequence has a mask of its own, for padding or packed documents."""
+    return config.mask_pad_tokens or config.document_boundaries
 
-    Its mask is a 2048 x 2048 triangle (sparse_mode 2) unless per-batch masks are needed.
+
+class CausalFlashAttention(nn.Cell):
+    """Causal attention in the fused kernel (Dao et al., 2022), which never stores the scores.
+
+    Its mask is a 2048 x 2048 triangle that the kernel repeats (sparse mode 2), the full [B, 1, S, S] one (mode 0) where
+    sequences differ, or none with ring attention, which masks by itself.
     """
-    full_mask = not config.use_attn_mask_compression or config.mask_pad_tokens
-    kernel = FlashAttention(
-        head_num=config.num_heads, keep_prob=1.0 - config.attention_dropout_prob, scale_value=config.head_dim ** -0.5,
-        pre_tokens=65536, next_tokens=0, input_layout="BNSD", sparse_mode=0 if full_mask else 2,
-        use_attention_mask=not config.use_ring_attention, use_ring_attention=config.use_ring_attention)
-    kernel.shard(config.parallel_config)
-    return kernel
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.ring = config.use_ring_attention and config.parallel_config.context_parallel > 1
+        self.full_mask = not config.use_attn_mask_compression or per_sequence_mask(config)
+        self.has_dropout = config.attention_dropout_prob > 0
+        keep = 1.0 - config.attention_dropout_prob
+        self.kernel = FlashAttentionScore(
+            head_num=config.num_heads, keep_prob=keep, scale_value=config.head_dim ** -0.5, pre_tokens=NO_LIMIT,
+            next_tokens=0, inner_precise=0, input_layout="BNSD", sparse_mode=0 if self.full_mask or self.ring else 2)
+        if self.ring:
+            self.kernel.add_prim_attr("enable_ring_attention", True)
+            self.kernel.add_prim_attr("enable_ra_send_recv", True)
+        self.draw_dropout = P.DropoutGenMask()
+        self.keep = Tensor(keep, mstype.float16)
+        self.reshape = P.Reshape()
+        sharding.flash_attention(self, sharding.Mesh(config))
+
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor]) -> Tensor:
+        """query: [B, N, S, D]; key, value: [B, N_kv, T, D]; mask: uint8, 1 where a query may not look -> as query."""
+        drop = None
+        if self.has_dropout:                                           # one bit per score
+            batch, heads, seq, _ = query.shape
+            keys = key.shape[2]
+            drop = self.draw_dropout((batch, heads, seq, keys), self.keep)
+            drop = self.reshape(drop, (batch, heads, seq, keys // 8))
+        return self.kernel(query, key, value, None, drop, None, mask, None, None, None)[3]
 
 
 class FlatFlashAttention(nn.Cell):
@@ -103,7 +132,7 @@ class FlatFlashAttention(nn.Cell):
 
     def __init__(self, config: Any):
         super().__init__()
-        self.kernel = FlashAttention(head_num=config.num_heads, pre_tokens=2147483647, next_tokens=0,
+        self.kernel = FlashAttention(head_num=config.num_heads, pre_tokens=NO_LIMIT, next_tokens=0,
                                      scale_value=config.head_dim ** -0.5, input_layout="TH", use_attention_mask=True)
         self.kernel.shard(config.parallel_config)
         # The kernel repeats this triangle; what stands in it depends on the type (MindFormers' inference attention).

@@ -1,6 +1,6 @@
 """The small cells of TeleChat: linear layer, RMSNorm, embedding, rotary embedding, feed-forward.
 
-Each takes the config, reads like its formula, and carries its own sharding.
+Each takes the config and reads like its formula. How it is split over devices stands in telechat_sharding.
 """
 from typing import Any, Tuple
 
@@ -13,6 +13,7 @@ from mindspore.ops.auto_generate import SiLU
 from mindspore.ops.primitive import constexpr
 
 from research.telechat import telechat_kernels as kernels
+from research.telechat import telechat_sharding as sharding
 from research.telechat.telechat_rope import RopeRule, rope_table
 
 
@@ -34,17 +35,14 @@ class RMSNorm(nn.Cell):
                                 parallel_optimizer=False)
         self.compute_dtype = config.layernorm_compute_type
         self.out_dtype = kernels.matmul_dtype(config.compute_dtype)
-        self.norm = kernels.RMSNormKernel(config.rms_norm_eps)
+        self.kernel = kernels.RMSNormKernel(config.rms_norm_eps)
         self.cast = P.Cast()
+        sharding.norm(self, sharding.Mesh(config))
 
     def construct(self, x: Tensor) -> Tensor:
         """x: [..., H] -> [..., H]."""
         weight = self.cast(self.weight, self.compute_dtype)
-        return self.cast(self.norm(self.cast(x, self.compute_dtype), weight), self.out_dtype)
-
-    def shard(self, strategy: tuple) -> None:
-        """`strategy`: how x is cut."""
-        self.norm.shard(strategy)
+        return self.cast(self.kernel(self.cast(x, self.compute_dtype), weight), self.out_dtype)
 
 
 class TelechatEmbedding(nn.Cell):
@@ -55,6 +53,9 @@ class TelechatEmbedding(nn.Cell):
         shape = (config.vocab_size, config.hidden_size)
         self.embedding_weight = Parameter(initializer(Normal(config.initializer_range), shape,
                                                       config.embedding_init_type), name="embedding_weight")
+        mesh = sharding.Mesh(config)
+        # Where looked-up rows travel between devices, they do so in the 16 bits of the matrix multiplications.
+        self.table_dtype = kernels.matmul_dtype(config.compute_dtype) if mesh.vocab > 1 else config.embedding_init_type
         self.out_dtype = config.res_dtype
         self.input_mult = config.input_mult
         self.gather = P.Gather()
@@ -62,23 +63,15 @@ class TelechatEmbedding(nn.Cell):
         self.cast = P.Cast()
         self.dropout = nn.Dropout(p=config.embed_dropout_prob)
         self.has_dropout = config.embed_dropout_prob > 0
-        self.shard(config)
+        sharding.embedding(self, mesh)
 
     def construct(self, tokens: Tensor) -> Tensor:
-        """tokens: [B, S] int32 -> [B, S, H]."""
-        h = self.cast(self.gather(self.embedding_weight, tokens, 0), self.out_dtype)
+        """tokens: [T] int32 -> rows [T, H]."""
+        table = self.cast(self.embedding_weight, self.table_dtype)
+        h = self.cast(self.gather(table, tokens, 0), self.out_dtype)
         if self.input_mult != 1.0:
             h = self.scale(h, self.cast(self.input_mult, self.out_dtype))
         return self.dropout(h) if self.has_dropout else h
-
-    def shard(self, config: Any) -> None:
-        """The table is cut by rows over model parallelism, or not at all with vocab_emb_dp."""
-        plan = config.parallel_config
-        dp, cp, mp = plan.data_parallel, plan.context_parallel, plan.model_parallel
-        rows = 1 if plan.vocab_emb_dp or config.vocab_size % mp else mp
-        self.gather.shard(((rows, 1), (dp, cp)))
-        self.scale.shard(((dp, cp, 1), ()))
-        self.dropout.dropout.shard(((dp, cp, 1),))
 
 
 @constexpr
@@ -106,7 +99,7 @@ class RotaryEmbedding(nn.Cell):
         self.cast = P.Cast()
         self.gather = P.Gather()
         self.reshape = P.Reshape()
-        self.shard(config)
+        sharding.rotary(self, sharding.Mesh(config))
 
     def tables(self, seq_length: int) -> Tuple[Tensor, Tensor]:
         """cos and sin for positions 0 .. seq_length - 1, [S, D]."""
@@ -127,18 +120,6 @@ class RotaryEmbedding(nn.Cell):
         rotated = self.concat((self.neg(second), first))
         return self.cast(self.add(self.mul_cos(x, cos), self.mul_sin(rotated, sin)), dtype)
 
-    def shard(self, config: Any) -> None:
-        """Heads over model parallelism, tokens over context parallelism."""
-        plan = config.parallel_config
-        x = (plan.data_parallel, plan.model_parallel, plan.context_parallel, 1)
-        table = (plan.data_parallel, 1, plan.context_parallel, 1) if config.document_boundaries else x[2:]
-        self.halves.shard((x,))
-        self.neg.shard((x,))
-        self.concat.shard((x, x))
-        self.mul_cos.shard((x, table))
-        self.mul_sin.shard((x, table))
-        self.add.shard((x, x))
-
 
 class TelechatFeedForward(nn.Cell):
     """w2(silu(gate(x)) * up(x)) (SwiGLU, Shazeer, 2020); gate and up are w1 and w3, or one w_gate_hidden."""
@@ -158,32 +139,12 @@ class TelechatFeedForward(nn.Cell):
         self.silu = SiLU()
         self.mul = P.Mul()
         self.reshape = P.Reshape()
-        self.shard(config)
+        sharding.feed_forward(self, sharding.Mesh(config))
 
     def construct(self, x: Tensor) -> Tensor:
-        """x: [B, S, H] -> [B, S, H]."""
+        """x: rows [T, H] -> [T, H]."""
         if not self.fused:
             return self.w2(self.mul(self.silu(self.w1(x)), self.w3(x)))
-        batch, seq, _ = x.shape
-        both = self.reshape(self.w_gate_hidden(x), (batch, seq, self.groups, -1))  # [B, S, G, 2 F / G]
-        gate, up = self.split(both)                                                # [B, S, G, F / G] each
-        return self.w2(self.reshape(self.mul(self.silu(gate), up), (batch, seq, self.ffn)))
-
-    def shard(self, config: Any) -> None:
-        """Columns of gate and up, rows of w2 over model parallelism."""
-        plan = config.parallel_config
-        dp, cp, mp = plan.data_parallel, plan.context_parallel, plan.model_parallel
-        rows = dp * cp
-        if self.fused:
-            self.w_gate_hidden.shard(((rows, 1), (mp, 1)))
-            self.split.shard(((dp, cp, mp, 1),))
-            inner = (dp, cp, mp, 1)
-        else:
-            self.w1.shard(((rows, 1), (mp, 1)))
-            self.w3.shard(((rows, 1), (mp, 1)))
-            inner = (dp, cp, mp)
-        self.silu.shard((inner,))
-        self.mul.shard((inner, inner))
-        out = ((rows * mp, 1),) if plan.use_seq_parallel else None
-        self.w2.shard(((rows, mp), (1, mp)), strategy_bias=((rows * mp, 1) if out else (rows, 1), (1,)),
-                      out_strategy_matmul=out)
+        both = self.reshape(self.w_gate_hidden(x), (-1, self.groups, 2 * self.ffn // self.groups))
+        gate, up = self.split(both)                                                # [T, G, F / G] each
+        return self.w2(self.reshape(self.mul(self.silu(gate), up), (-1, self.ffn)))

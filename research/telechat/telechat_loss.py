@@ -7,6 +7,7 @@ from mindspore.ops import operations as P
 from mindspore.ops.functional import stop_gradient
 
 from research.telechat import telechat_kernels as kernels
+from research.telechat import telechat_sharding as sharding
 
 
 class CrossEntropyLoss(nn.Cell):
@@ -37,7 +38,7 @@ class CrossEntropyLoss(nn.Cell):
         self.total = P.ReduceSum()
         self.cast = P.Cast()
         self.reshape = P.Reshape()
-        self.shard(config)
+        sharding.loss(self, sharding.Mesh(config))
 
     def construct(self, logits: Tensor, labels: Tensor) -> Tensor:
         """logits: [N, V] float32, labels: [N] int32 -> scalar float32."""
@@ -57,21 +58,3 @@ class CrossEntropyLoss(nn.Cell):
             picked = self.sum(self.one_hot_mul(shifted, one_hot), -1)              # [N, 1]
         loss = self.reshape(self.token_loss(log_sum, picked), (-1,))               # [N]
         return self.masked(loss, mask), mask
-
-    def shard(self, config: Any) -> None:
-        """Rows over data and context parallelism, the vocabulary over model parallelism where it divides."""
-        plan = config.parallel_config
-        rows = plan.data_parallel * plan.context_parallel
-        mp = plan.model_parallel if config.vocab_size % plan.model_parallel == 0 else 1
-        self.max.shard(((rows, mp),))
-        self.sub.shard(((rows, mp), (rows, 1)))
-        self.exp.shard(((rows, mp),))
-        self.sum.shard(((rows, mp),))
-        self.log.shard(((rows, 1),))
-        self.one_hot.shard(((rows, mp), (), ()))
-        self.one_hot_mul.shard(((rows, mp), (rows, mp)))
-        self.not_equal.shard(((rows,), ()))
-        self.select_label.shard(((rows,), (rows,)))
-        self.token_loss.shard(((rows, 1), (rows, 1)))
-        self.masked.shard(((rows,), (rows,)))
-        self.total.shard(((rows,),))

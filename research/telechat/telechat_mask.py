@@ -8,6 +8,7 @@ from mindspore.ops import operations as P
 from mindspore.ops.primitive import constexpr
 
 from research.telechat import telechat_kernels as kernels
+from research.telechat import telechat_sharding as sharding
 
 COMPRESSED = 2048                      # side of the causal triangle that the flash attention kernel repeats by itself
 
@@ -39,9 +40,8 @@ class AttentionMask(nn.Cell):
     def __init__(self, config: Any):
         super().__init__()
         self.flash = kernels.use_flash_attention(config)
-        self.compressed = config.use_attn_mask_compression and not (config.mask_pad_tokens
-                                                                    or config.document_boundaries)
-        self.ring = config.use_ring_attention
+        self.compressed = config.use_attn_mask_compression and not kernels.per_sequence_mask(config)
+        self.ring = config.use_ring_attention and config.parallel_config.context_parallel > 1
         self.mask_pad = config.mask_pad_tokens
         self.pad_token_id = config.pad_token_id
         self.dtype = mstype.uint8 if self.flash else config.softmax_compute_type
@@ -56,7 +56,7 @@ class AttentionMask(nn.Cell):
         self.count = P.ReduceSum()
         self.max = P.ReduceMax()
         self.sub = P.Sub()
-        self.shard(config)
+        sharding.mask(self, sharding.Mesh(config))
 
     def construct(self, tokens: Tensor, attention_mask: Optional[Tensor], documents: Optional[Tensor]
                   ) -> Optional[Tensor]:
@@ -97,9 +97,3 @@ class AttentionMask(nn.Cell):
         document = self.cast(self.count(self.cast(passed, mstype.float32), -1), mstype.int32)
         start = self.cast(self.max(self.cast(self.mul(passed, ends), mstype.float32), -1), mstype.int32)
         return document, self.sub(self.reshape(index, (1, seq)), start)
-
-    def shard(self, config: Any) -> None:
-        """Batches over data parallelism; queries over context parallelism."""
-        dp = config.parallel_config.data_parallel
-        self.not_equal.shard(((dp, 1, 1, 1), (dp, 1, 1, 1)))
-        self.equal.shard(((dp, 1, 1, 1), ()))

@@ -1,12 +1,14 @@
-"""Attention and the decoder layer of TeleChat. Cells take `(config, ...)` and carry their own sharding."""
+"""Attention and the decoder layer of TeleChat. How they are split over devices stands in telechat_sharding."""
 from typing import Any, Optional, Tuple
 
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
 
 from research.telechat import telechat_kernels as kernels
-from research.telechat.telechat_kv_cache import ComposedCache, PagedCache, rotates_on_read
+from research.telechat import telechat_sharding as sharding
+from research.telechat.telechat_kv_cache import ComposedCache, PagedCache
 from research.telechat.telechat_layer import RMSNorm, RotaryEmbedding, TelechatFeedForward, TelechatLinear
+from research.telechat.telechat_rows import HeadsToRows, RowsToHeads
 
 
 class DotProductAttention(nn.Cell):
@@ -18,6 +20,7 @@ class DotProductAttention(nn.Cell):
         self.scale = self.head_dim ** -0.5
         self.softmax_dtype = config.softmax_compute_type
         self.has_dropout = config.attention_dropout_prob > 0
+        self.mask_per_sequence = kernels.per_sequence_mask(config)
         self.scale_query = P.Mul()
         self.scores = P.BatchMatMul(transpose_b=True)
         self.add_mask = P.Add()
@@ -26,14 +29,14 @@ class DotProductAttention(nn.Cell):
         self.context = P.BatchMatMul()
         self.cast = P.Cast()
         self.reshape = P.Reshape()
-        self.shard(config)
+        sharding.dot_product_attention(self, sharding.Mesh(config))
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """query: [B, N, S, D]; key, value: [B, N_kv, T, D]; mask: additive, broadcast to [B, N, S, T] -> as query."""
         batch, heads, seq, dim = query.shape
         keys = key.shape[2]
         query = self.scale_query(query, self.cast(self.scale, query.dtype))
-        if self.heads != self.kv_heads:                                # queries that share a key/value head side by side
+        if self.heads != self.kv_heads:                           # queries that share a key/value head side by side
             query = self.reshape(query, (batch, self.kv_heads, -1, dim))
         scores = self.reshape(self.scores(query, key), (batch, heads, seq, keys))
         probs = self.softmax(self.add_mask(self.cast(scores, self.softmax_dtype), mask))
@@ -43,18 +46,6 @@ class DotProductAttention(nn.Cell):
         if self.heads != self.kv_heads:
             probs = self.reshape(probs, (batch, self.kv_heads, -1, keys))
         return self.reshape(self.context(probs, value), (batch, heads, seq, dim))
-
-    def shard(self, config: Any) -> None:
-        """Heads over model parallelism."""
-        plan = config.parallel_config
-        x = (plan.data_parallel, plan.model_parallel, 1, 1)
-        self.scale_query.shard((x, ()))
-        self.scores.shard((x, x))
-        self.add_mask.shard((x, (plan.data_parallel if config.mask_pad_tokens or config.document_boundaries else 1,
-                                 1, 1, 1)))
-        self.softmax.shard((x,))
-        self.dropout.dropout.shard((x,))
-        self.context.shard((x, x))
 
 
 class TelechatAttention(nn.Cell):
@@ -80,52 +71,44 @@ class TelechatAttention(nn.Cell):
         self.wo = TelechatLinear(config, hidden, hidden, has_bias=config.out_proj_has_bias)
         self.rotary = RotaryEmbedding(config)
         self.use_flash = kernels.use_flash_attention(config)
-        self.attend = kernels.flash_attention(config) if self.use_flash else DotProductAttention(config)
-        self.to_heads = P.Transpose()
-        self.kv_to_heads = P.Transpose()
-        self.merge_heads = P.Transpose()
+        self.attend = kernels.CausalFlashAttention(config) if self.use_flash else DotProductAttention(config)
+        self.to_heads = RowsToHeads(config)
+        self.to_rows = HeadsToRows(config)
         self.reshape = P.Reshape()
         self.use_past = config.use_past
         if self.use_past:
             self.is_first_iteration = True
-            self.rotate_on_read = rotates_on_read(config)
-            self.paged = kernels.use_paged_attention(config)
+            self.paged = kernels.use_paged_attention()
             self.cache = PagedCache(config) if self.paged else ComposedCache(config)
             self.flat_prefill = config.is_dynamic
             if self.paged and self.flat_prefill:
                 self.attend_flat = kernels.FlatFlashAttention(config)
-        self.shard(config)
+        sharding.attention(self, sharding.Mesh(config))
 
-    def construct(self, x: Tensor, rope: Tuple[Tensor, Tensor], mask: Optional[Tensor],
+    def construct(self, x: Tensor, shape: Tuple[int, int], rope: Tuple[Tensor, Tensor], mask: Optional[Tensor],
                   cached: Optional[Tuple] = None) -> Tensor:
-        """x: [B, S, H]; rope: cos and sin (telechat_layer.RotaryEmbedding); mask as the kernel takes it -> [B, S, H].
+        """x: rows [B S, H] -> [B S, H].
 
-        cached: what `telechat_kv_cache.GenerationStep` says of the cache, where there is one.
+        shape: (B, S); rope: cos and sin (telechat_layer.RotaryEmbedding); mask: as the kernel takes it; cached: what
+        `telechat_kv_cache.GenerationStep` says of the cache, where there is one.
         """
-        batch, seq, _ = x.shape
-        query, key, value = self.project(x)
+        query, key, value = self.project(x, shape)
         cos, sin = rope
-        query = self.rotary(self.to_heads(query, (0, 2, 1, 3)), cos, sin)          # [B, N, S, D]
-        plain_key = self.kv_to_heads(key, (0, 2, 1, 3))
-        key = self.rotary(plain_key, cos, sin)                                     # [B, N_kv, S, D]
-        value = self.kv_to_heads(value, (0, 2, 1, 3))
+        query, key = self.rotary(query, cos, sin), self.rotary(key, cos, sin)
         if self.use_past and self.paged:
-            return self.wo(self.attend_paged(query, key, value, mask, cached))
+            context = self.attend_paged(query, key, value, mask, cached)
+            return self.wo(self.reshape(context, (-1, self.hidden_size)))
         if self.use_past:
-            key, value = self.through_cache(plain_key if self.rotate_on_read else key, key, value, cached)
-        context = self.merge_heads(self.attend(query, key, value, mask), (0, 2, 1, 3))
-        return self.wo(self.reshape(context, (batch, seq, self.hidden_size)))
+            key, value = self.through_cache(key, value, cached)
+        return self.wo(self.to_rows(self.attend(query, key, value, mask)))
 
-    def through_cache(self, kept: Tensor, key: Tensor, value: Tensor, cached: Tuple) -> Tuple[Tensor, Tensor]:
-        """Cache `kept` (the key, or the unrotated key) and `value`: [B, N_kv, S, D] each -> the keys and values to look
-        at, [B, N_kv, L, D]: those of this step when prompts are read, all cached ones afterwards."""
-        caches = self.cache(kept, value, cached[0])
+    def through_cache(self, key: Tensor, value: Tensor, cached: Tuple) -> Tuple[Tensor, Tensor]:
+        """Cache key and value [B, N_kv, S, D] -> the keys and values to look at, [B, N_kv, L, D]: those of this step
+        when prompts are read, all cached ones afterwards."""
+        caches = self.cache(key, value, cached[0])
         if self.is_first_iteration:
             return key, value
-        key, value = self.cache.read(caches, cached[1])
-        if self.rotate_on_read:
-            key = self.rotary(key, *cached[2])
-        return key, value
+        return self.cache.read(caches, cached[1])
 
     def attend_paged(self, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], cached: Tuple) -> Tensor:
         """As `construct`, after rotation, with the fused kernels of the cache -> [B, S, H]."""
@@ -142,31 +125,15 @@ class TelechatAttention(nn.Cell):
     def flatten(self, x: Tensor) -> Tensor:
         """[B, N, S, D] -> [B, S, N * D]."""
         batch, heads, seq, dim = x.shape
-        return self.reshape(self.merge_heads(x, (0, 2, 1, 3)), (batch, seq, heads * dim))
+        return self.reshape(self.to_rows(x), (batch, seq, heads * dim))
 
-    def project(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """x: [B, S, H] -> queries [B, S, N, D], keys and values [B, S, N_kv, D]."""
-        batch, seq, _ = x.shape
+    def project(self, x: Tensor, shape: Tuple[int, int]) -> Tuple[Tensor, Tensor, Tensor]:
+        """x: [B S, H] -> queries [B, N, S, D], keys and values [B, N_kv, S, D]."""
+        batch, seq = shape
         if self.fused:
-            return self.split(self.reshape(self.w_qkv(x), (batch, seq, self.heads, 3 * self.head_dim)))
-        query = self.reshape(self.wq(x), (batch, seq, self.heads, self.head_dim))
-        key, value = self.split(self.reshape(self.wk_v(x), (batch, seq, self.kv_heads, 2 * self.head_dim)))
-        return query, key, value
-
-    def shard(self, config: Any) -> None:
-        """Heads over model parallelism; the output is reduced, or reduce-scattered over the sequence."""
-        plan = config.parallel_config
-        dp, cp, mp = plan.data_parallel, plan.context_parallel, plan.model_parallel
-        rows = dp * cp
-        for linear in (self.w_qkv,) if self.fused else (self.wq, self.wk_v):
-            linear.shard(((rows, 1), (mp, 1)), strategy_bias=((rows, mp), (mp,)))
-        self.split.shard(((dp, cp, mp, 1),))
-        self.to_heads.shard(((dp, cp, mp, 1),))
-        self.kv_to_heads.shard(((dp, cp, mp, 1),))
-        self.merge_heads.shard(((dp, mp, cp, 1),))
-        out = ((rows * mp, 1),) if plan.use_seq_parallel else None
-        self.wo.shard(((rows, mp), (1, mp)), strategy_bias=((rows * mp, 1) if out else (rows, 1), (1,)),
-                      out_strategy_matmul=out)
+            return self.split(self.to_heads(self.w_qkv(x), batch, seq, self.heads))            # [B, N, S, 3 D]
+        key, value = self.split(self.to_heads(self.wk_v(x), batch, seq, self.kv_heads))        # [B, N_kv, S, 2 D]
+        return self.to_heads(self.wq(x), batch, seq, self.heads), key, value
 
 
 class TelechatDecodeLayer(nn.Cell):
@@ -184,26 +151,16 @@ class TelechatDecodeLayer(nn.Cell):
         self.add = P.Add()
         self.cast = P.Cast()
         self.res_dtype = config.res_dtype
-        self.shard(config)
+        sharding.decode_layer(self, sharding.Mesh(config))
 
-    def construct(self, x: Tensor, rope: Tuple[Tensor, Tensor], mask: Optional[Tensor],
+    def construct(self, x: Tensor, shape: Tuple[int, int], rope: Tuple[Tensor, Tensor], mask: Optional[Tensor],
                   cached: Optional[Tuple] = None) -> Tensor:
-        """x: [B, S, H] in res_dtype -> the same."""
-        h = self.add_residual(x, self.attention(self.attention_norm(x), rope, mask, cached))
+        """x: rows [B S, H] of the residual stream, shape: (B, S); the others as in TelechatAttention -> as x."""
+        h = self.add_residual(x, self.attention(self.attention_norm(x), shape, rope, mask, cached))
         return self.add_residual(h, self.feed_forward(self.ffn_norm(h)))
 
     def add_residual(self, x: Tensor, y: Tensor) -> Tensor:
-        """x + dropout(y), both [B, S, H]."""
+        """x + dropout(y), both [T, H]."""
         if self.has_dropout:
             y = self.dropout(y)
         return self.add(x, self.cast(y, self.res_dtype))
-
-    def shard(self, config: Any) -> None:
-        """The residual stream is cut over data and context parallelism, with sequence parallelism over mp as well."""
-        plan = config.parallel_config
-        seq = plan.context_parallel * (plan.model_parallel if plan.use_seq_parallel else 1)
-        x = (plan.data_parallel, seq, 1)
-        self.attention_norm.shard(x)
-        self.ffn_norm.shard(x)
-        self.add.shard((x, x))
-        self.dropout.dropout.shard((x,))
