@@ -176,6 +176,12 @@ class TestYaml:
         assert len(one) == Vocab.load(folder / "tokenizer.model").size
         assert max(one.get_vocab().values()) == len(one) - 1 == len(one.get_vocab()) - 1
 
+    def test_unknown_pieces_do_not_end_the_text(self, folder):
+        """The official configs name <_end> as the unknown token."""
+        one = TelechatTokenizer(str(folder / "tokenizer.model"), unk_token="<_end>")
+        assert one.unk_token_id == 2
+        assert one.convert_tokens_to_ids(["<_no_such_piece>", "<_end>"]) == [0, 2]
+
     @pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file"])
     def test_fast(self, folder, key):
         one = build_tokenizer(MindFormerConfig(type="TelechatTokenizerFast", **{key: str(folder / "tokenizer.json")}))

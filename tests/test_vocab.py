@@ -18,6 +18,7 @@ from vocab_fixtures import edit_json, train_byte_level_bpe, train_sentencepiece
 
 from research.telechat.telechat_variants import ConfigError
 from research.telechat.telechat_vocab import IncrementalDecoder, Vocab, VocabError
+from research.telechat.telechat_vocab_files import _fields
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFICIAL = {"12B": "telechat-12b", "52B": "telechat-52b", "115B": "telechat2-115b"}
@@ -247,9 +248,10 @@ class TestSentencePiece:
         ids = vocab.encode_with_specials("<reserve1>hi<_bot>")
         assert vocab.decode(ids, skip_special_tokens=True) == "hi<_bot>"
 
-    def test_longest_marker_wins(self, folder):
-        vocab = Vocab.load(folder / "tokenizer.model")
-        assert vocab.encode_with_specials("<reserve10>") == [vocab.token_to_id("<reserve10>")]
+    def test_longest_marker_wins(self, tmp_path):
+        path = train_sentencepiece(tmp_path / "t.model", user_defined_symbols=["@user", "@user2"])
+        vocab = Vocab.load(path, {"user": "@user", "other": "@user2"})
+        assert vocab.encode_with_specials("@user2@user") == [vocab.token_to_id("@user2"), vocab.token_to_id("@user")]
 
     def test_named_symbol_of_another_shape(self, tmp_path):
         path = train_sentencepiece(tmp_path / "t.model", user_defined_symbols=["[USER]", "_"])
@@ -258,6 +260,13 @@ class TestSentencePiece:
         assert vocab.token_to_id("[USER]") not in vocab.encode("[USER]")
         assert vocab.token_to_id("_") in vocab.encode("a_b")             # an ordinary symbol stays one
         assert "[USER]" not in Vocab.load(path).markers
+
+    @pytest.mark.parametrize("length", [30, 126, 127, 128, 200, 300])
+    def test_long_markers_are_found(self, tmp_path, length):
+        marker = "<" + "x" * (length - 2) + ">"
+        vocab = Vocab.load(train_sentencepiece(tmp_path / "t.model", user_defined_symbols=[marker]))
+        assert vocab.markers[marker] not in vocab.encode(marker)
+        assert vocab.encode_with_specials(marker) == [vocab.markers[marker]]
 
     def test_without_dummy_prefix(self, tmp_path):
         vocab = Vocab.load(train_sentencepiece(tmp_path / "t.model", add_dummy_prefix=False))
@@ -346,7 +355,8 @@ class TestErrors:
     def test_truncated_anywhere(self, folder, tmp_path):
         data = (folder / "tokenizer.model").read_bytes()
         path = tmp_path / "tokenizer.model"
-        for length in [*range(1, 200), *range(200, len(data) - 60, 97)]:
+        field_ends = [end for _, _, end in _fields(data, 0, len(data))]  # where the rest is a message of its own
+        for length in [*range(1, 200), *range(200, len(data) - 60, 97), *field_ends[300:320], *field_ends[-4:-1]]:
             path.write_bytes(data[:length])
             with pytest.raises(VocabError):
                 Vocab.load(path)
