@@ -77,11 +77,16 @@ class Workspace:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise StepError(f"another run is using {folder}; wait for it or stop it") from None
-        for entry in folder.iterdir():
-            if entry.name.startswith(".partial-") or (fresh and entry.name != ".lock"):
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         self._record_file = folder / ".steps.json"
         self.record = self._read_record()
+        for left in folder.glob(".partial-*"):
+            shutil.rmtree(left)
+        if fresh:                                # only what steps made: the folder may hold other things
+            for name in [*self.record, "logs"]:
+                if Path(name).name == name:
+                    shutil.rmtree(folder / name, ignore_errors=True)
+            self.record = {}
+            self._write_record()
 
     def _read_record(self) -> Dict[str, Any]:
         try:
