@@ -31,7 +31,7 @@ class Variant:
     input_mult: float = 1.0                  # embeddings are multiplied by it
     logits_scale: float = 1.0                # logits are multiplied by it (52B: output_mult / mup_scale_factor)
     training_seqlen: int = 8192              # context the weights were trained with
-    base_seqlen: int = 8192                  # L of the NTK rule: alpha = 1 up to half of it (see telechat_rope)
+    base_seqlen: int = 8192                  # L of the NTK rule: alpha is 1 up to L (see telechat_rope)
     rope_base_power: bool = True             # base = 10000 * alpha^(d/(d-2)); False: 10000 * alpha
     rope_mscale: bool = True                 # cos and sin grow with log(S / training_seqlen) past training_seqlen
     rope_fp16_tables: bool = True            # the official code rounds cos and sin to float16
