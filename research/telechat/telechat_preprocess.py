@@ -87,8 +87,12 @@ def make_renderer(args: argparse.Namespace) -> Renderer:
                     pad_token=args.pad_token, system_policy=args.system_prompt)
 
 
-def preprocess(args: argparse.Namespace) -> dict:
-    """Make the data set; returns the report. Raises ConfigError and WorkerError, and then leaves nothing behind."""
+def preprocess(args: argparse.Namespace, started: Optional[float] = None) -> dict:
+    """Make the data set; returns the report. Raises ConfigError and WorkerError, and then leaves nothing behind.
+
+    `started`: from when the time counts, in seconds of time.perf_counter; default: now.
+    """
+    started = time.perf_counter() if started is None else started
     sources = find_sources(args.input_dataset_file)
     renderer = make_renderer(args)
     formats = source_formats(sources, None if args.format == "auto" else args.format)
@@ -107,10 +111,10 @@ def preprocess(args: argparse.Namespace) -> dict:
             writer.add(to_record(pack, length, renderer.pad_id, side, slots))
         if not writer.records:
             raise ConfigError(_nothing(sources, report))
-        summary = report.summary(writer.records, time.perf_counter() - _STARTED)
+        summary = report.summary(writer.records, time.perf_counter() - started)
         extra = {"lengths.png": report.histogram_png()}
         files = writer.finish(_meta(args, renderer, side, summary), extra)
-    summary = report.summary(writer.records, time.perf_counter() - _STARTED)
+    summary = report.summary(writer.records, time.perf_counter() - started)
     report_file = Path(args.output_path) / "report.json"
     report_file.write_text(json.dumps(summary, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return {**summary, "files": [str(file) for file in files]}
@@ -124,14 +128,15 @@ def _pieces(results: Iterator[Encoded], sources: List[Source], report: Report, m
     """The pieces of all chunks; counts, shows progress, and stops at too many unusable records."""
     with tqdm(total=total_bytes(sources), unit="B", unit_scale=True, desc="preprocess", mininterval=0.5) as bar:
         for encoded in results:
-            errors = [f"{sources[encoded.source].path}:{number}: {error}" for number, error in encoded.errors]
-            report.add(encoded.counts, encoded.lengths, errors)
+            report.add(encoded.counts, encoded.lengths)
             bar.update(encoded.progress)
-            if max_errors >= 0 and report.unusable >= max(max_errors, 1):
-                for error in report.errors:
-                    tqdm.write(error, file=sys.stderr)
-                raise ConfigError(f"{report.unusable} records could not be used, the first ones named above; correct "
-                                  "them, name the right --format, or allow more with --max_errors")
+            for number, error in encoded.errors:
+                named = f"{sources[encoded.source].path}:{number}: {error}"
+                if report.add_error(named):
+                    tqdm.write(named, file=sys.stderr)
+                if max_errors >= 0 and report.unusable >= max(max_errors, 1):
+                    raise ConfigError(f"stopped at {report.unusable} records that cannot be used, named above; correct "
+                                      "them, name the right --format, or allow more with --max_errors")
             yield from encoded.pieces()
 
 
@@ -162,7 +167,7 @@ def _cores() -> int:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command; returns the exit code."""
     try:
-        summary = preprocess(parse_arguments(argv))
+        summary = preprocess(parse_arguments(argv), None if argv else _STARTED)
     except (ConfigError, WorkerError) as err:
         print(f"telechat_preprocess: error: {err}", file=sys.stderr)
         return 1
@@ -172,8 +177,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         print("telechat_preprocess: interrupted; nothing was written", file=sys.stderr)
         return 130
-    for error in summary["first_errors"]:
-        print(error, file=sys.stderr)
+    unnamed = sum(summary["conversations"]["unusable_records"].values()) - len(summary["unusable_first"])
+    if unnamed:
+        print(f"... and {unnamed} more records that cannot be used", file=sys.stderr)
     print(format_report(summary))
     print(f"data set   {', '.join(summary['files'])}")
     print(f"details    {Path(summary['files'][0]).parent}: meta.json, report.json, lengths.png")

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 
 _BINS = 4096                                 # resolution of the lengths that are kept in memory
-_SHOWN_ERRORS = 5
+SHOWN_ERRORS = 100                           # unusable records that are named one by one
 
 
 class Report:
@@ -15,23 +15,26 @@ class Report:
     def __init__(self, limit: int):
         self.limit = limit
         self.counts: Counter[str] = Counter()
-        self.errors: List[str] = []          # the first ones, as they were found
+        self.errors: List[str] = []          # the first SHOWN_ERRORS, as they were found
+        self.unusable = 0                    # records that could not be used
         self._width = max(limit // 256, 1)   # tokens per bin
         self._lengths = np.zeros(_BINS + 1, np.int64)
         self._longest = 0
 
-    def add(self, counts: Dict[str, int], lengths: np.ndarray, errors: List[str]) -> None:
+    def add(self, counts: Dict[str, int], lengths: np.ndarray) -> None:
         """Add one chunk."""
         self.counts.update(counts)
-        self.errors += errors[:_SHOWN_ERRORS - len(self.errors)] if len(self.errors) < _SHOWN_ERRORS else []
         if len(lengths):
             self._lengths += np.bincount(np.minimum(lengths // self._width, _BINS), minlength=_BINS + 1)
             self._longest = max(self._longest, int(lengths.max()))
 
-    @property
-    def unusable(self) -> int:
-        """Records that could not be used."""
-        return sum(count for name, count in self.counts.items() if name.startswith("unusable: "))
+    def add_error(self, error: str) -> bool:
+        """Count a record that cannot be used; tells whether it is to be named on the terminal."""
+        self.unusable += 1
+        if self.unusable > SHOWN_ERRORS:
+            return False
+        self.errors.append(error)
+        return True
 
     def summary(self, records: int, seconds: float) -> Dict[str, Any]:
         """The report as it goes into report.json. `records`: rows written; `seconds`: wall time so far."""
@@ -65,7 +68,7 @@ class Report:
             "seconds": round(seconds, 3),
             "tokens_per_second": round(counts["tokens"] / seconds) if seconds > 0 else 0,
             "megabytes_per_second": round(counts["bytes"] / seconds / 1e6, 3) if seconds > 0 else 0,
-            "first_errors": self.errors,
+            "unusable_first": self.errors,
         }
 
     def _group(self, prefix: str) -> Dict[str, int]:
