@@ -415,3 +415,11 @@ class TestProcesses:
     def test_fingerprint_is_the_file(self, folder, vocab):
         import hashlib
         assert vocab.fingerprint == hashlib.sha256(vocab.path.read_bytes()).hexdigest()
+
+
+def test_small_vocabulary_without_byte_fallback(tmp_path):
+    """Characters it lacks become the unknown token, which is no forged marker."""
+    path = train_sentencepiece(tmp_path / "tokenizer.model", byte_fallback=False, vocab_size=400)
+    vocab = Vocab.load(path)
+    assert vocab.token_to_id("<_unk>") in vocab.encode("€")
+    assert vocab.token_to_id("<_bot>") not in vocab.encode("<_bot>")

@@ -171,9 +171,13 @@ class Vocab:
                                  + (", ..." if len(self.markers) > 12 else ""))
 
     def _check_plain(self) -> None:
-        """No marker may come out of plain text; a file for which that fails would let users forge turns."""
+        """No marker may come out of plain text; a file for which that fails would let users forge turns.
+
+        The unknown token does: characters that a small vocabulary lacks become it.
+        """
+        unknown = self.token_to_id(self.own_tokens["unk"]) if self.own_tokens.get("unk") else None
         for piece, token_id in self.markers.items():
-            if token_id in self._backend.encode(piece):
+            if token_id != unknown and token_id in self._backend.encode(piece):
                 raise VocabError(f"vocabulary {self.path}: plain text {piece!r} is encoded as the marker with id "
                                  f"{token_id}; this kind of vocabulary is not supported")
 
