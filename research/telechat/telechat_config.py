@@ -204,7 +204,8 @@ class TelechatConfig(PretrainedConfig):
         return RopeRule(
             head_dim=self.head_dim, theta=self.theta, extend_method=self.extend_method,
             scaling_factor=self.scaling_factor, training_seqlen=self.training_seqlen, base_seqlen=self.base_seqlen,
-            base_power=self.rope_base_power, mscale=self.rope_mscale, table_dtype=dtype_name(self.rotary_dtype))
+            base_power=self.rope_base_power, mscale=self.rope_mscale, length=self.rope_length or 0,
+            table_dtype=dtype_name(self.rotary_dtype))
 
     def to_variant(self) -> Variant:
         """Sizes and capabilities as a Variant, which names and shapes of parameters follow from (telechat_weights)."""

@@ -1,14 +1,13 @@
 """Generation with a cache of keys and values: what all layers share in one step, and the cache of one layer.
 
-The cache is paged, as MindFormers' generator manages it: `num_blocks` blocks of `block_size` slots, `block_tables` [B, K]
-says which blocks hold a sequence (-1: none yet), `slot_mapping` into which slot each token of this step goes (-1:
-nowhere). Prompts come padded on the right [B, S] or, with `flat_prefill`, back to back [1, T]; afterwards every step
-brings one token per sequence [B, 1]. The attention itself is in telechat_transformer, generation in
+The cache is paged, as MindFormers' generator manages it: `num_blocks` blocks of `block_size` slots; `block_tables`
+[B, K] says which blocks hold a sequence (-1: none yet), `slot_mapping` into which slot each token of this step goes
+(-1: nowhere). Prompts come padded on the right [B, S] or, with `flat_prefill`, back to back [1, T]; afterwards every
+step brings one token per sequence [B, 1]. The attention itself is in telechat_transformer, generation in
 telechat_generation.
 
-Long contexts: where the official rotary rule changes with the length of the sequence (telechat_rope), the cache keeps
-keys unrotated and rotates them when they are read, for the length that the sequence has by then. That is what the
-model computes without a cache. Where the rule is constant up to seq_length, keys are rotated once.
+Keys are cached rotated. Where the official rotary rule changes with the length of the sequence (telechat_rope), a cache
+is valid for the lengths that share one scaling; telechat_generation fills it anew when that changes.
 """
 from typing import Any, Optional, Tuple
 
@@ -24,11 +23,6 @@ from research.telechat.telechat_mask import forbidden_score
 from research.telechat.telechat_rope import rule_is_constant, tables_by_length
 
 
-def rotates_on_read(config: Any) -> bool:
-    """Whether the rotary rule changes within seq_length, so that keys are cached unrotated."""
-    return not rule_is_constant(config.rope_rule, config.seq_length)
-
-
 class RotaryTables(nn.Cell):
     """cos and sin by position and by the number of tokens in the sequence, as constants of the graph."""
 
@@ -37,7 +31,7 @@ class RotaryTables(nn.Cell):
         tables = tables_by_length(config.rope_rule, config.seq_length)
         compute = kernels.matmul_dtype(config.compute_dtype)
         self.dtype = compute if compute == config.rotary_dtype else mstype.float32
-        self.constant = not rotates_on_read(config)
+        self.constant = rule_is_constant(config.rope_rule, config.seq_length)
         self.limit, self.head_dim = config.seq_length, config.head_dim
         self.rounding = config.rotary_dtype
         table_dtype = self.dtype if self.constant else mstype.float32
@@ -74,7 +68,7 @@ class RotaryTables(nn.Cell):
     def all_positions(self, tokens: Tensor, lengths: Tensor) -> Tuple[Tensor, Tensor]:
         """cos and sin of every position of tokens [B, S], in sequences of `lengths` [B] tokens."""
         positions = self.sub(self.cumsum(self.ones_like(tokens), 1), 1)            # [B, S]
-        return self(positions, self.reshape(lengths, (-1, 1)))
+        return self.construct(positions, self.reshape(lengths, (-1, 1)))
 
 
 class GenerationStep(nn.Cell):
@@ -84,8 +78,7 @@ class GenerationStep(nn.Cell):
         super().__init__()
         self.is_first_iteration = True
         self.flat_prefill = config.is_dynamic
-        self.paged = kernels.use_paged_attention(config)
-        self.rotate_on_read = rotates_on_read(config)
+        self.paged = kernels.use_paged_attention()
         self.tables = RotaryTables(config)
         self.block_size = config.block_size
         self.slots = (config.num_blocks + 1) * config.block_size                   # the last block takes slot -1
@@ -139,7 +132,7 @@ class GenerationStep(nn.Cell):
         return rope, *self.read(totals, block_tables, write)
 
     def flat(self, tokens: Tensor, lengths: Tensor) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
-        """tokens: [1, T], prompts back to back -> positions in their prompt, tokens of it, [1, T] each, and the mask."""
+        """tokens: [1, T], prompts back to back -> positions in their prompt, its length, [1, T] each, and the mask."""
         index = self.sub(self.cumsum(self.ones_like(tokens), 1), 1)                # [1, T]
         ends = self.cumsum(lengths, 0)
         past = self.cast(self.greater(self.reshape(ends, (1, -1)), self.reshape(index, (-1, 1))), mstype.float32)
@@ -166,9 +159,7 @@ class GenerationStep(nn.Cell):
         positions = self.sub(self.cumsum(self.ones_like(slots), 2), 1)             # [B, 1, L]
         unread = self.less(self.sub(self.reshape(totals, (batch, 1, 1)), 1), positions)
         mask = self.where(self.reshape(unread, (batch, 1, 1, -1)))
-        if not self.rotate_on_read:
-            return mask, (write, rows)
-        return mask, (write, rows, self.tables(self.reshape(positions, (batch, -1)), totals))
+        return mask, (write, rows)
 
     def where(self, hidden: Tensor) -> Tensor:
         """`hidden`, a bool tensor, as addend of scores."""

@@ -31,6 +31,7 @@ class RopeRule:
     base_seqlen: int = 8192          # tokens; L of the rule
     base_power: bool = True          # base = theta * alpha^(d/(d-2)); False: theta * alpha, and S' = S
     mscale: bool = True              # scale cos and sin past training_seqlen
+    length: int = 0                  # tokens; not 0: scale as for a sequence of this length, whatever its own is
     table_dtype: str = "float32"     # cos and sin are rounded to it: "float16", "bfloat16" or "float32"
 
 
@@ -42,6 +43,7 @@ def ntk_alpha(seq_length: int, base_seqlen: int) -> float:
 def rope_scaling(rule: RopeRule, seq_length: int) -> Tuple[float, float]:
     """(base of the frequencies, factor on cos and sin) for a sequence of `seq_length` tokens."""
     power = rule.head_dim / (rule.head_dim - 2)
+    seq_length = rule.length or seq_length
     if rule.extend_method == "TELECHAT":
         effective = max(seq_length, rule.training_seqlen) if rule.base_power else seq_length
         alpha = ntk_alpha(effective, rule.base_seqlen)
