@@ -31,7 +31,8 @@ def losses(logits, labels):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family,side", [("12b", "left"), ("12b", "right"), ("telechat2_mha", "right"), ("52b", "left")])
+@pytest.mark.parametrize("family,side", [
+    ("12b", "left"), ("12b", "right"), ("telechat2_mha", "right"), ("52b", "left")])
 def test_packed_losses_are_those_of_each_alone(rendered, family, side):
     # Records within training_seqlen: beyond it rotary scaling depends on the length of the whole input, by design.
     hf = {**HF_CONFIGS[family], "vocab_size": 512}
