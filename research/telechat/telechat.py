@@ -14,7 +14,7 @@ from research.telechat.telechat_generation import TelechatGenerationMixin
 from research.telechat.telechat_kv_cache import GenerationStep, RotaryTables
 from research.telechat.telechat_layer import RMSNorm, TelechatEmbedding, TelechatLinear
 from research.telechat.telechat_loss import CrossEntropyLoss
-from research.telechat.telechat_mask import AttentionMask
+from research.telechat.telechat_mask import AttentionMask, Documents
 from research.telechat.telechat_rope import rule_is_constant
 from research.telechat.telechat_rows import RowsToTokens, TokensToRows
 from research.telechat.telechat_transformer import TelechatDecodeLayer
@@ -44,6 +44,7 @@ class TelechatModel(TelechatPreTrainedModel):
             setting(layer, layer_id)
             self.layers.append(layer)
         self.mask = AttentionMask(config)
+        self.documents = Documents(config)
         self.norm_out = RMSNorm(config)
         self.to_rows = TokensToRows(config)
         self.use_past = config.use_past
@@ -83,7 +84,7 @@ class TelechatModel(TelechatPreTrainedModel):
         seq = tokens.shape[1]
         rotary = self.layers[0].attention.rotary
         if self.document_boundaries and actual_seq_len is not None:
-            documents, positions = self.mask.documents(seq, actual_seq_len)        # [B, S] each
+            documents, positions = self.documents(seq, actual_seq_len)             # [B, S] each
             rope = rotary.tables_at(positions, seq)
             mask = self.mask(tokens, attention_mask, documents)
         else:

@@ -95,19 +95,21 @@ def per_sequence_mask(config: Any) -> bool:
 class CausalFlashAttention(nn.Cell):
     """Causal attention in the fused kernel (Dao et al., 2022), which never stores the scores.
 
-    Its mask is a 2048 x 2048 triangle that the kernel repeats (sparse mode 2), the full [B, 1, S, S] one (mode 0) where
-    sequences differ, or none with ring attention, which masks by itself.
+    Its mask is a 2048 x 2048 triangle that the kernel repeats (sparse mode 2), a full one (mode 0), [B, 1, S, S] where
+    sequences differ and else [S, S], or none with ring attention, which masks by itself.
     """
 
     def __init__(self, config: Any):
         super().__init__()
         self.ring = config.use_ring_attention and config.parallel_config.context_parallel > 1
-        self.full_mask = not config.use_attn_mask_compression or per_sequence_mask(config)
+        self.mask_form = ("sequence" if per_sequence_mask(config) else
+                          "triangle" if config.use_attn_mask_compression else "full")
         self.has_dropout = config.attention_dropout_prob > 0
         keep = 1.0 - config.attention_dropout_prob
         self.kernel = FlashAttentionScore(
             head_num=config.num_heads, keep_prob=keep, scale_value=config.head_dim ** -0.5, pre_tokens=NO_LIMIT,
-            next_tokens=0, inner_precise=0, input_layout="BNSD", sparse_mode=0 if self.full_mask or self.ring else 2)
+            next_tokens=0, inner_precise=0, input_layout="BNSD",
+            sparse_mode=2 if self.mask_form == "triangle" and not self.ring else 0)
         if self.ring:
             self.kernel.add_prim_attr("enable_ring_attention", True)
             self.kernel.add_prim_attr("enable_ra_send_recv", True)

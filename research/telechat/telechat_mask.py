@@ -9,14 +9,15 @@ from mindspore.ops.primitive import constexpr
 
 from research.telechat import telechat_kernels as kernels
 from research.telechat import telechat_sharding as sharding
+from research.telechat.telechat_variants import ConfigError
 
 COMPRESSED = 2048                      # side of the causal triangle that the flash attention kernel repeats by itself
 
 
 @constexpr
-def _above_diagonal(size: int, dtype: Any, value: float) -> Tensor:
-    """[1, 1, size, size]: `value` above the diagonal, 0 elsewhere."""
-    return Tensor(np.triu(np.full((size, size), value, np.float32), k=1)[None, None], dtype)
+def _above_diagonal(size: int) -> Tensor:
+    """[1, 1, size, size] bool: True above the diagonal, where a key comes after the query."""
+    return Tensor(np.triu(np.ones((size, size), np.bool_), k=1)[None, None])
 
 
 @constexpr
@@ -40,22 +41,23 @@ class AttentionMask(nn.Cell):
     def __init__(self, config: Any):
         super().__init__()
         self.flash = kernels.use_flash_attention(config)
-        self.compressed = config.use_attn_mask_compression and not kernels.per_sequence_mask(config)
+        self.per_sequence = kernels.per_sequence_mask(config)
+        self.compressed = config.use_attn_mask_compression and not self.per_sequence
         self.ring = config.use_ring_attention and config.parallel_config.context_parallel > 1
+        if self.ring and self.per_sequence:
+            raise ConfigError("model_config.use_ring_attention knows no mask but the causal one: set mask_pad_tokens "
+                              "and document_boundaries to False, or use_ring_attention to False")
         self.mask_pad = config.mask_pad_tokens
         self.pad_token_id = config.pad_token_id
-        self.dtype = mstype.uint8 if self.flash else config.softmax_compute_type
-        self.forbidden = 1.0 if self.flash else forbidden_score(config.softmax_compute_type)
+        self.dtype = config.softmax_compute_type
+        self.forbidden = forbidden_score(self.dtype)
         self.cast = P.Cast()
         self.reshape = P.Reshape()
-        self.not_equal = P.NotEqual()
-        self.equal = P.Equal()
-        self.combine = P.Maximum() if self.flash else P.Minimum()
+        self.other_document = P.NotEqual()
+        self.is_equal = P.Equal()
+        self.or_other_document = P.LogicalOr()
+        self.or_padding = P.LogicalOr()
         self.mul = P.Mul()
-        self.less_equal = P.LessEqual()
-        self.count = P.ReduceSum()
-        self.max = P.ReduceMax()
-        self.sub = P.Sub()
         sharding.mask(self, sharding.Mesh(config))
 
     def construct(self, tokens: Tensor, attention_mask: Optional[Tensor], documents: Optional[Tensor]
@@ -66,25 +68,38 @@ class AttentionMask(nn.Cell):
         if self.flash and self.ring:
             return None
         if self.flash and self.compressed and attention_mask is None:
-            return self.reshape(_above_diagonal(COMPRESSED, self.dtype, self.forbidden), (COMPRESSED, COMPRESSED))
-        mask = _above_diagonal(seq, self.dtype, self.forbidden)
+            return self.reshape(self.cast(_above_diagonal(COMPRESSED), mstype.uint8), (COMPRESSED, COMPRESSED))
+        hidden = _above_diagonal(seq)
         if documents is not None:
             rows, columns = self.reshape(documents, (batch, 1, seq, 1)), self.reshape(documents, (batch, 1, 1, seq))
-            mask = self.combine(mask, self.where(self.not_equal(rows, columns)))   # [B, 1, S, S]
+            hidden = self.or_other_document(hidden, self.other_document(rows, columns))        # [B, 1, S, S]
         if attention_mask is not None:
-            mask = self.combine(mask, self.where(self.equal(self.reshape(attention_mask, (batch, 1, 1, seq)), 0)))
+            padding = self.is_equal(self.reshape(attention_mask, (batch, 1, 1, seq)), 0)
+            hidden = self.or_padding(hidden, padding)
         elif self.mask_pad:
-            pads = self.equal(self.reshape(tokens, (batch, 1, 1, seq)), self.pad_token_id)
-            mask = self.combine(mask, self.where(pads))
-        if self.flash and mask.shape[0] != batch:
-            mask = P.Tile()(mask, (batch, 1, 1, 1))
-        return mask
+            padding = self.is_equal(self.reshape(tokens, (batch, 1, 1, seq)), self.pad_token_id)
+            hidden = self.or_padding(hidden, padding)
+        if not self.flash:
+            return self.mul(self.cast(hidden, self.dtype), self.cast(self.forbidden, self.dtype))
+        hidden = self.cast(hidden, mstype.uint8)
+        return hidden if self.per_sequence or attention_mask is not None else self.reshape(hidden, (seq, seq))
 
-    def where(self, forbidden: Tensor) -> Tensor:
-        """`forbidden`, a bool tensor, in the kernel's form."""
-        return self.mul(self.cast(forbidden, self.dtype), self.cast(self.forbidden, self.dtype))
 
-    def documents(self, seq: int, ends: Tensor) -> Tuple[Tensor, Tensor]:
+class Documents(nn.Cell):
+    """Which of the packed documents each token belongs to."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.reached = P.LessEqual()
+        self.count = P.ReduceSum()
+        self.last = P.ReduceMax()
+        self.select = P.Mul()
+        self.sub = P.Sub()
+        self.cast = P.Cast()
+        self.reshape = P.Reshape()
+        sharding.documents(self, sharding.Mesh(config))
+
+    def construct(self, seq: int, ends: Tensor) -> Tuple[Tensor, Tensor]:
         """Document of each token and its position in it, [B, S] int32 each.
 
         ends: [B, K] int32, cumulative: document k holds the positions ends[k - 1] .. ends[k] - 1; unused entries
@@ -93,7 +108,7 @@ class AttentionMask(nn.Cell):
         batch, count = ends.shape
         index = self.reshape(_positions(seq), (1, seq, 1))
         ends = self.reshape(ends, (batch, 1, count))
-        passed = self.cast(self.less_equal(ends, index), mstype.int32)             # [B, S, K]
+        passed = self.cast(self.reached(ends, index), mstype.int32)                # [B, S, K]
         document = self.cast(self.count(self.cast(passed, mstype.float32), -1), mstype.int32)
-        start = self.cast(self.max(self.cast(self.mul(passed, ends), mstype.float32), -1), mstype.int32)
+        start = self.cast(self.last(self.cast(self.select(passed, ends), mstype.float32), -1), mstype.int32)
         return document, self.sub(self.reshape(index, (1, seq)), start)

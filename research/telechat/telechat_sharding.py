@@ -30,7 +30,7 @@ class Mesh:
         # Where the vocabulary is whole on every device, mp shares the rows of the head instead of repeating them.
         self.head_rows = self.rows if self.vocab > 1 or config.use_past else self.rows * self.mp
         self.recompute_comm = plan.recompute if isinstance(plan.recompute, bool) else plan.recompute.mp_comm_recompute
-        self.table_batch = self.dp if config.document_boundaries else 1
+        self.documents = config.document_boundaries       # then rotary tables and masks differ between sequences
 
     @property
     def layout(self) -> Layout:
@@ -102,7 +102,7 @@ def rotary(cell: Any, mesh: Mesh) -> None:
     """Queries and keys [B, N, S, D]."""
     layout = mesh.layout
     x = layout("dp", "mp", "cp", "None")
-    table = layout("dp", "None", "cp", "None") if mesh.table_batch > 1 else layout("cp", "None")
+    table = layout("dp", "None", "cp", "None") if mesh.documents else layout("cp", "None")
     cell.halves.shard((x,))
     cell.neg.shard((x,))
     cell.concat.add_prim_attr("self_define_shard", True)       # the only way for it to take a layout
@@ -110,6 +110,7 @@ def rotary(cell: Any, mesh: Mesh) -> None:
     cell.mul_cos.shard((x, table))
     cell.mul_sin.shard((x, table))
     cell.add.shard((x, x))
+    cell.gather.shard(((1, 1), (mesh.dp, mesh.cp)))
 
 
 def dot_product_attention(cell: Any, mesh: Mesh) -> None:
@@ -135,7 +136,8 @@ def flash_attention(cell: Any, mesh: Mesh) -> None:
     if cell.has_dropout:
         strategy.append(query)
     if not cell.ring:
-        strategy.append(layout("dp", "None", seq, "None") if cell.full_mask else layout("None", "None"))
+        strategy.append({"sequence": layout("dp", "None", seq, "None"), "full": layout(seq, "None"),
+                         "triangle": layout("None", "None")}[cell.mask_form])
     cell.kernel.shard(tuple(strategy))
 
 
@@ -170,11 +172,24 @@ def decode_layer(cell: Any, mesh: Mesh) -> None:
 
 
 def mask(cell: Any, mesh: Mesh) -> None:
-    """Batches over dp, queries over cp."""
-    column = (mesh.dp, 1, 1, 1)
-    square = (mesh.dp, 1, mesh.cp, 1)
-    cell.not_equal.shard((square, column))
-    cell.equal.shard((column, ()))
+    """Sequences over dp, queries over cp."""
+    row, column, square = (mesh.dp, 1, mesh.cp, 1), (mesh.dp, 1, 1, 1), (mesh.dp, 1, mesh.cp, 1)
+    causal = (1, 1, mesh.cp, 1)
+    cell.other_document.shard((row, column))
+    cell.is_equal.shard((column, ()))
+    cell.or_other_document.shard((causal, square))
+    cell.or_padding.shard((square if mesh.documents else causal, column))
+    cell.mul.shard((square if cell.per_sequence else causal, ()))
+
+
+def documents(cell: Any, mesh: Mesh) -> None:
+    """Sequences over dp."""
+    ends, index = (mesh.dp, 1, 1), (1, 1, 1)
+    cell.reached.shard((ends, index))
+    cell.count.shard((ends,))
+    cell.last.shard((ends,))
+    cell.select.shard((ends, ends))
+    cell.sub.shard(((1, 1), (mesh.dp, 1)))
 
 
 def head(cell: Any, mesh: Mesh) -> None:
@@ -201,7 +216,14 @@ def loss(cell: Any, mesh: Mesh) -> None:
 
 
 def pipeline(model: Any, plan: Any) -> None:
-    """Stages and gradient fusion groups of what is not a decoder layer; layers are set by MindFormers' LayerSetting."""
+    """Stages and gradient fusion groups of what is not a decoder layer; layers are set by MindFormers' LayerSetting.
+
+    Between stages the residual stream travels in the 16 bits of the matrix multiplications.
+    """
+    stages = [layer.pipeline_stage for layer in model.layers]
+    for layer, stage, following in zip(model.layers, stages, stages[1:]):
+        if stage != following:
+            layer.out_dtype = layer.attention.wo.dtype
     last = plan.pipeline_stage - 1
     model.tok_embeddings.pipeline_stage = 0
     model.norm_out.pipeline_stage = last

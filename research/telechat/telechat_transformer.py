@@ -150,14 +150,15 @@ class TelechatDecodeLayer(nn.Cell):
         self.dropout = nn.Dropout(p=config.hidden_dropout_prob)
         self.add = P.Add()
         self.cast = P.Cast()
-        self.res_dtype = config.res_dtype
+        self.res_dtype = self.out_dtype = config.res_dtype
         sharding.decode_layer(self, sharding.Mesh(config))
 
     def construct(self, x: Tensor, shape: Tuple[int, int], rope: Tuple[Tensor, Tensor], mask: Optional[Tensor],
                   cached: Optional[Tuple] = None) -> Tensor:
         """x: rows [B S, H] of the residual stream, shape: (B, S); the others as in TelechatAttention -> as x."""
+        x = self.cast(x, self.res_dtype)
         h = self.add_residual(x, self.attention(self.attention_norm(x), shape, rope, mask, cached))
-        return self.add_residual(h, self.feed_forward(self.ffn_norm(h)))
+        return self.cast(self.add_residual(h, self.feed_forward(self.ffn_norm(h))), self.out_dtype)
 
     def add_residual(self, x: Tensor, y: Tensor) -> Tensor:
         """x + dropout(y), both [T, H]."""
