@@ -97,13 +97,23 @@ telechat_pip_failed() {
     telechat_die "pip could not install the dependencies (its last lines are above)." "$hint"
 }
 
+# telechat_import PYTHON: the versions of mindspore and mindformers, or what Python says about their import.
+telechat_import() {
+    local logs status
+    logs=$(mktemp -d "${TMPDIR:-/tmp}/telechat.XXXXXX")    # mindformers makes its log folder when it is imported
+    # The libraries may print warnings; the versions are the last line.
+    LOG_MF_PATH=$logs "$1" -c 'import mindspore, mindformers as m; print(mindspore.__version__, m.__version__)' 2>&1 |
+        tail -n 1
+    status=${PIPESTATUS[0]}
+    rm -rf "$logs"
+    return "$status"
+}
+
 telechat_check_import() {
     local versions
-    versions=$("$PYTHON" -c 'import mindspore, mindformers as m; print(mindspore.__version__, m.__version__)' 2>&1) ||
-        telechat_die "mindspore and mindformers are installed for $PYTHON but do not import:" \
-            "$(tail -n 1 <<<"$versions")"
-    # The libraries print warnings on import; the versions are the last line.
-    telechat_say "mindspore and mindformers $(tail -n 1 <<<"$versions") import."
+    versions=$(telechat_import "$PYTHON") ||
+        telechat_die "mindspore and mindformers are installed for $PYTHON but do not import:" "$versions"
+    telechat_say "mindspore and mindformers $versions import."
 }
 
 # The user's own interpreter: only add what is missing.
@@ -190,11 +200,10 @@ telechat_env() {
             cd "$TELECHAT_ROOT" && "$current" -c 'import importlib.util as u, sys
 sys.exit(not (u.find_spec("mindspore") and u.find_spec("mindformers")))' 2>/dev/null
         ); then
-            if error=$("$current" -c 'import mindspore, mindformers' 2>&1); then
+            if error=$(telechat_import "$current"); then
                 telechat_use_own "$current" "$@"
             else
-                telechat_say "$current has mindspore and mindformers, but they do not import:" \
-                    "$(tail -n 1 <<<"$error")"
+                telechat_say "$current has mindspore and mindformers, but they do not import: $error"
                 telechat_say "using .venv instead; TELECHAT_PYTHON=$current insists on this one."
                 telechat_use_venv "$@"
             fi

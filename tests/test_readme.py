@@ -1,0 +1,137 @@
+"""README.md and README_CN.md: the files they name exist, their commands are the same, and their options are known."""
+import functools
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from run_mindformer import read_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = ["README.md", "README_CN.md"]
+
+
+def text_of(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def commands_of(name):
+    """Every command in the bash blocks of a README, continued lines joined, comments left out."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", text_of(name), flags=re.DOTALL):
+        block = "\n".join(line for line in block.splitlines() if not line.startswith("#"))
+        found += [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    return [re.sub(r"\s+", " ", command).strip() for command in found]
+
+
+def launched(command):
+    """(the Python command itself, the launcher's arguments behind it) of a command line."""
+    words = shlex.split(command)
+    if words[:2] == ["bash", "scripts/msrun_launcher.sh"]:
+        return shlex.split(words[2]), words[3:]
+    return words, None
+
+
+@functools.cache
+def help_of(script):
+    result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, text=True, capture_output=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return set(re.findall(r"--[a-z_]+", result.stdout))
+
+
+ALL = commands_of("README.md")
+
+
+def test_there_are_commands():
+    assert len(ALL) >= 15 and "bash scripts/quickstart.sh" in ALL
+
+
+def test_both_readmes_have_the_same_commands():
+    assert commands_of("README_CN.md") == ALL
+
+
+def test_both_readmes_have_the_same_figures():
+    """Tables of models and measured times agree."""
+    figures = [re.findall(r"\d+\.\d+|\d{3,}", text_of(name)) for name in READMES]
+    assert set(figures[0]) == set(figures[1])
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_named_files_exist(name):
+    text = text_of(name)
+    linked = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    folders = r"(?:research|scripts|configs|docs|tests|benchmarks|examples|\.ci)/"
+    named = re.findall(rf"(?<![\w/])(?:\./)?({folders}[\w./*-]*|run_mindformer\.py|[A-Z_]+\.md|LICENSE)", text)
+    modules = [f"research/telechat/{module}" for module in re.findall(r"(?<![\w/])(telechat_\w+\.py)", text)]
+    assert linked and len(named) > 20
+    for file in {*linked, *named, *modules}:
+        assert list(ROOT.glob(file.rstrip("/"))), f"{name} names {file}, which does not exist"
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_command_has_known_options_and_files(command):
+    words, launcher = launched(command)
+    assert words[0] in ("python", "bash"), command
+    assert (ROOT / words[1]).is_file()
+    if words[0] == "bash":
+        assert len(words) == 2
+        return
+    options = {word: value for word, value in zip(words, [*words[1:], ""]) if word.startswith("--")}
+    dotted = {option for option in options if "." in option}
+    unknown = set(options) - dotted - help_of(words[1])
+    assert not unknown, f"{words[1]} has no {unknown}"
+    if launcher is not None:
+        assert len(launcher) in (0, 1, 5, 8)
+    if "--config" not in options:
+        assert not dotted
+        return
+    recipe = read_recipe((ROOT / options["--config"]).resolve())
+    for option in dotted:
+        section = recipe
+        for key in option[2:].split("."):
+            assert key in section, f"{options['--config']} has no key {option}"
+            section = section[key]
+    check_plan(recipe, launcher)
+
+
+def check_plan(recipe, launcher):
+    """The launcher starts as many workers as the recipe's plan has cards."""
+    plan = recipe["parallel_config"]
+    cards = plan["data_parallel"] * plan["model_parallel"] * plan["pipeline_stage"] * plan["context_parallel"]
+    if launcher is None:
+        assert not recipe["use_parallel"] or (recipe["run_mode"] == "predict" and cards == 1)
+    else:
+        assert int(launcher[0] if launcher else 8) == cards
+
+
+@pytest.mark.parametrize("model", ["7b", "12b", "52b"])
+def test_sequence_lengths_fit_the_recipes(model):
+    """Data made by the README's command have the length that the recipe trains with."""
+    commands = [command for command in ALL if "telechat_preprocess" in command]
+    lengths = [int(re.search(r"--max_length (\d+)", command).group(1)) for command in commands]
+    recipe = read_recipe(ROOT / f"research/telechat/finetune_telechat_{model}.yaml")
+    assert recipe["model"]["model_config"]["seq_length"] == lengths[["7b", "12b", "52b"].index(model)]
+
+
+def test_table_of_models_agrees_with_the_variants():
+    from research.telechat.telechat_variants import VARIANTS
+    for name in READMES:
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text_of(name).splitlines()
+                if re.match(r"\| TeleChat\d?-", line)]
+        assert [row[1] for row in rows] == list(VARIANTS)
+        for row, variant in zip(rows, VARIANTS.values()):
+            assert row[2] == f"{variant.num_layers} / {variant.hidden_size} / {variant.intermediate_size}"
+            assert row[3] == f"{variant.num_heads} / {variant.kv_heads}"
+
+
+def test_no_npu_is_said_plainly():
+    assert "Nothing here has run on an NPU" in text_of("README.md")
+    assert "没有在 NPU 上运行过" in text_of("README_CN.md")
+
+
+def test_number_of_examples_is_the_one_named():
+    count = len(text_of("examples/conversations.jsonl").splitlines())
+    assert all(re.search(rf"\b{count}\b", text_of(name)) for name in (*READMES, "CHANGELOG.md"))
