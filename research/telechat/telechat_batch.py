@@ -2,7 +2,7 @@
 
 Cache slots are given out for a whole request at once, so that a request that cannot fit is refused before it starts.
 """
-from typing import Any, List, Optional, Sequence
+from typing import Any, Container, List, Optional, Sequence
 
 import numpy as np
 
@@ -84,13 +84,14 @@ class Batch:
         """The newest token of each sequence, [B]."""
         return self.tokens[self._rows, self.lengths - 1]
 
-    def append(self, tokens: np.ndarray, eos: Sequence[int]) -> None:
-        """Add one token [B] to each sequence that is not finished; it is then if that is an end token or the limit."""
-        going = ~self.finished
-        self.tokens[self._rows[going], self.lengths[going]] = tokens[going]
-        self.lengths[going] += 1
-        ended = np.isin(tokens, eos) if len(eos) else False
-        self.finished |= going & (ended | (self.lengths >= self.limits))
+    def append(self, tokens: Sequence[int], eos: Container[int]) -> None:
+        """Add one of `tokens` [B] to each sequence that is not finished; an end token or the limit finishes it."""
+        for row, token in enumerate(tokens):          # quicker than NumPy on so few numbers
+            if not self.finished[row]:
+                length = self.lengths[row]
+                self.tokens[row, length] = token
+                self.lengths[row] = length + 1
+                self.finished[row] = token in eos or length + 1 >= self.limits[row]
 
 
 class Blocks:

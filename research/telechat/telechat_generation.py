@@ -5,7 +5,7 @@ it. Requests it does not know (adapters per request, parallel decoding) go to Mi
 """
 import copy
 import time
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -55,7 +55,7 @@ class TelechatGenerationMixin:
         record = _Record(config)
         for tokens in self._steps(batch, config, logits_processor, seed, record):
             if streamer is not None:
-                streamer.put(tokens.tolist() if len(batch) > 1 else int(tokens[0]))
+                streamer.put(tokens if len(batch) > 1 else tokens[0])
         if streamer is not None:
             streamer.end()
         seconds, new = time.time() - started, int((batch.lengths - batch.prompt_lengths).sum())
@@ -71,13 +71,13 @@ class TelechatGenerationMixin:
         prompts = read_prompts(list(input_ids), None, self.config.vocab_size)
         batch = Batch(prompts, self._limits(prompts, config), config.pad_token_id or 0, self.config.seq_length)
         for tokens in self._steps(batch, config, None, seed, _Record(config)):
-            yield int(tokens[0])
+            yield tokens[0]
 
     def _steps(self, batch: Batch, config: GenerationConfig, processors: Optional[Any], seed: Optional[int],
-               record: "_Record") -> Iterator[np.ndarray]:
-        """Extend the batch until all sequences are finished; yields the tokens [B] of each step."""
+               record: "_Record") -> Iterator[List[int]]:
+        """Extend the batch until all sequences are finished; yields the tokens of each step, one for each sequence."""
         sampling = _sampling(config)
-        eos = config.eos_token_id
+        eos = frozenset(config.eos_token_id)
         rng = np.random if seed is None else _seeded(seed)
         blocks = self._blocks(batch)
         engine = self._engine()
@@ -88,7 +88,7 @@ class TelechatGenerationMixin:
             step = engine.read(batch, blocks)
             while True:
                 if sampling.greedy and not processors and not record.active:
-                    tokens = step.tokens()
+                    tokens: List[int] = step.tokens()
                 else:
                     tokens = _choose(step, batch, sampling, eos, processors, rng, record)
                 batch.append(tokens, eos)
@@ -234,13 +234,13 @@ def _seeded(seed: int) -> np.random.RandomState:
     return np.random.RandomState(seed)
 
 
-def _choose(step: Step, batch: Batch, sampling: Sampling, eos: Sequence[int], processors: Optional[Any], rng: Any,
-            record: _Record) -> np.ndarray:
-    """The next tokens [B] from the logits of a step; rows that are finished keep token 0."""
+def _choose(step: Step, batch: Batch, sampling: Sampling, eos: Iterable[int], processors: Optional[Any], rng: Any,
+            record: _Record) -> List[int]:
+    """The next tokens from the logits of a step; rows that are finished keep token 0."""
     logits = step.logits()
     if record.logits is not None:
         record.logits.append(logits.copy())
-    tokens = np.zeros(len(batch), np.int32)
+    tokens = [0] * len(batch)
     scores = logits.copy()
     for row in np.flatnonzero(~batch.finished):
         new = int(batch.lengths[row] - batch.prompt_lengths[row])

@@ -4,7 +4,7 @@ Meaning and order are those of the official code, which uses transformers' proce
 and answer (Keskar et al., 2019), then, when sampling, temperature, top-k and top-p (Holtzman et al., 2020).
 """
 from dataclasses import dataclass
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Iterable, Optional, Tuple
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and np.isfinite(value)
 
 
-def adjust(logits: np.ndarray, seen: np.ndarray, new_tokens: int, eos: Sequence[int], sampling: Sampling) -> np.ndarray:
+def adjust(logits: np.ndarray, seen: np.ndarray, new_tokens: int, eos: Iterable[int], sampling: Sampling) -> np.ndarray:
     """Repetition penalty and minimal length, for both greedy and sampled choice.
 
     logits: [V] float32; seen: ids of prompt and answer so far, `new_tokens` of them the answer's -> new array [V].
