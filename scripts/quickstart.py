@@ -200,7 +200,8 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="remove the results and start over")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the results (default: %(default)s)")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)     # leave as clean a state as after Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):          # both leave a clean state, even when started in the background
+        signal.signal(number, signal.default_int_handler)
     start = time.time()
     try:
         quickstart(Workspace(args.output.resolve(), steps=6, fresh=args.fresh))
