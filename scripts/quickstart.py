@@ -200,7 +200,7 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="remove the results and start over")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the results (default: %(default)s)")
     args = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):          # both leave a clean state, even when started in the background
+    for number in (signal.SIGINT, signal.SIGTERM):     # a clean end, in the background too
         signal.signal(number, signal.default_int_handler)
     start = time.time()
     try:
