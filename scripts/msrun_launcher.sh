@@ -28,7 +28,7 @@ die() {
 usage() { sed -n '2,/^[^#]/{/^#/{s/^# \{0,1\}//;p}}' "${BASH_SOURCE[0]}"; }
 
 number() { # NAME VALUE LOWEST HIGHEST
-    [[ $2 =~ ^-?[0-9]{1,9}$ ]] || die "$1 must be a whole number, found '$2'"
+    [[ $2 =~ ^(0|-?[1-9][0-9]{0,8})$ ]] || die "$1 must be a whole number, found '$2'"
     (($2 >= $3 && $2 <= $4)) || die "$1 must lie between $3 and $4, found $2"
 }
 

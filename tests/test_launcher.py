@@ -90,6 +90,7 @@ def test_form_with_nine_arguments(place):
     (["python", "job.py", "--config", "x", "4", "5", "6"], "one quoted argument"),
     (["python job.py", "two"], "WORKER_NUM must be a whole number, found 'two'"),
     (["python job.py", "0"], "WORKER_NUM must lie between 1 and"),
+    (["python job.py", "08"], "WORKER_NUM must be a whole number"),
     (["python job.py", "2", "80", "l", "True", "3"], "MASTER_PORT must lie between 1024 and 65535, found 80"),
     (["python job.py", "2", "8118", "l", "Maybe", "3"], "JOIN must be True or False, found 'Maybe'"),
     (["python job.py", "2", "8118", "l", "True", "soon"], "CLUSTER_TIME_OUT must be a whole number"),
