@@ -195,3 +195,36 @@ def test_override_syntax(capsys, small_data, tmp_path):
     assert "KEY=VALUE" in mistake(capsys, command(small_data, tmp_path, "--options", "a"))
     assert run_mindformer.parse_overrides(["a.b=true"], ["--c.d", "1e-5", "--e=[1, 2]"]) == [
         ("a.b", True), ("c.d", 1e-5), ("e", [1, 2])]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    from vocab_fixtures import train_sentencepiece
+    return train_sentencepiece(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def predict_command(tokenizer, *more):
+    return ["--config", "research/telechat/predict_telechat_tiny_cpu.yaml", "--register_path", "research/telechat",
+            "--processor.tokenizer.vocab_file", str(tokenizer), "--model.model_config.vocab_size", "600", *more]
+
+
+def test_prediction_mistakes(capsys, tokenizer_file, tmp_path):
+    assert "--predict_data is missing" in mistake(capsys, predict_command(tokenizer_file))
+    line = mistake(capsys, predict_command(tokenizer_file, "--predict_data", "你好 " * 200))
+    assert "prompt 1" in line and "seq_length is 128" in line
+    line = mistake(capsys, predict_command(tokenizer_file, "--predict_data", "a", "--model.model_config.vocab_size",
+                                           "500"))
+    assert "600 tokens" in line and "vocab_size is 500" in line
+    assert "none.model" in mistake(capsys, predict_command(tmp_path / "none.model", "--predict_data", "a"))
+    (tmp_path / "empty.txt").write_text("\n\n")
+    line = mistake(capsys, predict_command(tokenizer_file, "--predict_data", str(tmp_path / "empty.txt")))
+    assert "empty.txt holds no text" in line
+
+
+def test_plain_questions_get_the_template(tokenizer_file):
+    from research.telechat.telechat_prompt import to_prompts
+    from research.telechat.telechat_tokenizer import TelechatTokenizer
+    tokenizer = TelechatTokenizer(str(tokenizer_file))
+    texts = ["你是谁？", "<_user>你是谁？<_bot>"]
+    assert to_prompts(texts, tokenizer) == ["<_user>你是谁？<_bot>", "<_user>你是谁？<_bot>"]
+    assert to_prompts(texts, tokenizer, raw=True) == texts

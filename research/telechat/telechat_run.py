@@ -11,11 +11,13 @@ from typing import Any, Dict, List, Tuple
 from mindformers.core.context import build_context
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
+from mindformers.tools.utils import get_real_rank
 from mindformers.trainer import Trainer
 
 from research.telechat import telechat, telechat_tokenizer, telechat_tokenizer_fast, telechat_train
 from research.telechat.telechat_compat import apply_template, prepare_cpu, set_output_path
-from research.telechat.telechat_preflight import check_checkpoint, check_dataset
+from research.telechat.telechat_preflight import check_checkpoint, check_dataset, model_config
+from research.telechat.telechat_prompt import check_length, load_tokenizer, print_answers, read_texts, to_prompts
 from research.telechat.telechat_variants import ConfigError
 
 # Classes that MindFormers must not copy and execute once more: importing their modules has registered them.
@@ -136,20 +138,23 @@ def detect_checkpoint_format(config: MindFormerConfig) -> None:
                 break
 
 
-def predict_input(args: Any, config: MindFormerConfig) -> Any:
-    """The prompts of --predict_data: one text, a list, or the lines of a file."""
-    data = args.predict_data
-    if data is None:
-        data = config.get("input_data")
-    if data is None:
-        raise ConfigError("--predict_data is missing: give a question, a raw prompt or a text file")
-    texts = [data] if isinstance(data, str) else list(data)
-    if len(texts) == 1 and os.path.isfile(texts[0]):
-        with open(texts[0], encoding="utf-8") as lines:
-            texts = [line.rstrip("\n") for line in lines if line.strip()]
-        if not texts:
-            raise ConfigError(f"--predict_data: the file {data} holds no text")
-    return [text.replace(r"\n", "\n") for text in texts]
+def read_prompts(args: Any, config: MindFormerConfig) -> Tuple[Any, List[str]]:
+    """(tokenizer, prompts) of a prediction, checked against the model. Raises ConfigError."""
+    model = model_config(config)
+    tokenizer = load_tokenizer(config, model.vocab_size)
+    prompts = to_prompts(read_texts(args.predict_data or config.get("input_data")), tokenizer, args.raw)
+    check_length(prompts, tokenizer, model.seq_length)
+    return tokenizer, prompts
+
+
+def predict(config: MindFormerConfig, tokenizer: Any, prompts: List[str]) -> None:
+    """Answer the prompts; the answers are printed and lie in text_generation_result.txt in the output folder."""
+    config.save_file = os.path.join(config.output_dir, "text_generation_result.txt")
+    results = Trainer(config, tokenizer=tokenizer).predict(
+        predict_checkpoint=config.load_checkpoint, input_data=prompts, batch_size=config.get("predict_batch_size"),
+        adapter_id=config.get("adapter_id"))
+    if get_real_rank() == 0:
+        print_answers(prompts, results)
 
 
 def run(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> None:
@@ -168,6 +173,10 @@ def run(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> 
         check_dataset(config, "train_dataset")
     if config.load_checkpoint and not config.get("resume_training"):
         check_checkpoint(config)
+    if config.run_mode == "eval":
+        check_dataset(config, "eval_dataset")
+    if config.run_mode == "predict":
+        tokenizer, prompts = read_prompts(args, config)
     if args.register_path:
         os.environ["REGISTER_PATH"] = os.path.abspath(args.register_path)
     config = apply_template(config)
@@ -177,10 +186,6 @@ def run(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> 
     if training:
         Trainer(config).train()
     elif config.run_mode == "eval":
-        check_dataset(config, "eval_dataset")
         Trainer(config).evaluate(eval_checkpoint=config.load_checkpoint)
     else:
-        prompts = predict_input(args, config)
-        config.save_file = os.path.join(config.output_dir, "text_generation_result.txt")
-        Trainer(config).predict(predict_checkpoint=config.load_checkpoint, input_data=prompts,
-                                batch_size=config.get("predict_batch_size"), adapter_id=config.get("adapter_id"))
+        predict(config, tokenizer, prompts)
