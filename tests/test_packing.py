@@ -133,8 +133,18 @@ def test_order_depends_on_the_seed_alone():
 
     assert order(1) == order(1)
     assert order(1) != order(2)
-    unshuffled = list(ShuffleBuffer(0, 1).add("x"))
-    assert unshuffled == ["x"]
+    assert list(ShuffleBuffer(0, 1).add("x")) == ["x"]
+
+
+def test_memory_is_bounded_by_tokens():
+    shuffle, packer = ShuffleBuffer(1000, 1, max_tokens=300), FirstFitPacker(100, 1000, max_tokens=500)
+    held = 0
+    for piece in pieces_of([60] * 200):
+        held += 60
+        for shuffled in shuffle.add(piece):
+            for pack in packer.add(shuffled):
+                held -= sum(map(len, pack))
+        assert held <= 300 + 500 + 5 * 100
 
 
 def test_padding_is_small_and_first_fit_reuses_room():

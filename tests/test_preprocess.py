@@ -237,16 +237,16 @@ def test_a_second_run_replaces_the_first(tmp_path, vocab_files):
 
 def test_several_files(tmp_path):
     out = tmp_path / "out"
-    rows = [np.full(100, number, np.int32) for number in range(1000)]
+    rows = [np.full(100, number, np.int32) for number in range(2000)]
     with DatasetWriter(out, {"input_ids": 100, "labels": 100}, file_bytes=300 * 800) as writer:
         for row in rows:
             writer.add({"input_ids": row, "labels": row})
         files = writer.finish({"record_length": 100, "pad_token_id": 3})
     assert [file.name for file in files] == [DATASET_NAME, *[f"new_dataset_{n}.mindrecord" for n in (1, 2, 3)]]
     seen = [int(record["input_ids"][0]) for file in files for record in read_one(file)]
-    assert seen == list(range(1000))
-    assert check_dataset_meta(out, vocab_size=1000, seq_length=99) is None
-    assert "one of 4 files" in check_dataset_meta(files[0], vocab_size=1000, seq_length=99)
+    assert seen == list(range(2000))
+    assert check_dataset_meta(out, vocab_size=2000, seq_length=99) is None
+    assert "one of 4 files" in check_dataset_meta(files[0], vocab_size=2000, seq_length=99)
 
 
 def read_one(path):
@@ -256,6 +256,28 @@ def read_one(path):
     records = [dict(record) for record in reader.get_next()]
     reader.close()
     return records
+
+
+def test_full_disk_is_one_error(tmp_path, vocab_files, capsys, monkeypatch):
+    from mindspore.mindrecord import FileWriter
+
+    def full(*_):
+        raise RuntimeError("Exception thrown.\n\n[ERROR] Failed to write file: No space left\n\nC++ stack")
+
+    monkeypatch.setattr(FileWriter, "write_raw_data", full)
+    code, out = run(tmp_path, vocab_files["12b"])
+    assert_one_error(capsys, code, "is the disk full?): [ERROR] Failed to write file: No space left", out)
+
+
+def test_many_short_records_fit_the_header(tmp_path):
+    out = tmp_path / "out"
+    row = np.arange(9, dtype=np.int32)
+    with DatasetWriter(out, {"input_ids": 9, "labels": 9}) as writer:
+        for _ in range(30_000):
+            writer.add({"input_ids": row, "labels": row})
+        file, = writer.finish({})
+    assert file.stat().st_size < 30_000 * 72 * 1.5
+    assert len(read_one(file)) == 30_000
 
 
 # Bad input and interruption
@@ -331,9 +353,13 @@ def start_slow_run(tmp_path, vocab, *options):
     return process, out
 
 
-def test_interruption_leaves_nothing(tmp_path, vocab_files):
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_leaves_nothing(tmp_path, vocab_files, kind):
     process, out = start_slow_run(tmp_path, vocab_files["12b"])
-    os.killpg(process.pid, signal.SIGINT)                         # as Ctrl-C does: to the workers, too
+    if kind == signal.SIGINT:
+        os.killpg(process.pid, kind)                              # as Ctrl-C does: to the workers, too
+    else:
+        process.send_signal(kind)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "interrupted; nothing was written" in err and "Traceback" not in err
     assert list(out.iterdir()) == []

@@ -78,7 +78,7 @@ def check_records(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq
         reader.close()
     except RuntimeError as err:
         raise ConfigError(f"{files[0]} is not a readable MindRecord file (is {files[0].name}.db beside it, and neither "
-                          f"was renamed?): {str(err).splitlines()[0]}") from err
+                          f"was renamed?): {reason(err)}") from err
     if not records:
         raise ConfigError(f"data set {files[0]} is empty")
     for record in records:
@@ -89,6 +89,12 @@ def check_records(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq
         greatest = int(max(record["input_ids"].max(), record["labels"].max()))
         if greatest >= vocab_size:
             raise ConfigError(_vocabulary_fault(files[0], greatest, vocab_size))
+
+
+def reason(err: Exception) -> str:
+    """The line of a MindSpore error that says what is wrong; its text is a page long."""
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    return next((line for line in lines if line.startswith("[ERROR]")), lines[0] if lines else type(err).__name__)
 
 
 def data_files(dataset: Path) -> List[Path]:

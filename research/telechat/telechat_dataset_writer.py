@@ -3,24 +3,26 @@
 Everything is written into a hidden folder beside the result and moved into place at the end, meta.json last. MindSpore,
 whose import takes seconds, is imported in a thread while the first records are still being made.
 """
+import contextlib
 import os
 import re
 import shutil
 import threading
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import numpy as np
 
-from research.telechat.telechat_dataset_meta import META_FILE, write_meta
+from research.telechat.telechat_dataset_meta import META_FILE, reason, write_meta
 from research.telechat.telechat_variants import ConfigError
 
 DATASET_NAME = "new_dataset.mindrecord"
 _TEMPORARY = ".unfinished-"
-_BATCH = 64                                  # records handed over at once; part of the file's layout
+_BATCH_BYTES = 1 << 19                       # of records handed over at once; part of the file's layout
 _HELD_BYTES = 32 << 20                       # held back until the size of a small data set is known
 _PAGE = (1 << 15, 1 << 22)                   # least and usual size of a MindRecord page
-_HEADER = (1 << 16, 1 << 22)                 # size of a file's header: small data set, large one
+_MOST_PAGE, _MOST_HEADER = 256 << 20, 128 << 20              # MindRecord's limits
+_ENTRY = 256                                 # bytes in the header for each page and each batch, generously
 
 
 class DatasetWriter:
@@ -41,7 +43,11 @@ class DatasetWriter:
         self.records = 0
         self.max_id = 0
         self._record_bytes = 4 * sum(columns.values())
-        self._file_records = max(file_bytes // self._record_bytes // _BATCH, 1) * _BATCH
+        self._batch = max(_BATCH_BYTES // self._record_bytes, 1)
+        self._file_records = max(file_bytes // self._record_bytes // self._batch, 1) * self._batch
+        if self._record_bytes > _MOST_PAGE // 2:
+            raise ConfigError(f"records of {self._record_bytes} bytes are more than MindRecord takes "
+                              f"({_MOST_PAGE // 2}); choose a smaller length")
         self._held: List[Dict[str, np.ndarray]] = []
         self._writer: Optional[Any] = None
         self._names: List[str] = []
@@ -75,19 +81,20 @@ class DatasetWriter:
         self.max_id = max(self.max_id, int(record["input_ids"].max()))
         if self._writer is None and len(self._held) * self._record_bytes < _HELD_BYTES:
             return
-        if len(self._held) >= _BATCH:
+        if len(self._held) >= self._batch:
             self._write_held(whole_batches=True)
 
-    def finish(self, meta: Dict[str, Any], extra: Optional[Dict[str, bytes]] = None) -> List[Path]:
+    def finish(self, meta: Dict[str, Any], extra: Optional[Dict[str, Optional[bytes]]] = None) -> List[Path]:
         """Complete the files, put the data set into place, and return the files' paths.
 
         Args:
             meta: goes into meta.json, together with the columns, the number of records and the sizes of the files.
-            extra: other files beside them, name to content.
+            extra: other files beside them, name to content (None: no such file).
         """
         self._write_held(whole_batches=False)
         self._close_file()
-        for name, content in (extra or {}).items():
+        extra = {name: content for name, content in (extra or {}).items() if content is not None}
+        for name, content in extra.items():
             (self._temporary / name).write_bytes(content)
         names = [part for name in self._names for part in (name, f"{name}.db")]
         sizes = {name: (self._temporary / name).stat().st_size for name in names}
@@ -97,7 +104,7 @@ class DatasetWriter:
         for old in self.folder.iterdir():
             if re.fullmatch(r"new_dataset(_\d+)?\.mindrecord(\.db)?", old.name):
                 old.unlink()
-        for name in [*(extra or {}), *names, META_FILE]:
+        for name in [*extra, *names, META_FILE]:
             os.replace(self._temporary / name, self.folder / name)
         return [self.folder / name for name in self._names]
 
@@ -105,18 +112,21 @@ class DatasetWriter:
         while self._held:
             if self._writer is None:
                 self._open_file()
-            count = min(_BATCH, len(self._held))
-            if count < _BATCH and whole_batches:
+            count = min(self._batch, len(self._held))
+            if count < self._batch and whole_batches:
                 return
             batch, self._held = self._held[:count], self._held[count:]
-            self._writer.write_raw_data(batch)
+            self._call(self._writer.write_raw_data, batch)
             self._room -= count
             if self._room <= 0:
                 self._close_file()
 
     def _open_file(self) -> None:
         self._import.join()
-        from mindspore.mindrecord import FileWriter
+        try:
+            from mindspore.mindrecord import FileWriter
+        except ImportError as err:
+            raise ConfigError(f"MindSpore cannot be imported, which writes the data set: {err}") from err
 
         stem, suffix = DATASET_NAME.split(".")
         name = f"{stem}_{len(self._names)}.{suffix}" if self._names else DATASET_NAME
@@ -127,19 +137,29 @@ class DatasetWriter:
         known = len(self._held) * self._record_bytes
         large = known >= _HELD_BYTES
         page = _power_of_two(max(_PAGE[0], self._record_bytes + 4096, _PAGE[1] if large else known // 16))
-        self._writer.set_page_size(min(page, 256 << 20))
-        self._writer.set_header_size(_HEADER[1] if large else _HEADER[0])
+        size = self._file_records * self._record_bytes if large else known
+        entries = size // page + size // (self._batch * self._record_bytes) + 16
+        self._writer.set_page_size(page)
+        self._writer.set_header_size(min(_power_of_two((1 << 15) + _ENTRY * entries), _MOST_HEADER))
         self._writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in self.columns}, "telechat")
 
     def _close_file(self) -> None:
         if self._writer is not None:
-            self._writer.commit()
+            self._call(self._writer.commit)
             self._writer = None
+
+    def _call(self, method: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            method(*arguments)
+        except RuntimeError as err:
+            raise ConfigError(f"MindRecord file {self.folder / self._names[-1]} cannot be written (is the disk full?): "
+                              f"{reason(err)}") from err
 
 
 def _import_mindrecord() -> None:
-    os.environ.setdefault("GLOG_v", "3")         # errors only
-    import mindspore.mindrecord  # noqa: F401
+    os.environ.setdefault("GLOG_v", "4")         # its errors arrive as exceptions
+    with contextlib.suppress(ImportError):       # which is reported where it is needed
+        import mindspore.mindrecord  # noqa: F401
 
 
 def _power_of_two(number: int) -> int:

@@ -13,6 +13,7 @@ from research.telechat.telechat_conversation import Rendered
 
 LONG_MODES = ("split", "truncate", "drop")
 IGNORED = -100                               # label without loss
+HELD_TOKENS = 1 << 25                        # in the shuffle buffer, and in the batch that is packed: 128 MiB each
 _CONTEXT_SHARE = 0.5                         # of the length, at most, repeats what an earlier part has trained already
 _LEAST_ANSWER = 16                           # answer tokens for which a question keeps its beginning
 
@@ -137,42 +138,48 @@ def _turn_windows(start: int, end: int, marked: np.ndarray, room: int, opening: 
 
 
 class ShuffleBuffer:
-    """Shuffles a stream within a window of bounded size, reproducibly: what goes out is chosen among `size` items."""
+    """Shuffles a stream of pieces within a bounded window, reproducibly.
 
-    def __init__(self, size: int, seed: int):
-        self._size, self._rng = size, random.Random(seed)
+    What goes out is chosen among `size` pieces, or fewer where these have more than `max_tokens`; 0 keeps the order.
+    """
+
+    def __init__(self, size: int, seed: int, max_tokens: int = HELD_TOKENS):
+        self._size, self._max_tokens, self._rng = size, max_tokens, random.Random(seed)
         self._items: List[np.ndarray] = []
+        self._tokens = 0
 
     def add(self, item: np.ndarray) -> Iterator[np.ndarray]:
-        """Put an item in; yields the one that has to leave, if any. `size` 0 keeps the order."""
-        if self._size <= 1:
-            yield item
-        elif len(self._items) < self._size:
-            self._items.append(item)
-        else:
-            index = self._rng.randrange(self._size)
-            item, self._items[index] = self._items[index], item
-            yield item
+        """Put a piece in; yields those that have to leave."""
+        self._items.append(item)
+        self._tokens += len(item)
+        while len(self._items) > self._size or self._tokens > self._max_tokens:
+            index = self._rng.randrange(len(self._items))
+            self._items[index], self._items[-1] = self._items[-1], self._items[index]
+            self._tokens -= len(self._items[-1])
+            yield self._items.pop()
 
     def flush(self) -> Iterator[np.ndarray]:
         """What is left, shuffled."""
         self._rng.shuffle(self._items)
         yield from self._items
-        self._items = []
+        self._items, self._tokens = [], 0
 
 
 class FirstFitPacker:
     """Puts pieces into packs of at most `capacity` tokens: the long ones of a batch first, each into the first pack.
 
-    Pieces are taken in batches; after a batch the `window` emptiest packs stay open for the next one. So memory is
-    bounded, and padding is small as long as some pieces are short. The packs of a batch leave in shuffled order, which
-    would otherwise go from long to short pieces.
+    Pieces are taken in batches of 4 * `window`, or of `max_tokens`; after a batch the `window` emptiest packs stay open
+    for the next one. So memory is bounded, and padding is small as long as some pieces are short. The packs of a batch
+    leave in shuffled order, which would otherwise go from long to short pieces.
     """
 
-    def __init__(self, capacity: int, window: int = 256, max_pieces: int = 1 << 30, seed: int = 0):
-        self._capacity, self._window, self._max_pieces = capacity, window, max_pieces
+    def __init__(self, capacity: int, window: int = 256, max_pieces: int = 1 << 30, seed: int = 0,
+                 max_tokens: int = HELD_TOKENS):
+        self._capacity, self._max_pieces, self._max_tokens = capacity, max_pieces, max_tokens
+        self._window = max(min(window, max_tokens // capacity), 1)
         self._batch_size = 4 * window
         self._batch: List[np.ndarray] = []
+        self._tokens = 0
         self._packs: List[List[np.ndarray]] = []             # the open ones
         self._room = np.zeros(self._batch_size + window, np.int64)
         self._rng = random.Random(seed)
@@ -180,7 +187,8 @@ class FirstFitPacker:
     def add(self, piece: np.ndarray) -> Iterator[List[np.ndarray]]:
         """Put a piece in; yields the packs that are finished thereby."""
         self._batch.append(piece)
-        if len(self._batch) == self._batch_size:
+        self._tokens += len(piece)
+        if len(self._batch) == self._batch_size or self._tokens >= self._max_tokens:
             yield from self._pack_batch(self._window)
 
     def flush(self) -> Iterator[List[np.ndarray]]:
@@ -200,6 +208,7 @@ class FirstFitPacker:
             if len(self._packs[index]) >= self._max_pieces:
                 self._room[index] = 0
         self._batch.clear()
+        self._tokens = 0
         order = np.argsort(-self._room[:len(self._packs)], kind="stable").tolist()
         open_packs = [index for index in order[:keep] if self._room[index] > 0]
         finished = [self._packs[index] for index in order[len(open_packs):]]

@@ -8,6 +8,7 @@ See docs/data.md for formats, options and what comes out. It needs no NPU, and M
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -187,4 +188,5 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)        # as Ctrl-C: clean up
     sys.exit(main())

@@ -85,12 +85,15 @@ class Report:
         return {"mean": round(self.counts["tokens"] / total), **quantiles, "max": self._longest}
 
     def histogram_png(self) -> Optional[bytes]:
-        """The histogram of the conversations' lengths as a PNG; None if there are no conversations."""
+        """The histogram of the conversations' lengths as a PNG; None if there are none, or no matplotlib."""
         used = np.flatnonzero(self._lengths)
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError:
+            return None
         if not len(used):
             return None
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
 
         per_bar = -(-int(used[-1] + 1) // 100)               # at most 100 bars
         counts = np.add.reduceat(self._lengths[:used[-1] + 1], np.arange(0, used[-1] + 1, per_bar))

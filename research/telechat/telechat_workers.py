@@ -43,7 +43,7 @@ def ordered_map(make: Callable[[], Callable[[Any], Any]], items: Iterable[Any], 
         yield from _run(mine, processes, iter(items))
     finally:
         for process in processes:
-            process.terminate()
+            process.kill()                       # they hold nothing that is worth an orderly end
         for process in processes:
             process.join()
         for connection in mine:
@@ -86,6 +86,7 @@ def _guard(call: Callable[..., Any], process: Any, *args: Any) -> Any:
 def _work(make: Callable[[], Callable[[Any], Any]], connection: Any, others: List[Any]) -> None:
     """The worker: one thread receives, one computes, one sends, so that the pipe never blocks the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)             # the main process decides what an interruption means
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in others:                                     # inherited; would hide the main process's end from us
         other.close()
     arrived: queue.Queue[Any] = queue.Queue()
