@@ -14,10 +14,18 @@ from mindformers.tools.register import MindFormerConfig
 from mindformers.tools.utils import get_real_rank
 from mindformers.trainer import Trainer
 
-from research.telechat import telechat, telechat_tokenizer, telechat_tokenizer_fast, telechat_train
+from research.telechat import (
+    telechat,
+    telechat_checkpoint_monitor,  # noqa: F401 (registers itself)
+    telechat_tokenizer,
+    telechat_tokenizer_fast,
+    telechat_train,
+    telechat_training_log,  # noqa: F401
+)
 from research.telechat.telechat_compat import apply_template, prepare_cpu, set_output_path
 from research.telechat.telechat_preflight import check_checkpoint, check_dataset, model_config
 from research.telechat.telechat_prompt import check_length, load_tokenizer, print_answers, read_texts, to_prompts
+from research.telechat.telechat_training_setup import prepare_training
 from research.telechat.telechat_variants import ConfigError
 
 # Classes that MindFormers must not copy and execute once more: importing their modules has registered them.
@@ -171,6 +179,9 @@ def run(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> 
     training = config.run_mode in ("train", "finetune")
     if training:
         check_dataset(config, "train_dataset")
+        if config.get("do_eval"):
+            check_dataset(config, "eval_dataset")
+        prepare_training(config)
     if config.load_checkpoint and not config.get("resume_training"):
         check_checkpoint(config)
     if config.run_mode == "eval":

@@ -1,0 +1,143 @@
+"""Saving checkpoints while training: MindFormers' CheckpointMonitor, made safe. Choosing one is telechat_resume.
+
+What it adds: nothing old is deleted before the new file is complete and on disk; a failed save (disk full) leaves no
+half file and stops or goes on by setting; weights of a step whose loss or norm is not finite are never saved; names
+and counters go on after a resumption as if there had been none; every Nth checkpoint can be kept for good.
+"""
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+from mindformers.core.callback.callback import CheckpointMonitor
+from mindformers.tools.logger import logger
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindformers.tools.utils import get_real_rank
+
+from research.telechat.telechat_checkpoint_write import write_text
+from research.telechat.telechat_lora import CONFIG_NAME
+from research.telechat.telechat_resume import checkpoints, outdated
+from research.telechat.telechat_train import TrainingStopped, step_values
+
+
+class _Shifted:
+    """The trainer's parameters with the step counted from the beginning of the training, not of this process."""
+
+    def __init__(self, params: Any, steps: int):
+        self._params = params
+        self.cur_step_num = params.cur_step_num + steps
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._params, name)
+
+
+class TelechatCheckpointMonitor(CheckpointMonitor):
+    """CheckpointMonitor with the additions named above.
+
+    It is registered as `CheckpointMonitor`, since MindFormers' trainer passes what resuming needs to that name only.
+
+    Args:
+        keep_checkpoint_max: the last K checkpoints to keep; 0 keeps all. At least 2 with several processes, so that
+            there is one that all have.
+        keep_every_n_steps: checkpoints whose step is a multiple are never deleted; 0: none.
+        on_save_error: "stop" ends the training with one line, "continue" logs the error and tries again next time.
+        adapter_config: content of adapter_config.json beside the adapters that `save_trainable_params` saves.
+        continue_run: what the files of the resumed run begin with; None: a new run.
+        **kwargs: of CheckpointMonitor.
+    """
+
+    def __init__(self, *args: Any, keep_checkpoint_max: int = 5, keep_every_n_steps: int = 0,
+                 on_save_error: str = "stop", adapter_config: Optional[Dict[str, Any]] = None,
+                 continue_run: Optional[str] = None, ranks: int = 1, **kwargs: Any):
+        super().__init__(*args, keep_checkpoint_max=keep_checkpoint_max, **kwargs)
+        self._config._keep_checkpoint_max = 0          # deleting is done here, after saving
+        self.keep = max(keep_checkpoint_max, 2) if keep_checkpoint_max and ranks > 1 else keep_checkpoint_max
+        self.every = keep_every_n_steps
+        self.stop_on_error = on_save_error == "stop"
+        self.adapter_config = adapter_config
+        self.saved = True
+        self.first_step = self._append_step_num        # steps before this process; now part of cur_step_num
+        self._append_step_num = 0
+        self._last_triggered_step = self.first_step
+        if continue_run:
+            self._prefix = continue_run
+        self._remove_leftovers()
+
+    def _folders(self) -> List[Path]:
+        return [Path(str(folder)) for folder in (self._directory, self.network_directory, self.trainable_directory)]
+
+    def _remove_leftovers(self) -> None:
+        """Delete what an interrupted save left: MindSpore's *.tmp, and the unnamed files of meta.json."""
+        for folder in self._folders():
+            for path in folder.glob("*.tmp") if folder.is_dir() else ():
+                logger.info("removing %s, left by an interrupted save.", path)
+                with contextlib.suppress(OSError):
+                    path.chmod(0o600)
+                    path.unlink()
+
+    def _save_ckpt(self, cb_params: Any, force_to_save: bool = False) -> None:
+        super()._save_ckpt(_Shifted(cb_params, self.first_step), force_to_save)
+
+    def save_checkpoint(self, cb_params: Any) -> None:
+        """Save everything that resuming needs."""
+        self.saved = False
+        values = step_values(cb_params.net_outputs)
+        if not np.isfinite(values["loss"]) or not (values["overflow"] or np.isfinite(values.get("global_norm", 0.0))):
+            self._last_triggered_step = cb_params.cur_step_num
+            logger.error("step %d: no checkpoint is saved, as the loss is %s and the norm %s.", cb_params.cur_step_num,
+                         values["loss"], values.get("global_norm"))
+            return
+        self._guarded(super().save_checkpoint, cb_params)
+
+    def save_checkpoint_network(self, cb_params: Any) -> None:
+        """Save weights or adapter alone where the recipe says so; then delete what is outdated."""
+        if not self.saved:
+            return
+        self._guarded(super().save_checkpoint_network, cb_params)
+        if self.saved:
+            if self.save_trainable_params and self.adapter_config:
+                write_text(Path(self.trainable_directory) / CONFIG_NAME, json.dumps(self.adapter_config) + "\n")
+            self._prune(cb_params.batch_num)
+
+    def _guarded(self, save: Any, cb_params: Any) -> None:
+        """Run `save`; a failure leaves no half file, and stops the training or not."""
+        try:
+            save(cb_params)
+            self._sync()
+            self.saved = True
+        except Exception as err:
+            self.saved = False
+            self._remove_leftovers()
+            self._last_triggered_step = cb_params.cur_step_num
+            whole = checkpoints(Path(str(self._directory)), get_real_rank())
+            text = (f"step {cb_params.cur_step_num}: the checkpoint could not be saved in {self._directory}: {err}; "
+                    + (f"the last complete one is {whole[-1].file(get_real_rank())}" if whole else "there is none yet"))
+            if self.stop_on_error:
+                raise TrainingStopped(f"{text}. Free some space, then go on with the same command and "
+                                      "--resume_training True") from err
+            logger.error("%s. Training goes on, as on_save_error is 'continue'.", text)
+
+    def _sync(self) -> None:
+        """Bring the newest file to disk, so that a power failure cannot empty it."""
+        latest = getattr(self, "_latest_ckpt_file_name", "")
+        if not self._config.async_save and latest and os.path.exists(latest):
+            descriptor = os.open(latest, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def _prune(self, steps_per_epoch: int) -> None:
+        """Delete outdated checkpoints of this run."""
+        rank = get_real_rank()
+        for folder in self._folders():
+            names = [name for name in checkpoints(folder, rank) if name.stem(rank) == self._prefix]
+            for name in outdated(names, self.keep, self.every, steps_per_epoch):
+                with contextlib.suppress(OSError):
+                    (folder / name.file(rank)).chmod(0o600)
+                    (folder / name.file(rank)).unlink()
+
+
+MindFormerRegister.register_cls(TelechatCheckpointMonitor, MindFormerModuleType.CALLBACK, alias="CheckpointMonitor")

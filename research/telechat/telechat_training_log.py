@@ -1,0 +1,220 @@
+"""What a training run says about itself: one JSON line per step, a picture and a report at the end, a stop at NaN.
+
+Arithmetic, picture and report are telechat_training_report's; what the run is (sizes, recipe, data) comes as
+`run_info` from telechat_run. TensorBoard is MindFormers' matter (`tensorboard:` in the recipe).
+"""
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import mindspore as ms
+import numpy as np
+from mindformers.core.callback.callback import EvalCallBack
+from mindformers.tools.logger import logger
+from mindformers.tools.register import MindFormerModuleType
+from mindformers.tools.utils import get_output_root_path, get_real_rank
+from mindspore.train.callback import Callback
+
+from research.telechat.telechat_compat import mindformers_version, on_cpu, plugin_class
+from research.telechat.telechat_resume import checkpoints
+from research.telechat.telechat_train import TrainingStopped, step_values, to_float
+from research.telechat.telechat_training_report import (
+    data_digest,
+    draw_curve,
+    peak_flops,
+    read_rows,
+    row_text,
+    seconds_left,
+    summarise_rows,
+    write_report,
+)
+
+
+@plugin_class(MindFormerModuleType.CALLBACK)
+class TelechatTrainingLog(Callback):
+    """Log, picture and report of a run, by rank 0; every rank stops at a loss that is not finite.
+
+    Files in the output folder: `training_log.jsonl` with, per step, step, epoch, loss, lr, global_norm, loss_scale,
+    seconds, tokens_per_second_per_card, mfu (known chips), memory_gb, seconds_left, skipped ("overflow", "norm") and
+    perplexity (steps with an evaluation); `training_curve.png`; `training_report.json`.
+
+    Args:
+        stop_at_nan: end the training at a loss, or a norm without overflow, that is not finite.
+        peak_tflops: peak of the chip for the MFU where the table does not have it.
+        run_info: set by telechat_run.
+    """
+
+    def __init__(self, file_name: str = "training_log.jsonl", picture: str = "training_curve.png",
+                 report: str = "training_report.json", stop_at_nan: bool = True, peak_tflops: Optional[float] = None,
+                 run_info: Optional[Dict[str, Any]] = None, **_: Any):
+        super().__init__()
+        folder = get_output_root_path()
+        self.folder = Path(folder)
+        self.path, self.picture = os.path.join(folder, file_name), os.path.join(folder, picture)
+        self.report = self.folder / report
+        self.rank = get_real_rank()
+        self.enabled = self.rank == 0
+        self.stop_at_nan = stop_at_nan
+        self.info = run_info or {}
+        self.peak = peak_flops("" if on_cpu() else _chip(), peak_tflops)
+        self.rows: List[Dict[str, Any]] = []
+        self.started = self.begun = time.time()
+        self.first_step = self.last_step = self.total = 0
+        self.length = 0                                            # bytes of the log before its last row
+
+    def on_train_begin(self, run_context: Any) -> None:
+        """Start a new log; a resumed run goes on in the old one, without the rows behind its checkpoint."""
+        params = run_context.original_args()
+        self.first_step = self.last_step = int(self.info.get("first_step") or 0)
+        if self.enabled:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            self.rows = read_rows(Path(self.path), self.first_step)
+            beside = f"{self.path}.part"
+            with open(beside, "w", encoding="utf-8") as log:
+                log.writelines(row_text(row) + "\n" for row in self.rows)
+            os.replace(beside, self.path)
+            for callback in getattr(params.list_callback, "_callbacks", ()):
+                if isinstance(callback, EvalCallBack):
+                    callback.eval_func = self._recorded(callback.eval_func)
+        self.begun = self.started = time.time()
+
+    def on_train_epoch_begin(self, run_context: Any) -> None:
+        """Note how many steps there will be."""
+        params = run_context.original_args()
+        if not self.total:
+            done = int(params.cur_epoch_num) - 1
+            self.total = (done + int(params.epoch_num)) * int(params.batch_num)
+
+    def on_train_step_begin(self, run_context: Any) -> None:
+        """Note when the step begins."""
+        self.started = time.time()
+
+    def on_train_step_end(self, run_context: Any) -> None:
+        """Append the step to the log, and stop if it is not finite."""
+        params = run_context.original_args()
+        values = step_values(params.net_outputs)
+        step = int(params.cur_step_num) + self.first_step
+        if self.enabled:
+            self._append(self._row(params, step, values))
+        self.last_step = step
+        norm = values.get("global_norm", 0.0)
+        if self.stop_at_nan and not (math.isfinite(values["loss"]) and (values["overflow"] or math.isfinite(norm))):
+            self._finish("stopped: loss or norm not finite")
+            raise TrainingStopped(self._explain(params, step, values))
+
+    def on_train_end(self, run_context: Any) -> None:
+        """Draw the curves, write the report."""
+        self._finish("complete")
+
+    def _row(self, params: Any, step: int, values: Dict[str, Any]) -> Dict[str, Any]:
+        steps = max(step - self.last_step, 1)                      # more than one with a sink size
+        seconds = (time.time() - self.started) / steps
+        row = {"step": step, "epoch": int(params.cur_epoch_num), "loss": values["loss"],
+               **{key: values[key] for key in ("lr", "global_norm", "loss_scale") if key in values},
+               "seconds": round(seconds, 4)}
+        tokens = self.info.get("tokens_per_step_per_card")
+        if tokens:
+            row["tokens_per_second_per_card"] = round(tokens / max(seconds, 1e-9), 1)
+            if self.peak:
+                row["mfu"] = round(row["tokens_per_second_per_card"] * self.info["flops_per_token"] / self.peak, 4)
+        row["memory_gb"] = round(_memory_bytes() / 1e9, 3)
+        own = [old for old in self.rows if old["step"] > self.first_step]
+        left = seconds_left([*own, row], step, self.total)
+        if left is not None:
+            row["seconds_left"] = round(left)
+        if values["overflow"]:
+            row["skipped"] = "overflow"
+        elif self.info.get("norm_limit") is not None and values.get("global_norm", 0.0) >= self.info["norm_limit"]:
+            row["skipped"] = "norm"
+        return row
+
+    def _append(self, row: Dict[str, Any]) -> None:
+        self.rows.append(row)
+        try:
+            with open(self.path, "a", encoding="utf-8") as log:
+                self.length = log.tell()
+                log.write(row_text(row) + "\n")
+        except OSError as err:                                     # a full disk must not end the training here
+            logger.error("step %d could not be logged: %s", row["step"], err)
+        if row.get("skipped"):
+            logger.warning("step %d is skipped (%s): loss %s, norm %s, loss scale %s", row["step"], row["skipped"],
+                           row["loss"], row.get("global_norm"), row.get("loss_scale"))
+
+    def _recorded(self, evaluate: Any) -> Any:
+        """`evaluate`, with its perplexity noted in the row of the step."""
+        def run() -> Any:
+            result = evaluate()
+            for value in (result or {}).values():
+                value = value.get("PPL") if isinstance(value, dict) else value
+                if value is not None and self.rows:
+                    row = {**self.rows.pop(), "perplexity": to_float(value)}
+                    os.truncate(self.path, self.length)            # the row is written anew
+                    self._append(row)
+                    logger.info("step %d: perplexity %.4f on the evaluation data", row["step"], row["perplexity"])
+            return result
+        return run
+
+    def _explain(self, params: Any, step: int, values: Dict[str, Any]) -> str:
+        """What a user needs to know when the loss is not finite."""
+        folder = self.folder / "checkpoint" / f"rank_{self.rank}"
+        whole = [name for name in checkpoints(folder, self.rank) if not name.kind]
+        good = (f"last good checkpoint: {folder / whole[-1].file(self.rank)}" if whole else "no checkpoint was saved")
+        numbers = self._record_numbers(getattr(params, "train_dataset_element", None))
+        batch = (f"records {', '.join(map(str, numbers))} of the training data" if numbers
+                 else "the records of the batch are known with sink_mode False only")
+        norm = values.get("global_norm", math.nan)
+        return (f"step {step}: the loss is {values['loss']:g}, the norm {norm:g} ({batch}; {good}). Look at these "
+                "records; lower the learning rate or the loss scale; then go on with --resume_training True")
+
+    def _record_numbers(self, element: Any) -> List[int]:
+        """Numbers, from 0 in the order of the files, of the records in a batch; empty where they cannot be found."""
+        files = self.info.get("data_files")
+        if not files or not element or not hasattr(element[0], "asnumpy"):
+            return []
+        wanted = [row.tobytes() for row in element[0].asnumpy().astype(np.int32)]
+        found: Dict[bytes, int] = {}
+        data = ms.dataset.MindDataset(files, columns_list=["input_ids"], shuffle=False)
+        for number, row in enumerate(data.create_tuple_iterator(num_epochs=1, output_numpy=True)):
+            found.setdefault(row[0].astype(np.int32).tobytes(), number)
+        return [found[key] for key in wanted if key in found]
+
+    def _finish(self, ending: str) -> None:
+        if not self.enabled or not self.rows:
+            return
+        try:
+            draw_curve(self.rows, self.picture)
+            write_report(self.report, {
+                "ending": ending, "seconds": round(time.time() - self.begun, 1), "resumed_at_step": self.first_step,
+                **summarise_rows(self.rows), "seed": self.info.get("seed"), "tokens_per_step_per_card":
+                self.info.get("tokens_per_step_per_card"), "cards": self.info.get("cards"),
+                "device": "CPU" if on_cpu() else _chip(), "peak_flops": self.peak,
+                "versions": {"python": sys.version.split()[0], "mindspore": ms.__version__,
+                             "mindformers": mindformers_version(), "numpy": np.__version__},
+                "data": data_digest([Path(file) for file in self.info.get("data_files") or ()]),
+                "recipe": self.info.get("recipe")})
+        except Exception as err:                                   # a trained model is worth more than its picture
+            logger.error("picture and report could not be written: %s", err)
+
+
+def _chip() -> str:
+    """Name of the accelerator; "" where MindSpore does not tell."""
+    for module, name in ((ms, "hal"),):
+        try:
+            return str(getattr(module, name).get_device_name(0))
+        except Exception:
+            return ""
+    return ""
+
+
+def _memory_bytes() -> float:
+    """Most memory in use so far: of the device, on a CPU of the process."""
+    if not on_cpu():
+        for place in (getattr(ms, "runtime", None), getattr(ms, "hal", None)):
+            if hasattr(place, "max_memory_allocated"):
+                return float(place.max_memory_allocated())
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(usage * (1 if sys.platform == "darwin" else 1024))
