@@ -40,6 +40,7 @@ class RotaryTables(nn.Cell):
         self.mscale = Tensor(tables.mscale)
         self.grows = bool((tables.mscale != 1).any())
         self.gather = P.Gather()
+        self.expand = P.ExpandDims()       # not Reshape: the parallel compiler loses track of shapes of any size
         self.reshape = P.Reshape()
         self.cast = P.Cast()
         self.add = P.Add()
@@ -52,15 +53,14 @@ class RotaryTables(nn.Cell):
     def construct(self, positions: Tensor, totals: Tensor) -> Tuple[Tensor, Tensor]:
         """positions: [B, S]; totals: [B, S] or [B, 1], tokens in the sequence -> cos and sin, [B, 1, S, D]."""
         rows = self.minimum(positions, self.limit - 1)                             # padding may reach further
-        shape = (positions.shape[0], 1, positions.shape[1], self.head_dim)
         if not self.constant:
             totals = self.minimum(totals, self.limit)
             rows = self.add(rows, self.gather(self.first_row, totals, 0))
-        cos = self.reshape(self.gather(self.cos, rows, 0), shape)
-        sin = self.reshape(self.gather(self.sin, rows, 0), shape)
+        cos = self.expand(self.gather(self.cos, rows, 0), 1)
+        sin = self.expand(self.gather(self.sin, rows, 0), 1)
         if self.grows:
             mscale = self.gather(self.mscale, totals, 0)                           # [B, S] or [B, 1]
-            mscale = self.reshape(mscale, (totals.shape[0], 1, totals.shape[1], 1))
+            mscale = self.expand(self.expand(mscale, 1), -1)
             cos = self.cast(self.mul(cos, mscale), self.rounding)
             sin = self.cast(self.mul(sin, mscale), self.rounding)
         return self.cast(cos, self.dtype), self.cast(sin, self.dtype)
@@ -137,9 +137,9 @@ class GenerationStep(nn.Cell):
         ends = self.cumsum(lengths, 0)
         past = self.cast(self.greater(self.reshape(ends, (1, -1)), self.reshape(index, (-1, 1))), mstype.float32)
         remaining = self.count(past, -1)                                           # [T], prompts that end behind it
-        prompts = lengths.shape[0]
-        prompt = self.minimum(self.cast(self.sub(prompts, remaining), mstype.int32), prompts - 1)
-        prompt = self.reshape(prompt, (1, -1))                                     # padding counts to the last one
+        prompts = self.count(self.cast(self.ones_like(lengths), mstype.float32), -1)
+        prompt = self.minimum(self.sub(prompts, remaining), self.sub(prompts, 1))  # padding counts to the last one
+        prompt = self.reshape(self.cast(prompt, mstype.int32), (1, -1))
         starts = self.gather(self.sub(ends, lengths), prompt, 0)                   # [1, T]
         totals = self.gather(lengths, prompt, 0)
         positions = self.sub(index, starts)

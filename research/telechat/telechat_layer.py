@@ -102,18 +102,20 @@ class RotaryEmbedding(nn.Cell):
         sharding.rotary(self, sharding.Mesh(config))
 
     def tables(self, seq_length: int) -> Tuple[Tensor, Tensor]:
-        """cos and sin for positions 0 .. seq_length - 1, [S, D]."""
-        return _rope_constants(self.rule, seq_length, self.dtype)
+        """cos and sin for positions 0 .. seq_length - 1, [1, 1, S, D]."""
+        cos, sin = _rope_constants(self.rule, seq_length, self.dtype)
+        shape = (1, 1, seq_length, cos.shape[-1])
+        return self.reshape(cos, shape), self.reshape(sin, shape)
 
     def tables_at(self, positions: Tensor, seq_length: int) -> Tuple[Tensor, Tensor]:
         """cos and sin at `positions` [B, S], scaled as for `seq_length` tokens: [B, 1, S, D]."""
-        cos, sin = self.tables(seq_length)
+        cos, sin = _rope_constants(self.rule, seq_length, self.dtype)
         batch, length = positions.shape
         shape = (batch, 1, length, cos.shape[-1])
         return self.reshape(self.gather(cos, positions, 0), shape), self.reshape(self.gather(sin, positions, 0), shape)
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: [B, N, S, D]; cos, sin: [S, D] or [B, 1, S, D] -> as x."""
+        """x: [B, N, S, D]; cos, sin: [1 or B, 1, S, D] -> as x."""
         dtype = x.dtype
         x = self.cast(x, self.dtype)
         first, second = self.halves(x)                                             # [B, N, S, D / 2] each

@@ -30,7 +30,8 @@ class Mesh:
         # Where the vocabulary is whole on every device, mp shares the rows of the head instead of repeating them.
         self.head_rows = self.rows if self.vocab > 1 or config.use_past else self.rows * self.mp
         self.recompute_comm = plan.recompute if isinstance(plan.recompute, bool) else plan.recompute.mp_comm_recompute
-        self.documents = config.document_boundaries       # then rotary tables and masks differ between sequences
+        self.documents = config.document_boundaries       # then masks and rotary tables differ between sequences
+        self.tables = "dp" if self.documents or config.use_past else "None"
 
     @property
     def layout(self) -> Layout:
@@ -102,7 +103,7 @@ def rotary(cell: Any, mesh: Mesh) -> None:
     """Queries and keys [B, N, S, D]."""
     layout = mesh.layout
     x = layout("dp", "mp", "cp", "None")
-    table = layout("dp", "None", "cp", "None") if mesh.documents else layout("cp", "None")
+    table = layout(mesh.tables, "None", "cp", "None")
     cell.halves.shard((x,))
     cell.neg.shard((x,))
     cell.concat.add_prim_attr("self_define_shard", True)       # the only way for it to take a layout
