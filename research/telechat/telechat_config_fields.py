@@ -53,8 +53,8 @@ FIELDS: Dict[str, Field] = {
     "base_seqlen": Field(8192, "positive", "tokens; L of the official rule"),
     "rope_base_power": Field(True, "bool", "base = theta * alpha^(d/(d-2)); False: theta * alpha (52B)"),
     "rope_mscale": Field(True, "bool", "cos and sin grow past training_seqlen"),
-    "rope_length": Field(None, "positive", "tokens; scale as for a sequence of this length, whatever its own: keeps the "
-                         "KV cache valid past training_seqlen. None: by the sequence's own length, as the official code",
+    "rope_length": Field(None, "positive", "tokens; scale as for a sequence of this length, whatever its own: the KV "
+                         "cache stays valid past training_seqlen. None: by the sequence's own length, as officially",
                          optional=True),
     # precision
     "amp_level": Field(None, "choice", "preset of the dtypes below: O0 all float32; O1 float32 parameters, 16-bit "

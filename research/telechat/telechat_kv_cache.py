@@ -166,6 +166,13 @@ class GenerationStep(nn.Cell):
         return self.mul(self.cast(hidden, self.dtype), self.cast(self.forbidden, self.dtype))
 
 
+def _cache_parameter(shape: Tuple[int, ...], dtype: Any, name: str) -> Parameter:
+    """A part of the cache. It is a parameter only because graphs can write to nothing else: no checkpoint has it."""
+    parameter = Parameter(initializer("zeros", shape, dtype), name=name, requires_grad=False, parallel_optimizer=False)
+    parameter.param_info.is_pipeline_shared_param = True     # MindSpore saves no parameter with this mark
+    return parameter
+
+
 class ComposedCache(nn.Cell):
     """Keys and values of one layer, written and read by plain operators. Rows of [N_kv * slots, D]: head by head."""
 
@@ -173,10 +180,8 @@ class ComposedCache(nn.Cell):
         super().__init__()
         rows = config.n_kv_heads * (config.num_blocks + 1) * config.block_size
         dtype = kernels.matmul_dtype(config.compute_dtype)
-        self.key_cache = Parameter(initializer("zeros", (rows, config.head_dim), dtype), name="key_cache",
-                                   requires_grad=False)
-        self.value_cache = Parameter(initializer("zeros", (rows, config.head_dim), dtype), name="value_cache",
-                                     requires_grad=False)
+        self.key_cache = _cache_parameter((rows, config.head_dim), dtype, "key_cache")
+        self.value_cache = _cache_parameter((rows, config.head_dim), dtype, "value_cache")
         self.write_key = P.ScatterUpdate()
         self.write_value = P.ScatterUpdate()
         self.gather = P.Gather()
@@ -199,10 +204,8 @@ class PagedCache(nn.Cell):
     def __init__(self, config: Any):
         super().__init__()
         shape = (config.num_blocks, config.block_size, config.n_kv_heads, config.head_dim)
-        self.key_cache = Parameter(initializer("zeros", shape, config.compute_dtype), name="key_cache",
-                                   requires_grad=False)
-        self.value_cache = Parameter(initializer("zeros", shape, config.compute_dtype), name="value_cache",
-                                     requires_grad=False)
+        self.key_cache = _cache_parameter(shape, config.compute_dtype, "key_cache")
+        self.value_cache = _cache_parameter(shape, config.compute_dtype, "value_cache")
         mp = config.parallel_config.model_parallel
         self.write = ReshapeAndCache()
         # The kernel counts the heads of one rank.

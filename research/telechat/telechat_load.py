@@ -1,0 +1,82 @@
+"""A model and its tokenizer from a predict recipe, ready to generate: for run_telechat_predict.py and the benchmark.
+
+run_mindformer.py leaves this to MindFormers' Trainer; here the model itself is wanted. Nothing is generated.
+"""
+import os
+from typing import Any, List, Tuple
+
+import mindspore as ms
+import numpy as np
+from mindformers.core.context import build_context
+from mindformers.trainer.utils import transform_and_load_checkpoint
+from mindspore.nn.utils import no_init_parameters
+
+import run_mindformer
+from research.telechat.telechat import TelechatForCausalLM
+from research.telechat.telechat_compat import apply_template, prepare_cpu, set_output_path
+from research.telechat.telechat_config import TelechatConfig
+from research.telechat.telechat_preflight import check_checkpoint, model_config
+from research.telechat.telechat_prompt import load_tokenizer
+from research.telechat.telechat_run import (
+    adapt_to_cpu,
+    complete_recipe,
+    detect_checkpoint_format,
+    forget_auto_register,
+    translate_old_keys,
+)
+from research.telechat.telechat_variants import ConfigError
+
+
+def load_for_prediction(arguments: List[str], vocab_file: str = "") -> Tuple[Any, Any, Any]:
+    """(model, tokenizer, recipe) from the arguments of run_mindformer.py.
+
+    Args:
+        arguments: as on the command line of run_mindformer.py, --config first of all.
+        vocab_file: vocabulary; '' for that of the recipe.
+
+    Raises:
+        ConfigError: recipe, tokenizer or checkpoint missing, broken or not of one model.
+    """
+    args, rest = run_mindformer.build_parser().parse_known_args(arguments)
+    recipe = run_mindformer.read_recipe(run_mindformer.resolve_config(args.config))
+    recipe["run_mode"] = "predict"
+    config = complete_recipe(args, recipe, run_mindformer.parse_overrides(args.options, rest))
+    translate_old_keys(config)
+    forget_auto_register(config)
+    adapt_to_cpu(config)
+    detect_checkpoint_format(config)
+    if not config.load_checkpoint:
+        raise ConfigError("no checkpoint is named; give one with --checkpoint_path, or load_checkpoint in the recipe")
+    check_checkpoint(config)
+    section = config.processor.tokenizer
+    if vocab_file:
+        section["tokenizer_file" if "tokenizer_file" in section else "vocab_file"] = vocab_file
+    tokenizer = load_tokenizer(config, model_config(config).vocab_size)
+    config = apply_template(config)
+    set_output_path(config.output_dir)
+    build_context(config)
+    prepare_cpu()
+    return _load_model(config), tokenizer, config
+
+
+def _load_model(config: Any) -> TelechatForCausalLM:
+    """The model of a checked recipe with its weights, whole or this rank's part."""
+    section = {key: value for key, value in config.model.model_config.items() if key not in ("type", "auto_register")}
+    with no_init_parameters():                               # no random numbers for weights that are loaded anyway
+        model = TelechatForCausalLM(TelechatConfig(**section, parallel_config=config.parallel_config))
+    model.set_train(False)
+    if "checkpoint" in config and isinstance(config.checkpoint, dict):      # MindFormers 1.9 reads the path here
+        config.checkpoint.load_path = config.load_checkpoint
+    cut = ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
+    inputs = None
+    if cut:
+        size = (model.config.batch_size, model.config.seq_length)
+        inputs = model.prepare_inputs_for_predict_layout(np.ones(size, np.int32))
+    transform_and_load_checkpoint(config, ms.Model(model), model, inputs, do_predict=True)
+    model.init_parameters_data()                             # the cache, which no checkpoint holds
+    return model
+
+
+def local_rank() -> int:
+    """Number of this process among those that msrun started; 0 without."""
+    return int(os.environ.get("RANK_ID", "0"))
