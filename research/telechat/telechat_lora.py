@@ -20,6 +20,7 @@ from research.telechat.telechat_weights import Param, group_rows, parameters, un
 CONFIG_NAME = "adapter_config.json"                  # beside an adapter; as PEFT calls it
 PEFT_NAMES = ("adapter_model.safetensors",)
 _TARGET = re.compile(r"model\.layers\.\d+\.[a-z_]+\.(\w+)\.weight$")
+_CONTAINERS = ("layers", "attention", "feed_forward", *map(str, range(10)))    # cells on the way to a linear layer
 _PART = re.compile(r"(.+)\.(?:mindpet|tk)_delta_lora_([abAB])$")
 _PEFT_PREFIX = "base_model.model.transformer."
 
@@ -52,6 +53,10 @@ def check_target_modules(pattern: Any, variant: Variant) -> List[str]:
     if not isinstance(pattern, str) or not pattern:
         raise ConfigError(f"pet_config.target_modules must be a pattern, found {pattern!r}; {known}")
     try:
+        swallowed = next((name for name in _CONTAINERS if re.match(pattern, name)), None)
+        if swallowed:
+            raise ConfigError(f"pet_config.target_modules {pattern!r} also matches the container {swallowed!r}, below "
+                              f"which MindFormers then adapts nothing; {known}")
         if not any(re.match(pattern, name) for name in names):
             raise ConfigError(f"pet_config.target_modules {pattern!r} matches no linear layer; {known}")
         return [part for part in pattern.split("|") if not any(re.match(part, name) for name in names)]
