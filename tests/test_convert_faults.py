@@ -189,7 +189,7 @@ def test_damaged_ckpt_files_are_one_line(model, tmp_path, capfd):
     cases += [bytes(rng.integers(0, 256, 500, np.uint8)) for _ in range(20)]
     for case in cases:
         bad.write_bytes(case)
-        code = to_torch(bad, tmp_path / "back", "--skip_value_check")
+        code = to_torch(bad, tmp_path / "back")
         assert "bad.ckpt" in error_of(capfd, code)
         assert not (tmp_path / "back").exists()
 
@@ -395,6 +395,39 @@ def test_a_rerun_with_other_options_or_input_starts_anew(model, tmp_path, capfd,
     assert [path.name for path in target.parent.iterdir()] == ["x.safetensors"]
 
 
+def test_counts_survive_an_interruption(model, tmp_path, capfd, monkeypatch):
+    variant, tensors, _ = model
+    tensors["transformer.word_embeddings.weight"].bits[0, :2] = 0x7E01
+    tensors["lm_head.weight"].bits[0, 0] = 0x7C00
+    source = write_official(tmp_path / "nan", variant, tensors)
+    monkeypatch.setattr(telechat_convert, "JOURNAL_BYTES", 1)
+    real = os.pwrite
+    seen = []
+
+    def stop(*args):
+        seen.append(args)
+        if len(seen) > 60:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", stop)
+        assert to_ms(source, tmp_path / "x.ckpt") == 130
+    for _ in range(2):                              # resumed, and then from the start
+        assert to_ms(source, tmp_path / "x.ckpt") == 0
+        assert ("2 NaN and 1 infinite values in 2 tensors of the input: transformer.word_embeddings.weight (2 NaN, 0 "
+                "infinite), lm_head.weight (0 NaN, 1 infinite)") in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"plan": 1}', '{"done": {"x.ckpt": "a"}, "found": {}}'])
+def test_a_broken_journal_means_starting_anew(text, model, tmp_path, capfd):
+    (tmp_path / "x.ckpt.partial.json").write_text(text)
+    (tmp_path / "x.ckpt.partial").write_bytes(b"old")
+    assert to_ms(model[2], tmp_path / "x.ckpt", "--verify") == 0
+    assert "continuing" not in capfd.readouterr().out
+    assert not list(tmp_path.glob("*.partial*"))
+
+
 def test_verification_finds_a_flipped_bit(model, tmp_path, capfd, monkeypatch):
     real = telechat_checkpoint_write.OutputFile.write
 
@@ -417,7 +450,7 @@ def test_input_that_shrinks_while_it_is_read_is_noticed(model, tmp_path, capfd, 
         return real(*args)
 
     monkeypatch.setattr(telechat_convert, "check_free_space", truncate)
-    message = error_of(capfd, to_ms(model[2], tmp_path / "out" / "x.ckpt", "--skip_value_check"))
+    message = error_of(capfd, to_ms(model[2], tmp_path / "out" / "x.ckpt"))
     assert SHARD in message and "truncated" in message
     assert not list((tmp_path / "out").iterdir())
 

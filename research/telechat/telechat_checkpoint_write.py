@@ -184,7 +184,8 @@ class OutputFile:
 
 
 class Journal:
-    """How far a conversion came: for every file of the result the number of its tensors that are on disk.
+    """How far a conversion came: for every file of the result the number of its tensors that are on disk, and what was
+    `found` in them (any JSON object).
 
     It belongs to one plan (a digest of inputs and options); a run with another plan starts anew.
     """
@@ -193,12 +194,14 @@ class Journal:
         self.path, self._digest = path, digest
         self._lock = threading.Lock()
         self.done: Dict[str, int] = {layout.path.name: 0 for layout in layouts}
+        self.found: Dict[str, Any] = {}
         old = self._read()
         if old.get("plan") == digest:
+            self.found = old["found"]
             for layout in layouts:
                 partial = partial_path(layout.path)
                 if partial.is_file() and (layout.kind == "bin" or partial.stat().st_size == layout.size):
-                    self.done[layout.path.name] = min(int(old["done"].get(layout.path.name, 0)), len(layout.tensors))
+                    self.done[layout.path.name] = min(old["done"].get(layout.path.name, 0), len(layout.tensors))
         else:
             for name in old.get("done", {}):
                 if Path(name).name == name:
@@ -209,13 +212,15 @@ class Journal:
             data = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return data if isinstance(data, dict) and isinstance(data.get("done"), dict) else {}
+        sound = (isinstance(data, dict) and isinstance(data.get("done"), dict) and isinstance(data.get("found"), dict)
+                 and all(isinstance(count, int) for count in data["done"].values()))
+        return data if sound else {}
 
-    def record(self, name: str, tensors: int) -> None:
+    def record(self, name: str, tensors: int, found: Dict[str, Any]) -> None:
         """`tensors` tensors of the file `name` are on disk."""
         with self._lock:
             self.done[name] = max(tensors, self.done[name])
-            write_text(self.path, json.dumps({"plan": self._digest, "done": self.done}))
+            write_text(self.path, json.dumps({"plan": self._digest, "done": self.done, "found": found}))
 
     def remove(self) -> None:
         """The conversion is complete."""

@@ -68,8 +68,7 @@ class Report:
     seconds: float = 0.0
     resumed_tensors: int = 0
     verified_tensors: Optional[int] = None
-    nonfinite: Dict[str, Dict[str, int]] = field(default_factory=dict)
-    overflowed: Dict[str, int] = field(default_factory=dict)
+    found: Dict[str, Dict[str, int]] = field(default_factory=dict)   # tensor of the input -> nan, inf, overflow
     notes: List[str] = field(default_factory=list)
 
 
@@ -78,8 +77,7 @@ class Options(NamedTuple):
 
     dtype: Optional[str] = None          # "float16", "bfloat16", "float32"; None: as it is
     verify: bool = False
-    strict: bool = False                 # NaN or infinity stops the conversion
-    scan: bool = True                    # look for NaN and infinity first
+    strict: bool = False                 # read the input once beforehand; NaN or infinity stops the conversion
     workers: Optional[int] = None        # threads
 
 
@@ -133,8 +131,8 @@ def convert(source: Source, target: Target, transfers: Dict[str, Transfer], opti
             check_tied_head(source.checkpoint, source.match)
         if not source.official:
             check_source_mp(source.checkpoint, source.variant, source.match, source.source_mp)
-        if options.scan:
-            _scan(stream, source, report, options.strict, say)
+        if options.strict:
+            _scan(stream, source)
         if report.resumed_tensors:
             say(f"continuing an interrupted conversion: {report.resumed_tensors} of {report.tensors} tensors, "
                 f"{kept / 1e9:.2f} GB, are there already")
@@ -194,44 +192,50 @@ def _bar(total: int, what: str) -> Any:
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, mininterval=0.3)
 
 
-def _scan(stream: Stream, source: Source, report: Report, strict: bool, say: Callable[[str], None]) -> None:
-    """Count NaN and infinity in everything that will be converted."""
+def _scan(stream: Stream, source: Source) -> None:
+    """CheckpointError if anything that will be converted has NaN or infinity."""
     names = list(source.match.found.values())
     with _bar(sum(source.checkpoint.tensors[name].nbytes for name in names), "check") as bar:
-        report.nonfinite = stream.scan(source.checkpoint, names, bar.update)
-    if report.nonfinite:
-        total = {kind: sum(counts[kind] for counts in report.nonfinite.values()) for kind in ("nan", "inf")}
-        where = ", ".join(f"{name} ({counts['nan']} NaN, {counts['inf']} infinite)"
-                          for name, counts in report.nonfinite.items())
-        text = (f"{total['nan']} NaN and {total['inf']} infinite values in {len(report.nonfinite)} tensors of the "
-                f"input: {where}")
-        if strict:
-            raise CheckpointError(f"{text}; stopped, because --strict is given; nothing was written")
-        say(f"WARNING: {text}")
+        found = stream.scan(source.checkpoint, names, bar.update)
+    if found:
+        raise CheckpointError(f"{_nonfinite(found)}; stopped, because --strict is given; nothing was written")
+
+
+def _nonfinite(found: Dict[str, Dict[str, int]]) -> str:
+    """How many NaN and infinite values there are, and where; empty if there are none."""
+    total = {kind: sum(counts[kind] for counts in found.values()) for kind in ("nan", "inf")}
+    where = [f"{name} ({counts['nan']} NaN, {counts['inf']} infinite)"
+             for name, counts in found.items() if counts["nan"] or counts["inf"]]
+    return (f"{total['nan']} NaN and {total['inf']} infinite values in {len(where)} tensors of the input: "
+            f"{', '.join(where)}") if where else ""
 
 
 def _write(stream: Stream, source: Source, target: Target, transfers: Dict[str, Transfer], journal: Journal,
            report: Report) -> None:
-    """Write every file that is not complete yet."""
+    """Write every file that is not complete yet, and count what is odd in the numbers that pass by."""
     lock = threading.Lock()
 
-    def overflow(name: str, count: int) -> None:
+    def tally(transfer: Transfer, counts: Dict[str, int]) -> None:
         with lock:
-            report.overflowed[name] = report.overflowed.get(name, 0) + count
+            entry = report.found.setdefault(transfer.source, {"nan": 0, "inf": 0, "overflow": 0})
+            for kind, count in counts.items():
+                entry[kind] += count
 
     with _bar(sum(transfer.source_bytes for transfer in transfers.values()), "convert") as bar:
         for layout in target.layouts:
             done = journal.done[layout.path.name]
             ordered = [transfers[tensor.name] for tensor in layout.tensors]
             bar.update(sum(transfer.source_bytes for transfer in ordered[:done]))
+            report.found.update((transfer.source, journal.found[transfer.source]) for transfer in ordered[:done]
+                                if transfer.source in journal.found)
             if done == len(ordered):
                 continue
             output = OutputFile(layout, done)
-            tracker = _Tracker(output, journal, ordered, done)
+            tracker = _Tracker(output, journal, ordered, done, report.found)
             try:
-                stream.move(source.checkpoint, ordered[done:], output.write, bar.update, tracker.finished, overflow)
+                stream.move(source.checkpoint, ordered[done:], output.write, bar.update, tracker.finished, tally)
                 output.finish()
-                journal.record(layout.path.name, len(ordered))
+                journal.record(layout.path.name, len(ordered), report.found)
             except BaseException:
                 stream.stop()
                 with contextlib.suppress(OSError):     # a full disk: what could not be saved is written again
@@ -244,8 +248,9 @@ def _write(stream: Stream, source: Source, target: Target, transfers: Dict[str, 
 class _Tracker:
     """Tells the journal from time to time how many tensors of a file are complete and on disk."""
 
-    def __init__(self, output: OutputFile, journal: Journal, ordered: Sequence[Transfer], done: int) -> None:
-        self._output, self._journal, self._ordered = output, journal, ordered
+    def __init__(self, output: OutputFile, journal: Journal, ordered: Sequence[Transfer], done: int,
+                 found: Dict[str, Dict[str, int]]) -> None:
+        self._output, self._journal, self._ordered, self._found = output, journal, ordered, found
         self._offset = self._prefix = done
         self._complete: set = set()
         self._unsaved = 0
@@ -270,7 +275,7 @@ class _Tracker:
             prefix = self._prefix
         if self._output.layout.kind != "bin" and prefix:
             self._output.sync()
-            self._journal.record(self._output.layout.path.name, prefix)
+            self._journal.record(self._output.layout.path.name, prefix, dict(self._found))
 
 
 def _verify(stream: Stream, source: Source, target: Target, transfers: Dict[str, Transfer]) -> int:
@@ -295,7 +300,7 @@ def _verify(stream: Stream, source: Source, target: Target, transfers: Dict[str,
                         tensor.name: (tensor.dtype, tensor.shape) for tensor in layout.tensors}:
                     raise CheckpointError(f"{partial}: names, types or shapes read back differ from those written")
                 stream.move(source.checkpoint, [transfers[tensor.name] for tensor in layout.tensors], compare,
-                            bar.update, lambda _: None, lambda *_: None)
+                            bar.update)
             finally:
                 result.close()
     if wrong:
@@ -318,9 +323,12 @@ def _drop_cache(path: Path) -> None:
 def summary(report: Report, target: Target, dtypes: Sequence[str]) -> List[str]:
     """The last lines for the user."""
     lines = [*report.notes]
-    if report.overflowed:
-        lines.append(f"WARNING: {sum(report.overflowed.values())} numbers were too large for {dtypes[0]} and became "
-                     f"infinite, in {', '.join(report.overflowed)}")
+    if _nonfinite(report.found):
+        lines.append(f"WARNING: {_nonfinite(report.found)}")
+    overflowed = {name: counts["overflow"] for name, counts in report.found.items() if counts["overflow"]}
+    if overflowed:
+        lines.append(f"WARNING: {sum(overflowed.values())} numbers were too large for {dtypes[0]} and became infinite, "
+                     f"in {', '.join(overflowed)}")
     if report.verified_tensors is not None:
         lines.append(f"verified: {report.verified_tensors} of {report.tensors} tensors read back and compared, all "
                      "equal")

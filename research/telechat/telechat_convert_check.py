@@ -54,8 +54,18 @@ def check_model(checkpoint: Checkpoint, params: Sequence[Param], official: bool)
         raise CheckpointError(f"{where} does not fit the model: {'; '.join(faults)}. Is it complete, and are "
                               "--model_name and config.json those of this checkpoint?")
     if match.ignored:
+        state: Dict[str, int] = {}                         # of the optimizer: "adam_m.<parameter>" and the like
+        names = {param.ms_name for param in params}
+        rest = []
+        for name in match.ignored:
+            prefix, _, parameter = name.partition(".")
+            if parameter in names:
+                state[prefix] = state.get(prefix, 0) + 1
+            else:
+                rest.append(name)
+        parts = [f"{count} of optimizer state {prefix}" for prefix, count in state.items()]
         checkpoint.notes.append(f"left out, because they hold no weights: {len(match.ignored)} entries, "
-                                f"{summarise(match.ignored)}")
+                                + ", ".join(parts + ([summarise(rest)] if rest else [])))
     return match
 
 

@@ -71,9 +71,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_shard_size", type=_size, metavar="SIZE",
                         help="largest file of a folder of shards, such as 5GB (default: 5GB; 1GB for .bin)")
     parser.add_argument("--verify", action="store_true", help="read the result back and compare every tensor")
-    parser.add_argument("--strict", action="store_true", help="stop, before writing, if the input has NaN or infinity")
-    parser.add_argument("--skip_value_check", action="store_true",
-                        help="do not read the input once beforehand to count NaN and infinity")
+    parser.add_argument("--strict", action="store_true",
+                        help="read the input once beforehand and stop if it has NaN or infinity (otherwise they are "
+                             "counted on the way)")
     parser.add_argument("--workers", type=_positive, metavar="N", help="threads (default: number of cores, 2 to 4)")
     parser.add_argument("--source_mp", type=_positive, metavar="N",
                         help="52B: the MindSpore checkpoint comes from an earlier converter run with --mp N")
@@ -198,8 +198,7 @@ def run_conversion(args: argparse.Namespace, source: Source, sizes: Sizes, out: 
     for note in source.checkpoint.notes:
         print(note)
     shown = len(source.checkpoint.notes)
-    report = convert(source, target, transfers, Options(dtype, args.verify, args.strict, not args.skip_value_check,
-                                                        args.workers))
+    report = convert(source, target, transfers, Options(dtype, args.verify, args.strict, args.workers))
     report.notes.extend(source.checkpoint.notes[shown:])
     print("\n".join(summary(report, target, dtype_names(transfers))))
 

@@ -46,7 +46,10 @@ class Transfer(NamedTuple):
         return self.out.nbytes // ITEM_SIZE[self.out.dtype] * ITEM_SIZE[self.dtype] if self.source else 0
 
 
-Sink = Callable[[str, int, memoryview], None]    # (tensor, first byte, bytes), called from several threads
+# Called from several threads: Sink(tensor, first byte, bytes) takes a part of the result; Tally(transfer, counts) hears
+# of NaN ("nan") and infinity ("inf") in a part of the input, and of numbers that a cast made infinite ("overflow").
+Sink = Callable[[str, int, memoryview], None]
+Tally = Callable[[Transfer, Dict[str, int]], None]
 
 
 class Stream:
@@ -71,14 +74,14 @@ class Stream:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def move(self, checkpoint: Checkpoint, transfers: Sequence[Transfer], sink: Sink,
-             progress: Callable[[int], object], finished: Callable[[int], None],
-             overflow: Callable[[str, int], None]) -> None:
-        """Run `transfers`, in order. progress(bytes read) after each chunk, finished(i) when transfer i is complete,
-        overflow(name, n) where n numbers became infinite by a cast. The first error stops all and is raised."""
+             progress: Callable[[int], object], finished: Callable[[int], None] = lambda _: None,
+             tally: Optional[Tally] = None) -> None:
+        """Run `transfers`, in order. progress(bytes read) after each chunk, finished(i) when transfer i is complete;
+        tally: see Tally, None: nothing is counted. The first error stops all and is raised."""
         pending = _Pending(len(transfers), finished)
         for number, transfer in enumerate(transfers):
             pending.open(number)
-            for job in self._jobs(checkpoint, transfer, sink, overflow):
+            for job in self._jobs(checkpoint, transfer, sink, tally):
                 self._submit(pending, number, job, progress)
                 del job                                            # may hold a whole matrix, which must go in time
             pending.close(number)
@@ -143,8 +146,8 @@ class Stream:
         if self._failed:
             raise self._failed[0]
 
-    def _jobs(self, checkpoint: Checkpoint, transfer: Transfer, sink: Sink,
-              overflow: Callable[[str, int], None]) -> Iterator[Callable[[], int]]:
+    def _jobs(self, checkpoint: Checkpoint, transfer: Transfer, sink: Sink, tally: Optional[Tally]
+              ) -> Iterator[Callable[[], int]]:
         """The jobs of one transfer; each returns the bytes of the source that it accounts for."""
         out, item = transfer.out, ITEM_SIZE.get(transfer.dtype, 1)
         if transfer.source is None:
@@ -156,14 +159,14 @@ class Stream:
             for start, length in _chunks(transfer.source_bytes):
                 def copy(start: int = start, length: int = length) -> int:
                     raw = self._read(checkpoint, transfer.source, start, length).view(RAW[transfer.dtype])
-                    self._emit(transfer, raw, start // item, sink, overflow)
+                    self._emit(transfer, raw, start // item, sink, tally)
                     return length
                 yield copy
         else:
-            yield from self._matrix_jobs(checkpoint, transfer, sink, overflow)
+            yield from self._matrix_jobs(checkpoint, transfer, sink, tally)
 
-    def _matrix_jobs(self, checkpoint: Checkpoint, transfer: Transfer, sink: Sink,
-                     overflow: Callable[[str, int], None]) -> Iterator[Callable[[], int]]:
+    def _matrix_jobs(self, checkpoint: Checkpoint, transfer: Transfer, sink: Sink, tally: Optional[Tally]
+                     ) -> Iterator[Callable[[], int]]:
         """Load a matrix, then one job for each band of rows of the result."""
         rows, columns = transfer.out.shape
         shape = (columns, rows) if transfer.transpose_in or transfer.transpose_out else (rows, columns)
@@ -182,7 +185,7 @@ class Stream:
                 band = self._buffer((last - first) * columns * item).view(RAW[transfer.dtype])
                 band = band.reshape(last - first, columns)
                 fill_band(band, matrix, first, transfer)
-                self._emit(transfer, band.reshape(-1), first * columns, sink, overflow)
+                self._emit(transfer, band.reshape(-1), first * columns, sink, tally)
                 with lock:
                     left[0] -= 1
                     if not left[0]:
@@ -190,21 +193,20 @@ class Stream:
                 return band.nbytes
             yield copy
 
-    def _emit(self, transfer: Transfer, raw: np.ndarray, first: int, sink: Sink,
-              overflow: Callable[[str, int], None]) -> None:
-        """Cast `raw` (1-d) and hand it to the sink as the result's elements from `first` on."""
+    def _emit(self, transfer: Transfer, raw: np.ndarray, first: int, sink: Sink, tally: Optional[Tally]) -> None:
+        """Count and cast `raw` (1-d) and hand it to the sink as the result's elements from `first` on."""
         out = transfer.out
+        counts = count_nonfinite(raw, transfer.dtype) if tally else {}
         if out.dtype != transfer.dtype:
             result = np.empty(raw.size, RAW[out.dtype])
             for start in range(0, raw.size, _CAST_BLOCK):
                 block = raw[start:start + _CAST_BLOCK]
                 result[start:start + _CAST_BLOCK] = cast(block, transfer.dtype, out.dtype)
-            infinite = count_nonfinite(result, out.dtype)["inf"]
-            if infinite:
-                infinite -= count_nonfinite(raw, transfer.dtype)["inf"]
-                if infinite:
-                    overflow(out.name, infinite)
+            if tally:
+                counts["overflow"] = count_nonfinite(result, out.dtype)["inf"] - counts["inf"]
             raw = result
+        if any(counts.values()):
+            tally(transfer, counts)
         sink(out.name, first * ITEM_SIZE[out.dtype], memoryview(raw).cast("B"))
 
     def _read(self, checkpoint: Checkpoint, name: str, start: int, length: int) -> np.ndarray:
