@@ -166,14 +166,15 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
         if value is not None:
             arguments += [option, str(value)]
     from research.telechat.telechat_conversation import Renderer, detect_template
-    from research.telechat.telechat_load import load_for_prediction, local_rank
-    from research.telechat.telechat_predict_utils import make_session
-    model, tokenizer, config = load_for_prediction([*arguments, *rest], args.vocab_file_path)
+    from research.telechat.telechat_load import load_model, local_rank, prepare_prediction
+    from research.telechat.telechat_predict_utils import make_session, read_generation_config
+    config, tokenizer = prepare_prediction([*arguments, *rest], args.vocab_file_path)
     renderer = Renderer(detect_template(tokenizer.vocab), tokenizer.vocab, start_token=args.start_token,
                         user_token=args.user_token, bot_token=args.bot_token, end_token=args.end_token)
     changes = {key: getattr(args, key) for key in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p",
                                                    "repetition_penalty") if getattr(args, key) is not None}
-    session = make_session(model, tokenizer, args.generation_config or None, args.stop, renderer, **changes)
+    generation = read_generation_config(args.generation_config) if args.generation_config else None
+    session = make_session(load_model(config), tokenizer, generation, args.stop, renderer, **changes)
     if args.interactive:
         from research.telechat.telechat_terminal import Terminal
         with contextlib.suppress(ImportError):

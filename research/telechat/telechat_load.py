@@ -8,6 +8,7 @@ from typing import Any, List, Tuple
 import mindspore as ms
 import numpy as np
 from mindformers.core.context import build_context
+from mindformers.tools.register import MindFormerConfig
 from mindformers.trainer.utils import transform_and_load_checkpoint
 from mindspore.nn.utils import no_init_parameters
 
@@ -27,8 +28,8 @@ from research.telechat.telechat_run import (
 from research.telechat.telechat_variants import ConfigError
 
 
-def load_for_prediction(arguments: List[str], vocab_file: str = "") -> Tuple[Any, Any, Any]:
-    """(model, tokenizer, recipe) from the arguments of run_mindformer.py.
+def prepare_prediction(arguments: List[str], vocab_file: str = "") -> Tuple[Any, Any]:
+    """(recipe, tokenizer) from the arguments of run_mindformer.py; everything is checked before a model is built.
 
     Args:
         arguments: as on the command line of run_mindformer.py, --config first of all.
@@ -51,22 +52,20 @@ def load_for_prediction(arguments: List[str], vocab_file: str = "") -> Tuple[Any
     section = config.processor.tokenizer
     if vocab_file:
         section["tokenizer_file" if "tokenizer_file" in section else "vocab_file"] = vocab_file
-    tokenizer = load_tokenizer(config, model_config(config).vocab_size)
+    return config, load_tokenizer(config, model_config(config).vocab_size)
+
+
+def load_model(config: Any) -> TelechatForCausalLM:
+    """The model of a recipe that `prepare_prediction` gave, with its weights, whole or this rank's part."""
     config = apply_template(config)
     set_output_path(config.output_dir)
     build_context(config)
     prepare_cpu()
-    return _load_model(config), tokenizer, config
-
-
-def _load_model(config: Any) -> TelechatForCausalLM:
-    """The model of a checked recipe with its weights, whole or this rank's part."""
     section = {key: value for key, value in config.model.model_config.items() if key not in ("type", "auto_register")}
     with no_init_parameters():                               # no random numbers for weights that are loaded anyway
         model = TelechatForCausalLM(TelechatConfig(**section, parallel_config=config.parallel_config))
     model.set_train(False)
-    if "checkpoint" in config and isinstance(config.checkpoint, dict):      # MindFormers 1.9 reads the path here
-        config.checkpoint.load_path = config.load_checkpoint
+    config.checkpoint = MindFormerConfig(load_path=config.load_checkpoint)  # where MindFormers 1.9 looks for it
     cut = ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
     inputs = None
     if cut:

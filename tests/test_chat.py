@@ -1,0 +1,391 @@
+"""Conversations: history, context, streaming, stop strings, tools, the terminal and the command of question files."""
+import io
+import json
+import signal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vocab_fixtures import train_sentencepiece
+
+from research.telechat.telechat_chat import (
+    History,
+    Session,
+    StopFilter,
+    divide_context,
+    parse_tool_calls,
+    tool_result,
+    with_question,
+)
+from research.telechat.telechat_conversation import Renderer, get_template
+from research.telechat.telechat_terminal import Terminal
+from research.telechat.telechat_variants import ConfigError
+from research.telechat.telechat_vocab import Vocab
+
+
+@pytest.fixture(scope="module")
+def vocab_file(tmp_path_factory):
+    return train_sentencepiece(tmp_path_factory.mktemp("vocab") / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def renderer(vocab_file):
+    return Renderer(get_template("telechat"), Vocab.load(vocab_file))
+
+
+def session_that_says(renderer, text, prompts=None, context=200, **settings):
+    """A session whose model answers every prompt with the tokens of `text`, one by one, and the end token."""
+    def next_tokens(ids, limits):
+        if prompts is not None:
+            prompts.append((ids, limits))
+        answer = [*renderer.vocab.encode(text), renderer.end_id]
+        yield from answer[:limits["max_new_tokens"]]
+    return Session(renderer, next_tokens, context, **settings)
+
+
+USER = [{"role": "user", "content": "你是谁？"}]
+
+
+def test_answer_comes_in_whole_characters(renderer):
+    text = "我是一个语言模型。龘🙂 and more"                       # characters outside the vocabulary come as bytes
+    assert any(len(renderer.vocab.encode(char)) > 1 for char in text)
+    session = session_that_says(renderer, text)
+    pieces = list(session.answer(USER))
+    assert "".join(pieces) == text and len(pieces) > 3
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert session.report.finish == "end"
+    assert session.report.new_tokens == len(renderer.vocab.encode(text)) + 1
+
+
+def test_answer_that_is_cut_within_a_character(renderer):
+    session = session_that_says(renderer, "a🙂", max_new_tokens=len(renderer.vocab.encode("a🙂")) - 1)
+    assert "".join(session.answer(USER)) == "a\ufffd"
+    assert session.report.finish == "length"
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text("ab<>_en", max_size=30), stops=st.lists(st.text("ab<>_en", min_size=1, max_size=6), max_size=3),
+       cuts=st.lists(st.integers(1, 4), min_size=30, max_size=30))
+def test_stop_strings_in_pieces(text, stops, cuts):
+    """However the text is cut, what is shown is the text up to the first stop string."""
+    expected = min([text[:text.find(stop)] for stop in stops if stop in text], key=len, default=text)
+    stop_filter, shown, rest = StopFilter(stops), "", text
+    for size in cuts:
+        shown += stop_filter.feed(rest[:size])
+        rest = rest[size:]
+        assert expected.startswith(shown)
+    shown += stop_filter.feed(rest) + stop_filter.flush()
+    if len(stops) <= 1:
+        assert shown == expected
+    else:                                  # several: the one that is complete first counts
+        assert text.startswith(shown)
+        assert stop_filter.stopped == any(stop in text for stop in stops)
+
+
+def test_stop_string_ends_the_answer(renderer):
+    session = session_that_says(renderer, "one two<STOP>three", stop="<STOP>")
+    assert "".join(session.answer(USER)) == "one two"
+    assert session.report.finish == "stop"
+
+
+def test_markers_in_words_end_an_answer(tmp_path):
+    """52B writes its markers as text."""
+    path = train_sentencepiece(tmp_path / "tokenizer.model", eos_piece="</s>", bos_piece="<s>", pad_piece="<pad>",
+                               user_defined_symbols=["0", "1"])
+    renderer = Renderer(get_template("telechat_52b"), Vocab.load(path))
+    session = session_that_says(renderer, "好的。<_end><_user>谁？")
+    assert "".join(session.answer(USER)) == "好的。"
+
+
+def test_oldest_turns_go_first_and_the_system_prompt_stays(tmp_path):
+    path = train_sentencepiece(tmp_path / "tokenizer.model", control=True)
+    renderer = Renderer(get_template("telechat2"), Vocab.load(path))
+    turns = [message for number in range(12) for message in (
+        {"role": "user", "content": f"question {number} about the sea"}, {"role": "bot", "content": f"poem {number}"})]
+    prompts = []
+    session = session_that_says(renderer, "yes", prompts, context=160, max_new_tokens=40)
+    messages = [{"role": "system", "content": "Be short."}, *turns, *USER]
+    "".join(session.answer(messages))
+    ids, limits = prompts[0]
+    text = renderer.vocab.decode(ids)
+    assert len(ids) <= 160 - 40 and limits["max_new_tokens"] == 40
+    assert "Be short." in text and "question 11" in text and "question 0" not in text and text.endswith("<_bot>")
+    dropped = session.report.dropped_turns
+    assert dropped > 0 and f"question {dropped} " in text and f"question {dropped - 1} " not in text
+
+
+@settings(max_examples=200, deadline=None)
+@given(context=st.integers(4, 5000), new=st.one_of(st.none(), st.integers(1, 9000)),
+       total=st.one_of(st.none(), st.integers(4, 9000)))
+def test_prompt_and_answer_always_fit(context, new, total):
+    budget = divide_context(context, new, total)
+    assert budget.prompt >= 1 and budget.total <= context
+    assert budget.prompt + (budget.answer or 1) <= context
+    if new is not None:
+        assert budget.answer == min(new, context - context // 4)
+
+
+@pytest.mark.parametrize(("new", "total"), [(0, None), (-3, None), (None, 0), (2.5, None)])
+def test_senseless_lengths(new, total):
+    with pytest.raises(ConfigError, match=r"max_\w+: expected a positive whole number"):
+        divide_context(100, new, total)
+
+
+def test_history_is_a_list_that_is_not_changed():
+    given_history = [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]
+    history, rendered = with_question(given_history, "c", "s")
+    assert [message["content"] for message in history] == ["a", "b", "c"] and len(given_history) == 2
+    assert [message["role"] for message in rendered] == ["system", "user", "bot", "user"]
+    history = History(None, given_history)
+    history.append_left({"role": "system", "content": "s"})
+    history.update({"role": "bot", "content": "B"})
+    assert history.pop_left()["content"] == "s" and history[-1]["content"] == "B"
+    assert given_history[-1]["content"] == "b"
+    assert json.loads(json.dumps(history)) == list(history)
+    for question in ("", None):
+        with pytest.raises(ConfigError, match="question is empty"):
+            with_question(given_history, question)
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Weather of a city.",
+                                           "parameters": {"type": "object", "properties": {"city": {}}}}}]
+
+
+def test_tool_calls_and_their_results(tmp_path):
+    """The round of TeleChat2's examples: tools in the system prompt, a call, its result, the answer."""
+    path = train_sentencepiece(tmp_path / "tokenizer.model", control=True)
+    renderer = Renderer(get_template("telechat2"), Vocab.load(path))
+    said = 'I look.\n<tool_call>\n{"name": " weather", "arguments": {"city": "北京"}}\n</tool_call>'
+    prompts = []
+    session = session_that_says(renderer, said, prompts, context=4000, max_new_tokens=1000)
+    history, rendered = with_question([], "weather?", "You help.")
+    answer = "".join(session.answer(rendered, TOOLS))
+    text = renderer.vocab.decode(prompts[0][0])
+    assert "You help." in text and json.dumps(TOOLS[0]) in text and "<tools>" in text
+    parsed = parse_tool_calls(answer)
+    assert parsed.calls == [{"name": "weather", "arguments": {"city": "北京"}}]
+    assert parsed.text == "I look." and not parsed.faults
+    history += [{"role": "bot", "content": answer}, tool_result({"sky": "晴"})]
+    history, rendered = with_question(history, None, "You help.")
+    "".join(session.answer(rendered, TOOLS))
+    text = renderer.vocab.decode(prompts[1][0])
+    assert said in text
+    assert text.endswith('<_user><tool_response>\n{"sky": "晴"}\n</tool_response><_bot>')
+
+
+@pytest.mark.parametrize(("answer", "fault"), [
+    ("<tool_call>{broken}</tool_call>", "call 1 is not valid JSON"), ("<tool_call>[1]</tool_call>", "has no name"),
+    ('<tool_call>{"name": "a"', "was cut"), ('<tool_call>{"name": "a", "arguments": "{"}</tool_call>', "arguments")])
+def test_broken_tool_calls_are_told(answer, fault):
+    parsed = parse_tool_calls(answer)
+    assert not parsed.calls and fault in parsed.faults[0]
+
+
+def test_several_tool_calls():
+    answer = '<tool_call>{"name": "a", "arguments": "{\\"x\\": 1}"}</tool_call><tool_call>{"name": "b"}</tool_call>'
+    assert parse_tool_calls(answer).calls == [{"name": "a", "arguments": {"x": 1}}, {"name": "b", "arguments": {}}]
+
+
+def terminal(session, lines, **settings):
+    """Run a terminal over `lines`; returns it and what it wrote."""
+    output = io.StringIO()
+    chat = Terminal(lambda messages, seed: session.answer(messages, None, seed), lambda: session.report, output,
+                    **settings)
+    lines = iter(lines)
+
+    def read(_prompt):
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        if isinstance(line, BaseException):
+            raise line
+        return line
+    chat.run(read)
+    return chat, output.getvalue()
+
+
+def test_terminal_commands(renderer, tmp_path):
+    prompts = []
+    session = session_that_says(renderer, "我是一个语言模型。", prompts)
+    file = tmp_path / "chat.jsonl"
+    chat, text = terminal(session, ["你是谁？", "and?", "/retry", f"/save {file}", "/nonsense", "/save", "/clear",
+                                    "/retry", KeyboardInterrupt(), "again"], system="Be short.")
+    assert text.count("我是一个语言模型。") == 4
+    assert prompts[1][0] == prompts[2][0] != prompts[0][0]
+    assert prompts[3][0] == renderer.prompt([{"role": "user", "content": "again"}])
+    record = json.loads(file.read_text(encoding="utf-8"))
+    assert record["system"] == "Be short."
+    assert [message["role"] for message in record["dialog"]] == ["user", "bot", "user", "bot"]
+    assert not list(tmp_path.glob("*.part"))
+    for fault in ("unknown command /nonsense", "/save needs the name", "there is no question to answer again"):
+        assert f"error: {fault}" in text
+    assert [message["content"] for message in chat.history] == ["again", "我是一个语言模型。"]
+
+
+def test_ctrl_c_stops_the_answer_only(renderer):
+    def next_tokens(ids, limits):
+        yield from renderer.vocab.encode("我是一")
+        signal.raise_signal(signal.SIGINT)
+        yield from renderer.vocab.encode("never")
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        chat, text = terminal(Session(renderer, next_tokens, 200), ["你是谁？", "/history"])
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert "我是一 (stopped)" in text and "never" not in text
+    assert chat.history[-1] == {"role": "bot", "content": "我是一"} and "bot: 我是一" in text
+
+
+@pytest.fixture(scope="module")
+def tiny(vocab_file, tmp_path_factory):
+    """A checkpoint of 12B's shape with random weights: (checkpoint, options of the recipe, model settings)."""
+    import mindspore as ms
+    from model_fixtures import HF_CONFIGS, random_official, to_mindspore
+    hf_config = {**HF_CONFIGS["12b"], "vocab_size": 600, "seq_length": 128}
+    weights = random_official(hf_config)
+    path = tmp_path_factory.mktemp("model") / "tiny.ckpt"
+    ms.save_checkpoint([{"name": name, "data": ms.Tensor(value)}
+                        for name, value in to_mindspore(hf_config, weights).items()], str(path))
+    sizes = {"vocab_size": 600, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
+    options = [word for key, value in sizes.items() for word in (f"--model.model_config.{key}", str(value))]
+    return path, options, (hf_config, weights)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    from model_fixtures import build_model
+    return build_model(*tiny[2], use_past=True, num_blocks=16)
+
+
+@pytest.mark.slow
+def test_chat_with_a_model(model, vocab_file):
+    from research.telechat.telechat_predict_utils import chat, read_generation_config
+    from research.telechat.telechat_tokenizer import TelechatTokenizer
+    tokenizer = TelechatTokenizer(str(vocab_file))
+    config = read_generation_config({"max_new_tokens": 12, "do_sample": True, "temperature": 0.8, "top_k": 5,
+                                     "top_p": 0.9, "repetition_penalty": 1.05, "eos_token_id": 2})
+    answer, history = chat(model, tokenizer, "你是谁？", history=[], generation_config=config, seed=3)
+    prompt = Renderer(get_template("telechat"), tokenizer.vocab).prompt(USER)
+    ids = model.generate(prompt, config, seed=3)[0][len(prompt):].tolist()
+    assert answer == tokenizer.vocab.decode(ids, skip_special_tokens=True) and answer
+    assert history == [*USER, {"role": "bot", "content": answer}]
+    stream = list(chat(model, tokenizer, "你是谁？", history=[], generation_config=config, stream=True, seed=3))
+    assert "".join(piece for piece, _ in stream) == answer and stream[-1][1] == history
+    again, longer = chat(model, tokenizer, "and?", history=history, generation_config=config, seed=3)
+    assert longer[:2] == history and len(longer) == 4 and len(history) == 2
+    assert chat(model, tokenizer, "and?", history, config, seed=3) == (again, longer)
+
+
+@pytest.mark.slow
+def test_long_conversations_go_on(model, vocab_file):
+    from research.telechat.telechat_predict_utils import chat
+    vocab = Vocab.load(vocab_file)
+    history = []
+    for number in range(8):
+        answer, history = chat(model, vocab, f"{number}: write a short poem about the sea", history, max_new_tokens=30)
+    assert len(history) == 16 and answer
+
+
+@pytest.mark.slow
+def test_tokenizer_of_another_model(model, vocab_file):
+    from types import SimpleNamespace
+
+    from research.telechat.telechat_predict_utils import chat
+    with pytest.raises(ConfigError, match="there is no tokenizer"):
+        chat(model, None, "a")
+    with pytest.raises(ConfigError, match="another model.*600 tokens, the model 500"):
+        chat(SimpleNamespace(config=SimpleNamespace(vocab_size=500)), Vocab.load(vocab_file), "a")
+
+
+def test_generation_config_file(tmp_path):
+    from research.telechat.telechat_predict_utils import read_generation_config
+    (tmp_path / "generation_config.json").write_text(json.dumps(
+        {"max_length": 4096, "do_sample": False, "use_cache": True, "temperature": 0.3, "top_k": 5, "top_p": 0.85,
+         "repetition_penalty": 1.03, "eos_token_id": 160133, "user_token_id": 160130}))
+    config = read_generation_config(tmp_path)
+    assert (config.max_length, config.top_p, config.repetition_penalty) == (4096, 0.85, 1.03)
+    assert config.user_token_id == 160130
+    for broken, message in (("{", "not valid JSON"), ("[]", "JSON object")):
+        (tmp_path / "other.json").write_text(broken)
+        with pytest.raises(ConfigError, match=message):
+            read_generation_config(tmp_path / "other.json")
+    with pytest.raises(ConfigError, match=r"not found.*none\.json"):
+        read_generation_config(tmp_path / "none.json")
+
+
+def predict(tiny, vocab_file, tmp_path, capfd, *more):
+    """Run run_telechat_predict.py; returns its exit code, results and error lines."""
+    from research.telechat import run_telechat_predict
+    code = run_telechat_predict.main([
+        "--yaml_file", "research/telechat/predict_telechat_tiny_cpu.yaml", "--vocab_file_path", str(vocab_file),
+        "--checkpoint_path", str(tiny[0]), "--output_dir", str(tmp_path), *tiny[1], *more])
+    results = tmp_path / "telechat_predict.jsonl"
+    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
+    return code, lines, [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.slow
+def test_file_of_questions(tiny, vocab_file, tmp_path, capfd):
+    """Broken lines are named, the others answered; the lines are one conversation."""
+    questions = tmp_path / "questions.json"
+    questions.write_text('{"input": "你是谁？"}\n{broken\n\n{"input": "and?"}\n{"input": ""}\n'
+                         '{"input": "new", "history": []}\n', encoding="utf-8")
+    code, lines, errors = predict(tiny, vocab_file, tmp_path, capfd, "--input_file", str(questions), "--use_past",
+                                  "True", "--max_new_tokens", "6")
+    assert code == 1
+    assert [line["line"] for line in lines] == [1, 2, 4, 5, 6]
+    assert "error" in lines[1] and "error" in lines[3]
+    assert [f"line {number}: " in error for number, error in zip((2, 5), errors)] == [True, True]
+    renderer = Renderer(get_template("telechat"), Vocab.load(vocab_file))
+    turns = [*USER, {"role": "bot", "content": lines[0]["output"]}, {"role": "user", "content": "and?"}]
+    assert lines[2]["prompt_tokens"] == len(renderer.prompt(turns))
+    assert lines[4]["prompt_tokens"] == len(renderer.prompt([{"role": "user", "content": "new"}]))
+    assert all(line["new_tokens"] <= 6 and line["tokens_per_second"] > 0 for line in lines if "output" in line)
+    from model_fixtures import build_model
+
+    from research.telechat.telechat_predict_utils import chat
+    reference = build_model(*tiny[2], use_past=False, rotary_dtype="float32")
+    assert chat(reference, renderer.vocab, "你是谁？", max_new_tokens=6)[0] == lines[0]["output"]
+
+
+def test_mistakes_of_the_command(tiny, vocab_file, tmp_path, capfd):
+    questions = tmp_path / "questions.json"
+    questions.write_text('{"input": "你是谁？"}\n', encoding="utf-8")
+    empty = tmp_path / "empty.json"
+    empty.write_text("\n")
+    file = ["--input_file", str(questions)]
+    for more, message in ((["--input_file", str(empty)], "empty.json is empty"),
+                          (["--input_file", str(tmp_path / "none")], "none cannot be read"),
+                          ([], "--input_file is missing"),
+                          (["--interactive", "--use_parallel", "True"], "needs a single process"),
+                          ([*file, "--yaml_file", ""], "--yaml_file is missing"),
+                          ([*file, "--yaml_file", "none.yaml"], "none.yaml does not exist"),
+                          ([*file, "--checkpoint_path", "none.ckpt"], "none.ckpt does not exist"),
+                          ([*file, "--vocab_file_path", "none.model"], "none.model"),
+                          ([*file, "--user_token", "<nobody>"], "'<nobody>'"),
+                          ([*file, "--model.model_config.vocab_size", "599"], "not a checkpoint of this recipe's"),
+                          ([*file, "--tools_file", str(questions)], "must hold a list")):
+        code, lines, errors = predict(tiny, vocab_file, tmp_path, capfd, *more)
+        assert code == 1 and not lines and len(errors) == 1 and message in errors[0], (more, errors)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_help_needs_no_mindspore():
+    import subprocess
+    import sys
+    from pathlib import Path
+    root = Path(__file__).resolve().parents[1]
+    code = ("import sys; sys.modules['mindspore'] = None; sys.path.insert(0, '.'); "
+            "from research.telechat.run_telechat_predict import build_parser; build_parser().parse_args(['--help'])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120,
+                          check=True)
+    assert "--interactive" in done.stdout
+
+
+def test_numbers_of_a_report(renderer):
+    session = session_that_says(renderer, "a b c")
+    list(session.answer(USER))
+    report = session.report.as_dict()
+    assert report["prompt_tokens"] == len(renderer.prompt(USER)) and report["finish"] == "end"
+    assert np.isclose(report["tokens_per_second"], session.report.new_tokens / session.report.seconds, rtol=0.01)
