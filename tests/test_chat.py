@@ -294,7 +294,7 @@ def test_tokenizer_of_another_model(model, vocab_file):
     from research.telechat.telechat_predict_utils import chat
     with pytest.raises(ConfigError, match="there is no tokenizer"):
         chat(model, None, "a")
-    with pytest.raises(ConfigError, match="another model.*600 tokens, the model 500"):
+    with pytest.raises(ConfigError, match=r"another model.*600 tokens, the model 500"):
         chat(SimpleNamespace(config=SimpleNamespace(vocab_size=500)), Vocab.load(vocab_file), "a")
 
 
