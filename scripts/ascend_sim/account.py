@@ -198,7 +198,7 @@ def _phase(node: Any, primitive: Any, trains: bool) -> str:
                  if attribute.name == "RING_ATTENTION_INDEX"), "")
     if node.domain.startswith("Gradients/") or str(ring).endswith("grad"):
         return "backward"
-    in_model = re.match(r"(recompute_)?Default/(network|_backbone|backbone)|recompute_", node.domain)
+    in_model = re.match(r"(recompute_)?Default/((network|_backbone|backbone)|Send|Receive)|recompute_", node.domain)
     return "forward" if in_model else "step"
 
 
@@ -219,7 +219,7 @@ def _purpose(operator: str, node: Any, attributes: Dict[str, Any], instance: str
         return "gradients"
     if phase == "step" or "GLOBALNORM" in instance.upper() or "clip_grad" in node.domain:
         return "status"
-    return "attention" if "/attend-" in node.domain else "activations"
+    return "attention" if "/attend-" in node.domain or operator.lower().startswith("alltoall") else "activations"
 
 
 def _bytes_sent(operator: str, payload: int, ranks: int) -> int:

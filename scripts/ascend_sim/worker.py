@@ -93,12 +93,14 @@ def compile_training(job: Dict[str, Any], report: Report) -> None:
         raise _Compiled
 
     Model.train = compile_only
+    recipe = job["recipe"]
+    recipe["train_dataset"]["num_parallel_workers"] = 1                  # there may be fewer processors here
     data = make_dataset(folder, job["columns"], job["length"], job["rows"])
     args = build_parser().parse_args([
         "--config", job["config"], "--register_path", str(ROOT / "research/telechat"), "--run_mode", "finetune",
         "--train_dataset", str(data), "--output_dir", str(folder / "output"), "--load_checkpoint", "",
         "--use_parallel", str(job["ranks"] > 1), "--sink_mode", "False"])
-    run(args, job["recipe"], [])
+    run(args, recipe, [])
 
 
 def compile_prediction(job: Dict[str, Any], report: Report) -> None:

@@ -1,0 +1,157 @@
+"""Plan a training or prediction job before anyone books a cluster: check it, count what it costs, compile it.
+
+    python scripts/plan.py --config research/telechat/finetune_telechat2_115b.yaml --ranks 64
+    python scripts/plan.py --config ... --ranks 64 --rank 63 --compile       # by MindSpore's own compiler, minutes
+    python scripts/plan.py --config ... --ranks 64 --check                   # faults only, for launchers
+    python scripts/plan.py --config ... --ranks 64 --parallel_config.micro_batch_num 32 --picture plan.png
+
+Keys of the recipe are set as run_mindformer.py takes them. The exit code is 1 if the plan cannot run. Nothing is
+executed: compiling ends with the graph of one rank, and activations are estimated (docs/parallel.md).
+"""
+import argparse
+import copy
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from research.telechat.telechat_plan import Plan, find_faults, read_plan
+from research.telechat.telechat_plan_cost import cost_of
+from research.telechat.telechat_plan_report import as_json, compared, draw, table, text
+from research.telechat.telechat_variants import ConfigError
+from run_mindformer import parse_overrides, read_recipe, resolve_config
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Any key of the recipe can be set as well: --parallel_config.model_parallel 8")
+    add = parser.add_argument
+    add("--config", required=True, help="recipe")
+    add("--ranks", type=int, help="cards of the job; without it, those that the recipe is for")
+    add("--rank", type=int, default=0, help="the card whose communication is shown and that is compiled for")
+    add("--check", action="store_true", help="only look for faults; nothing is printed if there are none")
+    add("--compile", action="store_true", help="compile for Ascend with a simulated runtime, and compare")
+    add("--layers", type=int, help="plan and compile with so many decoder layers; one per stage is quick")
+    add("--micro_batches", type=int, help="plan and compile with so many micro-batches")
+    add("--mfu", type=float, default=0.4, help="model FLOPs utilisation that tokens per second are given for")
+    add("--json", type=Path, help="file to write everything to")
+    add("--picture", type=Path, help="PNG file to draw the memory of each stage to")
+    add("--keep", type=Path, help="with --compile: folder that keeps log, graph and strategy files")
+    add("--timeout", type=float, default=3600, help="with --compile: seconds")
+    add("--options", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the recipe to set")
+    return parser
+
+
+def complete_recipe(args: argparse.Namespace, overrides: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    """The recipe with everything from the command line. Raises ConfigError."""
+    recipe = copy.deepcopy(read_recipe(resolve_config(args.config)))
+    if args.layers:
+        overrides = [*overrides, ("model.model_config.num_layers", args.layers), ("model.model_config.offset", 0)]
+    if args.micro_batches:
+        overrides = [*overrides, ("parallel_config.micro_batch_num", args.micro_batches)]
+    for dotted, value in overrides:
+        section = recipe
+        *names, last = dotted.split(".")
+        for name in names:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"--{dotted}: {name} is no section of the recipe")
+        section[last] = value
+    return recipe
+
+
+def write(path: Path, content: str) -> None:
+    """Write a text file, beside and then in place. Raises ConfigError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(content)
+        os.replace(beside, path)
+    except OSError as err:
+        raise ConfigError(f"{path} cannot be written: {err}") from err
+
+
+def compile_and_compare(plan: Plan, recipe: Dict[str, Any], args: argparse.Namespace) -> Dict[str, Any]:
+    """Compile, print what the graph holds beside the arithmetic; returns the report."""
+    from tqdm import tqdm
+
+    from scripts.ascend_sim.account import Mesh
+    from scripts.ascend_sim.compile import compile_plan
+    from scripts.ascend_sim.runtime import SimulationError
+    with tqdm(total=None, desc=f"compiling rank {args.rank} of {plan.ranks}", bar_format="{desc}: {elapsed}") as bar:
+        try:
+            report = compile_plan(recipe, Mesh(plan.pp, plan.dp, plan.cp, plan.mp), args.rank,
+                                  plan.model["seq_length"] + 1, args.keep, args.timeout, lambda _: bar.refresh())
+        except SimulationError as err:
+            raise ConfigError(str(err)) from err
+    if not report["ok"]:
+        for line in report["details"] or report["error"].splitlines()[:12]:
+            print(line)
+        raise ConfigError(f"the plan does not compile (mindspore {report.get('versions', {}).get('mindspore', '?')}); "
+                          f"the compiler's first words: {report['error'].splitlines()[0][:300]}; all of them: "
+                          f"{report['folder']}/worker.log")
+    cost = cost_of(plan, args.rank)
+    print(f"\nCompiled by mindspore {report['versions']['mindspore']} in {report['seconds']['compile']:.0f} s "
+          f"({report['compiler_memory_mb'] / 1000:.1f} GB).")
+    for name, graph in report["graphs"].items():
+        print(f"\nGraph {name}: {graph['nodes']} operators; " + ", ".join(
+            f"{operator} {sum(phases.values())}" for operator, phases in graph["operators"].items()))
+        communication = graph["communication"]
+        print("sent in MB by phase: " + ", ".join(f"{phase} {size / 1e6:.2f}"
+                                                  for phase, size in communication["by_phase"].items()))
+        rows = [["MB", "times", "operator", "over", "phase", "for", "place"]]
+        rows += [[place["bytes"] / 1e6, place["calls"], place["operator"], place["axes"], place["phase"],
+                  place["purpose"], place["place"] or "-"] for place in communication["places"][:12]]
+        if len(rows) > 1:
+            print(table(rows))
+        print("\n" + table([["MB", "arithmetic", "compiled", "difference"],
+                            *compared(cost, {**graph, "name": name})]))
+    return report
+
+
+def run(args: argparse.Namespace, rest: List[str]) -> int:
+    """Carry out the command; returns the exit code. Raises ConfigError."""
+    recipe = complete_recipe(args, parse_overrides(args.options, rest))
+    plan = read_plan(recipe)
+    faults = find_faults(plan, args.ranks)
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    if not 0 <= args.rank < plan.ranks:
+        raise ConfigError(f"--rank {args.rank}: the plan has the ranks 0 to {plan.ranks - 1}")
+    if faults or args.check:
+        return 1 if faults else 0
+    print(text(plan, args.rank, args.mfu))
+    result = as_json(plan, args.rank, args.mfu)
+    if args.compile:
+        result["compiled"] = compile_and_compare(plan, recipe, args)
+    if args.json:
+        write(args.json, json.dumps(result, indent=1) + "\n")
+    if args.picture:
+        try:
+            args.picture.parent.mkdir(parents=True, exist_ok=True)
+            draw(plan, args.picture)
+        except (OSError, ValueError) as err:
+            raise ConfigError(f"{args.picture} cannot be drawn: {err}") from err
+    return 0
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Command line; a fault of the user's making is one line on stderr and exit code 1."""
+    args, rest = build_parser().parse_known_args(argv)
+    try:
+        return run(args, rest)
+    except ConfigError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
