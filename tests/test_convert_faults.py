@@ -406,7 +406,7 @@ def test_counts_survive_an_interruption(model, tmp_path, capfd, monkeypatch):
 
     def stop(*args):
         seen.append(args)
-        if len(seen) > 60:
+        if len(seen) > 40:                          # after the 23 headers and some tensors, the embeddings first
             raise KeyboardInterrupt
         return real(*args)
 
