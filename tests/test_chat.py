@@ -68,19 +68,16 @@ def test_answer_that_is_cut_within_a_character(renderer):
 @given(text=st.text("ab<>_en", max_size=30), stops=st.lists(st.text("ab<>_en", min_size=1, max_size=6), max_size=3),
        cuts=st.lists(st.integers(1, 4), min_size=30, max_size=30))
 def test_stop_strings_in_pieces(text, stops, cuts):
-    """However the text is cut, what is shown is the text up to the first stop string."""
-    expected = min([text[:text.find(stop)] for stop in stops if stop in text], key=len, default=text)
+    """However the text is cut, what is shown is the text up to the stop string that is complete first."""
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    expected = text[:min(ends)[1]] if ends else text
     stop_filter, shown, rest = StopFilter(stops), "", text
     for size in cuts:
         shown += stop_filter.feed(rest[:size])
         rest = rest[size:]
         assert expected.startswith(shown)
     shown += stop_filter.feed(rest) + stop_filter.flush()
-    if len(stops) <= 1:
-        assert shown == expected
-    else:                                  # several: the one that is complete first counts
-        assert text.startswith(shown)
-        assert stop_filter.stopped == any(stop in text for stop in stops)
+    assert shown == expected and stop_filter.stopped == bool(ends)
 
 
 def test_stop_string_ends_the_answer(renderer):
@@ -238,24 +235,10 @@ def test_ctrl_c_stops_the_answer_only(renderer):
 
 
 @pytest.fixture(scope="module")
-def tiny(vocab_file, tmp_path_factory):
-    """A checkpoint of 12B's shape with random weights: (checkpoint, options of the recipe, model settings)."""
-    import mindspore as ms
-    from model_fixtures import HF_CONFIGS, random_official, to_mindspore
-    hf_config = {**HF_CONFIGS["12b"], "vocab_size": 600, "seq_length": 128}
-    weights = random_official(hf_config)
-    path = tmp_path_factory.mktemp("model") / "tiny.ckpt"
-    ms.save_checkpoint([{"name": name, "data": ms.Tensor(value)}
-                        for name, value in to_mindspore(hf_config, weights).items()], str(path))
-    sizes = {"vocab_size": 600, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
-    options = [word for key, value in sizes.items() for word in (f"--model.model_config.{key}", str(value))]
-    return path, options, (hf_config, weights)
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
+def model():
+    from chat_fixtures import tiny_weights
     from model_fixtures import build_model
-    return build_model(*tiny[2], use_past=True, num_blocks=16)
+    return build_model(*tiny_weights(), use_past=True, num_blocks=16)
 
 
 @pytest.mark.slow
@@ -314,73 +297,19 @@ def test_generation_config_file(tmp_path):
         read_generation_config(tmp_path / "none.json")
 
 
-def predict(tiny, vocab_file, tmp_path, capfd, *more):
-    """Run run_telechat_predict.py; returns its exit code, results and error lines."""
-    from research.telechat import run_telechat_predict
-    code = run_telechat_predict.main([
-        "--yaml_file", "research/telechat/predict_telechat_tiny_cpu.yaml", "--vocab_file_path", str(vocab_file),
-        "--checkpoint_path", str(tiny[0]), "--output_dir", str(tmp_path), *tiny[1], *more])
-    results = tmp_path / "telechat_predict.jsonl"
-    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
-    return code, lines, [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+def test_ctrl_c_waits_for_a_token(renderer):
+    from research.telechat import telechat_interrupt as interrupt
 
-
-@pytest.mark.slow
-def test_file_of_questions(tiny, vocab_file, tmp_path, capfd):
-    """Broken lines are named, the others answered; the lines are one conversation."""
-    questions = tmp_path / "questions.json"
-    questions.write_text('{"input": "你是谁？"}\n{broken\n\n{"input": "and?"}\n{"input": ""}\n'
-                         '{"input": "new", "history": []}\n', encoding="utf-8")
-    code, lines, errors = predict(tiny, vocab_file, tmp_path, capfd, "--input_file", str(questions), "--use_past",
-                                  "True", "--max_new_tokens", "6")
-    assert code == 1
-    assert [line["line"] for line in lines] == [1, 2, 4, 5, 6]
-    assert "error" in lines[1] and "error" in lines[3]
-    assert [f"line {number}: " in error for number, error in zip((2, 5), errors)] == [True, True]
-    renderer = Renderer(get_template("telechat"), Vocab.load(vocab_file))
-    turns = [*USER, {"role": "bot", "content": lines[0]["output"]}, {"role": "user", "content": "and?"}]
-    assert lines[2]["prompt_tokens"] == len(renderer.prompt(turns))
-    assert lines[4]["prompt_tokens"] == len(renderer.prompt([{"role": "user", "content": "new"}]))
-    assert all(line["new_tokens"] <= 6 and line["tokens_per_second"] > 0 for line in lines if "output" in line)
-    from model_fixtures import build_model
-
-    from research.telechat.telechat_predict_utils import chat
-    reference = build_model(*tiny[2], use_past=False, rotary_dtype="float32")
-    assert chat(reference, renderer.vocab, "你是谁？", max_new_tokens=6)[0] == lines[0]["output"]
-
-
-def test_mistakes_of_the_command(tiny, vocab_file, tmp_path, capfd):
-    questions = tmp_path / "questions.json"
-    questions.write_text('{"input": "你是谁？"}\n', encoding="utf-8")
-    empty = tmp_path / "empty.json"
-    empty.write_text("\n")
-    file = ["--input_file", str(questions)]
-    for more, message in ((["--input_file", str(empty)], "empty.json is empty"),
-                          (["--input_file", str(tmp_path / "none")], "none cannot be read"),
-                          ([], "--input_file is missing"),
-                          (["--interactive", "--use_parallel", "True"], "needs a single process"),
-                          ([*file, "--yaml_file", ""], "--yaml_file is missing"),
-                          ([*file, "--yaml_file", "none.yaml"], "none.yaml does not exist"),
-                          ([*file, "--checkpoint_path", "none.ckpt"], "none.ckpt does not exist"),
-                          ([*file, "--vocab_file_path", "none.model"], "none.model"),
-                          ([*file, "--user_token", "<nobody>"], "'<nobody>'"),
-                          ([*file, "--model.model_config.vocab_size", "599"], "not a checkpoint of this recipe's"),
-                          ([*file, "--tools_file", str(questions)], "must hold a list")):
-        code, lines, errors = predict(tiny, vocab_file, tmp_path, capfd, *more)
-        assert code == 1 and not lines and len(errors) == 1 and message in errors[0], (more, errors)
-    assert not list(tmp_path.glob("*.part"))
-
-
-def test_help_needs_no_mindspore():
-    import subprocess
-    import sys
-    from pathlib import Path
-    root = Path(__file__).resolve().parents[1]
-    code = ("import sys; sys.modules['mindspore'] = None; sys.path.insert(0, '.'); "
-            "from research.telechat.run_telechat_predict import build_parser; build_parser().parse_args(['--help'])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120,
-                          check=True)
-    assert "--interactive" in done.stdout
+    def next_tokens(ids, limits):
+        for token in renderer.vocab.encode("我是一"):
+            signal.raise_signal(signal.SIGINT)
+            yield token
+    with interrupt.held():
+        tokens = interrupt.checked(next_tokens)([], {})
+        next(tokens)
+        with pytest.raises(KeyboardInterrupt):
+            next(tokens)
+        interrupt.check()
 
 
 def test_numbers_of_a_report(renderer):

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)              # not this folder, whose modules have one name only: research.telechat.x
 
+from research.telechat import telechat_interrupt as interrupt
 from research.telechat.telechat_variants import ConfigError
 from run_mindformer import str2bool
 
@@ -166,7 +167,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
         if value is not None:
             arguments += [option, str(value)]
     from research.telechat.telechat_conversation import Renderer, detect_template
-    from research.telechat.telechat_load import load_model, local_rank, prepare_prediction
+    from research.telechat.telechat_load import load_model, local_rank, prepare_prediction, quieten
     from research.telechat.telechat_predict_utils import make_session, read_generation_config
     config, tokenizer = prepare_prediction([*arguments, *rest], args.vocab_file_path)
     renderer = Renderer(detect_template(tokenizer.vocab), tokenizer.vocab, start_token=args.start_token,
@@ -174,13 +175,16 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     changes = {key: getattr(args, key) for key in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p",
                                                    "repetition_penalty") if getattr(args, key) is not None}
     generation = read_generation_config(args.generation_config) if args.generation_config else None
+    quieten()
     session = make_session(load_model(config), tokenizer, generation, args.stop, renderer, **changes)
+    session.next_tokens = interrupt.checked(session.next_tokens)
+    interrupt.check()
     if args.interactive:
         from research.telechat.telechat_terminal import Terminal
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (line editing for input())
         Terminal(lambda messages, seed: session.answer(messages, tools, seed), lambda: session.report, sys.stdout,
-                 args.system, args.seed).run()
+                 args.system, args.seed).run(ask)
         return 0
     output = Path(args.output_file or Path(config.output_dir) / "telechat_predict.jsonl")
     first = local_rank() == 0
@@ -188,6 +192,12 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     if first:
         print(f"{len(questions) - failed} of {len(questions)} questions answered; written to {output}", flush=True)
     return 1 if failed else 0
+
+
+def ask(prompt: str) -> str:
+    """A line from the terminal; Ctrl-C interrupts it."""
+    with interrupt.released():
+        return input(prompt)
 
 
 def read_tools(path: Optional[str]) -> Optional[List[Dict[str, Any]]]:
@@ -209,9 +219,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     for stream in (sys.stdout, sys.stdin):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    os.environ.setdefault("GLOG_v", "3")                     # of MindSpore's messages, errors only
     os.environ.setdefault("LOG_MF_PATH", os.path.join(os.path.abspath(args.output_dir or "./output"), "log"))
     try:
-        return run(args, rest)
+        with interrupt.held():
+            return run(args, rest)
     except ConfigError as err:
         print(f"error: {err}", file=sys.stderr, flush=True)
         return 1

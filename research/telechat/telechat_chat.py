@@ -73,7 +73,7 @@ def divide_context(context: int, max_new_tokens: Optional[int], max_length: Opti
 
 
 class StopFilter:
-    """Lets text through up to a stop string, which may come in pieces."""
+    """Lets text through up to the stop string that is complete first, the same however the text is cut."""
 
     def __init__(self, stops: Sequence[str]):
         self._stops = [stop for stop in stops if stop]
@@ -85,10 +85,11 @@ class StopFilter:
         if self.stopped:
             return ""
         self._held += text
-        found = [place for place in (self._held.find(stop) for stop in self._stops) if place >= 0]
+        found = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in self._held]
         if found:
+            end, size = min(found)
             self.stopped = True
-            shown, self._held = self._held[:min(found)], ""
+            shown, self._held = self._held[:end + size], ""
             return shown
         keep = max((size for stop in self._stops for size in range(1, len(stop))
                     if self._held.endswith(stop[:size])), default=0)

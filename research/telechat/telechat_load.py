@@ -2,12 +2,14 @@
 
 run_mindformer.py leaves this to MindFormers' Trainer; here the model itself is wanted. Nothing is generated.
 """
+import logging
 import os
 from typing import Any, List, Tuple
 
 import mindspore as ms
 import numpy as np
 from mindformers.core.context import build_context
+from mindformers.tools.logger import get_logger
 from mindformers.tools.register import MindFormerConfig
 from mindformers.trainer.utils import transform_and_load_checkpoint
 from mindspore.nn.utils import no_init_parameters
@@ -74,6 +76,13 @@ def load_model(config: Any) -> TelechatForCausalLM:
     transform_and_load_checkpoint(config, ms.Model(model), model, inputs, do_predict=True)
     model.init_parameters_data()                             # the cache, which no checkpoint holds
     return model
+
+
+def quieten() -> None:
+    """MindFormers shows warnings only; its log files keep everything."""
+    for handler in get_logger().handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.WARNING)
 
 
 def local_rank() -> int:

@@ -1,0 +1,43 @@
+"""Ctrl-C while a model computes. MindSpore answers SIGINT during a graph's run by killing the process; held back until
+a token is out, it stops the answer instead. No MindSpore here: `held` must come before its threads exist.
+"""
+import contextlib
+import signal
+from typing import Any, Callable, Iterator, List
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """SIGINT waits, in this thread and in all that it starts."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def check() -> None:
+    """Raise KeyboardInterrupt if SIGINT has come since the last call."""
+    if signal.SIGINT in signal.sigpending():
+        signal.sigwait({signal.SIGINT})
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def released() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt at once in this thread, as usual in Python."""
+    previous = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def checked(next_tokens: Callable[..., Iterator[int]]) -> Callable[..., Iterator[int]]:
+    """`next_tokens` with a `check` behind every token."""
+    def tokens(ids: List[int], settings: Any) -> Iterator[int]:
+        with contextlib.closing(next_tokens(ids, settings)) as inner:
+            for token in inner:
+                yield token
+                check()
+    return tokens
