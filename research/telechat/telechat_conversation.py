@@ -12,37 +12,28 @@ Text never becomes a marker: markers are placed as ids, and `Vocab.encode` takes
 Where a family writes its markers as ordinary text (52B), a marker that somebody typed is spelt letter by letter, so
 that its ids differ from those of the real one.
 """
-import json
 import re
 from functools import cached_property
 from typing import Any, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+from research.telechat.telechat_messages import (
+    BOT,
+    SYSTEM,
+    TOOL,
+    USER,
+    ConversationError,
+    Message,
+    answer_text,
+    json_text,
+    to_message,
+)
 from research.telechat.telechat_templates import Template, detect_template, get_template
 from research.telechat.telechat_variants import ConfigError
 
-__all__ = ["ConversationError", "Message", "Plan", "Prompt", "Rendered", "Renderer", "Span", "detect_template",
-           "get_template", "to_message"]
+__all__ = ["BOT", "SYSTEM", "TOOL", "USER", "ConversationError", "Message", "Plan", "Prompt", "Rendered", "Renderer",
+           "Span", "detect_template", "get_template", "to_message"]
 
-SYSTEM, USER, BOT, TOOL = "system", "user", "bot", "tool"
-ROLE_ALIASES = {
-    "human": USER, "question": USER, "prompter": USER,
-    "assistant": BOT, "gpt": BOT, "chatgpt": BOT, "model": BOT, "answer": BOT,
-    "observation": TOOL, "function": TOOL, "tool_response": TOOL, "ipython": TOOL,
-    "developer": SYSTEM,
-}
 SYSTEM_POLICIES = ("ignore", "prepend", "error")
-
-
-class ConversationError(ValueError):
-    """A conversation that cannot be written; one line that says which message and what is wrong with it."""
-
-
-class Message(NamedTuple):
-    """One message, its role one of system, user, bot, tool; `calls` are the tools that a bot calls, as JSON texts."""
-
-    role: str
-    content: str
-    calls: Tuple[str, ...] = ()
 
 
 class Span(NamedTuple):
@@ -277,9 +268,9 @@ class Renderer:
         return Renderer._Turns(system, turns)
 
     def _with_tools(self, system: str, tools: Optional[Any]) -> str:
-        if not tools or "<tools>" in system:     # the data files of TeleChat2 hold the tools in words already
+        if not tools or ("<tools>\n" in system and "\n</tools>" in system):     # in words already, as in official data
             return system
-        lines = tools if isinstance(tools, str) else "\n".join(_json(tool) for tool in tools)
+        lines = tools if isinstance(tools, str) else "\n".join(json_text(tool) for tool in tools)
         return system.rstrip("\n") + self.template.tools_block.format(tools=lines)
 
     def _system_spans(self, system: str) -> List[Span]:
@@ -290,7 +281,7 @@ class Renderer:
         user, bot, end = self._marker_spans
         spans = [user, Span((), self._question(turn))]
         if turn[-1].role == BOT:
-            spans += [bot, Span((), _answer(turn[-1]), True), end]
+            spans += [bot, Span((), answer_text(turn[-1]), True), end]
         return spans
 
     def _text_turn(self, turn: List[Message], last: bool) -> List[Span]:
@@ -300,7 +291,7 @@ class Renderer:
         token, which only the last answer has, and the two must not compete for the same place.
         """
         spans = self._guarded([(self.template.user, False), (self._question(turn), True), (self.template.bot, False)])
-        answer = _answer(turn[-1])
+        answer = answer_text(turn[-1])
         if last:
             return [*spans, *self._guarded([(answer, True)], loss=True), Span((self.end_id,), loss=True)]
         spans += self._guarded([(answer, True), (self.template.text_end, False)], loss=True)
@@ -331,7 +322,8 @@ class Renderer:
             for turn in turns:
                 parts += [(self.template.user, False), (self._question(turn), True)]
                 if turn[-1].role == BOT:
-                    parts += [(self.template.bot, False), (_answer(turn[-1]), True), (self.template.text_end, False)]
+                    parts += [(self.template.bot, False), (answer_text(turn[-1]), True),
+                              (self.template.text_end, False)]
             return self._encode(self._guarded(parts + ([(self.template.bot, False)] if bot else [])))
         spans = []
         for number, turn in enumerate(turns):
@@ -390,48 +382,3 @@ class Renderer:
     def _continued_span(self, text: str, continues: bool, loss: bool) -> Span:
         skip = self._continuation if continues else 0
         return Span(text="\n" + text if skip else text, loss=loss, skip=skip)
-
-
-def to_message(message: Any, number: int) -> Message:
-    """A message of any of the usual forms as `Message`. `number` names it in a ConversationError."""
-    if isinstance(message, Message):
-        return message
-    if not isinstance(message, dict):
-        raise ConversationError(f"message {number} is {type(message).__name__}; expected role and content")
-    role = message.get("role")
-    role = ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
-    if role not in (SYSTEM, USER, BOT, TOOL):
-        raise ConversationError(f"message {number}: role {role!r} is unknown; expected system, user, bot or tool")
-    content, calls = message.get("content"), message.get("tool_calls") or ()
-    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str)
-                                         for part in content):
-        content = "".join(part["text"] for part in content)
-    if content is None and calls:
-        content = ""
-    if not isinstance(content, str):
-        raise ConversationError(f"message {number}: its content is {type(content).__name__}; expected text")
-    if not calls:
-        return Message(role, content)
-    if role != BOT or not isinstance(calls, list):
-        raise ConversationError(f"message {number}: tool_calls must be a list in a bot's message")
-    return Message(role, content, tuple(_call(call, number) for call in calls))
-
-
-def _call(call: Any, number: int) -> str:
-    """A tool call as the JSON text that TeleChat2 writes. Accepts the bare form and OpenAI's, nested in `function`."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ConversationError(f"message {number}: a tool call has no name")
-    arguments = function.get("arguments", {})
-    if not isinstance(arguments, str):           # OpenAI's form has them as JSON text already
-        arguments = _json(arguments)
-    return f'{{"name": {_json(function["name"])}, "arguments": {arguments}}}'
-
-
-def _answer(message: Message) -> str:
-    calls = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in message.calls)
-    return f"{message.content}\n{calls}" if calls and message.content else message.content or calls
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
