@@ -2,9 +2,9 @@
 
     python benchmarks/convert.py --work_dir DIR [--gigabytes 4.8] [--cold] [--json FILE]
 
-Makes a random checkpoint of the given size in DIR (twice that much space is needed), converts it by the commands that
-users run, and deletes everything again. Copies and conversions take turns; each is a process of its own, its peak
-resident memory is VmHWM. The input is in the page cache for both, unless --cold drops it before each step.
+Makes a random checkpoint of the given size in DIR, converts it by the commands that users run, and deletes everything
+again. DIR needs room for it twice, with --outputs back three times. Copies and conversions take turns, each in its own
+process, whose peak resident memory is VmHWM. The input is in the page cache for all, unless --cold drops it each time.
 Targets: at most 3 times the copy, at most 1.5 GB of memory more than the largest tensor.
 """
 import argparse
@@ -122,7 +122,8 @@ def measure(command: Sequence[str], source: Path, cold: bool) -> Tuple[float, Op
 
 OUTPUTS = {"safetensors": ["--format", "safetensors"], "ckpt": ["--format", "ckpt"],
            "float32": ["--format", "safetensors", "--dtype", "float32"],
-           "verified": ["--format", "safetensors", "--verify"]}
+           "verified": ["--format", "safetensors", "--verify"],
+           "back": ["--format", "safetensors"], "back, .bin": ["--format", "bin"]}    # from MindSpore to official
 
 
 def run_case(work: Path, name: str, kind: str, args: argparse.Namespace) -> List[Dict[str, Any]]:
@@ -132,15 +133,21 @@ def run_case(work: Path, name: str, kind: str, args: argparse.Namespace) -> List
                                      10**9 if kind == "bin" else 2 * 10**9)
     commands = {"copy": ["cp", "-r", str(source), str(out)],
                 "copy to disk": ["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(source), str(out)]}
+    converted = work / "converted"
     for output in args.outputs:
-        commands[output] = [sys.executable, "-c", _MEASURED, str(_COMMANDS / "convert_weight_torch_to_ms.py"),
-                            "--torch_path", str(source), "--model_name", name, "--mindspore_path", str(out),
-                            *OUTPUTS[output]]
+        back = output.startswith("back")
+        script, given, made = (("ms_to_torch", "--mindspore_path", "--torch_path") if back else
+                               ("torch_to_ms", "--torch_path", "--mindspore_path"))
+        commands[output] = [sys.executable, "-c", _MEASURED, str(_COMMANDS / f"convert_weight_{script}.py"), given,
+                            str(converted if back else source), made, str(out), "--model_name", name, *OUTPUTS[output]]
+        if back and not converted.exists():
+            subprocess.run([sys.executable, str(_COMMANDS / "convert_weight_torch_to_ms.py"), "--torch_path",
+                            str(source), "--mindspore_path", str(converted)], check=True, capture_output=True)
     times: Dict[str, List[float]] = {step: [] for step in commands}
     peaks: Dict[str, int] = {}
     for _ in range(args.repeat):
         for step, command in commands.items():
-            seconds, peak = measure(command, source, args.cold)
+            seconds, peak = measure(command, converted if step.startswith("back") else source, args.cold)
             shutil.rmtree(out)
             times[step].append(seconds)
             peaks[step] = max(peaks.get(step, 0), peak or 0)
