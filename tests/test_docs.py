@@ -30,7 +30,7 @@ def test_counts_equal_the_official_totals():
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 def test_files_that_documents_name_exist(path):
     text = path.read_text(encoding="utf-8")
-    named = re.findall(r"\b((?:research|scripts|configs|docs|tests|benchmarks|examples)/[\w./-]+\.(?:py|yaml|sh|md|jsonl?))",
-                       text)
+    folders = "research|scripts|configs|docs|tests|benchmarks|examples"
+    named = re.findall(rf"\b((?:{folders})/[\w./-]+\.(?:py|yaml|sh|md|jsonl?))", text)
     missing = sorted({name for name in named if not (ROOT / name).exists()})
     assert not missing

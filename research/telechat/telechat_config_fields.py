@@ -26,13 +26,13 @@ def _dtype(default: Optional[str], doc: str) -> Field:
 
 FIELDS: Dict[str, Field] = {
     # sizes
-    "net_name": Field("", "str", "variant of the table, e.g. telechat_7b, whose sizes and conventions are the defaults"),
+    "net_name": Field("", "str", "variant of the table, such as telechat_7b, whose sizes and conventions apply"),
     "batch_size": Field(1, "positive", "sequences per step and data-parallel rank"),
     "seq_length": Field(2048, "positive", "tokens per sequence"),
     "num_layers": Field(32, "positive", "decoder layers"),
     "hidden_size": Field(4096, "positive", "width of the residual stream"),
-    "intermediate_size": Field(None, "positive", "width of the feed-forward layer; None: two thirds of 4 * hidden_size, "
-                               "rounded up", optional=True),
+    "intermediate_size": Field(None, "positive", "width of the feed-forward layer; None: two thirds of "
+                               "4 * hidden_size, rounded up", optional=True),
     "num_heads": Field(32, "positive", "attention heads"),
     "n_kv_heads": Field(None, "positive", "key/value heads; None: as many as num_heads", optional=True),
     "vocab_size": Field(32000, "positive", "rows of the embedding table"),
