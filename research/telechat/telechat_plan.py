@@ -46,6 +46,7 @@ class Plan:
     optimizer_sharded: bool
     threshold: int               # bytes; smaller parameters are not cut by optimizer parallelism
     recompute: Any               # True, False, or layers per stage
+    recompute_comm: bool         # mp_comm_recompute
     slice_activation: bool
     aggregation_groups: int
     lora_rank: int               # 0: all parameters are trained
@@ -166,7 +167,9 @@ def read_plan(recipe: Dict[str, Any]) -> Plan:
         virtual_stages=model["pp_interleave_num"] if schedule.get("pipeline_interleave") and pp > 1 else 1,
         offset=model["offset"], optimizer_sharded=bool(settings.get("enable_parallel_optimizer")) and training and used,
         threshold=1024 * (_section(settings, "parallel_optimizer_config").get("parallel_optimizer_threshold") or 0),
-        recompute=recompute.get("recompute", False), slice_activation=bool(recompute.get("recompute_slice_activation")),
+        recompute=recompute.get("recompute", False),
+        recompute_comm=bool(recompute.get("mp_comm_recompute", True)),
+        slice_activation=bool(recompute.get("recompute_slice_activation")),
         aggregation_groups=_integer(parallel, "gradient_aggregation_group", "parallel_config", 4),
         lora_rank=_integer(pet, "lora_rank", "pet_config", 8) if pet else 0,
         lora_targets=str(pet.get("target_modules") or "") if pet else "",
@@ -258,9 +261,10 @@ def _sequence_faults(plan: Plan) -> List[str]:
     if model["attention_dropout_prob"] > 0:
         faults.append("context parallelism needs model_config.attention_dropout_prob 0")
     if model["use_ring_attention"]:
-        if plan.ulysses > 1:
-            faults.append("model_config.use_ring_attention and context parallelism over heads exclude each other: set "
-                          "context_parallel_algo to colossalai_cp, or use_ring_attention to False")
+        if plan.ulysses == plan.cp:
+            faults.append("model_config.use_ring_attention has nothing to pass around where all of context_parallel "
+                          "cuts heads: set context_parallel_algo to colossalai_cp or hybrid_cp, or use_ring_attention "
+                          "to False")
         if model["mask_pad_tokens"] or model["document_boundaries"]:
             faults.append("model_config.use_ring_attention knows no mask but the causal one: set mask_pad_tokens and "
                           "document_boundaries to False, or use_ring_attention to False")

@@ -272,10 +272,11 @@ def _layer_traffic(plan: Plan, stage: int) -> List[Traffic]:
     if not plan.training:
         forward, other = 2 * whole, 0.0
     elif plan.sequence_parallel:
-        forward, other = 4 * part, 4 * part + again * 2 * part
+        forward, other = 4 * part, 4 * part + again * plan.recompute_comm * 2 * part
     else:
         dropped = 2 if model["hidden_dropout_prob"] > 0 else 1
-        forward, other = 2 * whole, 2 * whole + again * dropped * whole
+        sliced = part if plan.slice_activation else 0          # what a layer keeps is put together again
+        forward, other = 2 * whole, 2 * whole + again * (dropped * plan.recompute_comm * whole + sliced)
     return [Traffic("activations", "mp", plan.micro_batches * layers * (forward + other), "layers")]
 
 
@@ -292,14 +293,11 @@ def _end_traffic(plan: Plan, stage: int) -> List[Traffic]:
     if first and vocab_cut:
         once = part if plan.sequence_parallel else whole
         items.append(Traffic("activations", "mp", plan.micro_batches * once * (1 + back), "embedding"))
-    if last and plan.training:
-        if vocab_cut:
-            # Without sequence parallelism gradients stay partial sums on the way down, to the sum behind the embedding.
-            head = 2 * part if plan.sequence_parallel else 0
-            loss = 5 * reduce(4 * plan.tokens, plan.mp)        # largest logit, sum, logit of the label; two backwards
-            items.append(Traffic("activations", "mp", plan.micro_batches * (head + loss), "head and loss"))
-        elif not plan.sequence_parallel:
-            items.append(Traffic("activations", "mp", plan.micro_batches * part, "head and loss"))
+    if last and vocab_cut and plan.training:
+        # Without sequence parallelism gradients stay partial sums on the way down, to the sum behind the embedding.
+        head = 2 * part if plan.sequence_parallel else 0
+        loss = 5 * reduce(4 * plan.tokens, plan.mp)        # largest logit, sum, logit of the label; two backwards
+        items.append(Traffic("activations", "mp", plan.micro_batches * (head + loss), "head and loss"))
     return items
 
 
@@ -314,12 +312,8 @@ def _attention_traffic(plan: Plan, stage: int) -> List[Traffic]:
     layers = sum(layers_of(plan, stage))
     again = _recomputed(plan, stage) / layers if layers else 0
     gathering = plan.cp // plan.ulysses
-    if model["use_ring_attention"]:
-        forward = keys * (plan.cp - 1)
-        backward = keys * (2 * plan.cp - 2)
-    else:
-        forward = keys * (gathering - 1)
-        backward = forward
+    forward = keys * (gathering - 1)
+    backward = forward * (2 if model["use_ring_attention"] else 1)                 # a ring carries them and gradients
     swapped = gather(2 * queries + keys, plan.ulysses)                             # queries, keys, values, result
     per_layer = forward * (1 + again) + backward + swapped * (2 + again)
     return [Traffic("attention", "cp", plan.micro_batches * layers * per_layer, "attention")]
@@ -336,7 +330,7 @@ def _pipeline_traffic(plan: Plan, stage: int) -> List[Traffic]:
     items = [Traffic("pipeline", "pp", plan.micro_batches * steps * size, "between stages")]      # the first
     if model["tie_word_embeddings"] and (first or last):       # the table goes to the head, its gradient comes back
         table = next(part for part in held_parameters(plan, 0) if part.weight.name.endswith("embedding_weight"))
-        own = table.elements // (table.group if table.sharded and first else 1)
+        own = table.elements // (table.group if table.sharded else 1)
         items.append(Traffic("pipeline", "pp", own * table.item, "tied embedding"))
     return items
 

@@ -29,7 +29,8 @@ class Mesh:
         self.vocab = 1 if plan.vocab_emb_dp or config.vocab_size % self.mp else self.mp
         # Where the vocabulary is whole on every device, mp shares the rows of the head instead of repeating them.
         self.head_rows = self.rows if self.vocab > 1 or config.use_past else self.rows * self.mp
-        self.recompute_comm = plan.recompute if isinstance(plan.recompute, bool) else plan.recompute.mp_comm_recompute
+        # Whether results of communication over mp are kept for the backward pass of a recomputed layer.
+        self.keep_results = not getattr(plan.recompute, "mp_comm_recompute", True)
         self.documents = config.document_boundaries       # then masks and rotary tables differ between sequences
         self.tables = "dp" if self.documents or config.use_past else "None"
 
@@ -57,7 +58,7 @@ def row_linear(linear: Any, mesh: Mesh) -> None:
     scatter = ((mesh.stream, 1),) if mesh.sequence_parallel else None
     linear.shard(((mesh.rows, mesh.mp), (1, mesh.mp)), strategy_bias=((mesh.stream, 1), (1,)),
                  out_strategy_matmul=scatter)
-    if scatter:
+    if scatter or mesh.keep_results:
         linear.matmul.add_prim_attr("recompute_comm_op", False)
 
 
@@ -87,6 +88,8 @@ def heads_to_rows(cell: Any, mesh: Mesh) -> None:
 def norm(cell: Any, mesh: Mesh) -> None:
     """RMSNorm of the residual stream."""
     cell.kernel.shard((mesh.stream, 1))
+    if mesh.keep_results and mesh.sequence_parallel:
+        cell.kernel.norm.add_prim_attr("recompute_comm_op", False)           # belongs to the gather behind it
 
 
 def embedding(cell: Any, mesh: Mesh) -> None:
@@ -126,11 +129,10 @@ def dot_product_attention(cell: Any, mesh: Mesh) -> None:
 
 
 def flash_attention(cell: Any, mesh: Mesh) -> None:
-    """Heads over mp. Context parallelism: ring attention passes keys and values around; ulysses exchanges the cut of
-    the sequence for one of the heads; without either, keys and values are gathered."""
-    layout = mesh.layout
-    seq = "None" if mesh.ulysses > 1 else "cp"
-    heads = ("mp", "cp") if mesh.ulysses > 1 else "mp"
+    """Heads over mp. Context parallelism: ulysses exchanges the cut of the sequence for one of the heads, over all of
+    cp or a part of it; over the rest ring attention passes keys and values around, or they are gathered."""
+    layout = Layout((mesh.dp, mesh.cp // mesh.ulysses, mesh.ulysses, mesh.mp), ("dp", "cp", "ulysses", "mp"))
+    heads, seq = ("mp", "ulysses"), "cp"
     query = layout("dp", heads, seq, "None")
     key = query if cell.ring else layout("dp", heads, "None", "None")
     strategy = [query, key, key]

@@ -198,6 +198,8 @@ def _phase(node: Any, primitive: Any, trains: bool) -> str:
                  if attribute.name == "RING_ATTENTION_INDEX"), "")
     if node.domain.startswith("Gradients/") or str(ring).endswith("grad"):
         return "backward"
+    if getattr(primitive, "instance_name", "").startswith("recompute_slice"):    # a kept activation is put together
+        return "recompute"
     in_model = re.match(r"(recompute_)?Default/((network|_backbone|backbone)|Send|Receive)|recompute_", node.domain)
     return "forward" if in_model else "step"
 
