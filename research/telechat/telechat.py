@@ -159,7 +159,7 @@ class TelechatForCausalLM(TelechatGenerationMixin, TelechatPreTrainedModel):
                   position_ids: Any = None, attention_mask: Optional[Tensor] = None, input_embeds: Any = None,
                   init_reset: Any = None, batch_valid_length: Optional[Tensor] = None, batch_index: Any = None,
                   zactivate_len: Any = None, block_tables: Optional[Tensor] = None,
-                  slot_mapping: Optional[Tensor] = None) -> Any:
+                  slot_mapping: Optional[Tensor] = None, prefix_keys_values: Any = None) -> Any:
         """The arguments are those that MindFormers' trainer and generator pass, by position."""
         actual_seq_len = input_position if self.document_boundaries else None
         if batch_valid_length is not None:

@@ -182,7 +182,7 @@ class TelechatGenerationMixin:
     def set_dynamic_inputs(self, **_kwargs: Any) -> None:
         """Compile for prompts and batches of any size; called where is_dynamic is set."""
         any_2d, any_1d = Tensor(shape=[None, None], dtype=mstype.int32), Tensor(shape=[None], dtype=mstype.int32)
-        self.set_inputs(any_2d, None, None, None, None, None, None, any_2d, None, None, any_2d, any_1d)
+        self.set_inputs(any_2d, None, None, None, None, None, None, any_2d, None, None, any_2d, any_1d, None)
 
     def prepare_inputs_for_predict_layout(self, input_ids: np.ndarray, **_kwargs: Any) -> Tuple[Optional[Tensor], ...]:
         """Arguments of `construct` with which MindFormers compiles once to learn how the parameters are cut.
@@ -190,13 +190,14 @@ class TelechatGenerationMixin:
         input_ids: [B, S].
         """
         batch, seq = np.shape(input_ids)
-        tokens = Tensor(np.asarray(input_ids), mstype.int32)
         if not self.use_past:
-            return (tokens,)
+            return (Tensor(np.asarray(input_ids), mstype.int32),)
+        rows = (1, batch * seq) if self.config.is_dynamic else (batch, seq)        # back to back, or padded
+        tokens = Tensor(np.reshape(input_ids, rows), mstype.int32)
         lengths = Tensor(np.full((1, batch), seq), mstype.int32)
         block_tables = Tensor(np.zeros((batch, -(-seq // self.config.block_size))), mstype.int32)
         slot_mapping = Tensor(np.full(batch * seq, -1), mstype.int32)
-        return (tokens, None, None, None, None, None, None, lengths, None, None, block_tables, slot_mapping)
+        return (tokens, None, None, None, None, None, None, lengths, None, None, block_tables, slot_mapping, None)
 
     def prepare_inputs_for_generation(self, input_ids: np.ndarray, **kwargs: Any) -> dict:
         """Arguments of `construct` for one step of MindFormers' generator."""
