@@ -39,8 +39,8 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
     It is registered as `CheckpointMonitor`, since MindFormers' trainer passes what resuming needs to that name only.
 
     Args:
-        keep_checkpoint_max: the last K checkpoints to keep; 0 keeps all. At least 2 with several processes, so that
-            there is one that all have.
+        keep_checkpoint_max: the last K checkpoints to keep. At least 2 with several processes, so that there is one
+            that all have.
         keep_every_n_steps: checkpoints whose step is a multiple are never deleted; 0: none.
         on_save_error: "stop" ends the training with one line, "continue" logs the error and tries again next time.
         adapter_config: content of adapter_config.json beside the adapters that `save_trainable_params` saves.
@@ -53,7 +53,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
                  continue_run: Optional[str] = None, ranks: int = 1, **kwargs: Any):
         super().__init__(*args, keep_checkpoint_max=keep_checkpoint_max, **kwargs)
         self._config._keep_checkpoint_max = 0          # deleting is done here, after saving
-        self.keep = max(keep_checkpoint_max, 2) if keep_checkpoint_max and ranks > 1 else keep_checkpoint_max
+        self.keep = max(keep_checkpoint_max, 2) if ranks > 1 else keep_checkpoint_max
         self.every = keep_every_n_steps
         self.stop_on_error = on_save_error == "stop"
         self.adapter_config = adapter_config
@@ -76,6 +76,13 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
                 with contextlib.suppress(OSError):
                     path.chmod(0o600)
                     path.unlink()
+
+    def step_end(self, run_context: Any) -> None:
+        """Save if it is time to, after the step is logged."""
+        for entry in run_context.original_args().list_callback or ():
+            if hasattr(entry, "before_saving"):
+                entry.before_saving(run_context)
+        super().step_end(run_context)
 
     def _save_ckpt(self, cb_params: Any, force_to_save: bool = False) -> None:
         super()._save_ckpt(_Shifted(cb_params, self.first_step), force_to_save)

@@ -181,7 +181,8 @@ def run(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> 
         check_dataset(config, "train_dataset")
         if config.get("do_eval"):
             check_dataset(config, "eval_dataset")
-        prepare_training(config)
+        if not prepare_training(config):
+            return
     if config.load_checkpoint and not config.get("resume_training"):
         check_checkpoint(config)
     if config.run_mode == "eval":

@@ -64,6 +64,7 @@ class TelechatTrainingLog(Callback):
         self.rows: List[Dict[str, Any]] = []
         self.started = self.begun = time.time()
         self.first_step = self.last_step = self.total = 0
+        self.evaluations: List[Any] = []
         self.length = 0                                            # bytes of the log before its last row
 
     def on_train_begin(self, run_context: Any) -> None:
@@ -77,9 +78,10 @@ class TelechatTrainingLog(Callback):
             with open(beside, "w", encoding="utf-8") as log:
                 log.writelines(row_text(row) + "\n" for row in self.rows)
             os.replace(beside, self.path)
-            for callback in getattr(params.list_callback, "_callbacks", ()):
-                if isinstance(callback, EvalCallBack):
-                    callback.eval_func = self._recorded(callback.eval_func)
+        self.evaluations = [entry for entry in params.list_callback or () if isinstance(entry, EvalCallBack)]
+        for callback in self.evaluations:
+            callback.eval_func = self._recorded(callback.eval_func)
+            callback.on_train_step_end = self._evaluation(callback)
         self.begun = self.started = time.time()
 
     def on_train_epoch_begin(self, run_context: Any) -> None:
@@ -94,10 +96,12 @@ class TelechatTrainingLog(Callback):
         self.started = time.time()
 
     def on_train_step_end(self, run_context: Any) -> None:
-        """Append the step to the log, and stop if it is not finite."""
+        """Append the step to the log, and stop if it is not finite; a second call for a step does nothing."""
         params = run_context.original_args()
-        values = step_values(params.net_outputs)
         step = int(params.cur_step_num) + self.first_step
+        if step == self.last_step:
+            return
+        values = step_values(params.net_outputs)
         if self.enabled:
             self._append(self._row(params, step, values))
         self.last_step = step
@@ -105,6 +109,13 @@ class TelechatTrainingLog(Callback):
         if self.stop_at_nan and not (math.isfinite(values["loss"]) and (values["overflow"] or math.isfinite(norm))):
             self._finish("stopped: loss or norm not finite")
             raise TrainingStopped(self._explain(params, step, values))
+
+    def before_saving(self, run_context: Any) -> None:
+        """Log and evaluate the step now: whoever resumes from its checkpoint then finds its row complete, and a loss
+        that is not finite stops the training before it is saved. (MindFormers puts saving first.)"""
+        self.on_train_step_end(run_context)
+        for callback in self.evaluations:
+            callback.on_train_step_end(run_context)
 
     def on_train_end(self, run_context: Any) -> None:
         """Draw the curves, write the report."""
@@ -145,18 +156,31 @@ class TelechatTrainingLog(Callback):
                            row["loss"], row.get("global_norm"), row.get("loss_scale"))
 
     def _recorded(self, evaluate: Any) -> Any:
-        """`evaluate`, with its perplexity noted in the row of the step."""
+        """`evaluate`, once for each step, with its perplexity noted in the row of the step."""
+        latest: Dict[int, Any] = {}
+
         def run() -> Any:
-            result = evaluate()
+            if self.last_step in latest:
+                return latest[self.last_step]
+            latest.clear()
+            result = latest[self.last_step] = evaluate()
             for value in (result or {}).values():
                 value = value.get("PPL") if isinstance(value, dict) else value
-                if value is not None and self.rows:
+                if value is not None and self.enabled and self.rows:
                     row = {**self.rows.pop(), "perplexity": to_float(value)}
                     os.truncate(self.path, self.length)            # the row is written anew
                     self._append(row)
                     logger.info("step %d: perplexity %.4f on the evaluation data", row["step"], row["perplexity"])
             return result
         return run
+
+    def _evaluation(self, callback: EvalCallBack) -> Any:
+        """Evaluate at the same steps as without a resumption: MindFormers counts those of this process."""
+        def step_end(run_context: Any) -> None:
+            step = int(run_context.original_args().cur_step_num) + self.first_step
+            if callback.step_interval > 0 and step % callback.step_interval == 0:
+                callback._execute_eval()
+        return step_end
 
     def _explain(self, params: Any, step: int, values: Dict[str, Any]) -> str:
         """What a user needs to know when the loss is not finite."""

@@ -26,19 +26,46 @@ def worker_count(config: Any) -> int:
     return int(os.environ.get("MS_WORKER_NUM", "1")) if config.get("use_parallel") else 1
 
 
-def prepare_training(config: Any) -> None:
-    """Check `pet_config`, choose the checkpoint to resume from, and complete the callbacks of `config` in place."""
+def prepare_training(config: Any) -> bool:
+    """Check `pet_config`, choose the checkpoint to resume from, and complete the callbacks of `config` in place.
+
+    False: the chosen checkpoint is the end of the training, so that there is nothing to do.
+    """
     pet_config = (config.get("model") or {}).get("model_config", {}).get("pet_config")
     if pet_config:
         for warning in check_pet_config(pet_config, model_config(config).to_variant()):
             logger.warning("%s", warning)
     recipe = json.loads(json.dumps(config.to_dict(), default=str))
     chosen, step = prepare_resume(config)
+    if chosen is not None and step >= total_steps(config) > 0:
+        logger.info("resume_training: training is complete already: the checkpoint has step %d of %d. Raise "
+                    "runner_config.epochs to go on.", step, total_steps(config))
+        return False
     for callback in config.get("callbacks") or []:
         if callback.get("type") == "CheckpointMonitor":
             complete_monitor(callback, config, pet_config, chosen)
         elif callback.get("type") == "TelechatTrainingLog":
             callback["run_info"] = MindFormerConfig(**run_info(config, recipe, step))
+    return True
+
+
+def sequences_per_step(config: Any) -> int:
+    """Sequences of one step over all cards."""
+    runner, plan = config.get("runner_config") or {}, config.get("parallel_config") or {}
+    micro = plan.get("micro_batch_num", 1) if plan.get("pipeline_stage", 1) > 1 else 1
+    return (runner.get("batch_size", 1) * plan.get("data_parallel", 1) * micro
+            * (runner.get("gradient_accumulation_steps") or 1) * (config.get("micro_batch_interleave_num") or 1))
+
+
+def total_steps(config: Any) -> int:
+    """Steps of the whole training; 0 where the number of records is not known."""
+    files = _data_files(config)
+    if not files:
+        return 0
+    from mindspore.dataset import MindDataset
+    records = MindDataset(files, shuffle=False).get_dataset_size()
+    records = min(records, config.train_dataset.data_loader.get("num_samples") or records)
+    return records // sequences_per_step(config) * int((config.get("runner_config") or {}).get("epochs", 1))
 
 
 def prepare_resume(config: Any) -> Tuple[Optional[Name], int]:
@@ -97,10 +124,11 @@ def complete_monitor(callback: Any, config: Any, pet_config: Any, chosen: Option
     if callback.get("on_save_error", "stop") not in ("stop", "continue"):
         raise ConfigError(f"callbacks: CheckpointMonitor.on_save_error must be stop or continue, found "
                           f"{callback['on_save_error']!r}")
-    for key in ("keep_checkpoint_max", "keep_every_n_steps"):
-        if not isinstance(callback.get(key, 0), int) or callback.get(key, 0) < 0:
-            raise ConfigError(f"callbacks: CheckpointMonitor.{key} must be a whole number from 0, found "
-                              f"{callback[key]!r}")
+    for key, least in (("keep_checkpoint_max", 1), ("keep_every_n_steps", 0)):
+        value = callback.get(key, least)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"callbacks: CheckpointMonitor.{key} must be a whole number from {least}, found "
+                              f"{value!r}")
     callback["ranks"] = worker_count(config)
     if pet_config:
         callback["adapter_config"] = MindFormerConfig(
@@ -113,16 +141,12 @@ def complete_monitor(callback: Any, config: Any, pet_config: Any, chosen: Option
 def run_info(config: Any, recipe: Dict[str, Any], first_step: int) -> Dict[str, Any]:
     """What the training log needs: sizes of a step, floating-point operations, data, recipe."""
     model, cards = model_config(config), worker_count(config)
-    runner, plan = config.get("runner_config") or {}, config.get("parallel_config") or {}
-    micro = plan.get("micro_batch_num", 1) if plan.get("pipeline_stage", 1) > 1 else 1
-    sequences = (runner.get("batch_size", 1) * plan.get("data_parallel", 1) * micro
-                 * (runner.get("gradient_accumulation_steps") or 1) * (config.get("micro_batch_interleave_num") or 1))
     weights = sum(param.shape[0] * param.shape[1] for param in target_params(model.to_variant()))
     weights += model.vocab_size * model.hidden_size                                # the head, tied or not
     frozen = bool(config.model.model_config.get("pet_config"))
     monitor = config.get("monitor_config") or {}
     limit = monitor.get("global_norm_spike_threshold", 3.0) if config.get("use_skip_data_by_global_norm") else None
-    return {"tokens_per_step_per_card": sequences * model.seq_length / cards, "cards": cards,
+    return {"tokens_per_step_per_card": sequences_per_step(config) * model.seq_length / cards, "cards": cards,
             "flops_per_token": flops_per_token(weights, model.num_layers, model.hidden_size, model.seq_length, frozen),
             "seed": config.get("seed"), "first_step": first_step, "norm_limit": limit,
             "data_files": _data_files(config), "recipe": recipe}
