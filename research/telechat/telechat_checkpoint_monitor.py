@@ -7,6 +7,7 @@ and counters go on after a resumption as if there had been none; every Nth check
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -20,6 +21,8 @@ from research.telechat.telechat_checkpoint_write import write_text
 from research.telechat.telechat_lora import CONFIG_NAME
 from research.telechat.telechat_resume import checkpoints, outdated
 from research.telechat.telechat_train import TrainingStopped, step_values
+
+_LEFTOVER = re.compile(r".*\.tmp|tmp[a-z0-9_]{8}")          # of MindSpore's saving, and of MindFormers' meta.json
 
 
 class _Shifted:
@@ -71,7 +74,9 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
     def _remove_leftovers(self) -> None:
         """Delete what an interrupted save left: MindSpore's *.tmp, and the unnamed files of meta.json."""
         for folder in self._folders():
-            for path in folder.glob("*.tmp") if folder.is_dir() else ():
+            for path in list(folder.iterdir()) if folder.is_dir() else ():
+                if not _LEFTOVER.fullmatch(path.name):
+                    continue
                 logger.info("removing %s, left by an interrupted save.", path)
                 with contextlib.suppress(OSError):
                     path.chmod(0o600)
