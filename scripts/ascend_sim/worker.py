@@ -143,12 +143,13 @@ def compile_prediction(job: Dict[str, Any], report: Report) -> None:
         elif not first:
             break
         network.phase = "prefill" if first else "increment"
-        tokens = Tensor(np.ones((sizes.batch_size, length)), ms.int32)
-        lengths = Tensor(np.full((1, sizes.batch_size), length), ms.int32)
-        tables = Tensor(np.zeros((sizes.batch_size, sizes.seq_length // sizes.block_size)), ms.int32)
-        slots = Tensor(np.zeros(sizes.batch_size * length), ms.int32)
-        cache = (tables, slots) if sizes.use_past else (None, None)
-        network.compile(tokens, None, None, None, None, None, None, lengths, None, None, *cache)
+        inputs = list(network.prepare_inputs_for_predict_layout(np.ones((sizes.batch_size, length), np.int32)))
+        if sizes.use_past:                       # block tables as long as a sequence may become
+            blocks = -(-sizes.seq_length // sizes.block_size)
+            inputs[10] = Tensor(np.zeros((sizes.batch_size, blocks)), ms.int32)
+        if not first:
+            inputs[0] = Tensor(np.ones((sizes.batch_size, 1)), ms.int32)
+        network.compile(*inputs)
         save_graph(network, folder, name, report)
     report.timed("compile", begin)
     raise _Compiled
