@@ -13,7 +13,7 @@ from mindspore import Tensor, nn
 from research.telechat.telechat_batch import Batch, Blocks
 from research.telechat.telechat_rope import rope_scaling
 
-PREFILL_TOKENS = 512                   # prompts are read together up to so many tokens: attention is over all pairs
+PREFILL_TOKENS = 256                   # prompts are read together up to so many tokens: attention is over all pairs
 
 
 class Step:

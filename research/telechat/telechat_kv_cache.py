@@ -83,7 +83,7 @@ class GenerationStep(nn.Cell):
         self.block_size = config.block_size
         self.slots = (config.num_blocks + 1) * config.block_size                   # the last block takes slot -1
         self.spare = config.num_blocks * config.block_size
-        self.kv_heads = config.n_kv_heads
+        self.kv_heads, self.query_heads = config.n_kv_heads, config.num_heads
         self.offsets = Tensor(np.arange(config.block_size, dtype=np.int32).reshape(1, 1, -1))
         self.heads = Tensor((np.arange(self.kv_heads, dtype=np.int32) * self.slots).reshape(1, -1, 1))
         self.dtype = config.softmax_compute_type
@@ -101,13 +101,14 @@ class GenerationStep(nn.Cell):
         self.count = P.ReduceSum()
         self.cumsum = P.CumSum()
         self.ones_like = P.OnesLike()
+        self.tile = P.Tile()
         self.gather = P.Gather()
 
     def construct(self, tokens: Tensor, lengths: Tensor, block_tables: Tensor, slot_mapping: Tensor
                   ) -> Tuple[Tuple[Tensor, Tensor], Optional[Tensor], Tuple]:
         """Inputs as in the head of this file; lengths: [B], tokens of each sequence including those of this step.
 
-        -> rotary tables of this step's tokens; additive mask [1 or B, 1, S, T], None where the causal mask of training
+        -> rotary tables of this step's tokens; additive mask [B, 1 or N, S, T], None where the causal mask of training
         serves; what `ComposedCache` or `PagedCache` needs.
         """
         batch, seq = tokens.shape
@@ -147,7 +148,8 @@ class GenerationStep(nn.Cell):
             return positions, totals, None
         row, column = self.reshape(index, (1, 1, -1, 1)), self.reshape(index, (1, 1, 1, -1))
         hidden = self.either(self.greater(column, row), self.less(column, self.reshape(starts, (1, 1, -1, 1))))
-        return positions, totals, self.where(hidden)                               # [1, 1, T, T]
+        # Once for all heads and layers: adding a mask that is broadcast takes the CPU several times as long.
+        return positions, totals, self.tile(self.where(hidden), (1, self.query_heads, 1, 1))       # [1, N, T, T]
 
     def read(self, totals: Tensor, block_tables: Tensor, write: Tensor) -> Tuple[Tensor, Tuple]:
         """The mask [B, 1, 1, L] and the rows of the cache that hold the last L = K * block_size slots, [B, N_kv, L]."""
