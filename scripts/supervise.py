@@ -126,11 +126,13 @@ def run_once(command: Sequence[str], log_dir: Path, hang_timeout: float) -> Opti
     child = subprocess.Popen(command, start_new_session=True)
     workers: Dict[int, int] = {}
     ended: Dict[int, Optional[int]] = {}
+    stopped: List[int] = []
     try:
         while child.poll() is None:
             workers = find_workers(child.pid, workers)
             ended.update({rank: exit_code(pid) for rank, pid in sorted(workers.items())
                           if rank not in ended and state(pid) in ("", "Z")})
+            stopped = [rank for rank, pid in sorted(workers.items()) if state(pid) == "T"] or stopped
             if time.time() - last_output(log_dir, started) > hang_timeout:
                 text = hang(log_dir, workers, hang_timeout)
                 end_job(child, workers)
@@ -142,6 +144,9 @@ def run_once(command: Sequence[str], log_dir: Path, hang_timeout: float) -> Opti
     if child.returncode == 0:
         return None
     end_job(child, workers)
+    if stopped:                                                    # the others gave up waiting for it
+        return (f"rank {stopped[0]} is stopped, and the others failed waiting for it. Its last words:\n"
+                f"{last_lines(log_dir, stopped[0])}")
     return death(ended, log_dir) or f"the job ended with {child.returncode}"
 
 

@@ -127,7 +127,7 @@ def test_killed_worker_restarts_resume_exactly_and_a_stopped_one_is_named(data, 
     keys = ("step", "epoch", "loss", "lr", "global_norm")
     one, two = ([[row[key] for key in keys] for row in read_log(tmp_path / name)] for name in ("unbroken", "killed"))
     assert len(one) == 16 and one == two
-    done = two_workers(data, tmp_path / "stopped", ["stop", "8"], "--hang_timeout", "40", KILL_RANK="1")
+    done = two_workers(data, tmp_path / "stopped", ["stop", "8"], "--hang_timeout", "60", KILL_RANK="1")
     assert done.returncode == 1 and "rank 1 is stopped" in done.stderr
 
 
