@@ -1,6 +1,7 @@
 """Faults of the numbers and what is written about a run: overflow, NaN, spikes of the norm, evaluation, figures."""
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -49,6 +50,13 @@ def test_digest_sees_every_change(tmp_path, monkeypatch):
     assert report.data_digest(files)["sha256"] != first["sha256"]
     monkeypatch.setattr(report, "_WHOLE", 10)
     assert not report.data_digest(files)["whole"]
+
+
+def test_every_fault_of_the_document_has_its_test():
+    rows = re.findall(r"^\| .* \| (test_\w+) \|$", (ROOT / "docs/training.md").read_text(encoding="utf-8"), re.M)
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(rows) > 10
+    assert [name for name in rows if f"def {name}(" not in tests] == []
 
 
 @pytest.fixture(scope="module")
