@@ -86,7 +86,8 @@ def compile_and_compare(plan: Plan, recipe: Dict[str, Any], args: argparse.Names
     from scripts.ascend_sim.account import Mesh
     from scripts.ascend_sim.compile import compile_plan
     from scripts.ascend_sim.runtime import SimulationError
-    with tqdm(total=None, desc=f"compiling rank {args.rank} of {plan.ranks}", bar_format="{desc}: {elapsed}") as bar:
+    doing = f"compiling rank {args.rank} of {plan.ranks}"
+    with tqdm(total=None, desc=doing, bar_format="{desc}: {elapsed}", disable=None, leave=False) as bar:
         try:
             report = compile_plan(recipe, Mesh(plan.pp, plan.dp, plan.cp, plan.mp), args.rank,
                                   plan.model["seq_length"] + 1, args.keep, args.timeout, lambda _: bar.refresh())
@@ -151,6 +152,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     except ConfigError as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
+    except BrokenPipeError:                      # the reader of the table has seen enough
+        sys.stdout = None
+        return 0
 
 
 if __name__ == "__main__":

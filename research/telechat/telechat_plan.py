@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from research.telechat.telechat_settings import resolve
+from research.telechat.telechat_settings import dtype_name, resolve
 from research.telechat.telechat_variants import ConfigError
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -51,6 +51,7 @@ class Plan:
     aggregation_groups: int
     lora_rank: int               # 0: all parameters are trained
     lora_targets: str
+    lora_bytes: int              # per element of an adapter
     limit_gb: float              # context.max_device_memory
     device: str
     parallel_mode: Any
@@ -173,6 +174,7 @@ def read_plan(recipe: Dict[str, Any]) -> Plan:
         aggregation_groups=_integer(parallel, "gradient_aggregation_group", "parallel_config", 4),
         lora_rank=_integer(pet, "lora_rank", "pet_config", 8) if pet else 0,
         lora_targets=str(pet.get("target_modules") or "") if pet else "",
+        lora_bytes=BYTES[dtype_name(pet.get("param_init_type") or model["param_init_type"])],
         limit_gb=_gigabytes(_section(recipe, "context").get("max_device_memory")),
         device=str(_section(recipe, "context").get("device_target", "Ascend")),
         parallel_mode=settings.get("parallel_mode", 0) if used else 0, full_batch=bool(settings.get("full_batch")))
@@ -318,6 +320,9 @@ def find_notes(plan: Plan) -> List[str]:
                      "state")
     if plan.training and plan.pp > 1 and bubble(plan) > 0.2:
         notes.append(f"the pipeline stands still {bubble(plan):.0%} of the time: raise parallel_config.micro_batch_num")
+    if plan.lora_rank and plan.sequence_parallel:
+        notes.append("LoRA with use_seq_parallel sends more than without: MindFormers' adapter gathers what sequence "
+                     "parallelism has scattered (these figures do not count it); set use_seq_parallel to False")
     if plan.mp > 8:
         notes.append(f"model_parallel {plan.mp} reaches beyond the eight cards of a machine, over its slow links")
     return notes

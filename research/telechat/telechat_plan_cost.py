@@ -133,7 +133,7 @@ def held_parameters(plan: Plan, stage: int) -> List[_Held]:
         if not model["tie_word_embeddings"]:
             listed.append((table._replace(name="lm_head.weight"), 1, item, trained_base))
     if plan.lora_rank:
-        listed += [(weight, layers, item, True) for weight in _adapters(plan, kinds)]
+        listed += [(weight, layers, plan.lora_bytes, True) for weight in _adapters(plan, kinds)]
     held = []
     for weight, count, size, trained in listed:
         elements = weight.rows * weight.columns // (plan.mp if weight.cut else 1)
