@@ -117,6 +117,32 @@ def test_two_processes_have_the_norms_of_one(trained, tmp_path):
         assert double["global_norm"] == pytest.approx(single["global_norm"], rel=2e-4)
 
 
+@pytest.mark.slow
+def test_serves_mindformers_own_script(trained, tmp_path):
+    """What MindFormers' run_mindformer.py does with --register_path, on a recipe of this project."""
+    script = """
+import sys
+from mindformers.core.context import build_context
+from mindformers.tools.register import MindFormerConfig
+from mindformers.trainer import Trainer
+config = MindFormerConfig(sys.argv[1])
+config.output_dir, config.runner_config.epochs, config.runner_config.batch_size = sys.argv[3], 1, 4
+config.train_dataset.data_loader.dataset_dir = sys.argv[2]
+config.model.model_config.update(seq_length=32, vocab_size=200, num_layers=1, hidden_size=64, intermediate_size=96,
+                                 num_heads=4)
+build_context(config)
+Trainer(config).train()
+"""
+    folder, _ = trained
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "REGISTER_PATH": str(ROOT / "research/telechat"), "GLOG_v": "3",
+           "LOG_MF_PATH": str(tmp_path / "log"), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script, str(ROOT / RECIPE), str(folder / "data.mindrecord"),
+                           str(tmp_path / "out")], cwd=tmp_path, env=env, text=True, capture_output=True, check=False,
+                          timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert len(read_log(tmp_path / "out")) == 2
+
+
 def mistake(capsys, arguments):
     """The one line that run_mindformer.py prints for a mistake; no traceback, exit code 1."""
     assert run_mindformer.main(arguments) == 1

@@ -16,11 +16,9 @@ from mindformers.trainer import Trainer
 
 from research.telechat import (
     telechat,
-    telechat_checkpoint_monitor,  # noqa: F401 (registers itself)
     telechat_tokenizer,
     telechat_tokenizer_fast,
     telechat_train,
-    telechat_training_log,  # noqa: F401
 )
 from research.telechat.telechat_compat import apply_template, prepare_cpu, set_output_path
 from research.telechat.telechat_preflight import check_checkpoint, check_dataset, model_config
