@@ -33,7 +33,7 @@ def parse_value(text: str) -> Any:
     """A value from the command line, read as YAML: numbers, True, False, lists; anything else is text."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):      # ValueError: a date that does not exist
         return text
     if isinstance(value, str):
         try:
@@ -72,7 +72,7 @@ def read_recipe(path: Path, above: tuple = ()) -> dict:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(f"recipe {path} cannot be read: {err}") from err
-    except (yaml.YAMLError, RecursionError) as err:
+    except (yaml.YAMLError, ValueError, RecursionError) as err:
         raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(err).split())}") from err
     if not isinstance(recipe, dict):
         raise ConfigError(f"recipe {path} must hold keys and values, found {type(recipe).__name__}")
