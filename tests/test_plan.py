@@ -82,6 +82,7 @@ FAULTS = {
     "interleaving": (dict(pp=2, model={"num_layers": 4, "pp_interleave_num": 2},
                           parallel_config={"micro_batch_num": 4}), "pipeline_interleave is not", None),
     "prediction in stages": (dict(pp=2, base="predict"), "prediction runs with model parallelism only", None),
+    "no cache": (dict(base="predict", model={"use_past": False}), "use_flash_attention False", None),
     "cache": (dict(base="predict", model={"num_blocks": 4}), "set num_blocks to at least 32", None),
 }
 

@@ -55,7 +55,7 @@ class Plan:
     limit_gb: float              # context.max_device_memory
     device: str
     parallel_mode: Any
-    full_batch: bool
+    alltoall: bool               # parallel.enable_alltoall
 
     @property
     def ranks(self) -> int:
@@ -177,7 +177,8 @@ def read_plan(recipe: Dict[str, Any]) -> Plan:
         lora_bytes=BYTES[dtype_name(pet.get("param_init_type") or model["param_init_type"])],
         limit_gb=_gigabytes(_section(recipe, "context").get("max_device_memory")),
         device=str(_section(recipe, "context").get("device_target", "Ascend")),
-        parallel_mode=settings.get("parallel_mode", 0) if used else 0, full_batch=bool(settings.get("full_batch")))
+        parallel_mode=settings.get("parallel_mode", 0) if used else 0,
+        alltoall=bool(settings.get("enable_alltoall")))
 
 
 def stage_layers(plan: Plan) -> List[List[int]]:
@@ -291,6 +292,9 @@ def _pipeline_faults(plan: Plan) -> List[str]:
             if degree > 1:
                 faults.append(f"parallel_config.{key} is {degree}: prediction runs with model parallelism only; set it "
                               "to 1")
+        if plan.device == "Ascend" and plan.model["use_flash_attention"] and not plan.model["use_past"]:
+            faults.append("model_config.use_past False: MindFormers predicts without a cache only with "
+                          "use_flash_attention False")
         if plan.dp > 1 and plan.model["is_dynamic"]:
             faults.append("parallel_config.data_parallel must be 1 for prediction with is_dynamic: start several "
                           "services instead")
@@ -323,6 +327,9 @@ def find_notes(plan: Plan) -> List[str]:
     if plan.lora_rank and plan.sequence_parallel:
         notes.append("LoRA with use_seq_parallel sends more than without: MindFormers' adapter gathers what sequence "
                      "parallelism has scattered (these figures do not count it); set use_seq_parallel to False")
+    if plan.ulysses > 1 and not plan.alltoall:
+        notes.append("parallel.enable_alltoall is off: context parallelism over heads gathers whole tensors instead of "
+                     "exchanging parts; set it to True")
     if plan.mp > 8:
         notes.append(f"model_parallel {plan.mp} reaches beyond the eight cards of a machine, over its slow links")
     return notes

@@ -315,6 +315,8 @@ def _attention_traffic(plan: Plan, stage: int) -> List[Traffic]:
     forward = keys * (gathering - 1)
     backward = forward * (2 if model["use_ring_attention"] else 1)                 # a ring carries them and gradients
     swapped = gather(2 * queries + keys, plan.ulysses)                             # queries, keys, values, result
+    if not plan.alltoall:
+        swapped *= plan.ulysses                                # gathered whole, then cut
     per_layer = forward * (1 + again) + backward + swapped * (2 + again)
     return [Traffic("attention", "cp", plan.micro_batches * layers * per_layer, "attention")]
 
