@@ -4,6 +4,8 @@ Setting of the figures: 2 layers, hidden 512, 8 heads, feed-forward 1536, vocabu
 recomputation, 16-bit compute. Limits in megabytes per rank and step.
 """
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from scripts.ascend_sim.compile import compile_plan
 from scripts.ascend_sim.elf import Code, SharedObject, write_library
 from scripts.ascend_sim.runtime import SimulationError, mindspore_folder
 
+ROOT = Path(__file__).resolve().parents[1]
 try:
     mindspore_folder()
     NO_PLUGIN = ""
@@ -76,6 +79,7 @@ class TestCompiled:
         assert max(place["bytes"] / place["calls"] for place in activations) <= 4 * 512 * 512 * 2 * 3 / 4
         assert {place["operator"] for place in activations if place["bytes"] > 1e5} == {"AllGather", "ReduceScatter"}
         check_strategy(tmp_path / "output/strategy", plan)
+        merge_by_strategy(tmp_path / "output/strategy", plan, tmp_path)
 
     def test_pipeline(self):
         recipe = small_recipe(mp=8, pp=2, model={"n_kv_heads": 8, "num_heads": 16, "num_layers": 3, "offset": [0, 1]},
@@ -141,6 +145,36 @@ def check_strategy(folder, plan):
         assert set(sizes) == {int(np.prod(shape)) // pieces}, name
         slice_shape = [stop - start for start, stop in region(layout, 0, shape)]
         assert full_shape(layout, slice_shape) == shape
+
+
+def merge_by_strategy(strategy, plan, folder):
+    """Slices cut by hand merge into the whole with the strategy file that compiling left."""
+    import mindspore as ms
+    rng = np.random.default_rng(3)
+    whole = {}
+    for weight in plan.layer_weights():
+        shape = (weight.rows, weight.columns) if weight.columns > 1 else (weight.rows,)
+        whole[f"model.layers.0.{weight.name}"] = rng.standard_normal(shape).astype(np.float16)
+    for rank in range(8):
+        data, model = divmod(rank, plan.mp)
+        content = []
+        for weight in plan.layer_weights():
+            name = f"model.layers.0.{weight.name}"
+            part = whole[name]
+            if weight.cut:
+                by_input = weight.name.endswith(("wo.weight", "w2.weight"))
+                part = np.split(np.split(part, plan.mp, axis=int(by_input))[model], plan.dp)[data]
+            content.append({"name": name, "data": ms.Tensor(np.ascontiguousarray(part))})
+        (folder / f"slices/rank_{rank}").mkdir(parents=True)
+        ms.save_checkpoint(content, str(folder / f"slices/rank_{rank}/a.ckpt"))
+    done = subprocess.run([sys.executable, str(ROOT / "scripts/transform_checkpoint.py"), "--source", folder / "slices",
+                           "--source_strategy", strategy, "--target", folder / "merged"], capture_output=True, text=True,
+                          check=False, timeout=300)
+    assert done.returncode == 0 and "every element compared" in done.stdout, done.stdout + done.stderr
+    found = ms.load_checkpoint(str(next((folder / "merged/rank_0").iterdir())))
+    assert found.keys() == whole.keys()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(found[name].asnumpy(), value)
 
 
 # ---- without MindSpore's compiler
