@@ -2,7 +2,8 @@
 
     python scripts/plan.py --config research/telechat/finetune_telechat2_115b.yaml --ranks 64
     python scripts/plan.py --config ... --ranks 64 --rank 63 --compile       # by MindSpore's own compiler, minutes
-    python scripts/plan.py --config ... --ranks 64 --check                   # faults only, for launchers
+    python scripts/plan.py --config ... --ranks 64 --check                   # faults only
+    python scripts/plan.py --command "python run_mindformer.py ..." --ranks 64 --check         # for launchers
     python scripts/plan.py --config ... --ranks 64 --parallel_config.micro_batch_num 32 --picture plan.png
 
 Keys of the recipe are set as run_mindformer.py takes them. The exit code is 1 if the plan cannot run. Nothing is
@@ -12,6 +13,7 @@ import argparse
 import copy
 import json
 import os
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +26,7 @@ from research.telechat.telechat_plan import Plan, find_faults, read_plan
 from research.telechat.telechat_plan_cost import cost_of
 from research.telechat.telechat_plan_report import as_json, compared, draw, table, text
 from research.telechat.telechat_variants import ConfigError
+from run_mindformer import build_parser as build_run_parser
 from run_mindformer import parse_overrides, read_recipe, resolve_config
 
 
@@ -33,7 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0],
         epilog="Any key of the recipe can be set as well: --parallel_config.model_parallel 8")
     add = parser.add_argument
-    add("--config", required=True, help="recipe")
+    add("--config", help="recipe")
+    add("--command", help="instead of --config: the command that is to run; checked if it is run_mindformer.py's")
     add("--ranks", type=int, help="cards of the job; without it, those that the recipe is for")
     add("--rank", type=int, default=0, help="the card whose communication is shown and that is compiled for")
     add("--check", action="store_true", help="only look for faults; nothing is printed if there are none")
@@ -65,6 +69,23 @@ def complete_recipe(args: argparse.Namespace, overrides: List[Tuple[str, Any]]) 
                 raise ConfigError(f"--{dotted}: {name} is no section of the recipe")
         section[last] = value
     return recipe
+
+
+def read_command(command: str) -> Optional[Tuple[str, List[Tuple[str, Any]]]]:
+    """Recipe and overrides of a run_mindformer.py command; None for another command. Raises ConfigError."""
+    words = shlex.split(command)
+    script = next((number for number, word in enumerate(words) if Path(word).name == "run_mindformer.py"), None)
+    if script is None:
+        return None
+    try:
+        args, rest = build_run_parser().parse_known_args(words[script + 1:])
+    except SystemExit:
+        raise ConfigError(f"run_mindformer.py does not take this command: {command}") from None
+    options = {"run_mode": args.run_mode, "use_parallel": args.use_parallel,
+               "runner_config.batch_size": args.batch_size, "context.device_target": args.device_target,
+               "runner_config.gradient_accumulation_steps": args.gradient_accumulation_steps}
+    given = [(key, value) for key, value in options.items() if value is not None]
+    return args.config, given + parse_overrides(args.options, rest)
 
 
 def write(path: Path, content: str) -> None:
@@ -120,7 +141,15 @@ def compile_and_compare(plan: Plan, recipe: Dict[str, Any], args: argparse.Names
 
 def run(args: argparse.Namespace, rest: List[str]) -> int:
     """Carry out the command; returns the exit code. Raises ConfigError."""
-    recipe = complete_recipe(args, parse_overrides(args.options, rest))
+    overrides = parse_overrides(args.options, rest)
+    if args.command:
+        found = read_command(args.command)
+        if found is None:
+            return 0
+        args.config, overrides = found[0], found[1] + overrides
+    if not args.config:
+        raise ConfigError("--config is missing: the recipe to plan")
+    recipe = complete_recipe(args, overrides)
     plan = read_plan(recipe)
     faults = find_faults(plan, args.ranks)
     for fault in faults:

@@ -242,7 +242,24 @@ def test_command_checks_for_launchers():
     assert "micro_batch_num" in err
 
 
+def test_command_checks_what_a_launcher_starts():
+    run = ("python run_mindformer.py --config research/telechat/finetune_telechat_52b.yaml --register_path "
+           "research/telechat --train_dataset DATA --load_checkpoint X --use_parallel True --auto_trans_ckpt True")
+    assert command("--check", "--ranks", 16, "--command", run) == ("", "")
+    _, err = command("--check", "--ranks", 8, "--command", run + " --parallel_config.model_parallel 4", expect=0)
+    assert err == ""
+    _, err = command("--check", "--ranks", 8, "--command", run, expect=1)
+    assert err.count("error:") == 1 and "8 ranks" in err
+    two = ("python run_mindformer.py --predict_data '<_user>one<_bot>' two --use_parallel True --config "
+           "research/telechat/predict_telechat_{}.yaml")
+    _, err = command("--check", "--ranks", 2, "--command", two.format("7b"), expect=1)
+    assert err.count("error:") == 1
+    assert command("--check", "--ranks", 2, "--command", two.format("tiny_cpu")) == ("", "")
+    assert command("--check", "--ranks", 3, "--command", "python other.py --config x.yaml") == ("", "")
+
+
 @pytest.mark.parametrize("arguments, words", [
+    ([], "--config is missing"),
     (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
     (["--config", "research/telechat/finetune_telechat_7b.yaml", "--rank", "8"], "the ranks 0 to 7"),
     (["--config", "research/telechat/finetune_telechat_7b.yaml", "--seed.x", "1"], "no section"),

@@ -167,9 +167,9 @@ def merge_by_strategy(strategy, plan, folder):
             content.append({"name": name, "data": ms.Tensor(np.ascontiguousarray(part))})
         (folder / f"slices/rank_{rank}").mkdir(parents=True)
         ms.save_checkpoint(content, str(folder / f"slices/rank_{rank}/a.ckpt"))
-    done = subprocess.run([sys.executable, str(ROOT / "scripts/transform_checkpoint.py"), "--source", folder / "slices",
-                           "--source_strategy", strategy, "--target", folder / "merged"], capture_output=True, text=True,
-                          check=False, timeout=300)
+    command = [sys.executable, str(ROOT / "scripts/transform_checkpoint.py"), "--source", folder / "slices",
+               "--source_strategy", strategy, "--target", folder / "merged"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0 and "every element compared" in done.stdout, done.stdout + done.stderr
     found = ms.load_checkpoint(str(next((folder / "merged/rank_0").iterdir())))
     assert found.keys() == whole.keys()

@@ -213,7 +213,7 @@ def _multiple(faults: List[str], name: str, value: int, by: str, degree: int, ad
 
 def _device_faults(plan: Plan, ranks: Optional[int]) -> List[str]:
     faults = []
-    if ranks is not None and plan.ranks != ranks:
+    if ranks is not None and plan.ranks != ranks and plan.device != "CPU":     # there the workers decide
         others = plan.ranks // plan.dp
         advice = (f"set parallel_config.data_parallel to {ranks // others}" if ranks % others == 0 else
                   f"model_parallel * pipeline_stage * context_parallel = {others} does not divide {ranks}; choose "
