@@ -257,7 +257,8 @@ def test_chat_with_a_model(model, vocab_file):
     assert "".join(piece for piece, _ in stream) == answer and stream[-1][1] == history
     again, longer = chat(model, tokenizer, "and?", history=history, generation_config=config, seed=3)
     assert longer[:2] == history and len(longer) == 4 and len(history) == 2
-    assert chat(model, tokenizer, "and?", history, config, seed=3) == (again, longer)
+    assert model.chat(tokenizer=tokenizer, question="and?", history=history, generation_config=config, stream=False,
+                      seed=3) == (again, longer)
 
 
 @pytest.mark.slow
@@ -310,6 +311,18 @@ def test_ctrl_c_waits_for_a_token(renderer):
         with pytest.raises(KeyboardInterrupt):
             next(tokens)
         interrupt.check()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), interrupt.released():
+            pass
+        signal.raise_signal(signal.SIGINT)                   # held again
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.check()
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(KeyboardInterrupt), interrupt.released():
+                signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
 
 def test_numbers_of_a_report(renderer):

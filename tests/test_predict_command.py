@@ -88,36 +88,48 @@ def test_mistakes_of_the_command(tiny, vocab_file, tmp_path, capfd):
 @pytest.mark.slow
 def test_interactive_chat_survives_ctrl_c(tiny, vocab_file, tmp_path):
     """The real program in a pseudo-terminal: MindSpore itself would end it at SIGINT."""
+    import fcntl
     import pty
+    import select
+    import termios
     master, slave = pty.openpty()
+    settings = termios.tcgetattr(slave)
+    settings[3] |= termios.NOFLSH                            # Ctrl-C would discard output that nobody has read yet
+    termios.tcsetattr(slave, termios.TCSANOW, settings)
     command = [sys.executable, "research/telechat/run_telechat_predict.py", "--interactive", "--yaml_file",
                "research/telechat/predict_telechat_tiny_cpu.yaml", "--vocab_file_path", str(vocab_file),
                "--checkpoint_path", str(tiny[0]), "--output_dir", str(tmp_path), "--use_past", "True",
                "--max_new_tokens", "90", "--do_sample", "True", "--temperature", "9.0", "--top_k", "0", *tiny[1]]
     process = subprocess.Popen(command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-                               preexec_fn=lambda: __import__("fcntl").ioctl(slave, __import__("termios").TIOCSCTTY, 0))
+                               preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0))
     os.close(slave)
     seen = b""
 
-    def wait_for(text):
+    def wait_for(*texts):
+        """The output up to one of the texts, that one included."""
         nonlocal seen
-        while text not in seen:
-            seen += os.read(master, 4096)
-        part, seen = seen.split(text, 1)
+        while not any(text in seen for text in texts):
+            ready, _, _ = select.select([master], [], [], 120)
+            try:
+                assert ready, f"the program says no more: {seen.decode(errors='replace')}"
+                seen += os.read(master, 4096)
+            except OSError:
+                raise AssertionError(f"the program ended: {seen.decode(errors='replace')}") from None
+        end = min(seen.find(text) + len(text) for text in texts if text in seen)
+        part, seen = seen[:end], seen[end:]
         return part.decode(errors="replace")
     try:
         wait_for(b"lists the commands.")
         os.write(master, "你是谁？\n".encode())             # the graphs compile here
         wait_for(b"per second")
-        for _ in range(5):                                   # an answer may be over before Ctrl-C comes
+        answer = ""
+        while "(stopped)" not in answer:                     # the answer may be over before Ctrl-C comes
             os.write(master, b"again\n")
             wait_for(b"again\r\n")
             seen += os.read(master, 64)
             os.write(master, b"\x03")
-            answer = wait_for(b"per second")
-            if "(stopped)" in answer:
-                break
-        assert "(stopped)" in answer
+            answer = wait_for(b"(stopped)", b"leaves)")
+        wait_for(b"per second")
         os.write(master, b"/history\n")
         wait_for(b"user: again")
         os.write(master, b"/exit\n")

@@ -73,6 +73,16 @@ class TelechatGenerationMixin:
         for tokens in self._steps(batch, config, None, seed, _Record(config)):
             yield tokens[0]
 
+    def chat(self, tokenizer: Any, question: Optional[str] = None, history: Optional[Sequence[dict]] = None,
+             generation_config: Any = None, stream: bool = False, query: Optional[str] = None, instruction: str = "",
+             **kwargs: Any) -> Any:
+        """`telechat_predict_utils.chat` as a method, as in the official README. `query` and `instruction` are the
+        question and the system prompt in MindFormers' words."""
+        from research.telechat.telechat_predict_utils import chat
+        if instruction:
+            kwargs.setdefault("system", instruction)
+        return chat(self, tokenizer, question or query, history, generation_config, stream, **kwargs)
+
     def _steps(self, batch: Batch, config: GenerationConfig, processors: Optional[Any], seed: Optional[int],
                record: "_Record") -> Iterator[List[int]]:
         """Extend the batch until all sequences are finished; yields the tokens of each step, one for each sequence."""

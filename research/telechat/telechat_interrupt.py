@@ -25,9 +25,12 @@ def check() -> None:
 
 @contextlib.contextmanager
 def released() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt at once in this thread, as usual in Python."""
-    previous = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    """SIGINT raises KeyboardInterrupt at once in this thread, as usual in Python; one that waits does so now."""
+    check()
+    signal.signal(signal.SIGINT, signal.default_int_handler)           # MindSpore 2.7 leaves its own behind
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})     # may raise, so within the try
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
