@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-POLL = 0.2                    # seconds between two looks
+POLL = 0.05                   # seconds between two looks at the workers, so that the first to die is seen first
+SEARCH = 1.0                  # seconds between two searches for workers among all processes
 
 
 def process_table() -> Dict[int, int]:
@@ -112,7 +113,7 @@ def exit_code(pid: int) -> Optional[int]:
 
 def death(ended: Dict[int, Optional[int]], log_dir: Path) -> Optional[str]:
     """Text about the rank that failed first. ended: rank -> exit code or None, in the order in which they ended."""
-    suspects = [rank for rank, code in ended.items() if code] or [rank for rank, code in ended.items() if code is None]
+    suspects = [rank for rank, code in ended.items() if code != 0]
     if not suspects:
         return None
     rank, code = suspects[0], ended[suspects[0]]
@@ -127,9 +128,11 @@ def run_once(command: Sequence[str], log_dir: Path, hang_timeout: float) -> Opti
     workers: Dict[int, int] = {}
     ended: Dict[int, Optional[int]] = {}
     stopped: List[int] = []
+    searched = 0.0
     try:
         while child.poll() is None:
-            workers = find_workers(child.pid, workers)
+            if time.time() - searched > SEARCH:
+                workers, searched = find_workers(child.pid, workers), time.time()
             ended.update({rank: exit_code(pid) for rank, pid in sorted(workers.items())
                           if rank not in ended and state(pid) in ("", "Z")})
             stopped = [rank for rank, pid in sorted(workers.items()) if state(pid) == "T"] or stopped
