@@ -9,6 +9,7 @@ parallelism cuts the first axis of a slice once more, over ranks that would hold
 """
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -215,7 +216,6 @@ def newest_files(folder: Path, suffix: Optional[str] = None) -> Dict[int, Path]:
     Newest by the epoch and step in the name (`..-EPOCH_STEP.ckpt`), which MindSpore compares as text, then by name. All
     ranks must have the same. Raises CheckpointError.
     """
-    import re
     if folder.is_file():
         return {0: folder}
     if not folder.is_dir():
