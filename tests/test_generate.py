@@ -85,6 +85,18 @@ def test_two_graphs_serve_all_lengths(models):
     assert [len(graph.compile_cache) for graph in graphs] == [1, 1]
 
 
+def test_without_graphs(models):
+    """PyNative mode, after graphs have been compiled for the same model."""
+    import mindspore as ms
+    model, _ = models("12b", use_past=True)
+    expected = answers(model, PROMPTS, max_new_tokens=4)
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    try:
+        assert answers(model, PROMPTS, max_new_tokens=4) == expected
+    finally:
+        ms.set_context(mode=ms.GRAPH_MODE)
+
+
 def test_end_tokens_and_limits(models):
     model, _ = models("12b", use_past=True)
     full = answers(model, PROMPTS, max_new_tokens=14)

@@ -6,6 +6,7 @@ and serves everything else: the fused kernels, and models without a cache. Which
 """
 from typing import Any, Dict, List, Optional, Tuple
 
+import mindspore as ms
 import mindspore.common.dtype as mstype
 import numpy as np
 from mindspore import Tensor, nn
@@ -34,6 +35,11 @@ class Step:
 def _tensor(array: np.ndarray) -> Tensor:
     """A copy of `array` as a tensor; from_numpy costs a sixth of what the constructor does."""
     return Tensor.from_numpy(np.array(array, order="C"))
+
+
+def _without_graphs() -> bool:
+    """Whether nothing is compiled (PyNative mode), so that the flags of the model count at every call."""
+    return ms.get_context("mode") == ms.PYNATIVE_MODE
 
 
 class _PromptGraph(nn.Cell):
@@ -80,10 +86,11 @@ class DirectEngine:
 
     def read(self, batch: Batch, blocks: Blocks) -> Step:
         """Read all sequences that are not finished from their beginning."""
-        first = self._prompts is None
-        if first:
+        flagged = self._prompts is None or _without_graphs()
+        if flagged:
             self.model.add_flags_custom(is_first_iteration=True)
             self.model.model.step.add_flags(flat_prefill=True)
+        if self._prompts is None:
             self._prompts = _PromptGraph(self.model)
         rows = np.flatnonzero(~batch.finished)
         tokens = np.zeros(len(batch), np.int32)
@@ -94,15 +101,16 @@ class DirectEngine:
             result = self._prompts(_tensor(ids), _tensor(batch.lengths[group]), _tensor(slots))
             logits.append((group, result[0]))
             tokens[group] = result[1].asnumpy()
-        if first:
+        if flagged:
             self.model.model.step.add_flags(flat_prefill=self.model.config.is_dynamic)
         return Step(_Scattered(len(batch), logits), tokens.tolist)
 
     def advance(self, batch: Batch, blocks: Blocks) -> Step:
         """Bring the newest token of each sequence."""
         graph = self._tokens.get(len(batch))
-        if graph is None:
+        if graph is None or _without_graphs():
             self.model.add_flags_custom(is_first_iteration=False)
+        if graph is None:
             graph = self._tokens[len(batch)] = _TokenGraph(self.model, len(batch))
         result = graph(_tensor(batch.last_tokens[:, None]), _tensor(batch.lengths),
                        _tensor(blocks.used(int(batch.lengths.max()))), _tensor(blocks.newest(batch.lengths)))
