@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-# Dense 16-bit peak in FLOP/s of one chip, from the vendor's figures for its servers: Ascend 910 256 TFLOP/s; Atlas
-# 800T A2 with eight 910B3 2.5 PFLOP/s; Atlas 800I A2 with eight 910B4 2.24 PFLOP/s. A chip that is not here has no MFU.
-PEAK_FLOPS: Dict[str, float] = {"Ascend910A": 256e12, "Ascend910B3": 313e12, "Ascend910B4": 280e12}
+# Dense 16-bit peak in FLOP/s of one chip, as published by the vendor; not measured here. A chip that is not in the table
+# has no MFU, unless the recipe gives its peak (peak_tflops).
+PEAK_FLOPS: Dict[str, float] = {"Ascend910B3": 313e12}
 _SAMPLE = 1 << 20                          # bytes hashed at both ends of large data files
 _WHOLE = 1 << 30                           # data sets up to this many bytes are hashed whole
 
