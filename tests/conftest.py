@@ -3,6 +3,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 for path in (str(ROOT), str(ROOT / "tests")):
     if path not in sys.path:
@@ -10,3 +12,23 @@ for path in (str(ROOT), str(ROOT / "tests")):
 
 os.environ.setdefault("GLOG_v", "3")                      # MindSpore: errors only
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment():
+    """MindFormers leaves variables in the environment, RUN_MODE among them, which processes of later tests would obey."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _environment_of_one_test(_environment):
+    """The same within a module."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)

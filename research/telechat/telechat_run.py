@@ -187,6 +187,7 @@ def run(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> 
         check_dataset(config, "eval_dataset")
     if config.run_mode == "predict":
         tokenizer, prompts = read_prompts(args, config)
+    os.environ["RUN_MODE"] = config.run_mode         # MindFormers reads it; one left over from elsewhere would win
     if args.register_path:
         os.environ["REGISTER_PATH"] = os.path.abspath(args.register_path)
     config = apply_template(config)
