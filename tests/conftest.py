@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(autouse=True, scope="module")
 def _environment():
-    """MindFormers leaves variables in the environment, RUN_MODE among them, which processes of later tests would obey."""
+    """MindFormers leaves variables in the environment, such as RUN_MODE, which processes of later tests would obey."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
