@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-# Dense 16-bit peak in FLOP/s of one chip, as published by the vendor; not measured here. A chip that is not in the table
-# has no MFU, unless the recipe gives its peak (peak_tflops).
+# Dense 16-bit peak in FLOP/s of one chip, as published by the vendor; not measured here. A chip that is not here has no
+# MFU, unless the recipe gives its peak (peak_tflops).
 PEAK_FLOPS: Dict[str, float] = {"Ascend910B3": 313e12}
 _SAMPLE = 1 << 20                          # bytes hashed at both ends of large data files
 _WHOLE = 1 << 30                           # data sets up to this many bytes are hashed whole
