@@ -85,6 +85,14 @@ def test_two_graphs_serve_all_lengths(models):
     assert [len(graph.compile_cache) for graph in graphs] == [1, 1]
 
 
+def test_plain_call_needs_no_cache(models):
+    """A model with a cache, called as for evaluation, gives the logits of all positions."""
+    from model_fixtures import logits_of
+    model, weights = models("12b", use_past=True)
+    ids = np.array([PROMPTS[0], PROMPTS[1][:5]])
+    np.testing.assert_allclose(logits_of(model, ids), forward(HF_CONFIGS["12b"], weights, ids)[0], atol=1e-4)
+
+
 def test_without_graphs(models):
     """PyNative mode, after graphs have been compiled for the same model."""
     import mindspore as ms

@@ -65,7 +65,7 @@ class TelechatModel(TelechatPreTrainedModel):
         Generation only: lengths [B], tokens of each sequence; block_tables and slot_mapping as in telechat_kv_cache.
         """
         cached = None
-        if self.use_past:
+        if self.use_past and lengths is not None:
             rope, mask, cached = self.step(tokens, lengths, block_tables, slot_mapping)
             h = self.tok_embeddings(self.to_rows(tokens))
         elif self.by_length and lengths is not None:
@@ -73,7 +73,7 @@ class TelechatModel(TelechatPreTrainedModel):
             rope = self.tables.all_positions(tokens, lengths)
         else:
             h, rope, mask = self.prepare(tokens, attention_mask, actual_seq_len)
-        if self.use_past and mask is None:
+        if cached is not None and mask is None:
             mask = self.mask(tokens, None, None)
         for layer in self.layers:
             h = layer(h, tokens.shape, rope, mask, cached)

@@ -95,10 +95,10 @@ class TelechatAttention(nn.Cell):
         query, key, value = self.project(x, shape)
         cos, sin = rope
         query, key = self.rotary(query, cos, sin), self.rotary(key, cos, sin)
-        if self.use_past and self.paged:
+        if cached is not None and self.paged:
             context = self.attend_paged(query, key, value, mask, cached)
             return self.wo(self.reshape(context, (-1, self.hidden_size)))
-        if self.use_past:
+        if cached is not None:
             key, value = self.through_cache(key, value, cached)
         return self.wo(self.to_rows(self.attend(query, key, value, mask)))
 
