@@ -94,7 +94,7 @@ def test_command_has_known_options_and_files(command):
         for key in option[2:].split("."):
             assert key in section, f"{options['--config']} has no key {option}"
             section = section[key]
-    check_plan(recipe, launcher)
+    check_plan(recipe, [options["--ranks"]] if "--ranks" in options else launcher)
 
 
 def check_plan(recipe, launcher):
