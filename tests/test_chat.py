@@ -5,6 +5,7 @@ import signal
 
 import numpy as np
 import pytest
+from golden import SHARED, needs_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vocab_fixtures import train_sentencepiece
@@ -172,8 +173,10 @@ def test_tool_calls_and_their_results(tmp_path):
 
 
 @pytest.mark.parametrize(("answer", "fault"), [
-    ("<tool_call>{broken}</tool_call>", "call 1 is not valid JSON"), ("<tool_call>[1]</tool_call>", "has no name"),
-    ('<tool_call>{"name": "a"', "was cut"), ('<tool_call>{"name": "a", "arguments": "{"}</tool_call>', "arguments")])
+    ("<tool_call>{broken}</tool_call>", "call 1 is no JSON object"), ("<tool_call>[1]</tool_call>", "no JSON object"),
+    ('<tool_call>{"arguments": {}}</tool_call>', "call 1 has no name"), ('<tool_call>{"name": "a"', "was cut"),
+    ('<tool_call>{"name": "a", "arguments": "{"}</tool_call>', "arguments"),
+    ("<tool_call>__import__('os')</tool_call>", "no JSON object")])
 def test_broken_tool_calls_are_told(answer, fault):
     parsed = parse_tool_calls(answer)
     assert not parsed.calls and fault in parsed.faults[0]
@@ -182,6 +185,19 @@ def test_broken_tool_calls_are_told(answer, fault):
 def test_several_tool_calls():
     answer = '<tool_call>{"name": "a", "arguments": "{\\"x\\": 1}"}</tool_call><tool_call>{"name": "b"}</tool_call>'
     assert parse_tool_calls(answer).calls == [{"name": "a", "arguments": {"x": 1}}, {"name": "b", "arguments": {}}]
+    answer = "<tool_call>\n{'name': 'a', 'arguments': {'x': True}}\n</tool_call>"
+    assert parse_tool_calls(answer).calls == [{"name": "a", "arguments": {"x": True}}]
+
+
+@needs_shared
+def test_tool_calls_of_the_official_examples():
+    messages = [message for line in (SHARED / "data/sft/telechat2_demo_tool.jsonl").read_text("utf-8").splitlines()
+                for message in json.loads(line)["dialog"]]
+    answers = [parse_tool_calls(message["content"]) for message in messages if message["role"] == "bot"]
+    assert sum(len(answer.calls) for answer in answers) > 900
+    assert not [fault for answer in answers for fault in answer.faults]
+    results = [message["content"] for message in messages if message["content"].startswith("<tool_response>")]
+    assert results and all(result.startswith("<tool_response>\n") for result in results)
 
 
 def terminal(session, lines, **settings):

@@ -3,6 +3,8 @@
 Works with anything that yields token ids, so that it starts without MindSpore. How messages become ids is in
 telechat_conversation; `chat` for a model is in telechat_predict_utils.
 """
+import ast
+import contextlib
 import copy
 import json
 import re
@@ -205,30 +207,39 @@ class ToolCalls(NamedTuple):
 
 
 def parse_tool_calls(answer: str) -> ToolCalls:
-    """The calls in an answer: JSON objects between <tool_call> and </tool_call>."""
+    """The calls in an answer: objects with name and arguments between <tool_call> and </tool_call>.
+
+    They are JSON or, as in a sixth of the official examples, Python literals; arguments may be text that holds either.
+    """
     calls, faults = [], []
     for number, match in enumerate(_TOOL_CALL.finditer(answer), 1):
         body = match.group(1).strip()
         if not match.group(0).endswith("</tool_call>"):
             faults.append(f"call {number} has no </tool_call>: the answer was cut")
             continue
-        try:
-            call = json.loads(body)
-        except (json.JSONDecodeError, RecursionError) as err:
-            faults.append(f"call {number} is not valid JSON ({err}): {body[:80]}")
+        call = _literal(body)
+        if not isinstance(call, dict):
+            faults.append(f"call {number} is no JSON object: {body[:80]}")
             continue
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        if not isinstance(call.get("name"), str):
             faults.append(f"call {number} has no name: {body[:80]}")
             continue
         arguments = call.get("arguments", {})
-        if isinstance(arguments, str):       # JSON within JSON, as OpenAI writes them
-            try:
-                arguments = json.loads(arguments)
-            except json.JSONDecodeError:
-                faults.append(f"call {number}: arguments are not a JSON object: {arguments[:80]}")
-                continue
+        if isinstance(arguments, str):
+            arguments = _literal(arguments)
+        if not isinstance(arguments, dict):
+            faults.append(f"call {number}: its arguments are no JSON object: {body[:80]}")
+            continue
         calls.append({"name": call["name"].strip(), "arguments": arguments})
     return ToolCalls(_TOOL_CALL.sub("", answer).strip(), calls, faults)
+
+
+def _literal(text: str) -> Any:
+    """The value of a JSON text or of a Python literal; None for anything else. Nothing is executed."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return read(text)
+    return None
 
 
 def tool_result(result: Any) -> Dict[str, str]:
