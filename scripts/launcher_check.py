@@ -5,6 +5,8 @@ port. Each fault is one line that says what to change; the exit code is 1 then.
 """
 import argparse
 import glob
+import hashlib
+import json
 import os
 import re
 import shlex
@@ -40,6 +42,28 @@ def options_of(words: List[str]) -> Dict[str, str]:
     return found
 
 
+def find_recipe(name: str) -> Optional[Path]:
+    """The recipe that run_mindformer.py takes for --config `name`; None where it finds none."""
+    return next((folder / name for folder in (Path.cwd(), ROOT, ROOT / "research") if (folder / name).is_file()), None)
+
+
+def recipe_digest(words: List[str]) -> Optional[str]:
+    """The first 12 hex digits of the SHA-256 of the recipe with its bases; None where there is no readable recipe.
+
+    All machines of a job must log the same ones.
+    """
+    path = find_recipe(options_of(words).get("config", ""))
+    if path is None:
+        return None
+    sys.path.insert(0, str(ROOT))
+    try:
+        from run_mindformer import read_recipe
+        recipe = read_recipe(path.resolve())
+    except (ImportError, ValueError):              # no yaml here, or a fault that run_mindformer.py names
+        return None
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
 def check_files(words: List[str]) -> List[str]:
     """A line for each file that the command names and that is not there."""
     faults = []
@@ -47,7 +71,7 @@ def check_files(words: List[str]) -> List[str]:
     if script and not os.path.isfile(script):
         faults.append(f"script not found: {script} (looked from {os.getcwd()}; start this in the repository's root)")
     for name, value in options_of(words).items():
-        if name in INPUT_OPTIONS and not os.path.exists(value):
+        if name in INPUT_OPTIONS and not os.path.exists(value) and not (name == "config" and find_recipe(value)):
             fault = f"--{name} not found: {value} (looked from {os.getcwd()})"
             same = sorted(ROOT.glob(f"research/telechat/**/{Path(value).name}")) if Path(value).name else []
             faults.append(fault + (f"; do you mean {os.path.relpath(same[0])}?" if same else ""))
@@ -121,6 +145,9 @@ def main() -> int:
         faults = [f"the command cannot be read: {err}"]
     else:
         faults = check_files(words) + check_devices(words, args.workers) + check_port(args.port)
+        digest = recipe_digest(words)
+        if digest and not faults:
+            print(f"recipe {options_of(words)['config']} with its bases: sha256 {digest}, the same on every machine")
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     return 1 if faults else 0

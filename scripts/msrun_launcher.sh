@@ -87,6 +87,7 @@ fi
 port=$MASTER_PORT
 ((NODE_RANK == 0)) || port=0   # only the first machine listens
 python "$SCRIPTS/launcher_check.py" --workers "$LOCAL_WORKER" --port "$port" -- "$COMMAND" || exit 1
+python "$SCRIPTS/plan.py" --check --ranks "$WORKER_NUM" --command "$COMMAND" || exit 1
 
 mkdir -p "$LOG_DIR" || die "the log folder $LOG_DIR cannot be made"
 LOG_PATH=$(cd "$LOG_DIR" && pwd)

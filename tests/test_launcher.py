@@ -1,5 +1,6 @@
 """scripts/msrun_launcher.sh, its checks and its report: with a pretended msrun, and with the real one (slow)."""
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -98,7 +99,7 @@ def test_form_with_nine_arguments(place):
     (["python job.py", "4", "3", "127.0.0.1", "8118", "0", "l", "False", "3"], "no multiple"),
     (["python job.py", "4", "2", "127.0.0.1", "8118", "2", "l", "False", "3"], "NODE_RANK 2 does not exist"),
     (["python nowhere.py", "2"], "script not found: nowhere.py"),
-    (["python job.py --config telechat/finetune_telechat_12b.yaml", "2"], "research/telechat/finetune_telechat_12b.y"),
+    (["python job.py --config telechat2/finetune_telechat_12b.yaml", "2"], "research/telechat/finetune_telechat_12b.y"),
     (["python job.py --predict_data <_user>hi<_bot>", "2"], "'<' outside of quotes"),
     (["python job.py --name 'open", "2"], "cannot be read"),
 ])
@@ -106,6 +107,25 @@ def test_bad_input(place, arguments, words):
     result = launch(place, *arguments)
     assert result.returncode == 1 and result.args is None
     assert words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_plan_is_checked_and_the_recipe_named(place):
+    """A plan for other cards stops the launch; a recipe below research/ is found as run_mindformer.py finds it."""
+    (place / "run_mindformer.py").write_text("print('hello')\n")
+    recipe = place / "recipe.yaml"
+    recipe.write_text(f"base_config: {ROOT}/research/telechat/finetune_telechat_tiny_cpu.yaml\n")
+    command = f"python run_mindformer.py --config {recipe} --use_parallel True"
+    result = launch(place, f"{command} --parallel_config.model_parallel 3", "2", free_port(), "logs", "True", "60")
+    assert result.returncode == 1 and result.args is None
+    assert "there are 2 ranks" in result.stderr or "model_parallel" in result.stderr
+    result = launch(place, command, "2", free_port(), "logs", "True", "60")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"sha256 [0-9a-f]{12}, the same on every machine", result.stdout)
+
+
+def test_recipe_below_research_is_found():
+    assert launcher_check.check_files(["--config", "telechat/finetune_telechat_52b.yaml"]) == []
+    assert launcher_check.check_files(["--config", "telechat/none.yaml"]) != []
 
 
 def test_port_in_use(place):
