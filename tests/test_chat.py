@@ -292,6 +292,8 @@ def test_tokenizer_of_another_model(model, vocab_file):
     from types import SimpleNamespace
 
     from research.telechat.telechat_predict_utils import chat
+    with pytest.raises(ConfigError, match="did you mean max_new_tokens"):
+        chat(model, Vocab.load(vocab_file), "a", max_new_token=3)
     with pytest.raises(ConfigError, match="there is no tokenizer"):
         chat(model, None, "a")
     with pytest.raises(ConfigError, match=r"another model.*600 tokens, the model 500"):

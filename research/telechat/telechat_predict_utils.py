@@ -6,6 +6,7 @@
 
 The parts that need no model are in telechat_chat, the choice of tokens in telechat_generation.
 """
+import difflib
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -70,6 +71,11 @@ def make_session(model: Any, tokenizer: Any, generation_config: Any = None, stop
         config = GenerationConfig.from_model_config(model.config)
     else:
         config = read_generation_config(generation_config)
+    for key in changes:
+        if key not in _READ:
+            near = difflib.get_close_matches(key, _READ, n=1)
+            raise ConfigError(f"{key} is no setting of generation" + (f"; did you mean {near[0]}?" if near else
+                                                                      f"; known are {', '.join(_READ)}"))
     settings = {key: getattr(config, key, None) for key in _READ}
     settings.update(changes)
     renderer = renderer or Renderer(detect_template(vocab), vocab)
