@@ -156,8 +156,10 @@ def read_prompts(args: Any, config: MindFormerConfig) -> Tuple[Any, List[str]]:
 def predict(config: MindFormerConfig, tokenizer: Any, prompts: List[str]) -> None:
     """Answer the prompts; the answers are printed and lie in text_generation_result.txt in the output folder."""
     config.save_file = os.path.join(config.output_dir, "text_generation_result.txt")
+    batch = config.get("predict_batch_size") or 1
+    filled = prompts + prompts[-1:] * (-len(prompts) % batch)      # MindFormers takes whole batches only
     results = Trainer(config, tokenizer=tokenizer).predict(
-        predict_checkpoint=config.load_checkpoint, input_data=prompts, batch_size=config.get("predict_batch_size"),
+        predict_checkpoint=config.load_checkpoint, input_data=filled, batch_size=config.get("predict_batch_size"),
         adapter_id=config.get("adapter_id"))
     if get_real_rank() == 0:
         print_answers(prompts, results)
