@@ -1,5 +1,6 @@
 """Test-wide settings: the repository root is importable, MindSpore runs graphs on the CPU and keeps quiet."""
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ for path in (str(ROOT), str(ROOT / "tests")):
 
 os.environ.setdefault("GLOG_v", "3")                      # MindSpore: errors only
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A shell starts background jobs with Ctrl-C ignored, which processes started by tests would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,5 +1,6 @@
 """Preprocessing as a command: what it writes, that nothing is lost, that it is reproducible and never half done."""
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from research.telechat.telechat_preprocess import main
 from research.telechat.telechat_sources import Chunk, Source, read_chunks
 from research.telechat.telechat_variants import ConfigError
 from research.telechat.telechat_vocab import Vocab
-from research.telechat.telechat_workers import WorkerError, ordered_map
+from research.telechat.telechat_workers import WorkerError, _guard, ordered_map
 
 SCRIPT = Path(__file__).resolve().parents[1] / "research" / "telechat" / "telechat_preprocess.py"
 SAMPLES = [{"input": f"<_user>question {number}<_bot>the fox<_user>and {'very ' * (number % 9)}?",
@@ -386,6 +387,16 @@ def test_killed_worker_is_an_error(tmp_path, vocab_files):
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and "a worker process has died (exit code -9" in err and "Traceback" not in err
     assert list(out.iterdir()) == []
+
+
+def test_worker_killed_in_the_middle_of_a_message():
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    os.write(sending.fileno(), (100).to_bytes(4, "big") + b"half")       # a message of 100 bytes that never ends
+    sending.close()
+    process = multiprocessing.get_context("spawn").Process(target=int)
+    process.start()
+    with pytest.raises(WorkerError, match="a worker process has died"):
+        _guard(receiving.recv, process)
 
 
 def children(pid):

@@ -77,7 +77,7 @@ def _run(connections: List[Any], processes: List[Any], items: Iterator[Any]) -> 
 def _guard(call: Callable[..., Any], process: Any, *args: Any) -> Any:
     try:
         return call(*args)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (EOFError, OSError):                              # OSError too: it died in the middle of a message
         process.join(5)
         raise WorkerError(f"a worker process has died (exit code {process.exitcode}; -9: it was killed, often for want "
                           "of memory); try again with a smaller --num_workers") from None
