@@ -98,12 +98,8 @@ def translate_old_keys(config: MindFormerConfig) -> None:
         if "beta1" in optimizer:
             optimizer.betas = [optimizer.pop("beta1"), optimizer.pop("beta2", 0.999)]
     for name in ("callbacks", "eval_callbacks"):
-        kept = [entry for entry in config.get(name) or [] if entry.get("type") != "ObsMonitor"]
-        if len(kept) != len(config.get(name) or []):
-            config[name] = kept
-    metric = config.get("metric")
-    if isinstance(metric, dict):
-        config.metric = metric
+        if config.get(name):
+            config[name] = [entry for entry in config[name] if entry.get("type") != "ObsMonitor"]
 
 
 def adapt_to_cpu(config: MindFormerConfig) -> None:
@@ -132,9 +128,9 @@ def adapt_to_cpu(config: MindFormerConfig) -> None:
 
 def detect_checkpoint_format(config: MindFormerConfig) -> None:
     """Set `load_ckpt_format` from what --load_checkpoint names, as MindFormers does not look itself."""
-    path = Path(str(config.load_checkpoint or ""))
     if not config.load_checkpoint:
         return
+    path = Path(str(config.load_checkpoint))
     if path.suffix in (".ckpt", ".safetensors"):
         config.load_ckpt_format = path.suffix[1:]
     elif path.is_dir():
