@@ -19,6 +19,7 @@ if str(ROOT) not in sys.path:
 import yaml
 
 from research.telechat.telechat_variants import ConfigError
+from research.telechat.telechat_versions import fitting_versions
 
 
 def str2bool(text: str) -> bool:
@@ -160,7 +161,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         overrides = parse_overrides(args.options, rest)
         output_dir = args.output_dir or recipe.get("output_dir") or "./output"
         os.environ.setdefault("LOG_MF_PATH", os.path.join(os.path.abspath(str(output_dir)), "log"))
-        from research.telechat.telechat_run import run
+        with fitting_versions():
+            from research.telechat.telechat_run import run
         run(args, recipe, overrides)
     except ConfigError as err:
         print(f"error: {err}", file=sys.stderr, flush=True)

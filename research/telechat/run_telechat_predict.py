@@ -22,6 +22,7 @@ if __package__ in (None, ""):
 
 from research.telechat import telechat_interrupt as interrupt
 from research.telechat.telechat_variants import ConfigError
+from research.telechat.telechat_versions import fitting_versions
 from run_mindformer import str2bool
 
 
@@ -166,9 +167,10 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
                           ("--model.model_config.use_past", args.use_past)):
         if value is not None:
             arguments += [option, str(value)]
-    from research.telechat.telechat_conversation import Renderer, detect_template
-    from research.telechat.telechat_load import load_model, local_rank, prepare_prediction, quieten
-    from research.telechat.telechat_predict_utils import make_session, read_generation_config
+    with fitting_versions():
+        from research.telechat.telechat_conversation import Renderer, detect_template
+        from research.telechat.telechat_load import load_model, local_rank, prepare_prediction, quieten
+        from research.telechat.telechat_predict_utils import make_session, read_generation_config
     config, tokenizer = prepare_prediction([*arguments, *rest], args.vocab_file_path)
     renderer = Renderer(detect_template(tokenizer.vocab), tokenizer.vocab, start_token=args.start_token,
                         user_token=args.user_token, bot_token=args.bot_token, end_token=args.end_token)

@@ -1,6 +1,7 @@
 """What differs between MindFormers 1.6 and 1.9, and what MindFormers needs to run on a CPU. Nothing else.
 
-Every other module imports moved names from here, so that a new MindFormers version is met in one place.
+Every other module imports moved names from here, so that a new MindFormers version is met in one place. Which versions
+fit, and the check before anything is imported, is in telechat_versions.
 """
 import importlib
 import sys
@@ -10,6 +11,7 @@ import mindspore as ms
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 
 from research.telechat.telechat_variants import ConfigError
+from research.telechat.telechat_versions import TESTED
 
 PACKAGE = "research.telechat"
 
@@ -23,7 +25,7 @@ def first_import(*candidates: str) -> Any:
         except (ImportError, AttributeError):
             continue
     raise ImportError(f"none of {', '.join(candidates)} exists in the installed mindformers {mindformers_version()}; "
-                      "supported are mindformers 1.6.0 to 1.9.0")
+                      f"supported are mindformers {', '.join(TESTED)}")
 
 
 def mindformers_version() -> str:
