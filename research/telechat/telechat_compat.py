@@ -4,6 +4,7 @@ Every other module imports moved names from here, so that a new MindFormers vers
 fit, and the check before anything is imported, is in telechat_versions.
 """
 import importlib
+import resource
 import sys
 from typing import Any, Callable, Tuple
 
@@ -73,6 +74,26 @@ def on_cpu() -> bool:
     return ms.get_context("device_target") == "CPU"
 
 
+def chip_name() -> str:
+    """Name of the accelerator, "CPU" without one; "" where MindSpore does not tell."""
+    if on_cpu():
+        return "CPU"
+    try:
+        return str(ms.hal.get_device_name(0))
+    except Exception:                                    # no name is worth a training
+        return ""
+
+
+def peak_memory() -> float:
+    """Most bytes in use so far: of the device, on a CPU of the process."""
+    if not on_cpu():
+        for place in (getattr(ms, "runtime", None), getattr(ms, "hal", None)):
+            if hasattr(place, "max_memory_allocated"):
+                return float(place.max_memory_allocated())
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(usage * (1 if sys.platform == "darwin" else 1024))
+
+
 # MindFormers binds the barrier of `mindspore.communication.comm_func`, which has no CPU kernel, at import in these.
 _BARRIER_USERS: Tuple[str, ...] = ("mindformers.trainer.utils", "mindformers.utils.load_checkpoint_utils",
                                    "mindformers.utils.parallel_utils", "mindformers.trainer.base_trainer",
@@ -98,5 +119,5 @@ def _cpu_barrier(*_args: Any, **_kwargs: Any) -> None:
         ms.mint.distributed.barrier()
 
 
-__all__ = ["LayerSetting", "MindFormerModuleType", "apply_template", "first_import", "lazy_inline",
-           "mindformers_version", "on_cpu", "plugin_class", "prepare_cpu", "set_output_path"]
+__all__ = ["LayerSetting", "MindFormerModuleType", "apply_template", "chip_name", "first_import", "lazy_inline",
+           "mindformers_version", "on_cpu", "peak_memory", "plugin_class", "prepare_cpu", "set_output_path"]

@@ -31,20 +31,22 @@ def hf_config(variant: Variant) -> Dict[str, Any]:
     config: Dict[str, Any] = {
         "n_layer": variant.num_layers, "n_head": variant.num_heads, "vocab_size": variant.vocab_size,
         "layer_norm_epsilon": variant.rms_norm_eps,
-        # 7B's official config has the ids of the generic vocabulary, whatever its tokenizer and chat code use.
-        "bos_token_id": min(variant.bos_token_id, 1), "eos_token_id": min(variant.eos_token_id, 2),
+        "bos_token_id": variant.bos_token_id, "eos_token_id": variant.eos_token_id,
         "pad_token_id": variant.pad_token_id,
     }
+    if variant.hf_layout == "telechat_tied":     # 7B's official config has the ids of the generic vocabulary
+        config.update(bos_token_id=1, eos_token_id=2)
     if variant.hf_layout == "telechat_mup":
         return {**_MUP, **config, "n_embd": variant.hidden_size, "n_inner": variant.intermediate_size,
                 "n_positions": variant.training_seqlen, "input_mult": variant.input_mult,
                 "mup_scale_factor": 1 / variant.logits_scale, "tie_word_embeddings": False}
     config.update(hidden_size=variant.hidden_size, ffn_hidden_size=variant.intermediate_size,
                   training_seqlen=variant.training_seqlen, seq_length=variant.training_seqlen)
+    if variant.n_kv_heads:
+        config["num_key_value_heads"] = variant.n_kv_heads
     if variant.hf_layout == "telechat2":
-        config.update(base_seqlen=variant.base_seqlen, skip_bias_add=False, tie_word_embeddings=False)
-        if variant.n_kv_heads:
-            config["num_key_value_heads"] = variant.n_kv_heads
+        config.update(base_seqlen=variant.base_seqlen, skip_bias_add=False,
+                      tie_word_embeddings=variant.tie_word_embeddings)
     else:
         config.update(skip_bias_add=True, embed_layernorm=False)
         if not variant.tie_word_embeddings:

@@ -5,7 +5,6 @@ Arithmetic, picture and report are telechat_training_report's; what the run is (
 """
 import math
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from mindformers.tools.register import MindFormerModuleType
 from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindspore.train.callback import Callback
 
-from research.telechat.telechat_compat import mindformers_version, on_cpu, plugin_class
+from research.telechat.telechat_compat import chip_name, mindformers_version, peak_memory, plugin_class
 from research.telechat.telechat_resume import checkpoints
 from research.telechat.telechat_train import TrainingStopped, step_values, to_float
 from research.telechat.telechat_training_report import (
@@ -60,7 +59,7 @@ class TelechatTrainingLog(Callback):
         self.enabled = self.rank == 0
         self.stop_at_nan = stop_at_nan
         self.info = run_info or {}
-        self.peak = peak_flops("" if on_cpu() else _chip(), peak_tflops)
+        self.peak = peak_flops(chip_name(), peak_tflops)
         self.rows: List[Dict[str, Any]] = []
         self.started = self.begun = time.time()
         self.first_step = self.last_step = self.total = 0
@@ -132,7 +131,7 @@ class TelechatTrainingLog(Callback):
             row["tokens_per_second_per_card"] = round(tokens / max(seconds, 1e-9), 1)
             if self.peak:
                 row["mfu"] = round(row["tokens_per_second_per_card"] * self.info["flops_per_token"] / self.peak, 4)
-        row["memory_gb"] = round(_memory_bytes() / 1e9, 3)
+        row["memory_gb"] = round(peak_memory() / 1e9, 3)
         own = [old for old in self.rows if old["step"] > self.first_step]
         left = seconds_left([*own, row], step, self.total)
         if left is not None:
@@ -215,30 +214,10 @@ class TelechatTrainingLog(Callback):
                 "ending": ending, "seconds": round(time.time() - self.begun, 1), "resumed_at_step": self.first_step,
                 **summarise_rows(self.rows), "seed": self.info.get("seed"), "tokens_per_step_per_card":
                 self.info.get("tokens_per_step_per_card"), "cards": self.info.get("cards"),
-                "device": "CPU" if on_cpu() else _chip(), "peak_flops": self.peak,
+                "device": chip_name(), "peak_flops": self.peak,
                 "versions": {"python": sys.version.split()[0], "mindspore": ms.__version__,
                              "mindformers": mindformers_version(), "numpy": np.__version__},
                 "data": data_digest([Path(file) for file in self.info.get("data_files") or ()]),
                 "recipe": self.info.get("recipe")})
         except Exception as err:                                   # a trained model is worth more than its picture
             logger.error("picture and report could not be written: %s", err)
-
-
-def _chip() -> str:
-    """Name of the accelerator; "" where MindSpore does not tell."""
-    for module, name in ((ms, "hal"),):
-        try:
-            return str(getattr(module, name).get_device_name(0))
-        except Exception:
-            return ""
-    return ""
-
-
-def _memory_bytes() -> float:
-    """Most memory in use so far: of the device, on a CPU of the process."""
-    if not on_cpu():
-        for place in (getattr(ms, "runtime", None), getattr(ms, "hal", None)):
-            if hasattr(place, "max_memory_allocated"):
-                return float(place.max_memory_allocated())
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(usage * (1 if sys.platform == "darwin" else 1024))

@@ -144,6 +144,8 @@ def variant_from_hf(cfg: Dict[str, Any], name: Optional[str] = None) -> Variant:
             raise ConfigError(f"model config: its keys are those of the layout {template.hf_layout!r}, but {name} has "
                               f"the layout {named.hf_layout!r}; name the model that this checkpoint belongs to")
         template = named
+    if not template.fused_projections and isinstance(cfg.get("tie_word_embeddings"), bool):
+        template = replace(template, tie_word_embeddings=cfg["tie_word_embeddings"])
     keys = (("n_layer", "n_embd", "n_inner", "n_head") if "n_embd" in cfg
             else ("n_layer", "hidden_size", "ffn_hidden_size", "n_head"))
     num_layers, hidden, ffn, heads = (_get(cfg, key, int) for key in keys)
