@@ -84,9 +84,15 @@ def make_checkpoint(folder: Path, variant: Variant, kind: str, shard: int) -> Tu
     return sum(layout.size for layout in layouts), max(tensor.nbytes for tensor in tensors)
 
 
-def with_layers(name: str, size: float) -> Variant:
-    """The variant, with as many layers as make `size` bytes in 16 bits; all other sizes, and so the tensors, real."""
+def with_layers(name: str, size: float, small: bool = False) -> Variant:
+    """The variant, with as many layers as make `size` bytes in 16 bits; all other sizes, and so the tensors, real.
+
+    small: with tiny tensors, which is for trying the benchmark.
+    """
     variant = get_variant(name)
+    if small:
+        variant = replace(variant, hidden_size=256, intermediate_size=512, num_heads=8, vocab_size=4096,
+                          n_kv_heads=variant.n_kv_heads and 4)
     one, two = (sum(int(np.prod(param.shape)) for param in parameters(replace(variant, num_layers=n))) for n in (1, 2))
     layers = max(1, -(-int(size / 2 - (2 * one - two)) // (two - one)))
     return replace(variant, num_layers=layers)
@@ -129,7 +135,7 @@ OUTPUTS = {"safetensors": ["--format", "safetensors"], "ckpt": ["--format", "ckp
 def run_case(work: Path, name: str, kind: str, args: argparse.Namespace) -> List[Dict[str, Any]]:
     """Make one checkpoint; copy and convert it, by turns; what was measured, a row for each kind of output."""
     source, out = work / "source", work / "out"
-    total, largest = make_checkpoint(source, with_layers(name, args.gigabytes * 1e9), kind,
+    total, largest = make_checkpoint(source, with_layers(name, args.gigabytes * 1e9, args.small), kind,
                                      10**9 if kind == "bin" else 2 * 10**9)
     commands = {"copy": ["cp", "-r", str(source), str(out)],
                 "copy to disk": ["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(source), str(out)]}
@@ -166,6 +172,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, required=True, help="where the checkpoint is made")
     parser.add_argument("--gigabytes", type=float, default=4.8)
+    parser.add_argument("--small", action="store_true", help="tiny tensors, to try the benchmark itself")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each step; the median counts (default: 3)")
     parser.add_argument("--cold", action="store_true", help="drop the input from the page cache before each step")
     parser.add_argument("--cases", nargs="+", default=["telechat_12b:safetensors", "telechat_12b:bin",

@@ -1,0 +1,158 @@
+"""All benchmarks in one go, and the page that states them.
+
+    python benchmarks/run_all.py --write docs/benchmarks.md                     everything, some 30 minutes on two cores
+    python benchmarks/run_all.py --write docs/benchmarks.md --only generation   the others keep their last figures
+    python benchmarks/run_all.py --quick                                        tiny sizes: does everything run?
+
+Each benchmark is a command of its own (listed on the page) and states a limit measured in the same run beside its
+figure. One that fails has its error on the page and does not lose the others. All results lie in output/benchmarks.json
+(--json); how they are shown is in benchmark_page.py, what is not measured in published.py. Run it on a quiet machine:
+the load at the start of each benchmark is on the page.
+"""
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import benchmark_page as page
+
+TIMEOUT = 3600                             # seconds for one command
+
+
+class Step(NamedTuple):
+    """One benchmark: a command, in full and quick; `rows` makes lines of the page of the JSON that it wrote."""
+    name: str
+    title: str
+    command: List[str]
+    quick: List[str]
+    rows: Callable[[Any], List[List[str]]]
+
+
+# {work}: temporary folder, {examples}: example conversations, {tokenizer}: one trained on them as in the quick start.
+# Every command also gets --json FILE.
+_PREPROCESS = ["benchmarks/preprocess.py", "--input_dataset_file", "{examples}", "--vocab_file_path", "{tokenizer}",
+               "--work_dir", "{work}"]
+_CONVERT = ["benchmarks/convert.py", "--work_dir", "{work}"]
+_SEVEN = "research/telechat/finetune_telechat_7b.yaml"
+_TINY = [word for key, size in (("hidden_size", 256), ("num_heads", 8), ("intermediate_size", 512),
+                                ("vocab_size", 4096), ("seq_length", 128))
+         for word in (f"--model.model_config.{key}", str(size))]
+STEPS = (
+    Step("preprocessing", "Preprocessing: conversations to MindRecord", [*_PREPROCESS, "--repeat", "100"],
+         [*_PREPROCESS, "--repeat", "1", "--rounds", "1", "--max_length", "256", "--num_workers", "1"],
+         page.preprocessing_rows),
+    Step("conversion", "Conversion of checkpoints", _CONVERT,
+         [*_CONVERT, "--small", "--gigabytes", "0.01", "--repeat", "1", "--cases", "telechat_12b:safetensors"],
+         page.conversion_rows),
+    Step("training", "Training step", ["benchmarks/train.py"], ["benchmarks/train.py", "--rounds", "1", "--steps", "1"],
+         page.training_rows),
+    Step("compile", "Compilation of the training graph by depth", ["benchmarks/train.py", "--compile", "8", "64"],
+         ["benchmarks/train.py", "--compile", "1", "2"], page.compile_rows),
+    Step("generation", "Generation with the KV cache", ["benchmarks/generate.py"],
+         ["benchmarks/generate.py", "--batch", "1", "--new", "8", "--repeat", "1", "--hidden", "64", "--layers", "1",
+          "--heads", "4", "--ffn", "128", "--vocab", "512", "--context", "64"], page.generation_rows),
+    Step("planner", "Two layers of the 7B recipe compiled for one Ascend card of eight, by a simulated runtime",
+         ["scripts/plan.py", "--config", _SEVEN, "--layers", "2", "--compile"],
+         ["scripts/plan.py", "--config", _SEVEN, "--layers", "1", "--compile", *_TINY], page.planner_rows),
+)
+assert {step.name for step in STEPS} == set(page.HEADS)
+
+
+def run_step(step: Step, quick: bool, places: Dict[str, str], work: Path) -> Dict[str, Any]:
+    """Run one benchmark; its result, with "error" instead of "rows" where it failed. Nothing is raised."""
+    words = [word.format(**places) for word in (step.quick if quick else step.command)]
+    target = work / f"{step.name}.json"
+    result: Dict[str, Any] = {"title": step.title, "quick": quick, "load": round(os.getloadavg()[0], 1),
+                              "date": datetime.date.today().isoformat(), "versions": page.versions(),
+                              "command": " ".join(["python", *(step.quick if quick else step.command)])}
+    started = time.monotonic()
+    try:
+        done = subprocess.run([sys.executable, *words, "--json", str(target)], cwd=ROOT, timeout=TIMEOUT, text=True,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        if not target.is_file():             # a missed target is exit code 1 as well, but has written its figures
+            lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+            named = [line for line in lines if line.lower().startswith("error")]
+            raise ValueError(f"exit code {done.returncode}: {(named or lines or ['no output'])[-1][:300]}")
+        figures = json.loads(target.read_text(encoding="utf-8"))
+        result.update(rows=step.rows(figures), figures=figures)
+    except subprocess.TimeoutExpired:
+        result["error"] = f"stopped after {TIMEOUT} s"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as err:
+        result["error"] = f"{err}" if isinstance(err, ValueError) else f"{type(err).__name__}: {err}"
+    result["seconds"] = round(time.monotonic() - started)
+    return result
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read_results(path: Path) -> Dict[str, Any]:
+    """The results of the last run; none where there is no file, or a broken one (which is said)."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {step.name: found[step.name] for step in STEPS if step.name in found}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as err:
+        print(f"warning: {path} cannot be read and is begun anew: {err}", file=sys.stderr)
+        return {}
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """The tokenizer of the quick start, trained on the example conversations."""
+    from run_mindformer import read_recipe
+    from scripts import quickstart
+    quickstart.train_tokenizer(folder, read_recipe(quickstart.FINETUNE)["model"]["model_config"]["vocab_size"])
+    return folder / "tokenizer.model"
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Entry point; exit code 1 where a benchmark failed."""
+    names = [step.name for step in STEPS]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="write the page there: docs/benchmarks.md")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME",
+                        help=f"run only these, the others keep what --json holds: {', '.join(names)}")
+    parser.add_argument("--render", action="store_true", help="run nothing, only write the page anew")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, for a test of the benchmarks themselves")
+    parser.add_argument("--json", type=Path, help="results (default: output/benchmarks.json, or benchmarks-quick.json)")
+    parser.add_argument("--work_dir", type=Path, help="where 15 GB of temporary files go")
+    args = parser.parse_args(argv)
+    store = args.json or ROOT / "output" / f"benchmarks{'-quick' if args.quick else ''}.json"
+    results = read_results(store)
+    with tempfile.TemporaryDirectory(dir=args.work_dir, prefix="telechat-benchmarks-") as folder:
+        work = Path(folder)
+        places = {"work": folder, "examples": str(ROOT / "examples" / "conversations.jsonl"), "tokenizer": ""}
+        for step in () if args.render else STEPS:
+            if step.name not in args.only:
+                continue
+            if step.name == "preprocessing":
+                places["tokenizer"] = str(make_tokenizer(work))
+            print(f"== {step.name} (load {os.getloadavg()[0]:.1f})", flush=True)
+            results[step.name] = run_step(step, args.quick, places, work)
+            print(page.step_text(step.name, results[step.name]), flush=True)
+            write(store, json.dumps({"machine": page.machine(), **results}, indent=1) + "\n")
+    if args.write:
+        write(args.write, page.page(results, page.machine()))
+    failed = [name for name in names if "rows" not in results.get(name, {})]
+    if failed:
+        print(f"error: without figures: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
