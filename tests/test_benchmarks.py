@@ -1,4 +1,4 @@
-"""benchmarks/run_all.py and its page: every benchmark has its line, a fault loses nothing, published figures are right."""
+"""benchmarks/run_all.py and its page: every benchmark has its line, a fault loses nothing, published figures hold."""
 import json
 import sys
 from pathlib import Path
