@@ -51,14 +51,14 @@ def find_variant(args: argparse.Namespace) -> Variant:
     if args.config is not None:
         return variant_from_hf(read_hf_config(args.config), args.model_name)
     if args.model_name is None:
-        raise ConfigError("--model_name or --config is needed")
+        raise ConfigError("--model_name or --config is needed: the model that the adapter belongs to")
     return get_variant(args.model_name)
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict) -> None:
     """A complete .ckpt or .safetensors file of float32 `tensors`, or none."""
     if path.suffix not in (".ckpt", ".safetensors"):
-        raise CheckpointError(f"{path} must end in .ckpt or .safetensors")
+        raise CheckpointError(f"--adapter {path} must end in .ckpt or .safetensors; give it another name")
     outs = [OutTensor(name, "F32", value.shape) for name, value in tensors.items()]
     layout = ckpt_layout(path, outs) if path.suffix == ".ckpt" else safetensors_layout(path, outs, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)

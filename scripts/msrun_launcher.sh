@@ -58,12 +58,12 @@ number MASTER_PORT "$MASTER_PORT" 1024 65535
 number NODE_RANK "$NODE_RANK" 0 1000000
 number CLUSTER_TIME_OUT "$CLUSTER_TIME_OUT" -1 100000000
 ((LOCAL_WORKER <= WORKER_NUM)) ||
-    die "LOCAL_WORKER $LOCAL_WORKER (on this machine) exceeds WORKER_NUM $WORKER_NUM (on all machines)"
+    die "LOCAL_WORKER $LOCAL_WORKER (on this machine) exceeds WORKER_NUM $WORKER_NUM (on all machines); lower it"
 ((WORKER_NUM % LOCAL_WORKER == 0)) ||
     die "WORKER_NUM $WORKER_NUM is no multiple of LOCAL_WORKER $LOCAL_WORKER; every machine runs the same number"
 NODES=$((WORKER_NUM / LOCAL_WORKER))
 ((NODE_RANK < NODES)) || die "NODE_RANK $NODE_RANK does not exist: $NODES machine(s) are counted from 0"
-[ -n "$LOG_DIR" ] || die "LOG_DIR is empty"
+[ -n "$LOG_DIR" ] || die "LOG_DIR is empty; name a folder for the logs"
 case $JOIN in
     True | true) JOIN=True ;;
     False | false) JOIN=False ;;
@@ -89,7 +89,7 @@ port=$MASTER_PORT
 python "$SCRIPTS/launcher_check.py" --workers "$LOCAL_WORKER" --port "$port" -- "$COMMAND" || exit 1
 python "$SCRIPTS/plan.py" --check --ranks "$WORKER_NUM" --command "$COMMAND" || exit 1
 
-mkdir -p "$LOG_DIR" || die "the log folder $LOG_DIR cannot be made"
+mkdir -p "$LOG_DIR" || die "the log folder $LOG_DIR cannot be made; name another LOG_DIR"
 LOG_PATH=$(cd "$LOG_DIR" && pwd)
 STARTED=$(date +%s)
 ulimit -u unlimited 2>/dev/null || true   # only root may; the limit that is set will do in most cases

@@ -75,14 +75,14 @@ def first_slices(side: Side, opened: Dict[int, Checkpoint], name: str) -> Dict[t
         try:
             area = region(layout, rank % stage_ranks, whole)
         except ValueError as err:
-            raise CheckpointError(f"{name}: {err} (shape {list(whole)})") from err
+            raise CheckpointError(f"{name}: {err} (shape {list(whole)}); the strategy is another model's") from err
         if tuple(stop - start for start, stop in area) != tuple(found):
             raise CheckpointError(f"{name}: rank {rank} has shape {list(found)}, the strategy says "
                                   f"{[stop - start for start, stop in area]}; they belong to different runs")
         regions.setdefault(area, rank)
     if sum(int(np.prod([stop - start for start, stop in area])) for area in regions) != int(np.prod(whole)):
         raise CheckpointError(f"{name}: the slices of ranks {sorted(regions.values())} do not make up the whole "
-                              f"{list(whole)}; a rank's file is missing")
+                              f"{list(whole)}; a rank's file is missing, copy it there")
     return regions
 
 
@@ -184,11 +184,13 @@ def verify(source: Side, target: Side, names: Set[str]) -> None:
                    else list(range(target.ranks)))
         for rank in holders:
             if name not in after[rank].tensors:
-                raise CheckpointError(f"{name} is missing in {target.files[rank]}")
+                raise CheckpointError(f"{name} is missing in {target.files[rank]}; the result is not to be used, "
+                                      "transform again")
             expected = whole[tuple(slice(*span) for span in region(layout, rank % stage_ranks, shape))]
             found = read_bytes(after[rank], name)
             if expected.shape != found.shape or expected.tobytes() != found.tobytes():
-                raise CheckpointError(f"{name} of rank {rank} differs from the source; the result is not to be used")
+                raise CheckpointError(f"{name} of rank {rank} differs from the source; the result is not to be used, "
+                                      "transform again")
     for checkpoint in [*before.values(), *after.values()]:
         checkpoint.close()
 
@@ -201,7 +203,7 @@ def check_target(args: argparse.Namespace) -> None:
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as err:
-        raise CheckpointError(f"{parent} cannot be made: {err}") from err
+        raise CheckpointError(f"{parent} cannot be made: {err}; name another --target") from err
 
 
 def check_space(folder: Path, source: Side, opened: Dict[int, Checkpoint], target: Side, names: Set[str]) -> None:
@@ -218,7 +220,8 @@ def check_space(folder: Path, source: Side, opened: Dict[int, Checkpoint], targe
         needed += int(copies * part * item)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise CheckpointError(f"the result takes {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free")
+        raise CheckpointError(f"the result takes {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; "
+                              "free some, or name a --target elsewhere")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -77,7 +77,8 @@ def read_questions(path: str) -> List[Question]:
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as err:
-        raise ConfigError(f"--input_file: {path} cannot be read: {err.strerror or err}") from err
+        raise ConfigError(f"--input_file: {path} cannot be read: {err.strerror or err}; give a file of JSON "
+                          "lines") from err
     questions = [_question(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not questions:
         raise ConfigError(f'--input_file: {path} is empty; expected lines such as {{"input": "question"}}')
@@ -211,7 +212,8 @@ def read_tools(path: Optional[str]) -> Optional[List[Dict[str, Any]]]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
         raise ConfigError(f"--tools_file: {path} cannot be read as JSON: {err}") from err
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ConfigError(f"--tools_file: {path} must hold a list of tools")
+        raise ConfigError(f"--tools_file: {path} must hold a JSON list of tools, each an object; found "
+                          f"{type(tools).__name__}{' of other things' if isinstance(tools, list) else ''}")
     return tools
 
 

@@ -29,11 +29,11 @@ def read_prompts(input_ids: Any, pad_token_id: Optional[int], vocab_size: int) -
             kept = np.flatnonzero(ids != pad_token_id)
             ids = ids[:kept[-1] + 1 if kept.size else 0]
         if not ids.size:
-            raise ConfigError(f"prompt {number} is empty (or holds nothing but padding)")
+            raise ConfigError(f"prompt {number} is empty (or holds nothing but padding); give it one token at least")
         if ids.min() < 0 or ids.max() >= vocab_size:
             wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
             raise ConfigError(f"prompt {number} holds token {wrong}, but the model's vocabulary has {vocab_size} "
-                              "tokens: the tokenizer belongs to another model")
+                              "tokens: the tokenizer belongs to another model; take the checkpoint's own")
         prompts.append(ids.astype(np.int32))
     return prompts
 

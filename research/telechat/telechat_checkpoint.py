@@ -17,6 +17,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tu
 
 INDEX_NAMES = ("model.safetensors.index.json", "param_name_map.json")     # the second is MindSpore's name for it
 BIN_INDEX_NAME = "pytorch_model.bin.index.json"
+DAMAGED = "it is damaged: copy or download it again"
 _SAFETENSORS_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I16": 16, "U16": 16, "F16": 16,
                      "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64}
 _CKPT_CODES = {"Float16": "F16", "BFloat16": "BF16", "Float32": "F32"}
@@ -77,7 +78,7 @@ class Checkpoint:
             else:
                 position -= extent.length
         if view.nbytes:
-            raise CheckpointError(f"tensor {name} ends {view.nbytes} bytes early")
+            raise CheckpointError(f"{self.tensors[name].file}: tensor {name} ends {view.nbytes} bytes early; {DAMAGED}")
 
     def close(self) -> None:
         """Close the files."""
@@ -137,9 +138,10 @@ def _safetensors_header(path: Path) -> Tuple[int, Dict[str, Any]]:
     try:
         header = json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as err:
-        raise CheckpointError(f"{path}: its safetensors header cannot be read: {err}") from err
+        raise CheckpointError(f"{path}: its safetensors header cannot be read: {err}; {DAMAGED}") from err
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: its safetensors header is not an object")
+        raise CheckpointError(f"{path}: its safetensors header must be a JSON object, found {type(header).__name__}; "
+                              f"{DAMAGED}")
     return 8 + length, header
 
 
@@ -163,10 +165,11 @@ def _safetensors_entry(path: Path, name: str, entry: Any) -> Tuple[str, Tuple[in
             raise ValueError
         bits = _SAFETENSORS_BITS[dtype]
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path}: its header describes {name!r} wrongly: {str(entry)[:200]}") from None
+        raise CheckpointError(f"{path}: its header describes {name!r} wrongly: {str(entry)[:200]}; expected "
+                              f"dtype, shape and data_offsets; {DAMAGED}") from None
     if math.prod(shape) * bits != 8 * (end - begin):
         raise CheckpointError(f"{path}: tensor {name} of shape {list(shape)} and type {dtype} needs "
-                              f"{math.prod(shape) * bits // 8} bytes, its header gives it {end - begin}")
+                              f"{math.prod(shape) * bits // 8} bytes, its header gives it {end - begin}; {DAMAGED}")
     return dtype, shape, begin, end
 
 
@@ -175,7 +178,7 @@ def _check_safetensors_size(path: Path, base: int, header: Dict[str, Any]) -> No
     position = 0
     for begin, end in sorted(tuple(entry["data_offsets"]) for entry in header.values()):
         if begin != position:
-            raise CheckpointError(f"{path}: tensors overlap or leave a gap at byte {base + position}; it is damaged")
+            raise CheckpointError(f"{path}: tensors overlap or leave a gap at byte {base + position}; {DAMAGED}")
         position = end
     size = path.stat().st_size
     if size != base + position:
@@ -299,5 +302,5 @@ def _add_ckpt_tensor(checkpoint: Checkpoint, path: Path, entry: Tuple[str, str, 
         expected = math.prod(shape) * _SAFETENSORS_BITS[code] // 8
         if nbytes != expected:
             raise CheckpointError(f"{path}: tensor {name} of shape {list(shape)} and type {dtype} needs {expected} "
-                                  f"bytes, the file has {nbytes}; it is damaged")
+                                  f"bytes, the file has {nbytes}; {DAMAGED}")
     checkpoint.add(name, TensorInfo(code, shape, nbytes, path), extents)

@@ -51,7 +51,7 @@ def open_mindspore(path: Path) -> Checkpoint:
     _must_be_folder(path, "--mindspore_path")
     if any(entry.is_dir() and entry.name.startswith("rank_") for entry in path.iterdir()):
         raise CheckpointError(f"{path} holds slices of a distributed checkpoint (folders rank_N); merge them into one "
-                              "checkpoint first, then convert that")
+                              "checkpoint first (scripts/transform_checkpoint.py), then name that")
     shards, ckpts = _weights(path, "*.safetensors"), _weights(path, "*.ckpt")
     if shards or _first(path, INDEX_NAMES):
         checkpoint = _open_folder(shards, _first(path, INDEX_NAMES), "safetensors")
@@ -75,9 +75,9 @@ def open_files(paths: List[Path], kind: str) -> Checkpoint:
 
 def _must_be_folder(path: Path, option: str) -> None:
     if not path.exists():
-        raise CheckpointError(f"{option} {path} does not exist")
+        raise CheckpointError(f"{option} {path} does not exist; name the checkpoint's file or folder")
     if not path.is_dir():
-        raise CheckpointError(f"{option} {path} is neither a file nor a folder")
+        raise CheckpointError(f"{option} {path} is neither a file nor a folder; name the checkpoint's")
 
 
 def _weights(folder: Path, pattern: str) -> List[Path]:
@@ -104,11 +104,12 @@ def _open_folder(paths: List[Path], index: Optional[Path], kind: str) -> Checkpo
              if name not in checkpoint.tensors or checkpoint.tensors[name].file.name != shard]
     if wrong:
         raise CheckpointError(f"{index} names tensors that its files do not hold: {summarise(wrong)}; index and files "
-                              "belong to different checkpoints, or a file is damaged")
+                              "belong to different checkpoints, or a file is damaged: copy or download the folder "
+                              "again")
     extra = [name for name in checkpoint.tensors if name not in weight_map]
     if extra:
         raise CheckpointError(f"{index} does not name tensors that its files hold: {summarise(extra)}; the index is "
-                              "incomplete")
+                              "incomplete: copy or download it again")
     return checkpoint
 
 
@@ -119,10 +120,12 @@ def _read_index(index: Path) -> Dict[str, str]:
         raise CheckpointError(str(err)) from err
     weight_map = data.get("weight_map", data)
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map must map names of tensors to names of files")
+        raise CheckpointError(f"{index}: weight_map must map names of tensors to names of files; copy or download it "
+                              "again")
     for name in weight_map.values():
         if Path(name).name != name or name in (".", "..") or "\\" in name:
-            raise CheckpointError(f"{index} names the file {name!r}; files must lie beside the index")
+            raise CheckpointError(f"{index} names the file {name!r}; files must lie beside the index: put them there "
+                                  "and correct it, or download it again")
     return weight_map
 
 

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Sequence
 
 import numpy as np
 
-from research.telechat.telechat_checkpoint import Checkpoint, CheckpointError, TensorInfo
+from research.telechat.telechat_checkpoint import DAMAGED, Checkpoint, CheckpointError, TensorInfo
 
 _MADV_DONTNEED = 4
 
@@ -47,7 +47,8 @@ class _BinCheckpoint(Checkpoint):
     def read_into(self, name: str, start: int, view: memoryview) -> None:
         part = self._bytes[name][start:start + view.nbytes]
         if part.nbytes != view.nbytes:
-            raise CheckpointError(f"tensor {name} ends {view.nbytes - part.nbytes} bytes early")
+            raise CheckpointError(f"{self.tensors[name].file}: tensor {name} ends {view.nbytes - part.nbytes} bytes "
+                                  f"early; {DAMAGED}")
         np.copyto(np.frombuffer(view, np.uint8), part)
         if self._madvise is not None and self._mapped[name]:
             self._give_back(part)

@@ -34,6 +34,7 @@ __all__ = ["BOT", "SYSTEM", "TOOL", "USER", "ConversationError", "Message", "Pla
            "Span", "detect_template", "get_template", "to_message"]
 
 SYSTEM_POLICIES = ("ignore", "prepend", "error")
+_NO_TOOLS = "leave them out, or use a TeleChat2 model"
 
 
 class Span(NamedTuple):
@@ -227,7 +228,7 @@ class Renderer:
     def _turns(self, messages: Sequence[Any], tools: Optional[Any], last: str) -> "Renderer._Turns":
         """Check the order of roles and group the messages into turns."""
         if tools and self.template.tools_block is None:
-            raise ConversationError(f"the template {self.template.name} has no place for tools")
+            raise ConversationError(f"the template {self.template.name} has no place for tools; {_NO_TOOLS}")
         messages = [to_message(message, number) for number, message in enumerate(messages, 1)]
         system = None
         turns: List[List[Message]] = []
@@ -251,16 +252,18 @@ class Renderer:
             else:
                 turns.append([message])
             if message.role == TOOL and self.template.tools_block is None:
-                raise ConversationError(f"message {number}: the template {self.template.name} has no place for tools")
+                raise ConversationError(f"message {number}: the template {self.template.name} has no place for tools; "
+                                        f"{_NO_TOOLS}")
         if not turns:
-            raise ConversationError("there is no user message in the conversation")
+            raise ConversationError("there is no user message in the conversation; it needs one at least")
         ends_with_bot = messages[-1].role == BOT
         if ends_with_bot != (last == BOT):
             raise ConversationError(f"the last message is from {messages[-1].role}; expected "
                                     + ("the bot's answer" if last == BOT else "a user's question"))
         if system is not None and self.system_id is None:
             if self.system_policy == "error":
-                raise ConversationError(f"the template {self.template.name} has no place for a system prompt")
+                raise ConversationError(f"the template {self.template.name} has no place for a system prompt; "
+                                        "leave it out, or choose a system policy other than error")
             if self.system_policy == "prepend" and system:
                 first = turns[0][0]
                 turns[0][0] = first._replace(content=f"{system.rstrip()}\n{first.content}")

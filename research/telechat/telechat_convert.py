@@ -298,7 +298,8 @@ def _verify(stream: Stream, source: Source, target: Target, transfers: Dict[str,
             try:
                 if {name: info[:2] for name, info in result.tensors.items()} != {
                         tensor.name: (tensor.dtype, tensor.shape) for tensor in layout.tensors}:
-                    raise CheckpointError(f"{partial}: names, types or shapes read back differ from those written")
+                    raise CheckpointError(f"{partial}: names, types or shapes read back differ from those written; the "
+                                          "disk is faulty, give another place for the result")
                 stream.move(source.checkpoint, [transfers[tensor.name] for tensor in layout.tensors], compare,
                             bar.update)
             finally:

@@ -111,7 +111,8 @@ def check_source_mp(checkpoint: Checkpoint, variant: Variant, match: Match, sour
         said = ("no --source_mp was given" if source_mp is None else f"--source_mp {source_mp} was given")
         raise CheckpointError(f"{said}, but the rows of {match.found[fused[0].ms_name]} and others are ordered as for "
                               f"{looks}: that order explains {scores[best]:.0%} of the variance of the row sizes, the "
-                              f"given one {scores[given]:.0%}")
+                              f"given one {scores[given]:.0%}; convert {'without' if best == own else 'with'} "
+                              f"--source_mp{'' if best == own else f' {best}'}")
     if source_mp is not None and scores[best] <= recognised:
         checkpoint.notes.append(f"--source_mp {source_mp} could not be confirmed: the rows of q, k and v do not differ "
                                 "in size (as in an untrained model)")

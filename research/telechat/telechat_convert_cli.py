@@ -110,7 +110,8 @@ def sizes_from_shapes(args: argparse.Namespace, checkpoint: Checkpoint, folder: 
             config = json.loads(text)
             return Sizes(variant_from_hf(config, args.model_name), config)
         except (ValueError, AttributeError, TypeError) as err:
-            raise ConfigError(f"{checkpoint.files[0]}: the config in its metadata is unusable: {err}") from err
+            raise ConfigError(f"{checkpoint.files[0]}: the config in its metadata is unusable: {err}; give the "
+                              "config.json of this model with --config") from err
     sizes = sizes_from_table(args, folder)
     variant = sizes.variant
     embedding = checkpoint.tensors.get("model.tok_embeddings.embedding_weight")

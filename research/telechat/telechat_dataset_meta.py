@@ -42,7 +42,7 @@ def check_dataset_meta(dataset_dir_or_file: Union[str, Path], *, vocab_size: int
     """
     dataset = Path(dataset_dir_or_file)
     if not dataset.exists():
-        raise ConfigError(f"data set not found: {dataset}")
+        raise ConfigError(f"data set not found: {dataset}; name the file or folder that telechat_preprocess.py wrote")
     files = data_files(dataset)
     if not files:
         raise ConfigError(f"data set {dataset} holds no {_DATA_SUFFIX} file; make one with telechat_preprocess.py")
@@ -71,20 +71,21 @@ def check_records(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq
     dataset = Path(dataset_dir_or_file)
     files = data_files(dataset)
     if not files:
-        raise ConfigError(f"data set {dataset} holds no {_DATA_SUFFIX} file")
+        raise ConfigError(f"data set {dataset} holds no {_DATA_SUFFIX} file; make one with telechat_preprocess.py")
     try:
         reader = FileReader(str(files[0]))
         records = [record for record, _ in zip(reader.get_next(), range(count))]
         reader.close()
     except RuntimeError as err:
         raise ConfigError(f"{files[0]} is not a readable MindRecord file (is {files[0].name}.db beside it, and neither "
-                          f"was renamed?): {reason(err)}") from err
+                          f"was renamed?): {reason(err)}; copy both again, or preprocess again") from err
     if not records:
-        raise ConfigError(f"data set {files[0]} is empty")
+        raise ConfigError(f"data set {files[0]} is empty; preprocess again, and read what the command reports")
     for record in records:
         for column in ("input_ids", "labels"):
             if column not in record:
-                raise ConfigError(f"data set {files[0]} has no column {column!r}, only {', '.join(sorted(record))}")
+                raise ConfigError(f"data set {files[0]} has no column {column!r}, only {', '.join(sorted(record))}; "
+                                  "make it with telechat_preprocess.py")
             _check_length(files[0], record[column].size, seq_length)
         greatest = int(max(record["input_ids"].max(), record["labels"].max()))
         if greatest >= vocab_size:
@@ -116,7 +117,8 @@ def _check_meta(dataset: Path, meta: Dict[str, Any], vocab_size: int, seq_length
         raise ConfigError(f"data set {dataset}: {META_FILE} has format version {version!r}, expected {FORMAT_VERSION}; "
                           "make the data set again with this version's telechat_preprocess.py")
     if not meta.get("records"):
-        raise ConfigError(f"data set {dataset} is empty (records: {meta.get('records')})")
+        raise ConfigError(f"data set {dataset} is empty (records: {meta.get('records')}); preprocess again, and read "
+                          "what the command reports")
     _check_length(dataset, meta.get("record_length"), seq_length)
     greatest = meta.get("max_token_id")
     if not isinstance(greatest, int) or greatest >= vocab_size:

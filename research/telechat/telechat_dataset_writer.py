@@ -62,7 +62,8 @@ class DatasetWriter:
                     shutil.rmtree(left, ignore_errors=True)          # of a run that was killed
             self._temporary.mkdir()
         except OSError as err:
-            raise ConfigError(f"output folder {self.folder} cannot be written: {err.strerror or err}") from err
+            raise ConfigError(f"output folder {self.folder} cannot be written: {err.strerror or err}; name another "
+                              "--output_path, or change its permissions") from err
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -126,7 +127,8 @@ class DatasetWriter:
         try:
             from mindspore.mindrecord import FileWriter
         except ImportError as err:
-            raise ConfigError(f"MindSpore cannot be imported, which writes the data set: {err}") from err
+            raise ConfigError(f"MindSpore cannot be imported, which writes the data set: {err}; activate the "
+                              "environment that has it") from err
 
         stem, suffix = DATASET_NAME.split(".")
         name = f"{stem}_{len(self._names)}.{suffix}" if self._names else DATASET_NAME

@@ -23,6 +23,7 @@ _TARGET = re.compile(r"model\.layers\.\d+\.[a-z_]+\.(\w+)\.weight$")
 _CONTAINERS = ("layers", "attention", "feed_forward", *map(str, range(10)))    # cells on the way to a linear layer
 _PART = re.compile(r"(.+)\.(?:mindpet|tk)_delta_lora_([abAB])$")
 _PEFT_PREFIX = "base_model.model.transformer."
+_CHOOSE = "choose the model that the adapter was made for (--model_name or --config)"
 
 
 class Adapter(NamedTuple):
@@ -68,7 +69,7 @@ def check_pet_config(pet_config: Any, variant: Variant) -> List[str]:
     """Check the keys that LoRA needs; returns warnings. ConfigError names the key at fault."""
     kind = pet_config.get("pet_type")
     if kind != "lora":
-        raise ConfigError(f"pet_config.pet_type: expected lora, found {kind!r}")
+        raise ConfigError(f"pet_config.pet_type: expected lora, the only kind there is, found {kind!r}")
     rank, alpha = pet_config.get("lora_rank", 8), pet_config.get("lora_alpha", 16)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ConfigError(f"pet_config.lora_rank: expected a positive number, found {rank!r}")
@@ -85,7 +86,8 @@ def read_float32(checkpoint: Checkpoint, name: str) -> np.ndarray:
     """A whole tensor in float32."""
     info = checkpoint.tensors[name]
     if info.dtype not in RAW:
-        raise CheckpointError(f"{info.file}: tensor {name} is of type {info.dtype}; expected a floating-point type")
+        raise CheckpointError(f"{info.file}: tensor {name} is of type {info.dtype}; expected "
+                              f"{', '.join(RAW)}")
     raw = np.empty(info.nbytes // ITEM_SIZE[info.dtype], RAW[info.dtype])
     checkpoint.read_into(name, 0, memoryview(raw).cast("B"))
     return cast(raw, info.dtype, "F32").view(np.float32).reshape(info.shape)
@@ -108,24 +110,32 @@ def read_adapter(path: Path, alpha: Optional[float] = None) -> Adapter:
     if not parts:
         raise CheckpointError(f"{path} holds no LoRA adapter (no tensor ...mindpet_delta_lora_a); give the file from "
                               "checkpoint_trainable of a LoRA run")
+    return _adapter(parts, _alpha_beside(path) if alpha is None else alpha, path)
+
+
+def _adapter(parts: Dict[str, Dict[str, np.ndarray]], alpha: float, path: Path) -> Adapter:
+    """An adapter from {weight: {"a": A, "b": B}}; CheckpointError where a matrix is missing or does not fit."""
     for name, pair in parts.items():
         if set(pair) != {"a", "b"}:
-            raise CheckpointError(f"{path}: of the adapter of {name} only lora_{next(iter(pair))} is there")
-    alpha = _alpha_beside(path) if alpha is None else alpha
+            raise CheckpointError(f"{path}: of the adapter of {name} only lora_{next(iter(pair))} is there; copy or "
+                                  "save the adapter again")
     return check_adapter(Adapter({name: (pair["a"], pair["b"]) for name, pair in parts.items()}, alpha), path)
 
 
 def check_adapter(adapter: Adapter, path: Path) -> Adapter:
     """`adapter`; CheckpointError where its matrices do not fit each other."""
     if adapter.alpha <= 0:
-        raise CheckpointError(f"lora_alpha must be positive, found {adapter.alpha}")
+        raise CheckpointError(f"{path}: lora_alpha must be positive, found {adapter.alpha}; give that of the recipe")
     for name, (a, b) in adapter.pairs.items():
         if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-            raise CheckpointError(f"{path}: A {list(a.shape)} and B {list(b.shape)} of {name} do not fit each other")
+            raise CheckpointError(f"{path}: A {list(a.shape)} and B {list(b.shape)} of {name} do not fit each other; "
+                                  "expected [r, in] and [out, r]: copy or save the adapter again")
         if len(a) != adapter.rank:
-            raise CheckpointError(f"{path}: rank {len(a)} of {name} differs from rank {adapter.rank} of others")
+            raise CheckpointError(f"{path}: rank {len(a)} of {name} differs from rank {adapter.rank} of others; "
+                                  "only adapters of one rank can be used")
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            raise CheckpointError(f"{path}: the adapter of {name} has NaN or infinite values")
+            raise CheckpointError(f"{path}: the adapter of {name} has NaN or infinite values; take one saved "
+                                  "earlier in the training")
     return adapter
 
 
@@ -141,15 +151,17 @@ def read_adapter_config(path: Path) -> Dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as err:
-        raise CheckpointError(f"{path} cannot be read: {err}") from err
+        raise CheckpointError(f"{path} cannot be read: {err}; expected the JSON file that PEFT writes") from err
     alpha = config.get("lora_alpha") if isinstance(config, dict) else None
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise CheckpointError(f"{path}: lora_alpha must be a number, found {alpha!r}")
+        raise CheckpointError(f"{path}: lora_alpha must be a number, found {alpha!r}; write that of the training there")
     for key in ("use_dora", "use_rslora", "lora_bias", "alpha_pattern", "rank_pattern", "modules_to_save"):
         if config.get(key):
-            raise CheckpointError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be used")
+            raise CheckpointError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be used: train without "
+                                  "it")
     if config.get("bias", "none") != "none":
-        raise CheckpointError(f"{path}: bias is {config['bias']!r}; only adapters without biases can be used")
+        raise CheckpointError(f"{path}: bias is {config['bias']!r}; only adapters without biases can be used: train "
+                              "with bias 'none'")
     return config
 
 
@@ -162,7 +174,8 @@ def _match_params(names: Any, variant: Variant, path: Path) -> Dict[str, Param]:
     found = {param.ms_name: param for param in target_params(variant)}
     unknown = [name for name in names if name not in found]
     if unknown:
-        raise CheckpointError(f"{path}: {len(unknown)} adapted layers do not exist in this model, first {unknown[0]}")
+        raise CheckpointError(f"{path}: {len(unknown)} adapted layers do not exist in this model, first {unknown[0]}; "
+                              f"{_CHOOSE}")
     return {name: found[name] for name in names}
 
 
@@ -175,7 +188,7 @@ def to_peft(adapter: Adapter, variant: Variant, path: Path) -> Tuple[Dict[str, n
         a, b = adapter.pairs[name]
         if (len(b), a.shape[1]) != param.shape:
             raise CheckpointError(f"{path}: the adapter of {name} is for [{len(b)}, {a.shape[1]}], the model has "
-                                  f"{list(param.shape)}")
+                                  f"{list(param.shape)}; {_CHOOSE}")
         module = _module(param)
         tensors[f"{_PEFT_PREFIX}{module}.lora_A.weight"] = a
         tensors[f"{_PEFT_PREFIX}{module}.lora_B.weight"] = ungroup_rows(b, param.parts, param.groups)
@@ -196,18 +209,16 @@ def from_peft(tensors: Dict[str, np.ndarray], alpha: float, variant: Variant, pa
         match = re.fullmatch(r"base_model\.model\.(?:transformer\.)?(.+)\.lora_([AB])(?:\.default)?\.weight", name)
         param = wanted.get(match[1]) if match else None
         if param is None:
-            raise CheckpointError(f"{path}: {name} belongs to no linear layer of this model; choose the model that the "
-                                  "adapter was made for (--model_name or --config)")
+            raise CheckpointError(f"{path}: {name} belongs to no linear layer of this model; {_CHOOSE}")
         grouped = group_rows(value, param.parts, param.groups) if match[2] == "B" else value
         parts.setdefault(param.ms_name, {})[match[2].lower()] = grouped
         if (value.shape[0] if match[2] == "B" else value.shape[-1]) != param.shape[match[2] == "A"]:
-            raise CheckpointError(f"{path}: {name} has shape {list(value.shape)}, the weight {list(param.shape)}")
-    for name, pair in parts.items():
-        if set(pair) != {"a", "b"}:
-            raise CheckpointError(f"{path}: of the adapter of {name} only lora_{next(iter(pair))} is there")
+            raise CheckpointError(f"{path}: {name} has shape {list(value.shape)}, the weight {list(param.shape)}; "
+                                  f"{_CHOOSE}")
     if not parts:
-        raise CheckpointError(f"{path} holds no adapter")
-    return check_adapter(Adapter({name: (pair["a"], pair["b"]) for name, pair in parts.items()}, alpha), path)
+        raise CheckpointError(f"{path} holds no adapter; expected tensors named base_model.model....lora_A.weight and "
+                              "lora_B.weight, as PEFT saves them")
+    return _adapter(parts, alpha, path)
 
 
 def _module(param: Param) -> str:

@@ -146,7 +146,7 @@ def read_plan(recipe: Dict[str, Any]) -> Plan:
     settings, recompute = _section(recipe, "parallel"), _section(recipe, "recompute_config")
     section = _section(_section(recipe, "model"), "model_config")
     if not section:
-        raise ConfigError("the recipe has no section model.model_config")
+        raise ConfigError("the recipe has no section model.model_config; begin from a recipe in research/telechat")
     training = recipe.get("run_mode") in ("train", "finetune")
     pet = section.get("pet_config") or {}
     used = bool(recipe.get("use_parallel"))

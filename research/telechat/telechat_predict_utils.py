@@ -56,7 +56,8 @@ def check_tokenizer(tokenizer: Any, config: Any) -> Any:
                           "TelechatTokenizerFast or a Vocab")
     other = f"{vocab.path} is the tokenizer of another model"
     if vocab.size > config.vocab_size:
-        raise ConfigError(f"{other}: it has {vocab.size} tokens, the model {config.vocab_size}")
+        raise ConfigError(f"{other}: it has {vocab.size} tokens, the model {config.vocab_size}; name the tokenizer in "
+                          "the folder of the model's official checkpoint")
     if config.vocab_size - vocab.size > _SPARE_ROWS:
         logger.warning("%s has %s tokens, the model %s: check that it belongs to the model.", vocab.path, vocab.size,
                        config.vocab_size)

@@ -22,7 +22,7 @@ def model_config(config: Any) -> TelechatConfig:
     """The model config of a recipe, checked; ConfigError names the key at fault."""
     section = (config.get("model") or {}).get("model_config")
     if not section:
-        raise ConfigError("the recipe has no section model.model_config")
+        raise ConfigError("the recipe has no section model.model_config; begin from a recipe in research/telechat")
     keys = {key: value for key, value in section.items() if key not in ("type", "auto_register", "auto_map")}
     return TelechatConfig(**keys)
 
@@ -47,7 +47,8 @@ def check_checkpoint(config: Any) -> None:
     """
     path = Path(str(config.load_checkpoint))
     if not path.exists():
-        raise ConfigError(f"load_checkpoint: {path} does not exist")
+        raise ConfigError(f"load_checkpoint: {path} does not exist; name a checkpoint's file or folder with "
+                          "--load_checkpoint")
     if path.is_dir() and any(re.match(r"rank_\d+$", entry.name) for entry in path.iterdir()):
         return
     try:
@@ -75,7 +76,8 @@ def check_dataset(config: Any, section: str) -> None:
     """
     loader = (config.get(section) or {}).get("data_loader")
     if not loader:
-        raise ConfigError(f"the recipe has no section {section}.data_loader")
+        raise ConfigError(f"the recipe has no section {section}.data_loader; inherit it (base_config: "
+                          "../../configs/telechat/finetune.yaml)")
     if loader.get("type") != "MindDataset":
         return
     path = loader.get("dataset_dir") or loader.get("dataset_files")

@@ -16,7 +16,8 @@ def load_tokenizer(config: Any, vocab_size: int) -> Any:
     """The tokenizer of the recipe. ConfigError: none named, file missing or broken, or it is another model's."""
     section = (config.get("processor") or {}).get("tokenizer")
     if not section:
-        raise ConfigError("the recipe has no section processor.tokenizer")
+        raise ConfigError("the recipe has no section processor.tokenizer; inherit it (base_config: "
+                          "../../configs/telechat/predict.yaml)")
     try:
         tokenizer = build_tokenizer(section)
     except ConfigError:
@@ -44,9 +45,11 @@ def read_texts(data: Any) -> List[str]:
             with open(file, encoding="utf-8") as lines:
                 texts = [line.rstrip("\r\n") for line in lines if line.strip()]
         except UnicodeDecodeError as err:
-            raise ConfigError(f"--predict_data: {file} is not UTF-8 text ({err})") from err
+            raise ConfigError(f"--predict_data: {file} is not UTF-8 text ({err}); save it as UTF-8") from err
+        except OSError as err:
+            raise ConfigError(f"--predict_data: {file} cannot be read: {err.strerror or err}") from err
         if not texts:
-            raise ConfigError(f"--predict_data: the file {file} holds no text")
+            raise ConfigError(f"--predict_data: the file {file} holds no text; write one question or prompt a line")
     return [text.replace(r"\n", "\n") for text in texts]
 
 

@@ -78,7 +78,8 @@ def step_of(path: Path) -> int:
     try:
         missing = [name for name in _COUNTERS if name not in checkpoint.tensors]
         if missing:
-            raise CheckpointError(f"{path} has no {' and no '.join(missing)}; it is no training checkpoint")
+            raise CheckpointError(f"{path} has no {' and no '.join(missing)}; it is no training checkpoint: to start "
+                                  "from its weights, leave --resume_training out")
         return int(_scalar(checkpoint, "step_num"))
     finally:
         checkpoint.close()

@@ -16,6 +16,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tu
 
 from research.telechat.telechat_checkpoint import CheckpointError
 
+_STRATEGY = "name a ckpt_strategy_rank_N.ckpt, or the folder with those of all ranks (output/strategy of the run)"
 Region = Tuple[Tuple[int, int], ...]             # (first, behind the last) of each axis
 
 
@@ -80,8 +81,7 @@ def strategy_files(path: Path) -> List[Path]:
         return [path]
     files = sorted(path.glob("*.ckpt")) if path.is_dir() else []
     if not files:
-        raise CheckpointError(f"{path}: expected a strategy file, or a folder with those of the ranks "
-                              "(ckpt_strategy_rank_N.ckpt in output/strategy of the run)")
+        raise CheckpointError(f"{path} is not there, or a folder without strategy files; {_STRATEGY}")
     return files
 
 
@@ -90,9 +90,9 @@ def _read(path: Path) -> Any:
     try:
         message.ParseFromString(path.read_bytes())
     except Exception as err:                      # protobuf's own error classes differ between its implementations
-        raise CheckpointError(f"{path} is no strategy file ({err})") from err
+        raise CheckpointError(f"{path} is no strategy file ({err}); {_STRATEGY}") from err
     if not message.parallel_layout_item:
-        raise CheckpointError(f"{path} describes no parameter; it is empty, or no strategy file")
+        raise CheckpointError(f"{path} describes no parameter; it is empty, or no strategy file: {_STRATEGY}")
     return message
 
 
@@ -118,11 +118,13 @@ def read_strategy(path: Path) -> Strategy:
             known = found.get(name)
             if known and known[:3] != layout[:3]:
                 raise CheckpointError(f"{file}: {name} is cut as {layout.dev_matrix} {layout.tensor_map}, other files "
-                                      f"say {known.dev_matrix} {known.tensor_map}; they belong to different runs")
+                                      f"say {known.dev_matrix} {known.tensor_map}; they belong to different runs: "
+                                      "keep those of one in the folder")
             places = tuple(sorted({*(known.stages if known else ()), number}))
             found[name] = layout._replace(stages=places)
     if len(sizes) > 1:
-        raise CheckpointError(f"{path}: pipeline stages of {sorted(sizes)} ranks; the files belong to different runs")
+        raise CheckpointError(f"{path}: pipeline stages of {sorted(sizes)} ranks; the files belong to different runs: "
+                              "keep those of one in the folder")
     if stages != set(range(len(stages))):
         missing = sorted(set(range(max(stages) + 1)) - stages)
         raise CheckpointError(f"{path}: no strategy of pipeline stage {', '.join(map(str, missing))}; put the files of "
@@ -219,7 +221,8 @@ def newest_files(folder: Path, suffix: Optional[str] = None) -> Dict[int, Path]:
     if folder.is_file():
         return {0: folder}
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist")
+        raise CheckpointError(f"{folder} does not exist; name a checkpoint, or the folder that holds rank_0, rank_1, "
+                              "...")
     suffixes = (suffix,) if suffix else (".ckpt", ".safetensors")
 
     def order(path: Path) -> Tuple[int, int, str]:
@@ -243,7 +246,7 @@ def newest_files(folder: Path, suffix: Optional[str] = None) -> Dict[int, Path]:
     for rank, place in sorted(folders.items()):
         here = candidates(place)
         if not here:
-            raise CheckpointError(f"{place} holds no checkpoint")
+            raise CheckpointError(f"{place} holds no checkpoint; copy that rank's file there")
         files[rank] = here[-1]
         steps[rank] = order(here[-1])[:2]
     if len(set(steps.values())) > 1:

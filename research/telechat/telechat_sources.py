@@ -54,7 +54,7 @@ def find_sources(names: Sequence[str]) -> List[Source]:
                 raise ConfigError(f"folder {path} holds no data file (.jsonl or .json, also with .gz or .zst)")
             sources += map(Source, found)
         elif not path.exists():
-            raise ConfigError(f"input file not found: {path}")
+            raise ConfigError(f"input file not found: {path}; give files, folders, or a .json file that lists them")
         else:
             sources += _listed_files(path) if path.suffix == ".json" else [Source(path)]
     if not sources:
@@ -198,7 +198,7 @@ def _array_records(path: Path, content: BinaryIO) -> Iterator[Tuple[int, bytes]]
             block = content.read(max(_BLOCK, len(text) - position))
             if not block or len(text) - position > MAX_RECORD_BYTES:
                 raise ConfigError(f"input file {path}: the JSON array breaks off or has a fault behind record "
-                                  f"{number}: {err}") from err
+                                  f"{number}: {err}; correct it there, or copy the file again") from err
             text, position = text[position:] + decode(block), 0
             continue
         number += 1

@@ -100,7 +100,7 @@ class Terminal:
             self.history = History(history=self.history[:-1])
         if not self.history:
             self.history = earlier
-            raise ConfigError("there is no question to answer again")
+            raise ConfigError("there is no question to answer again; ask one first")
         question = self.history.pop()["content"]
         try:
             self._ask(question)
@@ -110,7 +110,7 @@ class Terminal:
 
     def _save(self, rest: str) -> None:
         if not rest:
-            raise ConfigError("/save needs the name of a file")
+            raise ConfigError("/save needs the name of a file, such as /save talk.jsonl")
         record = {**({"system": self.system} if self.system else {}), "dialog": list(self.history)}
         path = Path(rest)
         part = path.with_name(path.name + ".part")

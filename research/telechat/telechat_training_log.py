@@ -149,7 +149,7 @@ class TelechatTrainingLog(Callback):
                 self.length = log.tell()
                 log.write(row_text(row) + "\n")
         except OSError as err:                                     # a full disk must not end the training here
-            logger.error("step %d could not be logged: %s", row["step"], err)
+            logger.error("step %d could not be logged, training goes on: %s", row["step"], err)
         if row.get("skipped"):
             logger.warning("step %d is skipped (%s): loss %s, norm %s, loss scale %s", row["step"], row["skipped"],
                            row["loss"], row.get("global_norm"), row.get("loss_scale"))
@@ -220,4 +220,4 @@ class TelechatTrainingLog(Callback):
                 "data": data_digest([Path(file) for file in self.info.get("data_files") or ()]),
                 "recipe": self.info.get("recipe")})
         except Exception as err:                                   # a trained model is worth more than its picture
-            logger.error("picture and report could not be written: %s", err)
+            logger.error("picture and report could not be written: %s; the figures are in %s", err, self.path)

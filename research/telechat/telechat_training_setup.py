@@ -92,7 +92,8 @@ def prepare_resume(config: Any) -> Tuple[Optional[Name], int]:
     if choice.name is None:
         if has_ranks:
             raise ConfigError(f"resume_training: {root} holds no complete checkpoint"
-                              + (f" ({choice.notes[0]})" if choice.notes else ""))
+                              + (f" ({choice.notes[0]})" if choice.notes else "")
+                              + "; name another --load_checkpoint, or leave --resume_training out")
         logger.info("resume_training: there is no complete checkpoint in %s; training starts at its beginning.", root)
         config.resume_training = False
         return None, 0

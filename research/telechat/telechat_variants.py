@@ -93,13 +93,13 @@ def read_json_object(path: Union[str, Path], what: str) -> Dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{what} not found: {path}") from None
+        raise ConfigError(f"{what} not found: {path}; copy it there, or name the place where it is") from None
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(f"{what} {path} cannot be read: {err}") from err
     except (json.JSONDecodeError, RecursionError) as err:
-        raise ConfigError(f"{what} {path} is not valid JSON: {err}") from err
+        raise ConfigError(f"{what} {path} is not valid JSON: {err}; correct it, or copy it again") from err
     if not isinstance(data, dict):
-        raise ConfigError(f"{what} {path} must hold a JSON object, found {type(data).__name__}")
+        raise ConfigError(f"{what} {path} must hold a JSON object, found {type(data).__name__}; is it the right file?")
     return data
 
 
@@ -173,11 +173,14 @@ def variant_from_hf(cfg: Dict[str, Any], name: Optional[str] = None) -> Variant:
 def check_shape(variant: Variant) -> None:
     """Raise ConfigError where the sizes contradict each other."""
     if variant.hidden_size % variant.num_heads:
-        raise ConfigError(f"hidden_size {variant.hidden_size} is not divisible by num_heads {variant.num_heads}")
+        raise ConfigError(f"model config: hidden_size {variant.hidden_size} is not divisible by num_heads "
+                          f"{variant.num_heads}; one of the two is wrong")
     if variant.head_dim % 2:
-        raise ConfigError(f"head_dim {variant.head_dim} (hidden_size / num_heads) must be even for rotary embedding")
+        raise ConfigError(f"model config: hidden_size / num_heads is {variant.head_dim}, and must be even for the "
+                          "rotary embedding; one of the two is wrong")
     if variant.num_heads % variant.kv_heads:
-        raise ConfigError(f"num_heads {variant.num_heads} is not divisible by n_kv_heads {variant.kv_heads}")
+        raise ConfigError(f"model config: num_heads {variant.num_heads} is not divisible by n_kv_heads "
+                          f"{variant.kv_heads}; one of the two is wrong")
 
 
 def variant_fields(variant: Variant) -> Dict[str, Any]:

@@ -50,7 +50,8 @@ class SentencePieceFile:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=bytes(patched))
         except (RuntimeError, ValueError, TypeError) as err:
-            raise VocabError(f"vocabulary file {path} is not a usable SentencePiece model: {err}") from err
+            raise VocabError(f"vocabulary file {path} is not a usable SentencePiece model: {err}; copy it again from "
+                             "the official model's folder") from err
         self.size = self._model.get_piece_size()
         self._unknown_id = self._model.unk_id()
         roles = {"unk": self._unknown_id, "bos": self._model.bos_id(), "eos": self._model.eos_id(),
@@ -97,7 +98,8 @@ class ByteLevelBpeFile:
             added = {token["content"]: token for token in content["added_tokens"]}
             decoder = (content.get("decoder") or {}).get("type")
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
-            raise VocabError(f"vocabulary file {path} is not valid JSON (truncated?): {err}") from err
+            raise VocabError(f"vocabulary file {path} is not valid JSON (truncated?): {err}; copy it again from the "
+                             "official model's folder") from err
         except (KeyError, TypeError, AttributeError) as err:
             raise VocabError(f"vocabulary file {path} is JSON, but not a tokenizer.json of Hugging Face tokenizers "
                              f"(no list added_tokens); name {JSON_FILE} itself, not another file beside it") from err
@@ -115,7 +117,8 @@ class ByteLevelBpeFile:
         try:
             self._model = tokenizers.Tokenizer.from_str(json.dumps(content))
         except Exception as err:                         # the library raises plain Exception
-            raise VocabError(f"vocabulary file {path} is refused by the library tokenizers: {err}") from err
+            raise VocabError(f"vocabulary file {path} is refused by the library tokenizers: {err}; copy it again from "
+                             "the official model's folder, or install newer tokenizers") from err
         self._ids = {**self._model.get_vocab(with_added_tokens=True), **self.markers}
         self._pieces = {token_id: piece for piece, token_id in self._ids.items()}
         self.size = max(self._pieces, default=-1) + 1

@@ -103,8 +103,9 @@ def _work(make: Callable[[], Callable[[Any], Any]], connection: Any, others: Lis
             finished.put((False, function(item)))
         except Exception as err:
             known = isinstance(err, (ValueError, OSError, MemoryError))
-            finished.put((True, err if known else WorkerError("".join(traceback.format_exception(
-                type(err), err, err.__traceback__)))))
+            finished.put((True, err if known else WorkerError(
+                "a worker process met a fault of the program; please report this:\n" + "".join(
+                    traceback.format_exception(type(err), err, err.__traceback__)))))
 
 
 _END = object()

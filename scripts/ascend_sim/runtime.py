@@ -64,7 +64,8 @@ def mindspore_folder() -> Path:
     """Where MindSpore is installed, found without importing it. Raises SimulationError."""
     spec = importlib.util.find_spec("mindspore")
     if spec is None or not spec.submodule_search_locations:
-        raise SimulationError(f"mindspore is not installed for {sys.executable}")
+        raise SimulationError(f"mindspore is not installed for {sys.executable}; activate the environment that "
+                              "has it")
     folder = Path(next(iter(spec.submodule_search_locations)))
     if not (folder / "lib/plugin" / ROOTS[0]).is_file():
         raise SimulationError(f"this mindspore has no Ascend plug-in ({folder / 'lib/plugin' / ROOTS[0]} is missing); "
