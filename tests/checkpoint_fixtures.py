@@ -5,7 +5,7 @@ Nothing here uses the converter's own table or files: the safetensors library re
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Dict, NamedTuple, Optional
+from typing import Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 import safetensors
@@ -160,3 +160,10 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
     for name, raw in expected.items():
         assert found[name].dtype == raw.dtype and found[name].bits.shape == raw.bits.shape, name
         assert np.array_equal(found[name].bits, raw.bits), name
+
+
+def sharded_12b(folder: Path) -> Tuple[Variant, Tensors, Path]:
+    """(variant, tensors, official folder of three shards) of a small 12B below `folder`."""
+    variant = small_variant("telechat_12b")
+    tensors = official_tensors(variant)
+    return variant, tensors, write_official(folder / "hf", variant, tensors, shards=3)

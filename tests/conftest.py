@@ -35,3 +35,17 @@ def _environment_of_one_test(_environment):
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def vocab_files(tmp_path_factory):
+    """A small vocabulary file per family of conversations: {"7b": path, "12b": ..., "52b": ..., "telechat2": ...}."""
+    from vocab_fixtures import train_families
+    return train_families(tmp_path_factory.mktemp("vocabs"))
+
+
+@pytest.fixture(scope="session")
+def vocabs(vocab_files):
+    """The same, loaded."""
+    from research.telechat.telechat_vocab import Vocab
+    return {name: Vocab.load(path) for name, path in vocab_files.items()}

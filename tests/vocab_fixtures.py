@@ -2,7 +2,7 @@
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict
 
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -46,6 +46,17 @@ def train_byte_level_bpe(path: Path) -> Path:
     tokenizer.add_tokens(["<_user>", "<_bot>"])
     tokenizer.save(str(path))
     return path
+
+
+def train_families(folder: Path) -> Dict[str, Path]:
+    """A small vocabulary file for each way of writing conversations: 7b, 12b, 52b, telechat2."""
+    reserves = [f"<reserve{number}>" for number in (1, 2, 3)]
+    train_sentencepiece(folder / "52b.model", user_defined_symbols=ORDINARY_SYMBOLS + reserves, unk_piece="<unk>",
+                        bos_piece="<s>", eos_piece="</s>", pad_piece="<pad>")
+    train_sentencepiece(folder / "12b.model")
+    train_sentencepiece(folder / "telechat2.model", control=True)
+    train_byte_level_bpe(folder / "7b.json")
+    return {path.stem: path for path in folder.iterdir()}
 
 
 def edit_json(source: Path, target: Path, **changes: Any) -> Path:
