@@ -61,16 +61,16 @@ def best_matmul(multiply: Callable[[int], Callable[[], Any]]) -> float:
 def mindspore_step(shape: Dict[str, int]) -> Callable[[], float]:
     """A function that runs one step of this project's model and returns the loss."""
     import mindspore as ms
-    from mindformers.core.optim import AdamW
 
     from research.telechat.telechat import TelechatForCausalLM
     from research.telechat.telechat_config import TelechatConfig
+    from research.telechat.telechat_optimizer import TelechatAdamW
     from research.telechat.telechat_train import TelechatTrainOneStepCell
     ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU", max_call_depth=10000)
     ms.set_seed(0)
     model = TelechatForCausalLM(TelechatConfig(net_name="telechat_12b", amp_level="O0", **shape))
     model.set_train(True)
-    optimizer = AdamW(model.trainable_params(), learning_rate=1e-4)
+    optimizer = TelechatAdamW(model.trainable_params(), learning_rate=1e-4)
     step = TelechatTrainOneStepCell(model, optimizer, use_clip_grad=True, max_grad_norm=1.0)
     step.set_train(True)
     ids = ms.Tensor(batch_of(shape))

@@ -6,7 +6,7 @@ from mindformers.models.modeling_utils import PreTrainedModel
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
 
-from research.telechat import telechat_checkpoint_monitor, telechat_training_log  # noqa: F401 (recipes name them)
+from research.telechat import telechat_checkpoint_monitor, telechat_optimizer, telechat_training_log  # noqa: F401 (recipes name them)
 from research.telechat import telechat_kernels as kernels
 from research.telechat import telechat_sharding as sharding
 from research.telechat.telechat_compat import LayerSetting, MindFormerModuleType, lazy_inline, plugin_class

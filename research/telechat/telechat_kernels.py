@@ -50,6 +50,47 @@ def argmax(logits: Tensor, axis: int = -1) -> Tensor:
     return ms.ops.argmax(logits, axis)
 
 
+class Softmax(nn.Cell):
+    """softmax over the last axis of [B, N, S, T]. For training on the CPU over that of the matrix [B N S, T], whose
+    sums, which the gradient needs, are several times faster there."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.flat = on_cpu() and not config.use_past
+        self.softmax = P.Softmax(-1)
+        self.reshape = P.Reshape()
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x: [B, N, S, T] -> as x."""
+        if self.flat:
+            return self.reshape(self.softmax(self.reshape(x, (-1, x.shape[-1]))), x.shape)
+        return self.softmax(x)
+
+    def shard(self, strategy: tuple) -> None:
+        """`strategy`: how x is cut; the last axis is never cut."""
+        if not self.flat:
+            self.softmax.shard((strategy,))
+
+
+class RowMax(nn.Cell):
+    """Largest number of each row, [N, V] -> [N, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_index = on_cpu()               # the CPU finds a maximum with its index faster than without
+        self.max = P.ArgMaxWithValue(axis=-1, keep_dims=True) if self.by_index else P.ReduceMax(keep_dims=True)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x: [N, V] float32 -> [N, 1]."""
+        if self.by_index:
+            return self.max(x)[1]
+        return self.max(x, -1)
+
+    def shard(self, strategy: tuple) -> None:
+        """`strategy`: how x is cut."""
+        self.max.shard((strategy,))
+
+
 class RMSNormKernel(nn.Cell):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich, 2019)."""
 

@@ -22,7 +22,7 @@ class CrossEntropyLoss(nn.Cell):
         self.ignore = config.ignore_token_id
         self.vocab_size = config.vocab_size
         self.by_gather = kernels.gather_labels()
-        self.max = P.ReduceMax(keep_dims=True)
+        self.max = kernels.RowMax()
         self.sub = P.Sub()
         self.exp = P.Exp()
         self.sum = P.ReduceSum(keep_dims=True)
@@ -49,7 +49,7 @@ class CrossEntropyLoss(nn.Cell):
         """Loss of each token (0 where the label does not count) and the mask, both [N] float32."""
         mask = self.cast(self.not_equal(labels, self.ignore), mstype.float32)      # [N]
         labels = self.select_label(labels, self.cast(mask, mstype.int32))          # ignored ones become 0
-        shifted = self.sub(logits, stop_gradient(self.max(logits, -1)))            # [N, V]
+        shifted = self.sub(logits, stop_gradient(self.max(logits)))            # [N, V]
         log_sum = self.log(self.sum(self.exp(shifted), -1))                        # [N, 1]
         if self.by_gather:
             picked = self.picked(shifted, 1, self.reshape(labels, (-1, 1)))        # [N, 1]

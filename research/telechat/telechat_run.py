@@ -21,6 +21,7 @@ from research.telechat import (
     telechat_train,
 )
 from research.telechat.telechat_compat import apply_template, prepare_cpu, set_output_path
+from research.telechat.telechat_old_recipes import translate
 from research.telechat.telechat_preflight import check_checkpoint, check_dataset, model_config
 from research.telechat.telechat_prompt import check_length, load_tokenizer, print_answers, read_texts, to_prompts
 from research.telechat.telechat_training_setup import prepare_training
@@ -89,17 +90,9 @@ def forget_auto_register(config: Any) -> None:
 
 
 def translate_old_keys(config: MindFormerConfig) -> None:
-    """What earlier TeleChat recipes name and MindFormers no longer has."""
-    optimizer = config.get("optimizer")
-    if optimizer and optimizer.type == "FP32StateAdamWeightDecay":
-        logger.info("optimizer.type FP32StateAdamWeightDecay is gone from MindFormers: AdamW, whose moments are "
-                    "float32 too, takes its place.")
-        optimizer.type = "AdamW"
-        if "beta1" in optimizer:
-            optimizer.betas = [optimizer.pop("beta1"), optimizer.pop("beta2", 0.999)]
-    for name in ("callbacks", "eval_callbacks"):
-        if config.get(name):
-            config[name] = [entry for entry in config[name] if entry.get("type") != "ObsMonitor"]
+    """Today's keys for those of earlier TeleChat recipes; the log says what has changed."""
+    for line in translate(config):
+        logger.info("%s.", line)
 
 
 def adapt_to_cpu(config: MindFormerConfig) -> None:
@@ -124,6 +117,9 @@ def adapt_to_cpu(config: MindFormerConfig) -> None:
     wrapper = config.get("runner_wrapper")
     if wrapper and wrapper.type == "MFTrainOneStepCell":
         wrapper.type = "TelechatTrainOneStepCell"
+    optimizer = config.get("optimizer")
+    if optimizer and optimizer.type == "AdamW" and not optimizer.get("use_fused"):
+        optimizer.type = "TelechatAdamW"
 
 
 def detect_checkpoint_format(config: MindFormerConfig) -> None:

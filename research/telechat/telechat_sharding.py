@@ -123,7 +123,7 @@ def dot_product_attention(cell: Any, mesh: Mesh) -> None:
     cell.scale_query.shard((x, ()))
     cell.scores.shard((x, x))
     cell.add_mask.shard((x, (mesh.dp if cell.mask_per_sequence else 1, 1, 1, 1)))
-    cell.softmax.shard((x,))
+    cell.softmax.shard(x)
     dropout(cell.dropout, x)
     cell.context.shard((x, x))
 
@@ -204,7 +204,7 @@ def head(cell: Any, mesh: Mesh) -> None:
 def loss(cell: Any, mesh: Mesh) -> None:
     """As the logits are cut."""
     logits, column, row = (mesh.head_rows, mesh.vocab), (mesh.head_rows, 1), (mesh.head_rows,)
-    cell.max.shard((logits,))
+    cell.max.shard(logits)
     cell.sub.shard((logits, column))
     cell.exp.shard((logits,))
     cell.sum.shard((logits,))

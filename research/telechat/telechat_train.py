@@ -1,12 +1,13 @@
 """The training step and what it returns. The log of a run is telechat_training_log, saving telechat_checkpoint_monitor.
 """
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import numpy as np
 from mindformers.tools.register import MindFormerModuleType
 from mindformers.wrapper.wrapper import MFTrainOneStepCell
 
 from research.telechat.telechat_compat import on_cpu, plugin_class
+from research.telechat.telechat_optimizer import ClipGradNorm, is_overflow
 from research.telechat.telechat_variants import ConfigError
 
 
@@ -16,13 +17,29 @@ class TrainingStopped(ConfigError):
 
 @plugin_class(MindFormerModuleType.WRAPPER)
 class TelechatTrainOneStepCell(MFTrainOneStepCell):
-    """MindFormers' training step; on the CPU, overflow is found from the gradients by operators that exist there."""
+    """MindFormers' training step; on the CPU, gradients are clipped and overflow is found with kernels of the CPU.
+
+    There, overflow is a norm of all gradients that is not finite. Data-parallel ranks agree on it without a word, as
+    they have the same gradients by then.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if on_cpu():
-            self.ascend_910b_target = True
-            self.enable_allfinite = False
+        self.cpu = on_cpu()
+        if self.cpu:
+            self.clip_grad_norm = ClipGradNorm(float(self.clip_grad_norm.clip_norm.asnumpy()[0]))
+
+    def start_overflow_check(self, pre_cond: Any, compute_input: Any) -> Tuple[Any, Any]:
+        """Clears the overflow flags of devices that have any."""
+        if self.cpu:
+            return compute_input, compute_input
+        return super().start_overflow_check(pre_cond, compute_input)
+
+    def get_overflow_status(self, status: Any, compute_output: Any) -> Any:
+        """Whether one of the gradients `compute_output` is infinite or NaN, [] bool."""
+        if self.cpu:
+            return is_overflow(self.clip_grad_norm.norm(compute_output))
+        return super().get_overflow_status(status, compute_output)
 
 
 def to_float(value: Any) -> float:

@@ -24,7 +24,7 @@ class DotProductAttention(nn.Cell):
         self.scale_query = P.Mul()
         self.scores = P.BatchMatMul(transpose_b=True)
         self.add_mask = P.Add()
-        self.softmax = P.Softmax(-1)
+        self.softmax = kernels.Softmax(config)
         self.dropout = nn.Dropout(p=config.attention_dropout_prob)
         self.context = P.BatchMatMul()
         self.cast = P.Cast()
