@@ -1,8 +1,13 @@
 """The check of a data set against the recipe, before the first step of training."""
+import json
+
 import numpy as np
 import pytest
 
-from research.telechat.telechat_dataset_meta import check_dataset, check_dataset_meta, check_records, write_meta
+from research.telechat import telechat_dataset_scan as scan
+from research.telechat import telechat_dataset_writer as dataset_writer
+from research.telechat.telechat_dataset_meta import check_dataset, check_dataset_meta, write_meta
+from research.telechat.telechat_dataset_scan import check_records
 from research.telechat.telechat_dataset_writer import DATASET_NAME, DatasetWriter
 from research.telechat.telechat_variants import ConfigError
 
@@ -57,6 +62,103 @@ def test_data_set_without_meta(tmp_path):
     (out / DATASET_NAME).write_bytes(b"nonsense")
     with pytest.raises(ConfigError, match="is not a readable MindRecord file"):
         check_records(out, vocab_size=600, seq_length=64)
+
+
+def without_meta(out, count=2100, changed=None, value=0, column="input_ids", length=65):
+    """A data set of `count` records with ids up to 599 and no meta.json; record `changed` holds `value` in `column`."""
+    with DatasetWriter(out, {"input_ids": length, "labels": length}, file_bytes=1 << 17) as writer:
+        for number in range(count):
+            row = np.arange(600 - length, 600, dtype=np.int32)
+            record = {"input_ids": row, "labels": row.copy()}
+            if number == changed:
+                record[column] = np.where(row == row[7], value, row).astype(np.int32)
+            writer.add(record)
+        writer.finish({})
+    (out / "meta.json").unlink()
+    return out
+
+
+@pytest.mark.parametrize(("changed", "value", "column", "words"), [
+    (2099, 600, "input_ids", "holds token id 600, the recipe's vocab_size is 600"),
+    (300, 70000, "labels", "holds token id 70000"),
+    (2099, -5, "input_ids", "holds token id -5 in input_ids; ids begin with 0"),
+])
+def test_one_wrong_id_anywhere_is_found(tmp_path, changed, value, column, words):
+    out = without_meta(tmp_path / "out", changed=changed, value=value, column=column)
+    with pytest.raises(ConfigError, match=words):
+        check_records(out, vocab_size=600, seq_length=64)
+
+
+def test_ignored_labels_may_be_negative(tmp_path):
+    out = without_meta(tmp_path / "out", 20, changed=3, value=-100, column="labels")
+    assert check_records(out, vocab_size=600, seq_length=64) == "All 20 records were read: token ids 535 to 599"
+
+
+def test_reading_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
+    out, remember = without_meta(tmp_path / "out"), tmp_path / "output" / "checks.json"
+    text = check_records(out, vocab_size=600, seq_length=64, remember=remember)
+    assert text == "All 2,100 records were read: token ids 535 to 599" and len(list(out.glob("*.mindrecord"))) > 1
+
+    def again(*_):
+        raise AssertionError("read again")
+    monkeypatch.setattr(scan, "_read", again)
+    assert check_records(out, vocab_size=600, seq_length=64, remember=remember) == text
+    with pytest.raises(ConfigError, match="the recipe's vocab_size is 599"):
+        check_records(out, vocab_size=599, seq_length=64, remember=remember)
+    monkeypatch.undo()
+    without_meta(out, changed=500, value=700)
+    with pytest.raises(ConfigError, match="holds token id 700"):
+        check_records(out, vocab_size=600, seq_length=64, remember=remember)
+    for content in ("{", "[]", '{"x": 1, "y": {"records": "many"}}'):
+        remember.write_text(content)
+        with pytest.raises(ConfigError, match="holds token id 700"):
+            check_records(out, vocab_size=600, seq_length=64, remember=remember)
+    without_meta(out)
+    remember.unlink()
+    remember.mkdir()                                          # cannot be written: only slower next time
+    assert check_records(out, vocab_size=600, seq_length=64, remember=remember) == text
+
+
+def test_of_a_large_data_set_evenly_spread_parts_are_read(tmp_path):
+    out, remember = without_meta(tmp_path / "out", changed=2099, value=600), tmp_path / "checks.json"
+    bound = 64 * 8 * 65
+    with pytest.raises(ConfigError, match="holds token id 600"):          # the last record is among the parts
+        check_records(out, vocab_size=600, seq_length=64, most_bytes=bound)
+    assert check_records(out, vocab_size=601, seq_length=64, most_bytes=bound, remember=remember) == (
+        "64 of 2,100 records were read: token ids 535 to 600")
+    (found,) = json.loads(remember.read_text()).values()
+    assert found == {"records": 2100, "read": 64, "lowest": 535, "highest": 600}
+    assert "2 of 2,100" in check_records(out, vocab_size=601, seq_length=64, most_bytes=2 * 8 * 65)
+
+
+def test_only_rank_0_reads_all(tmp_path, monkeypatch):
+    out = without_meta(tmp_path / "out", changed=500, value=700)
+    monkeypatch.setenv("RANK_ID", "1")
+    assert check_records(out, vocab_size=600, seq_length=64) == "Rank 0 reads its records"
+    with pytest.raises(ConfigError, match="records of 65 tokens"):
+        check_records(out, vocab_size=600, seq_length=32)
+
+
+def test_records_that_differ_in_length(tmp_path):
+    out = tmp_path / "out"
+    with DatasetWriter(out, {"input_ids": 65, "labels": 65}) as writer:
+        for length in (65, 65, 70):
+            writer.add(dict.fromkeys(("input_ids", "labels"), np.zeros(length, np.int32)))
+        writer.finish({})
+    (out / "meta.json").unlink()
+    with pytest.raises(ConfigError, match="its records differ in length") as caught:
+        check_records(out, vocab_size=600, seq_length=64)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("held", [1 << 18, 32 << 20])
+def test_several_files_are_read_as_one_data_set(tmp_path, monkeypatch, held):
+    """Also where the last file is begun with few records left: MindDataset wants all files of one layout."""
+    from mindspore.dataset import MindDataset
+    monkeypatch.setattr(dataset_writer, "_HELD_BYTES", held)
+    out = without_meta(tmp_path / "out", 3 * 1008 + 5)
+    files = sorted(map(str, out.glob("*.mindrecord")))
+    assert len(files) == 4 and MindDataset(files, shuffle=False).get_dataset_size() == 3 * 1008 + 5
 
 
 def test_data_set_that_is_not_there(tmp_path):

@@ -1,6 +1,6 @@
 """meta.json, which preprocessing writes beside a MindRecord data set, and the checks against it before training.
 
-Starts without MindSpore; only `check_records`, for data sets without meta.json, imports it.
+Starts without MindSpore; data sets without meta.json are read, by telechat_dataset_scan.
 """
 import json
 from pathlib import Path
@@ -48,48 +48,27 @@ def check_dataset_meta(dataset_dir_or_file: Union[str, Path], *, vocab_size: int
         raise ConfigError(f"data set {dataset} holds no {_DATA_SUFFIX} file; make one with telechat_preprocess.py")
     meta = read_meta(dataset)
     if meta is None:
-        return (f"data set {dataset} has no {META_FILE}: whether its vocabulary, length and padding fit the recipe is "
-                "unknown; data sets made by telechat_preprocess.py have it")
+        return (f"data set {dataset} has no {META_FILE}: whether its tokenizer and padding fit the recipe is unknown; "
+                "data sets made by telechat_preprocess.py have it")
     _check_meta(dataset, meta, vocab_size, seq_length, pad_token_id, document_boundaries)
     return _check_files(dataset, meta)
 
 
 def check_dataset(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq_length: int,
-                  pad_token_id: Optional[int] = None, document_boundaries: bool = False) -> Optional[str]:
-    """`check_dataset_meta` and, where there is no meta.json, `check_records`."""
+                  pad_token_id: Optional[int] = None, document_boundaries: bool = False,
+                  remember: Optional[Path] = None) -> Optional[str]:
+    """`check_dataset_meta` and, where there is no meta.json, `telechat_dataset_scan.check_records`.
+
+    Args:
+        remember: file in which the result of reading a data set is kept for the next start; None: nowhere.
+    """
     warning = check_dataset_meta(dataset_dir_or_file, vocab_size=vocab_size, seq_length=seq_length,
                                  pad_token_id=pad_token_id, document_boundaries=document_boundaries)
     if read_meta(dataset_dir_or_file) is None:
-        check_records(dataset_dir_or_file, vocab_size=vocab_size, seq_length=seq_length)
+        from research.telechat.telechat_dataset_scan import check_records
+        note = check_records(dataset_dir_or_file, vocab_size=vocab_size, seq_length=seq_length, remember=remember)
+        warning = f"{warning}. {note}"
     return warning
-
-
-def check_records(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq_length: int, count: int = 8) -> None:
-    """Read the first `count` records of a data set and compare them with the recipe. Raises ConfigError."""
-    from mindspore.mindrecord import FileReader
-
-    dataset = Path(dataset_dir_or_file)
-    files = data_files(dataset)
-    if not files:
-        raise ConfigError(f"data set {dataset} holds no {_DATA_SUFFIX} file; make one with telechat_preprocess.py")
-    try:
-        reader = FileReader(str(files[0]))
-        records = [record for record, _ in zip(reader.get_next(), range(count))]
-        reader.close()
-    except RuntimeError as err:
-        raise ConfigError(f"{files[0]} is not a readable MindRecord file (is {files[0].name}.db beside it, and neither "
-                          f"was renamed?): {reason(err)}; copy both again, or preprocess again") from err
-    if not records:
-        raise ConfigError(f"data set {files[0]} is empty; preprocess again, and read what the command reports")
-    for record in records:
-        for column in ("input_ids", "labels"):
-            if column not in record:
-                raise ConfigError(f"data set {files[0]} has no column {column!r}, only {', '.join(sorted(record))}; "
-                                  "make it with telechat_preprocess.py")
-            _check_length(files[0], record[column].size, seq_length)
-        greatest = int(max(record["input_ids"].max(), record["labels"].max()))
-        if greatest >= vocab_size:
-            raise ConfigError(_vocabulary_fault(files[0], greatest, vocab_size))
 
 
 def reason(err: Exception) -> str:
@@ -119,10 +98,10 @@ def _check_meta(dataset: Path, meta: Dict[str, Any], vocab_size: int, seq_length
     if not meta.get("records"):
         raise ConfigError(f"data set {dataset} is empty (records: {meta.get('records')}); preprocess again, and read "
                           "what the command reports")
-    _check_length(dataset, meta.get("record_length"), seq_length)
+    check_length(dataset, meta.get("record_length"), seq_length)
     greatest = meta.get("max_token_id")
     if not isinstance(greatest, int) or greatest >= vocab_size:
-        raise ConfigError(_vocabulary_fault(dataset, greatest, vocab_size)
+        raise ConfigError(vocabulary_fault(dataset, greatest, vocab_size)
                           + f" (its tokenizer: {meta.get('tokenizer')}, {meta.get('vocab_size')} ids)")
     pad = meta.get("pad_token_id")
     if pad_token_id is not None and pad != pad_token_id:
@@ -149,7 +128,8 @@ def _check_files(dataset: Path, meta: Dict[str, Any]) -> Optional[str]:
     return None
 
 
-def _check_length(dataset: Path, found: Any, seq_length: int) -> None:
+def check_length(dataset: Path, found: Any, seq_length: int) -> None:
+    """ConfigError where records of `found` tokens are not those of the recipe's seq_length."""
     if found != seq_length + 1:
         made = f"--max_length {found - 1}" if isinstance(found, int) else "another length"
         raise ConfigError(f"data set {dataset} has records of {found} tokens, the recipe's seq_length {seq_length} "
@@ -157,6 +137,7 @@ def _check_length(dataset: Path, found: Any, seq_length: int) -> None:
                           f"{seq_length}, or set seq_length to it")
 
 
-def _vocabulary_fault(dataset: Path, greatest: Any, vocab_size: int) -> str:
+def vocabulary_fault(dataset: Path, greatest: Any, vocab_size: int) -> str:
+    """The message about an id that the model has no embedding for."""
     return (f"data set {dataset} holds token id {greatest}, the recipe's vocab_size is {vocab_size}; preprocess with "
             "the tokenizer of the model, or correct the recipe")

@@ -9,7 +9,7 @@ import re
 import shutil
 import threading
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class DatasetWriter:
                               f"({_MOST_PAGE // 2}); choose a smaller length")
         self._held: List[Dict[str, np.ndarray]] = []
         self._writer: Optional[Any] = None
+        self._layout: Optional[Tuple[int, int]] = None
         self._names: List[str] = []
         self._import: Optional[threading.Thread] = None
         self._temporary = self.folder / f"{_TEMPORARY}{os.getpid()}"
@@ -135,15 +136,21 @@ class DatasetWriter:
         self._names.append(name)
         self._room = self._file_records
         self._writer = FileWriter(str(self._temporary / name), 1, overwrite=True)
+        if self._layout is None:
+            self._layout = self._page_and_header()
+        self._writer.set_page_size(self._layout[0])
+        self._writer.set_header_size(self._layout[1])
+        self._writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in self.columns}, "telechat")
+
+    def _page_and_header(self) -> Tuple[int, int]:
+        """Bytes of a page and of the header, the same for all files: MindDataset reads no files that differ in them."""
         # Each page is written whole, however little is in it: small data sets get small pages.
         known = len(self._held) * self._record_bytes
         large = known >= _HELD_BYTES
         page = _power_of_two(max(_PAGE[0], self._record_bytes + 4096, _PAGE[1] if large else known // 16))
         size = self._file_records * self._record_bytes if large else known
         entries = size // page + size // (self._batch * self._record_bytes) + 16
-        self._writer.set_page_size(page)
-        self._writer.set_header_size(min(_power_of_two((1 << 15) + _ENTRY * entries), _MOST_HEADER))
-        self._writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in self.columns}, "telechat")
+        return page, min(_power_of_two((1 << 15) + _ENTRY * entries), _MOST_HEADER)
 
     def _close_file(self) -> None:
         if self._writer is not None:

@@ -1,6 +1,7 @@
 """Checks of recipe, checkpoint and data before a model is built: each fault is one clear line within seconds.
 
-Nothing is loaded: only headers of checkpoints and the description beside a data set are read.
+Nothing is loaded: only headers of checkpoints and the description beside a data set are read; a data set without one is
+read once (telechat_dataset_scan).
 """
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from research.telechat.telechat_config import TelechatConfig
 from research.telechat.telechat_variants import ConfigError
 from research.telechat.telechat_weights import parameters
 
+DATASET_CHECKS = "dataset_checks.json"     # in the output folder: what was read of data sets without meta.json
 _SHOWN = 8                                 # faults listed in full; the rest are counted
 
 
@@ -95,7 +97,8 @@ def check_dataset(config: Any, section: str) -> None:
     for each in path if isinstance(path, (list, tuple)) else [path]:
         note = dataset_meta.check_dataset(each, vocab_size=model.vocab_size, seq_length=model.seq_length,
                                           pad_token_id=model.pad_token_id,
-                                          document_boundaries=model.document_boundaries)
+                                          document_boundaries=model.document_boundaries,
+                                          remember=Path(str(config.get("output_dir") or "output")) / DATASET_CHECKS)
         if note:
             logger.warning("%s: %s", section, note)
     if section == "train_dataset":
