@@ -16,16 +16,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from research.telechat.telechat_checkpoint import CheckpointError, open_safetensors
-from research.telechat.telechat_checkpoint_write import (
-    OutputFile,
-    OutTensor,
-    ckpt_layout,
-    partial_path,
-    publish,
-    remove,
-    safetensors_layout,
-    write_text,
-)
+from research.telechat.telechat_checkpoint_write import OutTensor, new_file, write_text
 from research.telechat.telechat_lora import (
     CONFIG_NAME,
     PEFT_NAMES,
@@ -57,21 +48,10 @@ def find_variant(args: argparse.Namespace) -> Variant:
 
 def write_tensors(path: Path, tensors: dict, metadata: dict) -> None:
     """A complete .ckpt or .safetensors file of float32 `tensors`, or none."""
-    if path.suffix not in (".ckpt", ".safetensors"):
-        raise CheckpointError(f"--adapter {path} must end in .ckpt or .safetensors; give it another name")
     outs = [OutTensor(name, "F32", value.shape) for name, value in tensors.items()]
-    layout = ckpt_layout(path, outs) if path.suffix == ".ckpt" else safetensors_layout(path, outs, metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = OutputFile(layout, 0)
-    try:
+    with new_file(path, outs, metadata) as file:
         for name, value in tensors.items():
             file.write(name, 0, memoryview(value.astype("<f4", copy=False).tobytes()))
-        file.finish()
-        publish([layout])
-    except BaseException:
-        file.close()
-        remove(partial_path(path))
-        raise
 
 
 def export_adapter(args: argparse.Namespace) -> None:

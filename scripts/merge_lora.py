@@ -19,16 +19,7 @@ from tqdm import tqdm
 
 from research.telechat.telechat_checkpoint import Checkpoint, CheckpointError
 from research.telechat.telechat_checkpoint_files import open_mindspore
-from research.telechat.telechat_checkpoint_write import (
-    OutputFile,
-    OutTensor,
-    check_free_space,
-    ckpt_layout,
-    partial_path,
-    publish,
-    remove,
-    safetensors_layout,
-)
+from research.telechat.telechat_checkpoint_write import OutputFile, OutTensor, new_file
 from research.telechat.telechat_lora import Adapter, add_to_rows, read_adapter
 from research.telechat.telechat_tensor_cast import ITEM_SIZE, RAW, cast
 
@@ -52,30 +43,18 @@ def base_tensors(base: Checkpoint, adapter: Adapter) -> Dict[str, OutTensor]:
     strange = next((tensor for tensor in tensors.values() if tensor.dtype not in RAW), None)
     if strange:
         raise CheckpointError(f"{base.files[0]}: tensor {strange.name} has the type {strange.dtype}, which cannot be "
-                              "merged")
+                              f"merged; expected {', '.join(RAW)}")
     return tensors
 
 
 def merge(base: Checkpoint, adapter: Adapter, output: Path) -> None:
     """Write the merged checkpoint `output` (.ckpt or .safetensors), or nothing."""
     tensors = list(base_tensors(base, adapter).values())
-    metadata = {**base.metadata, "format": "ms"}
-    layout = (ckpt_layout(output, tensors) if output.suffix == ".ckpt"
-              else safetensors_layout(output, tensors, metadata))
-    check_free_space(output.parent, layout.size, 0)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    file = OutputFile(layout, 0)
-    try:
-        with tqdm(total=sum(tensor.nbytes for tensor in tensors), unit="B", unit_scale=True, desc="merge",
-                  dynamic_ncols=True) as bar:
-            for tensor in tensors:
-                merge_tensor(base, adapter, tensor, file, bar)
-        file.finish()
-        publish([layout])
-    except BaseException:
-        file.close()
-        remove(partial_path(output))
-        raise
+    with new_file(output, tensors, {**base.metadata, "format": "ms"}) as file, \
+            tqdm(total=sum(tensor.nbytes for tensor in tensors), unit="B", unit_scale=True, desc="merge",
+                 dynamic_ncols=True) as bar:
+        for tensor in tensors:
+            merge_tensor(base, adapter, tensor, file, bar)
 
 
 def merge_tensor(base: Checkpoint, adapter: Adapter, tensor: OutTensor, file: OutputFile, bar: tqdm) -> None:
@@ -105,13 +84,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--lora_alpha", type=float, help="default: from adapter_config.json beside the adapter")
     args = parser.parse_args(argv)
     try:
-        if args.output.suffix not in (".ckpt", ".safetensors"):
-            raise CheckpointError(f"--output {args.output} must end in .ckpt or .safetensors")
         adapter = read_adapter(args.adapter, args.lora_alpha)
         base = open_mindspore(args.base)
         try:
             if args.output.resolve() in {path.resolve() for path in base.files}:
-                raise CheckpointError(f"--output {args.output} would overwrite the base while it is read")
+                raise CheckpointError(f"--output {args.output} would overwrite the base while it is read; name "
+                                      "another file")
             merge(base, adapter, args.output)
         finally:
             base.close()

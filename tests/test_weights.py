@@ -110,13 +110,13 @@ def test_summary_lists_every_layer_once():
 def test_w_qkv_holds_head_after_head(heads, head_dim, columns):
     hidden = heads * head_dim
     query, key, value = np.arange(3 * hidden * columns).reshape(3, hidden, columns)
-    fused = tw.fuse_qkv(query, key, value, heads)
+    fused = tw.group_rows(np.concatenate([query, key, value]), 3, heads)
     rows = []
     for head in range(heads):
         for matrix in (query, key, value):
             rows.extend(matrix[head * head_dim:(head + 1) * head_dim])
     np.testing.assert_array_equal(fused, rows)
-    for part, again in zip((query, key, value), tw.split_qkv(fused, heads)):
+    for part, again in zip((query, key, value), np.split(tw.ungroup_rows(fused, 3, heads), 3)):
         np.testing.assert_array_equal(part, again)
     np.testing.assert_array_equal(np.concatenate([query, key, value])[tw.grouped_order(3 * hidden, 3, heads)], fused)
 
@@ -125,10 +125,10 @@ def test_w_qkv_holds_head_after_head(heads, head_dim, columns):
 def test_any_degree_cuts_w_gate_hidden_into_matching_halves(groups, run, data):
     ffn = groups * run
     gate, up = np.arange(ffn)[:, None], 1000 + np.arange(ffn)[:, None]
-    fused = tw.fuse_gate_up(gate, up, groups)
+    fused = tw.group_rows(np.concatenate([gate, up]), 2, groups)
     degree = data.draw(st.sampled_from([n for n in range(1, groups + 1) if groups % n == 0]))
     for rank, shard in enumerate(np.split(fused, degree)):
-        mine_gate, mine_up = tw.split_gate_up(shard, groups // degree)
+        mine_gate, mine_up = np.split(tw.ungroup_rows(shard, 2, groups // degree), 2)
         expected = np.arange(rank * ffn // degree, (rank + 1) * ffn // degree)[:, None]
         np.testing.assert_array_equal(mine_gate, expected)
         np.testing.assert_array_equal(mine_up, expected + 1000)

@@ -7,7 +7,7 @@ import ctypes
 import math
 import mmap
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, Sequence
 
 import numpy as np
 
@@ -103,9 +103,3 @@ def save_bin(path: Path, buffers: Dict[str, np.ndarray], codes: Dict[str, str], 
     state: Dict[str, Any] = {name: torch.from_numpy(data).view(dtypes[codes[name]]).reshape(shapes[name])
                              for name, data in buffers.items()}
     torch.save(state, path)
-
-
-def shard_names(count: int) -> List[str]:
-    """Names of the files of a .bin checkpoint, as transformers writes them."""
-    return (["pytorch_model.bin"] if count == 1
-            else [f"pytorch_model-{number:05d}-of-{count:05d}.bin" for number in range(1, count + 1)])

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -231,6 +231,28 @@ def publish(layouts: Sequence[Layout]) -> None:
     """Give complete files their names."""
     for layout in layouts:
         os.replace(partial_path(layout.path), layout.path)
+
+
+@contextlib.contextmanager
+def new_file(path: Path, tensors: Sequence[OutTensor], metadata: Dict[str, str]) -> Iterator[OutputFile]:
+    """A checkpoint to write into, .ckpt or .safetensors; it gets its name when the block ends, and is gone if it fails.
+
+    Raises CheckpointError: another suffix, or no room for it.
+    """
+    if path.suffix not in (".ckpt", ".safetensors"):
+        raise CheckpointError(f"{path} must end in .ckpt or .safetensors; give the result another name")
+    layout = ckpt_layout(path, tensors) if path.suffix == ".ckpt" else safetensors_layout(path, tensors, metadata)
+    check_free_space(path.parent, layout.size, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = OutputFile(layout, 0)
+    try:
+        yield file
+        file.finish()
+        publish([layout])
+    except BaseException:
+        file.close()
+        remove(partial_path(path))
+        raise
 
 
 def remove(path: Path) -> None:

@@ -215,26 +215,6 @@ def ungroup_rows(matrix: np.ndarray, parts: int, groups: int) -> np.ndarray:
     return np.ascontiguousarray(blocks.swapaxes(0, 1)).reshape(matrix.shape)
 
 
-def fuse_qkv(query: np.ndarray, key: np.ndarray, value: np.ndarray, num_heads: int) -> np.ndarray:
-    """w_qkv [3 * hidden, in] from three [hidden, in] matrices."""
-    return group_rows(np.concatenate([query, key, value]), 3, num_heads)
-
-
-def split_qkv(fused: np.ndarray, num_heads: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The inverse of `fuse_qkv`: three [hidden, in] matrices."""
-    return tuple(np.split(ungroup_rows(fused, 3, num_heads), 3))
-
-
-def fuse_gate_up(gate: np.ndarray, up: np.ndarray, groups: int) -> np.ndarray:
-    """w_gate_hidden [2 * ffn, in] from two [ffn, in] matrices; `groups` as `gate_up_groups` gives them."""
-    return group_rows(np.concatenate([gate, up]), 2, groups)
-
-
-def split_gate_up(fused: np.ndarray, groups: int) -> Tuple[np.ndarray, np.ndarray]:
-    """The inverse of `fuse_gate_up`: two [ffn, in] matrices."""
-    return tuple(np.split(ungroup_rows(fused, 2, groups), 2))
-
-
 def source_groups(param: Param, variant: Variant, source_mp: Optional[int]) -> int:
     """Groups of a fused weight in a checkpoint: this project's (`source_mp` None) or those of an earlier converter run
     with `--mp source_mp`. ConfigError where that degree does not divide the heads and intermediate_size."""
