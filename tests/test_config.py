@@ -1,4 +1,7 @@
-"""TelechatConfig: variants, keys of earlier recipes, presets, and one clear line for every mistake."""
+"""TelechatConfig: variants, presets, official configs, and one clear line for every mistake.
+
+Keys of earlier recipes: test_old_recipes.
+"""
 import json
 import math
 
@@ -10,31 +13,6 @@ from model_fixtures import HF_CONFIGS
 from research.telechat.telechat_config import ConfigError, TelechatConfig
 from research.telechat.telechat_variants import VARIANTS, read_hf_config, variant_from_hf
 from research.telechat.telechat_weights import parameters
-
-# every key of the model_config of the earlier recipes of 52B (the richest) and 7B
-OLD_KEYS = {
-    "type": "TelechatConfig", "net_name": "telechat_52b", "use_mup": True, "output_mult": 1.0,
-    "mup_scale_factor": 32.0, "batch_size": 1, "seq_length": 4096, "hidden_size": 8192, "num_layers": 64,
-    "num_heads": 64, "vocab_size": 80896, "rms_norm_eps": 1.0e-5, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": 3, "wo_has_bias": False, "ignore_token_id": -100, "embed_dropout_prob": 0.0,
-    "hidden_dropout_prob": 0.0, "attention_dropout_prob": 0.0, "intermediate_size": 21824, "res_dtype": "bfloat16",
-    "compute_dtype": "bfloat16", "layernorm_compute_type": "float32", "softmax_compute_type": "float16",
-    "rotary_dtype": "bfloat16", "param_init_type": "bfloat16", "use_past": True, "pretrain_seqlen": 8192,
-    "extend_method": "None", "use_flash_attention": True, "block_size": 16, "num_blocks": 512, "is_dynamic": True,
-    "use_rope_slice": False, "use_past_shard": False, "repetition_penalty": 1, "max_decode_length": 512, "top_k": 3,
-    "top_p": 1, "do_sample": False, "auto_map": {}, "auto_register": "telechat_config.TelechatConfig",
-    "parallel_optimizer": True, "scaling_factor": 1.0, "offset": 0, "run_mode": "predict", "multiple_of": 256,
-    "ffn_dim_multiplier": None, "n_kv_heads": None, "theta": 10000.0, "embedding_init_type": None,
-    "qkv_has_bias": False, "use_attn_mask_compression": False, "fine_grain_interleave": 1, "pp_interleave_num": 1,
-    "checkpoint_name_or_path": "", "quant": "", "sigma": 0.0048, "mean": 0.0, "max_position_embedding": None,
-}
-
-
-def test_every_key_of_earlier_recipes_is_taken():
-    config = TelechatConfig(**OLD_KEYS)
-    assert config.logits_scale == 1 / 32 and config.fused_projections and not config.out_proj_has_bias
-    assert config.extend_method == "None" and config.initializer_range == 0.0048 and config.top_p == 1.0
-    assert config.compute_dtype == mstype.bfloat16 and config.softmax_compute_type == mstype.float16
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -60,6 +38,8 @@ def test_net_name_brings_sizes_and_conventions(name):
     ({"extend_method": "YARN"}, ["extend_method", "YARN", "NTK"]),
     ({"net_name": "telechat_13b"}, ["telechat_13b", "telechat_12b"]),
     ({"rms_norm_eps": math.nan}, ["rms_norm_eps"]),
+    ({"ffn_dim_multiplier": "wide"}, ["ffn_dim_multiplier", "positive", "wide"]),
+    ({"use_mup": True, "mup_scale_factor": 0}, ["mup_scale_factor", "positive", "0"]),
     ({"fused_projections": True, "n_kv_heads": 8}, ["fused_projections", "n_kv_heads"]),
     ({"hidden_size": 4064, "num_heads": 32}, ["even"]),
     ({"parallel_config": {"model_parallel": 3}}, ["num_heads", "model_parallel", "3"]),
@@ -88,6 +68,8 @@ def test_numbers_that_yaml_reads_as_text():
 def test_missing_ffn_width_follows_the_earlier_rule():
     assert TelechatConfig(hidden_size=4096).intermediate_size == 11008
     assert TelechatConfig(hidden_size=4096, multiple_of=512).intermediate_size == 11264
+    assert TelechatConfig(hidden_size=4096, ffn_dim_multiplier=1.5).intermediate_size == 16384
+    assert TelechatConfig(hidden_size=4096, ffn_dim_multiplier=12288).intermediate_size == 12288    # a width
 
 
 @pytest.mark.parametrize("name", HF_CONFIGS)

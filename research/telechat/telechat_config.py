@@ -32,7 +32,7 @@ class TelechatConfig(PretrainedConfig):
     """Settings of a TeleChat model: the keys of `model_config` in a recipe (telechat_config_fields lists them).
 
     Args:
-        **kwargs: keys of FIELDS, of earlier TeleChat YAMLs (LEGACY), or those that MindFormers writes (FRAMEWORK).
+        **kwargs: keys of telechat_config_fields: of its own, of earlier TeleChat YAMLs, of MindFormers.
 
     Raises:
         ConfigError: unknown key (the nearest known one is named), wrong type or value, sizes that do not fit.
@@ -54,6 +54,8 @@ class TelechatConfig(PretrainedConfig):
         super().__init__(parallel_config=parallel, **tokens, **framework)
         for key, value in values.items():
             setattr(self, key, value)
+        if self.use_past and self.is_dynamic:      # a full mask has the prompt's length, which the graph does not know
+            self.use_attn_mask_compression = True
         self._check_sizes()
 
     def _check_sizes(self) -> None:
@@ -75,9 +77,6 @@ class TelechatConfig(PretrainedConfig):
             if mp > 1 and getattr(self, size) % mp:
                 raise ConfigError(f"model_config.{size} ({getattr(self, size)}) must be a multiple of "
                                   f"parallel_config.model_parallel ({mp}); choose another degree")
-        if self.fine_grain_interleave != 1:
-            raise ConfigError("model_config.fine_grain_interleave: only 1 (off) is supported, found "
-                              f"{self.fine_grain_interleave}")
         stages = self.parallel_config.pipeline_stage
         if isinstance(stages, int) and stages > self.num_layers:
             raise ConfigError(f"parallel_config.pipeline_stage ({stages}) exceeds model_config.num_layers "

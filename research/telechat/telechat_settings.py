@@ -9,9 +9,18 @@ import difflib
 import math
 from typing import Any, Dict, List
 
-from research.telechat.telechat_config_fields import DTYPES, FIELDS, FRAMEWORK, LEGACY, Field
+from research.telechat.telechat_config_fields import (
+    COMPUTED,
+    DTYPES,
+    FIELDS,
+    FRAMEWORK,
+    LEGACY,
+    RENAMED,
+    Field,
+)
 from research.telechat.telechat_variants import ConfigError, get_variant, variant_fields
 
+_LARGEST_FACTOR = 64                   # of ffn_dim_multiplier; beyond it is a width
 _KINDS = {"int": int, "positive": int, "float": float, "ratio": float, "bool": bool, "str": str}
 
 
@@ -68,37 +77,48 @@ def _variant_values(name: str) -> Dict[str, Any]:
     return {key: value for key, value in variant_fields(variant).items() if key in FIELDS}
 
 
+def _legacy_number(given: Dict[str, Any], key: str, default: float) -> float:
+    """A positive number of an earlier YAML. Raises ConfigError."""
+    value = default if given.get(key) is None else given[key]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ConfigError(f"model_config.{key}: expected a positive number, found {value!r}")
+    return value
+
+
 def _translate_legacy(given: Dict[str, Any]) -> Dict[str, Any]:
     """Values of FIELDS that follow from keys of earlier YAMLs."""
-    values: Dict[str, Any] = {}
-    renamed = {"model_name": "net_name", "wo_has_bias": "out_proj_has_bias", "sigma": "initializer_range"}
-    for key in given.keys() & renamed.keys():
-        values[renamed[key]] = given[key]
+    values = {RENAMED[key]: given[key] for key in given.keys() & RENAMED.keys()}
     if given.get("use_mup"):
-        values["logits_scale"] = float(given.get("output_mult", 1.0)) / float(given.get("mup_scale_factor", 1.0))
+        scale = _legacy_number(given, "mup_scale_factor", 1.0)
+        values["logits_scale"] = _legacy_number(given, "output_mult", 1.0) / scale
     return values
 
 
 def _default_ffn(given: Dict[str, Any], hidden: int) -> int:
-    """Feed-forward width where none is given: two thirds of 4 * hidden, rounded up to `multiple_of`."""
-    width = int(2 * 4 * hidden / 3)
-    if given.get("ffn_dim_multiplier") is not None:
-        width = int((float(given["ffn_dim_multiplier"]) + 0.01) * width)
-    multiple = int(given.get("multiple_of") or 256)
-    return multiple * math.ceil(width / multiple)
+    """Feed-forward width where no intermediate_size is given.
+
+    Two thirds of 4 * hidden, times `ffn_dim_multiplier`, rounded up to `multiple_of`. Earlier TeleChat YAMLs give the
+    width itself as `ffn_dim_multiplier`, which no factor is as large as.
+    """
+    factor, multiple = _legacy_number(given, "ffn_dim_multiplier", 1.0), _legacy_number(given, "multiple_of", 256)
+    if factor > _LARGEST_FACTOR:
+        return int(factor)
+    return int(multiple * math.ceil(int(factor * int(2 * 4 * hidden / 3)) / multiple))
 
 
 def _reject_unknown(given: Dict[str, Any]) -> None:
-    known = [*FIELDS, *LEGACY]
+    known = [*FIELDS, *RENAMED, *COMPUTED, *LEGACY]
     for key in given:
-        if key not in FIELDS and key not in LEGACY:
+        if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "see docs/recipes.md for the known keys"
             raise ConfigError(f"model_config: unknown key {key!r} (value {given[key]!r}); {hint}")
 
 
 def resolve(given: Dict[str, Any]) -> Dict[str, Any]:
-    """A value for every key of FIELDS, dtypes by name. given: keys of FIELDS, LEGACY and FRAMEWORK (ignored).
+    """A value for every key of FIELDS, dtypes by name.
+
+    given: keys of telechat_config_fields; those of FRAMEWORK are ignored.
 
     Raises:
         ConfigError: unknown key (the nearest known one is named), wrong type or value.
@@ -127,6 +147,8 @@ def resolve(given: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def not_needed(given: Dict[str, Any]) -> List[str]:
-    """A line for each key of an earlier YAML that is set but no longer needed."""
+    """A line for each key of an earlier YAML that is set to something and no longer needed."""
+    def is_set(value: Any) -> bool:
+        return bool(value) and not (isinstance(value, int) and not isinstance(value, bool) and value == 1)    # 1: off
     return [f"model_config.{key} is no longer needed and has no effect: {LEGACY[key]}."
-            for key in sorted(given.keys() & LEGACY.keys()) if LEGACY[key] and given[key]]
+            for key in sorted(given.keys() & LEGACY.keys()) if is_set(given[key])]
