@@ -82,6 +82,33 @@ def check_length(prompts: Iterable[str], tokenizer: Any, seq_length: int) -> Non
                               f"{seq_length}; shorten it or raise model.model_config.seq_length")
 
 
+def first_answers(results: Iterable[Any], count: int) -> List[Any]:
+    """Results of MindFormers' text generation, each with one text or a batch of texts, cut to the first `count` texts.
+
+    MindFormers takes whole batches only: the last one is filled up with prompts that nobody asked.
+    """
+    kept: List[Any] = []
+    for result in results or []:
+        texts = result.get("text_generation_text") if isinstance(result, dict) else result
+        if isinstance(texts, list):
+            part = texts[:count]
+            kept.append({**result, "text_generation_text": part} if isinstance(result, dict) else part)
+        else:
+            kept.append(result)
+        count -= len(texts) if isinstance(texts, list) else 1
+        if count <= 0:
+            break
+    return kept
+
+
+def write_results(path: str, results: List[Any]) -> None:
+    """Replace a result file by `results`, in MindFormers' form: a Python literal."""
+    beside = f"{path}.{os.getpid()}.part"
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(str(results))
+    os.replace(beside, path)
+
+
 def print_answers(prompts: List[str], results: Iterable[Any]) -> None:
     """Show prompt and answer of each result of MindFormers' text generation."""
     texts = []

@@ -3,7 +3,6 @@
 Sets the recipe's keys, adapts it to the device, checks what can be checked before anything is built, and starts
 MindFormers' Trainer. It computes nothing itself.
 """
-import difflib
 import os
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -23,7 +22,16 @@ from research.telechat import (
 from research.telechat.telechat_compat import apply_template, prepare_cpu, set_output_path
 from research.telechat.telechat_old_recipes import translate
 from research.telechat.telechat_preflight import check_checkpoint, check_dataset, model_config
-from research.telechat.telechat_prompt import check_length, load_tokenizer, print_answers, read_texts, to_prompts
+from research.telechat.telechat_prompt import (
+    check_length,
+    first_answers,
+    load_tokenizer,
+    print_answers,
+    read_texts,
+    to_prompts,
+    write_results,
+)
+from research.telechat.telechat_recipe import set_key
 from research.telechat.telechat_training_setup import prepare_training
 from research.telechat.telechat_variants import ConfigError
 
@@ -47,18 +55,6 @@ _OPTION_KEYS = {
     "eval_dataset": "eval_dataset.data_loader.dataset_dir", "num_samples": "train_dataset.data_loader.num_samples",
     "predict_batch_size": "predict_batch_size", "adapter_id": "adapter_id",
 }
-
-
-def set_key(config: MindFormerConfig, dotted: str, value: Any) -> None:
-    """Set `a.b.c`; a section that the recipe lacks is an error that names the nearest one."""
-    *sections, key = dotted.split(".")
-    for depth, section in enumerate(sections):
-        if not isinstance(config.get(section), dict):
-            near = difflib.get_close_matches(section, list(config), n=1)
-            raise ConfigError(f"--{dotted}: the recipe has no section {'.'.join(sections[:depth + 1])!r}"
-                              + (f"; did you mean {near[0]!r}?" if near else ""))
-        config = config[section]
-    config[key] = value
 
 
 def complete_recipe(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> MindFormerConfig:
@@ -153,6 +149,9 @@ def predict(config: MindFormerConfig, tokenizer: Any, prompts: List[str]) -> Non
     results = Trainer(config, tokenizer=tokenizer).predict(
         predict_checkpoint=config.load_checkpoint, input_data=filled, batch_size=config.get("predict_batch_size"),
         adapter_id=config.get("adapter_id"))
+    if len(filled) > len(prompts):
+        results = first_answers(results, len(prompts))
+        write_results(config.save_file, results)
     if get_real_rank() == 0:
         print_answers(prompts, results)
 
