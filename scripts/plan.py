@@ -22,6 +22,7 @@ from typing import Any, Dict, List, Optional, Tuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+from research.telechat.telechat_old_recipes import translate
 from research.telechat.telechat_plan import Plan, find_faults, read_plan
 from research.telechat.telechat_plan_cost import cost_of
 from research.telechat.telechat_plan_report import as_json, compared, draw, table, text
@@ -68,6 +69,7 @@ def complete_recipe(args: argparse.Namespace, overrides: List[Tuple[str, Any]]) 
             if not isinstance(section, dict):
                 raise ConfigError(f"--{dotted}: {name} is no section of the recipe")
         section[last] = value
+    translate(recipe)                    # keys of earlier recipes; run_mindformer.py says what it changes
     return recipe
 
 
