@@ -10,81 +10,15 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import List, Optional
 
 ROOT = Path(__file__).resolve().parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-import yaml
-
+from research.telechat.telechat_recipe import parse_overrides, parse_value, read_recipe, resolve_config, str2bool
 from research.telechat.telechat_variants import ConfigError
 from research.telechat.telechat_versions import fitting_versions
-
-
-def str2bool(text: str) -> bool:
-    """'True' and 'False' as users write them."""
-    value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
-    if value is None:
-        raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
-    return value
-
-
-def parse_value(text: str) -> Any:
-    """A value from the command line, read as YAML: numbers, True, False, lists; anything else is text."""
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):      # ValueError: a date that does not exist
-        return text
-    if isinstance(value, str):
-        try:
-            return float(value)          # YAML 1.1 reads 1e-5 as text
-        except ValueError:
-            return value
-    return value
-
-
-def resolve_config(name: str) -> Path:
-    """The recipe `name`: a path from here, from the repository, or from its folder research."""
-    for folder in (Path.cwd(), ROOT, ROOT / "research"):
-        path = folder / name
-        if path.is_file():
-            return path.resolve()
-    raise ConfigError(f"--config: {name} does not exist (looked in {Path.cwd()}, {ROOT} and {ROOT / 'research'})")
-
-
-def merge(base: dict, over: dict) -> dict:
-    """`base` with the keys of `over`: sections merge key by key, everything else is replaced."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
-def read_recipe(path: Path, above: tuple = ()) -> dict:
-    """A recipe merged over the recipes it names as `base_config`, later ones over earlier ones.
-
-    ConfigError says which file is at fault, and where.
-    """
-    if path in above:
-        raise ConfigError(f"recipe {path} inherits itself: {' -> '.join(file.name for file in (*above, path))}")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"recipe {path} cannot be read: {err}") from err
-    except (yaml.YAMLError, ValueError, RecursionError) as err:
-        raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(err).split())}") from err
-    if not isinstance(recipe, dict):
-        raise ConfigError(f"recipe {path} must hold keys and values, found {type(recipe).__name__}")
-    bases = recipe.pop("base_config", None) or []
-    merged: dict = {}
-    for base in bases if isinstance(bases, list) else [bases]:
-        base_path = (path.parent / str(base)).resolve()
-        if not base_path.is_file():
-            raise ConfigError(f"recipe {path}: base_config {base} does not exist (looked for {base_path})")
-        merged = merge(merged, read_recipe(base_path, (*above, path)))
-    return merge(merged, recipe)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -128,28 +62,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--remote_save_url", help="where ModelArts uploads the results to")
     add("--options", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the recipe to set")
     return parser
-
-
-def parse_overrides(options: List[str], rest: List[str]) -> List[tuple]:
-    """(dotted key, value) pairs from `--options a.b=c` and from `--a.b c` or `--a.b=c`."""
-    pairs = []
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise ConfigError(f"--options: expected KEY=VALUE, found {option!r}")
-        pairs.append((key, parse_value(value)))
-    words = list(rest)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError(f"unexpected word {word!r} on the command line; keys of the recipe start with --")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not words:
-                raise ConfigError(f"option --{key} needs a value")
-            value = words.pop(0)
-        pairs.append((key, parse_value(value)))
-    return pairs
 
 
 def main(argv: Optional[List[str]] = None) -> int:

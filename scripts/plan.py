@@ -99,7 +99,7 @@ def write(path: Path, content: str) -> None:
             out.write(content)
         os.replace(beside, path)
     except OSError as err:
-        raise ConfigError(f"{path} cannot be written: {err}") from err
+        raise ConfigError(f"{path} cannot be written: {err}; name another file") from err
 
 
 def compile_and_compare(plan: Plan, recipe: Dict[str, Any], args: argparse.Namespace) -> Dict[str, Any]:
@@ -150,7 +150,8 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
             return 0
         args.config, overrides = found[0], found[1] + overrides
     if not args.config:
-        raise ConfigError("--config is missing: the recipe to plan")
+        raise ConfigError("--config is missing; name the recipe to plan, e.g. "
+                          "research/telechat/finetune_telechat2_115b.yaml")
     recipe = complete_recipe(args, overrides)
     plan = read_plan(recipe)
     faults = find_faults(plan, args.ranks)
@@ -171,7 +172,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
             args.picture.parent.mkdir(parents=True, exist_ok=True)
             draw(plan, args.picture)
         except (OSError, ValueError) as err:
-            raise ConfigError(f"{args.picture} cannot be drawn: {err}") from err
+            raise ConfigError(f"--picture {args.picture} cannot be drawn: {err}; name a .png file elsewhere") from err
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterator, List
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-from run_mindformer import read_recipe
+from research.telechat.telechat_recipe import read_recipe
 from scripts.step_runner import StepError, Workspace
 
 OUTPUT = ROOT / "quickstart_output"

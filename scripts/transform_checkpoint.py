@@ -26,6 +26,7 @@ import numpy as np
 from research.telechat.telechat_checkpoint import Checkpoint, CheckpointError
 from research.telechat.telechat_checkpoint_files import open_files
 from research.telechat.telechat_plan import read_plan
+from research.telechat.telechat_recipe import read_recipe, resolve_config
 from research.telechat.telechat_slices import (
     Strategy,
     full_shape,
@@ -37,7 +38,6 @@ from research.telechat.telechat_slices import (
 )
 from research.telechat.telechat_variants import ConfigError
 from research.telechat.telechat_weights import summarise
-from run_mindformer import read_recipe, resolve_config
 
 
 class Side(NamedTuple):

@@ -21,9 +21,9 @@ if __package__ in (None, ""):
     sys.path[0] = str(ROOT)              # not this folder, whose modules have one name only: research.telechat.x
 
 from research.telechat import telechat_interrupt as interrupt
+from research.telechat.telechat_recipe import str2bool
 from research.telechat.telechat_variants import ConfigError
 from research.telechat.telechat_versions import fitting_versions
-from run_mindformer import str2bool
 
 
 class Question(NamedTuple):

@@ -14,12 +14,12 @@ from mindformers.tools.register import MindFormerConfig
 from mindformers.trainer.utils import transform_and_load_checkpoint
 from mindspore.nn.utils import no_init_parameters
 
-import run_mindformer
 from research.telechat.telechat import TelechatForCausalLM
 from research.telechat.telechat_compat import apply_template, prepare_cpu, set_output_path
 from research.telechat.telechat_config import TelechatConfig
 from research.telechat.telechat_preflight import check_checkpoint, model_config
 from research.telechat.telechat_prompt import load_tokenizer
+from research.telechat.telechat_recipe import parse_overrides, read_recipe, resolve_config
 from research.telechat.telechat_run import (
     adapt_to_cpu,
     complete_recipe,
@@ -28,6 +28,7 @@ from research.telechat.telechat_run import (
     translate_old_keys,
 )
 from research.telechat.telechat_variants import ConfigError
+from run_mindformer import build_parser
 
 
 def prepare_prediction(arguments: List[str], vocab_file: str = "") -> Tuple[Any, Any]:
@@ -40,10 +41,10 @@ def prepare_prediction(arguments: List[str], vocab_file: str = "") -> Tuple[Any,
     Raises:
         ConfigError: recipe, tokenizer or checkpoint missing, broken or not of one model.
     """
-    args, rest = run_mindformer.build_parser().parse_known_args(arguments)
-    recipe = run_mindformer.read_recipe(run_mindformer.resolve_config(args.config))
+    args, rest = build_parser().parse_known_args(arguments)
+    recipe = read_recipe(resolve_config(args.config))
     recipe["run_mode"] = "predict"
-    config = complete_recipe(args, recipe, run_mindformer.parse_overrides(args.options, rest))
+    config = complete_recipe(args, recipe, parse_overrides(args.options, rest))
     translate_old_keys(config)
     forget_auto_register(config)
     adapt_to_cpu(config)

@@ -141,7 +141,7 @@ def _gigabytes(text: Any) -> float:
 
 
 def read_plan(recipe: Dict[str, Any]) -> Plan:
-    """The plan of a complete recipe (run_mindformer.read_recipe). Raises ConfigError on keys that cannot be read."""
+    """The plan of a complete recipe (telechat_recipe.read_recipe). Raises ConfigError on keys that cannot be read."""
     parallel, runner = _section(recipe, "parallel_config"), _section(recipe, "runner_config")
     settings, recompute = _section(recipe, "parallel"), _section(recipe, "recompute_config")
     section = _section(_section(recipe, "model"), "model_config")

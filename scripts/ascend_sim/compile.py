@@ -62,7 +62,7 @@ def compile_plan(recipe: Dict[str, Any], mesh: Mesh, rank: int, length: int, kee
     """Compile `recipe` as rank `rank` of the ranks of `mesh`.
 
     Args:
-        recipe: complete, as run_mindformer.read_recipe gives it with overrides applied.
+        recipe: complete, as telechat_recipe.read_recipe gives it with overrides applied.
         mesh: degrees of parallelism.
         length: tokens of a training record, seq_length + 1; not used for prediction.
         keep: folder for log, graphs and strategy files; None: a temporary one, removed unless compiling failed.
