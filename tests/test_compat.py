@@ -1,6 +1,8 @@
 """Versions: the check at start, with pretended packages; the matrix script; what docs/compatibility.md states."""
 import ast
+import configparser
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
+from research.telechat import __version__
 from research.telechat import telechat_versions as versions
-from research.telechat.telechat_variants import ConfigError
+from research.telechat.telechat_checkpoint_write import OutTensor
+from research.telechat.telechat_convert_cli import Sizes, mindspore_target
+from research.telechat.telechat_variants import ConfigError, get_variant
 from scripts import matrix
 
 RECIPE = "research/telechat/predict_telechat_tiny_cpu.yaml"
@@ -147,6 +152,17 @@ def test_all_source_is_python_39():
     for name in files:
         if (ROOT / name).exists():
             ast.parse((ROOT / name).read_text(encoding="utf-8"), name, feature_version=(3, 9))
+
+
+def test_version_of_the_plugin_is_written_in_one_place(tmp_path):
+    """setup.cfg takes it from the package; a converted checkpoint names it (data sets: test_dataset_meta)."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert setup["metadata"]["version"] == "attr: research.telechat.__version__"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
+    sizes = Sizes(get_variant("telechat_12b"), None)
+    target = mindspore_target(tmp_path / "x.safetensors", "safetensors", [OutTensor("a", "F32", (2,))], sizes, None)
+    assert f'"telechat_version":"{__version__}"'.encode() in target.layouts[0].literals[0][1]
 
 
 def test_pairs_of_the_matrix():

@@ -4,9 +4,10 @@ import json
 import numpy as np
 import pytest
 
+from research.telechat import __version__
 from research.telechat import telechat_dataset_scan as scan
 from research.telechat import telechat_dataset_writer as dataset_writer
-from research.telechat.telechat_dataset_meta import check_dataset, check_dataset_meta, write_meta
+from research.telechat.telechat_dataset_meta import check_dataset, check_dataset_meta, read_meta, write_meta
 from research.telechat.telechat_dataset_scan import check_records
 from research.telechat.telechat_dataset_writer import DATASET_NAME, DatasetWriter
 from research.telechat.telechat_variants import ConfigError
@@ -27,6 +28,7 @@ FITS = {"vocab_size": 100, "seq_length": 64, "pad_token_id": 3}
 def test_data_set_that_fits(tmp_path):
     folder = data_set(tmp_path / "d")
     assert check_dataset_meta(folder, **FITS) is None
+    assert read_meta(folder)["telechat_version"] == __version__
     assert check_dataset_meta(folder / DATASET_NAME, **{**FITS, "pad_token_id": None}) is None
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
+from research.telechat import __version__
 from research.telechat.telechat_checkpoint import BIN_INDEX_NAME, INDEX_NAMES, Checkpoint, CheckpointError
 from research.telechat.telechat_checkpoint_write import (
     Layout,
@@ -128,7 +129,7 @@ def sizes_from_shapes(args: argparse.Namespace, checkpoint: Checkpoint, folder: 
 
 def mindspore_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: Sizes, shard: Optional[int]) -> Target:
     """Names of a MindSpore result: one file, or, in a folder, mindspore.ckpt or shards with an index."""
-    metadata = {"format": "ms"}
+    metadata = {"format": "ms", "telechat_version": __version__}
     if sizes.variant.fused_projections:
         metadata["telechat_groups"] = "per_head"
     if sizes.config is not None:

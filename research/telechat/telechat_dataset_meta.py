@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
+from research.telechat import __version__
 from research.telechat.telechat_variants import ConfigError, read_json_object
 
 META_FILE = "meta.json"
@@ -15,7 +16,8 @@ _DATA_SUFFIX = ".mindrecord"
 
 def write_meta(folder: Union[str, Path], meta: Dict[str, Any]) -> None:
     """Write meta.json into `folder`: the same bytes for the same contents."""
-    content = json.dumps({"format_version": FORMAT_VERSION, **meta}, ensure_ascii=False, indent=1)
+    content = json.dumps({"format_version": FORMAT_VERSION, "telechat_version": __version__, **meta},
+                         ensure_ascii=False, indent=1)
     (Path(folder) / META_FILE).write_text(content + "\n", encoding="utf-8")
 
 

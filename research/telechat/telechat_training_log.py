@@ -18,6 +18,7 @@ from mindformers.tools.register import MindFormerModuleType
 from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindspore.train.callback import Callback
 
+from research.telechat import __version__
 from research.telechat.telechat_compat import chip_name, mindformers_version, peak_memory, plugin_class
 from research.telechat.telechat_resume import checkpoints
 from research.telechat.telechat_train import TrainingStopped, step_values, to_float
@@ -215,7 +216,7 @@ class TelechatTrainingLog(Callback):
                 **summarise_rows(self.rows), "seed": self.info.get("seed"), "tokens_per_step_per_card":
                 self.info.get("tokens_per_step_per_card"), "cards": self.info.get("cards"),
                 "device": chip_name(), "peak_flops": self.peak,
-                "versions": {"python": sys.version.split()[0], "mindspore": ms.__version__,
+                "versions": {"telechat": __version__, "python": sys.version.split()[0], "mindspore": ms.__version__,
                              "mindformers": mindformers_version(), "numpy": np.__version__},
                 "data": data_digest([Path(file) for file in self.info.get("data_files") or ()]),
                 "recipe": self.info.get("recipe")})
