@@ -26,9 +26,9 @@ from research.telechat.telechat_old_recipes import translate
 from research.telechat.telechat_plan import Plan, find_faults, read_plan
 from research.telechat.telechat_plan_cost import cost_of
 from research.telechat.telechat_plan_report import as_json, compared, draw, table, text
+from research.telechat.telechat_recipe import parse_overrides, read_recipe, resolve_config, set_key
 from research.telechat.telechat_variants import ConfigError
 from run_mindformer import build_parser as build_run_parser
-from run_mindformer import parse_overrides, read_recipe, resolve_config
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,13 +62,7 @@ def complete_recipe(args: argparse.Namespace, overrides: List[Tuple[str, Any]]) 
     if args.micro_batches:
         overrides = [*overrides, ("parallel_config.micro_batch_num", args.micro_batches)]
     for dotted, value in overrides:
-        section = recipe
-        *names, last = dotted.split(".")
-        for name in names:
-            section = section.setdefault(name, {})
-            if not isinstance(section, dict):
-                raise ConfigError(f"--{dotted}: {name} is no section of the recipe")
-        section[last] = value
+        set_key(recipe, dotted, value)
     translate(recipe)                    # keys of earlier recipes; run_mindformer.py says what it changes
     return recipe
 

@@ -212,7 +212,7 @@ def read_tools(path: Optional[str]) -> Optional[List[Dict[str, Any]]]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
         raise ConfigError(f"--tools_file: {path} cannot be read as JSON: {err}") from err
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ConfigError(f"--tools_file: {path} must hold a JSON list of tools, each an object; found "
+        raise ConfigError(f"--tools_file: {path} must hold a list of tools, each a JSON object; found "
                           f"{type(tools).__name__}{' of other things' if isinstance(tools, list) else ''}")
     return tools
 

@@ -20,13 +20,7 @@ from research.telechat.telechat_config import TelechatConfig
 from research.telechat.telechat_preflight import check_checkpoint, model_config
 from research.telechat.telechat_prompt import load_tokenizer
 from research.telechat.telechat_recipe import parse_overrides, read_recipe, resolve_config
-from research.telechat.telechat_run import (
-    adapt_to_cpu,
-    complete_recipe,
-    detect_checkpoint_format,
-    forget_auto_register,
-    translate_old_keys,
-)
+from research.telechat.telechat_run import prepare_recipe
 from research.telechat.telechat_variants import ConfigError
 from run_mindformer import build_parser
 
@@ -44,11 +38,7 @@ def prepare_prediction(arguments: List[str], vocab_file: str = "") -> Tuple[Any,
     args, rest = build_parser().parse_known_args(arguments)
     recipe = read_recipe(resolve_config(args.config))
     recipe["run_mode"] = "predict"
-    config = complete_recipe(args, recipe, parse_overrides(args.options, rest))
-    translate_old_keys(config)
-    forget_auto_register(config)
-    adapt_to_cpu(config)
-    detect_checkpoint_format(config)
+    config = prepare_recipe(args, recipe, parse_overrides(args.options, rest))
     if not config.load_checkpoint:
         raise ConfigError("no checkpoint is named; give one with --checkpoint_path, or load_checkpoint in the recipe")
     check_checkpoint(config)

@@ -105,16 +105,33 @@ def check_dataset(config: Any, section: str) -> None:
         _check_enough_records(config, path)
 
 
-def _check_enough_records(config: Any, path: Any) -> None:
-    """ConfigError where the data set holds less than one batch: training would end at once without a step."""
+def training_files(config: Any) -> List[str]:
+    """The MindRecord files that the recipe trains on; none where it reads another kind of data."""
+    loader = (config.get("train_dataset") or {}).get("data_loader") or {}
+    paths = loader.get("dataset_dir") or loader.get("dataset_files")
+    if loader.get("type") != "MindDataset" or not paths:
+        return []
+    return [str(file) for path in (paths if isinstance(paths, (list, tuple)) else [paths])
+            for file in dataset_meta.data_files(Path(path))]
+
+
+def record_count(files: List[str]) -> int:
+    """Records in MindRecord files."""
     from mindspore.dataset import MindDataset
-    paths = path if isinstance(path, (list, tuple)) else [path]
-    files = [str(file) for each in paths for file in dataset_meta.data_files(Path(each))]
-    records = MindDataset(files, shuffle=False).get_dataset_size()
+    return MindDataset(files, shuffle=False).get_dataset_size()
+
+
+def sequences_per_step(config: Any) -> int:
+    """Sequences of one step over all cards."""
     runner, plan = config.get("runner_config") or {}, config.get("parallel_config") or {}
     micro = plan.get("micro_batch_num", 1) if plan.get("pipeline_stage", 1) > 1 else 1
-    batch = (runner.get("batch_size", 1) * plan.get("data_parallel", 1) * micro
-             * runner.get("gradient_accumulation_steps", 1) * (config.get("micro_batch_interleave_num") or 1))
+    return (runner.get("batch_size", 1) * plan.get("data_parallel", 1) * micro
+            * (runner.get("gradient_accumulation_steps") or 1) * (config.get("micro_batch_interleave_num") or 1))
+
+
+def _check_enough_records(config: Any, path: Any) -> None:
+    """ConfigError where the data set holds less than one batch: training would end at once without a step."""
+    records, batch = record_count(training_files(config)), sequences_per_step(config)
     if records < batch:
         raise ConfigError(f"train_dataset: {path} holds {records} records, fewer than one step's batch of {batch} "
                           "(batch_size * data_parallel * micro-batches * accumulation); lower runner_config.batch_size "

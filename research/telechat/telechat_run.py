@@ -132,6 +132,16 @@ def detect_checkpoint_format(config: MindFormerConfig) -> None:
                 break
 
 
+def prepare_recipe(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> MindFormerConfig:
+    """The recipe with the command line applied, today's keys, and the settings of the device. Raises ConfigError."""
+    config = complete_recipe(args, recipe, overrides)
+    translate_old_keys(config)
+    forget_auto_register(config)
+    adapt_to_cpu(config)
+    detect_checkpoint_format(config)
+    return config
+
+
 def read_prompts(args: Any, config: MindFormerConfig) -> Tuple[Any, List[str]]:
     """(tokenizer, prompts) of a prediction, checked against the model. Raises ConfigError."""
     model = model_config(config)
@@ -162,11 +172,7 @@ def run(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> 
     Raises:
         ConfigError: anything about recipe, checkpoint or data that can be told before the model is built.
     """
-    config = complete_recipe(args, recipe, overrides)
-    translate_old_keys(config)
-    forget_auto_register(config)
-    adapt_to_cpu(config)
-    detect_checkpoint_format(config)
+    config = prepare_recipe(args, recipe, overrides)
     training = config.run_mode in ("train", "finetune")
     if training:
         check_dataset(config, "train_dataset")

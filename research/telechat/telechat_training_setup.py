@@ -6,14 +6,13 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 
-from research.telechat import telechat_dataset_meta as dataset_meta
 from research.telechat.telechat_lora import check_pet_config, target_params
-from research.telechat.telechat_preflight import model_config
+from research.telechat.telechat_preflight import model_config, record_count, sequences_per_step, training_files
 from research.telechat.telechat_resume import Choice, Name, choose, fault_of, parse, step_of
 from research.telechat.telechat_training_report import flops_per_token
 from research.telechat.telechat_variants import ConfigError
@@ -49,21 +48,12 @@ def prepare_training(config: Any) -> bool:
     return True
 
 
-def sequences_per_step(config: Any) -> int:
-    """Sequences of one step over all cards."""
-    runner, plan = config.get("runner_config") or {}, config.get("parallel_config") or {}
-    micro = plan.get("micro_batch_num", 1) if plan.get("pipeline_stage", 1) > 1 else 1
-    return (runner.get("batch_size", 1) * plan.get("data_parallel", 1) * micro
-            * (runner.get("gradient_accumulation_steps") or 1) * (config.get("micro_batch_interleave_num") or 1))
-
-
 def total_steps(config: Any) -> int:
     """Steps of the whole training; 0 where the number of records is not known."""
-    files = _data_files(config)
+    files = training_files(config)
     if not files:
         return 0
-    from mindspore.dataset import MindDataset
-    records = MindDataset(files, shuffle=False).get_dataset_size()
+    records = record_count(files)
     records = min(records, config.train_dataset.data_loader.get("num_samples") or records)
     return records // sequences_per_step(config) * int((config.get("runner_config") or {}).get("epochs", 1))
 
@@ -150,13 +140,4 @@ def run_info(config: Any, recipe: Dict[str, Any], first_step: int) -> Dict[str, 
     return {"tokens_per_step_per_card": sequences_per_step(config) * model.seq_length / cards, "cards": cards,
             "flops_per_token": flops_per_token(weights, model.num_layers, model.hidden_size, model.seq_length, frozen),
             "seed": config.get("seed"), "first_step": first_step, "norm_limit": limit,
-            "data_files": _data_files(config), "recipe": recipe}
-
-
-def _data_files(config: Any) -> List[str]:
-    loader = (config.get("train_dataset") or {}).get("data_loader") or {}
-    paths = loader.get("dataset_dir") or loader.get("dataset_files")
-    if loader.get("type") != "MindDataset" or not paths:
-        return []
-    return [str(file) for path in (paths if isinstance(paths, (list, tuple)) else [paths])
-            for file in dataset_meta.data_files(Path(path))]
+            "data_files": training_files(config), "recipe": recipe}
