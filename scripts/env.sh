@@ -169,20 +169,25 @@ telechat_use_venv() {
         telechat_pip "$log" install --upgrade pip || telechat_pip_failed "$log"
     fi
     telechat_say "installing the pinned dependencies into .venv (a few minutes the first time, about 3.4 GB)."
-    list=$(echo "$installed" "$@" | tr ' ' '\n' | grep -v -e '^base$' -e '^torch$' -e '^$' | sort -u | paste -sd, -)
+    list=$(echo "$installed" "$@" | tr ' ' '\n' | grep -v -e '^base$' -e '^torch$' -e '^evaluation$' -e '^$' |
+        sort -u | paste -sd, -)
     (cd "$TELECHAT_ROOT" && telechat_pip "$log" install -e ".${list:+[$list]}") || telechat_pip_failed "$log"
     telechat_check_import
     installed="base ${list//,/ }"
-    # torch is large and only some tests need it: without it they skip, so its failure is no reason to stop.
-    case " $* " in *" torch "*)
-        telechat_say "installing torch, for the tests that read and write .bin checkpoints."
-        if (cd "$TELECHAT_ROOT" && telechat_pip "$log.torch" install -e ".[torch]"); then
-            installed="$installed torch"
+    # Large, and only some tests need them: without them those skip, so that a failure here is no reason to stop.
+    local name what
+    for name in torch evaluation; do
+        case " $* " in *" $name "*) ;; *) continue ;; esac
+        what="tests of .bin checkpoints"
+        if [ "$name" = evaluation ]; then what="tests with lm-evaluation-harness"; fi
+        telechat_say "installing the extra $name, for $what."
+        if (cd "$TELECHAT_ROOT" && telechat_pip "$log.$name" install -e ".[$name]"); then
+            installed="$installed $name"
         else
-            tail -n 3 "$log.torch" | sed 's/^/  /'
-            telechat_say "torch could not be installed (above): tests of .bin checkpoints will skip."
-        fi ;;
-    esac
+            tail -n 3 "$log.$name" | sed 's/^/  /'
+            telechat_say "$name could not be installed (above): $what will skip."
+        fi
+    done
     { echo "$hash"; tr -s ' ' '\n' <<<"$installed"; } >"$stamp.part" && mv "$stamp.part" "$stamp"
     telechat_say "ready after $((SECONDS - start)) s."
 }
