@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from research.telechat import __version__
+from research.telechat import telechat_dataset_writer as dataset_writer
 from research.telechat import telechat_versions as versions
 from research.telechat.telechat_checkpoint_write import OutTensor
 from research.telechat.telechat_convert_cli import Sizes, mindspore_target
@@ -141,6 +142,14 @@ def test_prediction_by_its_own_script_checks_too(tmp_path):
     result = start(tmp_path, ("research/telechat/run_telechat_predict.py", "--yaml_file", RECIPE, "--input_file",
                               str(questions)))
     assert "mindformers 1.3.2 is too old" in one_error(result)
+
+
+def test_preprocessing_misses_mindspore_before_it_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_writer, "installed_version", lambda name: None)
+    with pytest.raises(ConfigError, match="mindspore, which writes the data set, is not installed"), \
+            dataset_writer.DatasetWriter(tmp_path / "out", {"input_ids": 5}):
+        raise AssertionError("begun")
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_source_is_python_39():

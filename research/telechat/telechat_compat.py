@@ -12,7 +12,7 @@ import mindspore as ms
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 
 from research.telechat.telechat_variants import ConfigError
-from research.telechat.telechat_versions import TESTED
+from research.telechat.telechat_versions import TESTED, install_line
 
 PACKAGE = "research.telechat"
 
@@ -26,7 +26,7 @@ def first_import(*candidates: str) -> Any:
         except (ImportError, AttributeError):
             continue
     raise ImportError(f"none of {', '.join(candidates)} exists in the installed mindformers {mindformers_version()}; "
-                      f"supported are mindformers {', '.join(TESTED)}")
+                      f"supported are mindformers {', '.join(TESTED)}: {install_line(mindformers_version())}")
 
 
 def mindformers_version() -> str:

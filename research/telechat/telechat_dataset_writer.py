@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -15,6 +16,7 @@ import numpy as np
 
 from research.telechat.telechat_dataset_meta import META_FILE, reason, write_meta
 from research.telechat.telechat_variants import ConfigError
+from research.telechat.telechat_versions import install_line, installed_version
 
 DATASET_NAME = "new_dataset.mindrecord"
 _TEMPORARY = ".unfinished-"
@@ -56,6 +58,9 @@ class DatasetWriter:
         self._temporary = self.folder / f"{_TEMPORARY}{os.getpid()}"
 
     def __enter__(self) -> "DatasetWriter":
+        if installed_version("mindspore") is None:         # not only when the first records are written
+            raise ConfigError(f"mindspore, which writes the data set, is not installed in {sys.executable}; activate "
+                              f"the environment that has it, or {install_line()}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(f"{_TEMPORARY}*"):
