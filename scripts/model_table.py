@@ -1,13 +1,12 @@
 """Write the table of models in docs/models.md from the table of variants, so that the two cannot disagree.
 
-    python scripts/model_table.py            # rewrite the table in docs/models.md
-    python scripts/model_table.py --print    # only show it
+    python scripts/model_table.py           # print it
+    python scripts/model_table.py --write   # write it into docs/models.md
+    python scripts/model_table.py --check   # exit code 1 if the document is not current
 
-A test compares the document with the output. Sizes are exact counts of parameters; cards are arithmetic, not measured.
+Sizes are exact counts of parameters; cards are arithmetic, not measured.
 """
-import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -19,9 +18,9 @@ import yaml
 
 from research.telechat.telechat_variants import VARIANTS, Variant
 from research.telechat.telechat_weights import parameters
+from scripts import generated
 
 DOCUMENT = ROOT / "docs/models.md"
-BEGIN, END = "<!-- table: scripts/model_table.py -->", "<!-- end of table -->"
 GB = 1e9
 
 
@@ -51,25 +50,5 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def with_table(text: str) -> str:
-    """`text` with the part between the marks replaced by the current table."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
-
-
-def main() -> int:
-    """Rewrite or print the table."""
-    parser = argparse.ArgumentParser(description="Write the table of models in docs/models.md.")
-    parser.add_argument("--print", action="store_true", help="show the table, write nothing")
-    if parser.parse_args().print:
-        print(table())
-        return 0
-    beside = DOCUMENT.with_suffix(".part")
-    beside.write_text(with_table(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
-    os.replace(beside, DOCUMENT)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(generated.run("model_table.py", DOCUMENT, table, "the table of models"))

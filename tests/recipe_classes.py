@@ -6,7 +6,7 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from research.telechat import telechat  # noqa: F401 (registers the plugin's own classes)
 
-_KINDS = {"optimizer": MindFormerModuleType.OPTIMIZER, "lr_schedule": MindFormerModuleType.LR,
+KINDS = {"optimizer": MindFormerModuleType.OPTIMIZER, "lr_schedule": MindFormerModuleType.LR,
           "runner_wrapper": MindFormerModuleType.WRAPPER, "callbacks": MindFormerModuleType.CALLBACK,
           "eval_callbacks": MindFormerModuleType.CALLBACK}
 # read by MindFormers before the class is made
@@ -28,7 +28,7 @@ def arguments(cls: type) -> Set[str]:
 def unknown_arguments(recipe: Any) -> List[str]:
     """Keys like 'optimizer.beta' that the class of their section does not take."""
     unknown = []
-    for section, kind in _KINDS.items():
+    for section, kind in KINDS.items():
         entries = recipe.get(section) or []
         for entry in entries if isinstance(entries, list) else [entries]:
             known = arguments(MindFormerRegister.get_cls(kind, entry["type"])) | _READ_BEFORE.get(section, set())

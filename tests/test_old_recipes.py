@@ -260,6 +260,12 @@ def test_the_table_has_every_old_key_of_the_model_config():
     assert {*RENAMED, *COMPUTED, *LEGACY} <= keys
 
 
+def test_what_has_changed_is_documented():
+    text = (Path(__file__).resolve().parents[1] / "docs/recipes.md").read_text(encoding="utf-8")
+    changed = {row.key.rpartition(".")[2] for rows in RECIPES.values() for row in rows if row.line or row.now}
+    assert sorted(name for name in changed if f"{name}" not in text) == []
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_old_recipes_can_be_planned(name, tmp_path, capsys):
     path = tmp_path / "old.yaml"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from recipe_classes import unknown_arguments
 
 import run_mindformer
 from research.telechat.telechat_config import TelechatConfig
@@ -40,6 +41,19 @@ def test_recipe_builds_its_config(path):
     assert (config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads, config.n_kv_heads) == (
         variant.num_layers, variant.hidden_size, variant.intermediate_size, variant.num_heads, variant.kv_heads)
     assert config.extend_method == "TELECHAT"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_classes_take_the_keys_of_their_sections(path):
+    """MindFormers finds a misspelt key of an optimizer, a schedule or a callback only when it builds it, if at all."""
+    assert unknown_arguments(run_mindformer.read_recipe(path)) == []
+
+
+def test_misspelt_key_of_a_section_is_found():
+    recipe = run_mindformer.read_recipe(ROOT / "configs/telechat/finetune.yaml")
+    recipe["lr_schedule"]["warmup_rat"] = 1
+    recipe["callbacks"][2]["keep_max"] = 1
+    assert unknown_arguments(recipe) == ["lr_schedule.warmup_rat", "callbacks.keep_max"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -1,0 +1,48 @@
+"""The part of a document that a script writes: between two marks, replaced whole. Shared by the scripts of tables."""
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Callable
+
+END = "<!-- end of table -->"
+
+
+def begin(script: str) -> str:
+    """The mark that the part of `script` starts with."""
+    return f"<!-- table: scripts/{script} -->"
+
+
+def with_part(text: str, script: str, part: str) -> str:
+    """`text` with what stands between the marks of `script` replaced by `part`. Raises ValueError without marks."""
+    before, mark, rest = text.partition(begin(script))
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise ValueError(f"the marks {begin(script)} and {END} are missing")
+    return f"{before}{mark}\n{part}\n{end}{after}"
+
+
+def run(script: str, document: Path, part: Callable[[], str], what: str) -> int:
+    """Command line of a script: print its part, write it (--write), or check the document (--check)."""
+    parser = argparse.ArgumentParser(description=f"Make {what} in docs/{document.name}.")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--write", action="store_true", help="write it into the document")
+    choice.add_argument("--check", action="store_true", help="exit code 1 if the document is not current")
+    args = parser.parse_args()
+    try:
+        if not (args.write or args.check):
+            print(part())
+            return 0
+        old = document.read_text(encoding="utf-8")
+        new = with_part(old, script, part())
+        if args.check:
+            if new != old:
+                print(f"error: {document} is not current; run: python scripts/{script} --write", file=sys.stderr)
+            return int(new != old)
+        beside = document.with_suffix(".part")
+        beside.write_text(new, encoding="utf-8")
+        os.replace(beside, document)
+    except (OSError, ValueError) as err:
+        print(f"error: docs/{document.name}: {err}", file=sys.stderr)
+        return 1
+    return 0
