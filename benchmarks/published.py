@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from research.telechat.telechat_recipe import read_recipe
 from research.telechat.telechat_training_report import PEAK_FLOPS, flops_per_token
 from research.telechat.telechat_variants import VARIANTS, Variant
 from research.telechat.telechat_weights import parameters
-from run_mindformer import read_recipe
 
 CHIP = "Ascend910B3"
 PEAK = PEAK_FLOPS[CHIP]

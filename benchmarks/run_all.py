@@ -114,7 +114,7 @@ def read_results(path: Path) -> Dict[str, Any]:
 
 def make_tokenizer(folder: Path) -> Path:
     """The tokenizer of the quick start, trained on the example conversations."""
-    from run_mindformer import read_recipe
+    from research.telechat.telechat_recipe import read_recipe
     from scripts import quickstart
     quickstart.train_tokenizer(folder, read_recipe(quickstart.FINETUNE)["model"]["model_config"]["vocab_size"])
     return folder / "tokenizer.model"

@@ -14,8 +14,8 @@ import run_all
 
 from research.telechat.telechat_plan import read_plan
 from research.telechat.telechat_plan_cost import flops_per_token
+from research.telechat.telechat_recipe import read_recipe
 from research.telechat.telechat_variants import VARIANTS
-from run_mindformer import read_recipe
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 
