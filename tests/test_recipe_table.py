@@ -133,7 +133,7 @@ def test_default_is_mindformers_own(key, default):
 
 # Defaults that stand in the code that reads them: MindFormers' context, trainer, and data sets.
 READ_WITH_DEFAULT = {
-    "use_skip_data_by_global_norm": False, "context.jit_config.jit_level": "O0",
+    "use_skip_data_by_global_norm": False,
     **{f"{name}_dataset.{key}": value for name in ("train", "eval") for key, value in (
         ("num_parallel_workers", 1), ("python_multiprocessing", False), ("repeat", 1), ("numa_enable", False),
         ("prefetch_size", 1))},

@@ -29,7 +29,7 @@ def _dtype(default: Optional[str], doc: str) -> Field:
 GROUPS: Dict[str, Dict[str, Field]] = {
     "sizes": {
         "net_name": Field("", "str", "variant of the table, such as telechat_7b, whose sizes and conventions apply"),
-        "batch_size": Field(1, "positive", "sequences per step and data-parallel rank"),
+        "batch_size": Field(1, "positive", "prompts answered together; training takes runner_config.batch_size"),
         "seq_length": Field(2048, "positive", "tokens per sequence"),
         "num_layers": Field(32, "positive", "decoder layers"),
         "hidden_size": Field(4096, "positive", "width of the residual stream"),
