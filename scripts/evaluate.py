@@ -183,7 +183,8 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
         return 0
     started = time.time()
     model, tokenizer, config = open_model(args, rest)
-    first = int(os.environ.get("RANK_ID", "0")) == 0
+    from research.telechat.telechat_load import local_rank
+    first = local_rank() == 0
     report: Dict[str, Any] = {
         "recipe": args.config, "changes": rest, "checkpoint": str(config.load_checkpoint),
         "tokenizer": str(tokenizer.vocab.path), "tokenizer_sha256": tokenizer.vocab.fingerprint, "tasks": names,

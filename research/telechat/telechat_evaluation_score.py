@@ -23,8 +23,11 @@ class _ScoreGraph(nn.Cell):
     def __init__(self, model: nn.Cell):
         super().__init__(auto_prefix=False)
         self.model = model
-        # Where the rotary rule depends on the length of a text, padding must not count.
-        self.tables = RotaryTables(model.config) if model.model.by_length else None
+        # Where the rotary rule depends on the length of a text, padding must not count. And a model with a cache whose
+        # batch is cut expects tables for each text.
+        config = model.config
+        own = model.model.by_length or (config.use_past and config.parallel_config.data_parallel > 1)
+        self.tables = RotaryTables(config) if own else None
         self.set_train(False)
 
     def construct(self, tokens: Tensor, lengths: Tensor, rows: Tensor, targets: Tensor) -> Tuple[Tensor, Tensor]:
