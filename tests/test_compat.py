@@ -127,6 +127,12 @@ def test_a_version_that_cannot_be_imported_is_one_line(tmp_path):
     assert "pip install mindspore==2.9.0 mindformers==1.9.0" in error
 
 
+def test_a_missing_file_of_the_plugin_is_not_blamed_on_the_versions():
+    with pytest.raises(ConfigError, match=r"this plugin is incomplete \(No module named 'research.telechat.gone'\)"), \
+            versions.fitting_versions():
+        import research.telechat.gone  # noqa: F401
+
+
 def test_only_the_first_rank_warns_and_anyone_may_insist(tmp_path):
     pretend(tmp_path, "mindformers", "1.5.0", "import nothing_of_that_name")
     pretend(tmp_path, "mindspore", "2.6.0", "class Tensor: pass")

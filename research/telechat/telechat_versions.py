@@ -122,6 +122,8 @@ def fitting_versions() -> Iterator[None]:
     try:
         yield
     except (ImportError, AttributeError, OSError) as err:      # OSError: a shared library that is missing
+        if str(getattr(err, "name", None)).startswith("research"):
+            raise ConfigError(f"this plugin is incomplete ({err}); copy all of its files again") from err
         formers, spores = installed_version("mindformers"), installed_version("mindspore")
         raise ConfigError(f"mindformers {formers} with mindspore {spores} in {sys.executable} cannot be imported "
                           f"({type(err).__name__}: {' '.join(str(err).split())}); "
