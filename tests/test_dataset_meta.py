@@ -7,8 +7,8 @@ import pytest
 from research.telechat import __version__
 from research.telechat import telechat_dataset_scan as scan
 from research.telechat import telechat_dataset_writer as dataset_writer
-from research.telechat.telechat_dataset_meta import check_dataset, check_dataset_meta, read_meta, write_meta
-from research.telechat.telechat_dataset_scan import check_records
+from research.telechat.telechat_dataset_meta import check_dataset_meta, read_meta, write_meta
+from research.telechat.telechat_dataset_scan import check_dataset, check_records
 from research.telechat.telechat_dataset_writer import DATASET_NAME, DatasetWriter
 from research.telechat.telechat_variants import ConfigError
 

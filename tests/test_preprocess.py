@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from preprocess_fixtures import SAMPLES, SCRIPT, contents, read_records, report, run, write_lines
 
 from research.telechat.telechat_conversation import Renderer, get_template
-from research.telechat.telechat_dataset_meta import check_dataset, check_dataset_meta, read_meta
+from research.telechat.telechat_dataset_meta import check_dataset_meta, read_meta
+from research.telechat.telechat_dataset_scan import check_dataset
 from research.telechat.telechat_dataset_writer import DATASET_NAME, DatasetWriter
 from research.telechat.telechat_encoding import Encoder
 from research.telechat.telechat_sources import Chunk, Source, read_chunks

@@ -1,6 +1,6 @@
 """meta.json, which preprocessing writes beside a MindRecord data set, and the checks against it before training.
 
-Starts without MindSpore; data sets without meta.json are read, by telechat_dataset_scan.
+No data is read here; telechat_dataset_scan does that where there is no meta.json.
 """
 import json
 from pathlib import Path
@@ -54,23 +54,6 @@ def check_dataset_meta(dataset_dir_or_file: Union[str, Path], *, vocab_size: int
                 "data sets made by telechat_preprocess.py have it")
     _check_meta(dataset, meta, vocab_size, seq_length, pad_token_id, document_boundaries)
     return _check_files(dataset, meta)
-
-
-def check_dataset(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq_length: int,
-                  pad_token_id: Optional[int] = None, document_boundaries: bool = False,
-                  remember: Optional[Path] = None) -> Optional[str]:
-    """`check_dataset_meta` and, where there is no meta.json, `telechat_dataset_scan.check_records`.
-
-    Args:
-        remember: file in which the result of reading a data set is kept for the next start; None: nowhere.
-    """
-    warning = check_dataset_meta(dataset_dir_or_file, vocab_size=vocab_size, seq_length=seq_length,
-                                 pad_token_id=pad_token_id, document_boundaries=document_boundaries)
-    if read_meta(dataset_dir_or_file) is None:
-        from research.telechat.telechat_dataset_scan import check_records
-        note = check_records(dataset_dir_or_file, vocab_size=vocab_size, seq_length=seq_length, remember=remember)
-        warning = f"{warning}. {note}"
-    return warning
 
 
 def reason(err: Exception) -> str:

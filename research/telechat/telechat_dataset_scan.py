@@ -1,6 +1,6 @@
-"""Reads a data set that has no meta.json before training: a wrong token id becomes a message that names the data set.
+"""Checks a data set before training; without meta.json it is read, so that a wrong token id is named, not met.
 
-What meta.json says of a data set is checked in telechat_dataset_meta, without reading it.
+What meta.json says of a data set is checked in telechat_dataset_meta, without reading it. Starts without MindSpore.
 """
 import contextlib
 import json
@@ -8,13 +8,36 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
-from research.telechat.telechat_dataset_meta import check_length, data_files, reason, vocabulary_fault
+from research.telechat.telechat_dataset_meta import (
+    check_dataset_meta,
+    check_length,
+    data_files,
+    read_meta,
+    reason,
+    vocabulary_fault,
+)
 from research.telechat.telechat_variants import ConfigError
 
 MOST_BYTES = 4 << 30                       # of int32 tokens: data sets up to this size are read whole
 _BATCH = 256                               # records looked at together
 _BLOCKS = 16                               # parts of a larger data set that are read, evenly spread
 _COLUMNS = ["input_ids", "labels"]
+
+
+def check_dataset(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq_length: int,
+                  pad_token_id: Optional[int] = None, document_boundaries: bool = False,
+                  remember: Optional[Path] = None) -> Optional[str]:
+    """`check_dataset_meta` and, where there is no meta.json, `check_records`.
+
+    Args:
+        remember: file in which the result of reading a data set is kept for the next start; None: nowhere.
+    """
+    warning = check_dataset_meta(dataset_dir_or_file, vocab_size=vocab_size, seq_length=seq_length,
+                                 pad_token_id=pad_token_id, document_boundaries=document_boundaries)
+    if read_meta(dataset_dir_or_file) is None:
+        note = check_records(dataset_dir_or_file, vocab_size=vocab_size, seq_length=seq_length, remember=remember)
+        warning = f"{warning}. {note}"
+    return warning
 
 
 def check_records(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq_length: int,
@@ -37,7 +60,7 @@ def check_records(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq
     dataset = Path(dataset_dir_or_file)
     files = data_files(dataset)
     if not files:
-        raise ConfigError(f"data set {dataset} holds no .mindrecord file")
+        raise ConfigError(f"data set {dataset} holds no .mindrecord file; make one with telechat_preprocess.py")
     for file in files:
         check_length(file, _first_length(file), seq_length)
     if os.environ.get("RANK_ID", "0") != "0":

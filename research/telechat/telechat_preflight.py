@@ -9,10 +9,11 @@ from typing import Any, Dict, List, Tuple
 
 from mindformers.tools.logger import logger
 
-from research.telechat import telechat_dataset_meta as dataset_meta
 from research.telechat.telechat_checkpoint import CheckpointError
 from research.telechat.telechat_checkpoint_files import open_mindspore
 from research.telechat.telechat_config import TelechatConfig
+from research.telechat.telechat_dataset_meta import data_files
+from research.telechat.telechat_dataset_scan import check_dataset as check_files
 from research.telechat.telechat_variants import ConfigError
 from research.telechat.telechat_weights import parameters
 
@@ -95,10 +96,9 @@ def check_dataset(config: Any, section: str) -> None:
     if model.document_boundaries:            # MindFormers passes columns by name; the model calls the third so
         config[section]["construct_args_key"] = ["input_ids", "labels", "input_position"]
     for each in path if isinstance(path, (list, tuple)) else [path]:
-        note = dataset_meta.check_dataset(each, vocab_size=model.vocab_size, seq_length=model.seq_length,
-                                          pad_token_id=model.pad_token_id,
-                                          document_boundaries=model.document_boundaries,
-                                          remember=Path(str(config.get("output_dir") or "output")) / DATASET_CHECKS)
+        note = check_files(each, vocab_size=model.vocab_size, seq_length=model.seq_length,
+                           pad_token_id=model.pad_token_id, document_boundaries=model.document_boundaries,
+                           remember=Path(str(config.get("output_dir") or "output")) / DATASET_CHECKS)
         if note:
             logger.warning("%s: %s", section, note)
     if section == "train_dataset":
@@ -112,7 +112,7 @@ def training_files(config: Any) -> List[str]:
     if loader.get("type") != "MindDataset" or not paths:
         return []
     return [str(file) for path in (paths if isinstance(paths, (list, tuple)) else [paths])
-            for file in dataset_meta.data_files(Path(path))]
+            for file in data_files(Path(path))]
 
 
 def record_count(files: List[str]) -> int:
