@@ -20,10 +20,12 @@ from test_sharding_compile import NO_PLUGIN
 import run_mindformer
 from research.telechat import telechat_run
 from research.telechat.telechat_compat import apply_template
+from research.telechat.telechat_config import TelechatConfig
 from research.telechat.telechat_config_fields import COMPUTED, LEGACY, RENAMED
 from research.telechat.telechat_plan import find_faults, read_plan
 from research.telechat.telechat_preflight import model_config
 from research.telechat.telechat_settings import dtype_name
+from research.telechat.telechat_transformer import TelechatDecodeLayer
 from research.telechat.telechat_variants import ConfigError
 from scripts import plan as plan_command
 from scripts.ascend_sim.account import Mesh
@@ -297,6 +299,20 @@ def test_a_checkpoint_that_only_the_model_config_names_is_loaded(tmp_path):
     config = telechat_run.MindFormerConfig(**recipe)
     telechat_run.translate_old_keys(config)
     assert config.load_checkpoint == str(tmp_path / "x.ckpt")
+
+
+def test_operators_that_are_recomputed_exist():
+    """What `select_recompute: True` becomes meets operators of a layer; what MindFormers would take meets one only."""
+    config = TelechatConfig(hidden_size=32, num_heads=2, num_layers=1, intermediate_size=64, vocab_size=8, seq_length=8)
+    layer = TelechatDecodeLayer(config, 0)
+    recipe = {"recompute_config": {"select_recompute": True}}
+    telechat_run.translate(recipe)
+    for pattern in recipe["recompute_config"]["select_recompute"]:
+        operator = layer
+        for name in pattern.split(r"\."):
+            operator = getattr(operator, name)
+        assert hasattr(operator, "recompute"), pattern
+    assert not any(name.endswith(".norm") for name, _ in layer.cells_and_names())
 
 
 SMALL = {"hidden_size": 512, "num_heads": 16, "n_kv_heads": 16, "intermediate_size": 1536, "vocab_size": 4096,
