@@ -138,6 +138,21 @@ class TestHarness:
         assert result["results"]["tiny_choice"]["acc,none"] == pytest.approx(np.mean(right))
         assert lm.counts["requests lost the beginning of their context"] == 2
 
+    def test_without_context(self, lm, tiny, vocab):
+        """The start token takes the place of the context; nothing to score is certain, and counted."""
+        from types import SimpleNamespace as Space
+        before = lm.counts.copy()
+        found = lm.loglikelihood([Space(args=("", "The quick brown fox")), Space(args=("a b", "")),
+                                  Space(args=("", "jumps over " * 100))])
+        ids = [1, *vocab.encode("The quick brown fox")]
+        assert found[0][0] == pytest.approx(expected(direct_logits(tiny, ids[:-1]), ids, len(ids) - 1)[0], rel=1e-5)
+        assert found[1] == (0.0, True)
+        ids = vocab.encode("jumps over " * 100)[-129:]
+        assert found[2][0] == pytest.approx(expected(direct_logits(tiny, ids[:-1]), ids, 128)[0], rel=1e-5)
+        assert {key: count - before[key] for key, count in lm.counts.items() if count > before[key]} == {
+            "requests have no token to score (log-likelihood 0)": 1,
+            "requests lost the beginning of the text to score": 1, "requests lost the beginning of their context": 1}
+
     def test_text_longer_than_the_context(self, result, tiny, vocab):
         for sample in result["samples"]["tiny_text"]:
             ids = vocab.encode(sample["doc"]["text"])

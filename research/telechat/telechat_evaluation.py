@@ -7,8 +7,10 @@ telechat_generation. Importing this file needs the package lm-eval, the extra `e
 import contextlib
 import json
 from collections import Counter
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from functools import lru_cache
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
 from lm_eval.api.model import TemplateLM
 from mindformers.tools.logger import logger
 from tqdm import tqdm
@@ -47,6 +49,7 @@ class TelechatLM(TemplateLM):
         # A task's instruction comes as a system prompt, which some families have no place for: it must not get lost.
         self.renderer = Renderer(detect_template(self.vocab), self.vocab, system_policy="prepend")
         self.counts: Counter = Counter()
+        self._encode = lru_cache(maxsize=4)(self.vocab.encode_with_specials)    # the choices of a question share it
         self._rendered: Dict[str, List[int]] = {}          # prompts of the chat template, with the ids they stand for
 
     @property
@@ -78,7 +81,7 @@ class TelechatLM(TemplateLM):
         if known is not None:
             ids, rest = known
             return ids + (self.vocab.encode(rest) if rest else [])
-        ids = self.vocab.encode_with_specials(string)
+        ids = list(self._encode(string))
         add = self.tokenizer.add_bos_token if add_special_tokens is None else add_special_tokens
         bos = self.tokenizer.bos_token_id
         return [bos, *ids] if add and bos is not None and ids[:1] != [bos] else ids
@@ -115,20 +118,36 @@ class TelechatLM(TemplateLM):
 
     # What the harness asks
 
-    def _loglikelihood_tokens(self, requests: Sequence[Tuple[Tuple[str, str], List[int], List[int]]],
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> List[Tuple[float, bool]]:
+        """(log-likelihood, greedy) of the continuation of each request, given its context."""
+        bar = tqdm(requests, desc="tokens", unit="text", disable=not self.progress)
+        return self._loglikelihood_tokens((request.args, *self._encode_pair(*request.args)) for request in bar)
+
+    def _encode_pair(self, context: str, continuation: str) -> Tuple[List[int], List[int]]:
+        """Both as ids, encoded together as the harness does it; without a context, behind the start token."""
+        if context:
+            return super()._encode_pair(context, continuation)
+        return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+
+    def _loglikelihood_tokens(self, requests: Iterable[Tuple[Tuple[str, str], List[int], List[int]]],
                               disable_tqdm: bool = False, **_kwargs: Any) -> List[Tuple[float, bool]]:
-        """(log-likelihood, greedy) of each continuation, given its context, both as ids."""
-        fitted = [fit(context or [self.prefix_token_id], continuation, self.max_length)
-                  for _, context, continuation in requests]
-        self._report("requests lost the beginning of their context",
-                     sum(request.lost_context > 0 for request in fitted), len(fitted))
-        self._report("requests lost the beginning of the text to score",
-                     sum(request.lost_target > 0 for request in fitted), len(fitted))
-        self._report("requests have no token to score (log-likelihood 0)",
-                     sum(not request.scored.count for request in fitted), len(fitted))
-        results = self.scorer.score([request.scored for request in fitted], "log-likelihoods")
-        for (texts, _, _), result in zip(requests, results):
-            self.cache_hook.add_partial("loglikelihood", texts, result)
+        """(log-likelihood, greedy) of each continuation, given its context, both as ids.
+
+        Of each request only an array is kept: lists of ids take nine times the memory.
+        """
+        texts, scored, lost = [], [], Counter()
+        for pair, context, continuation in requests:
+            fitted = fit(context or [self.prefix_token_id], continuation, self.max_length)
+            texts.append(pair)
+            scored.append(fitted.scored._replace(ids=np.array(fitted.scored.ids, np.int32)))
+            lost["requests lost the beginning of their context"] += fitted.lost_context > 0
+            lost["requests lost the beginning of the text to score"] += fitted.lost_target > 0
+            lost["requests have no token to score (log-likelihood 0)"] += not fitted.scored.count
+        for what, count in lost.items():
+            self._report(what, count, len(scored))
+        results = self.scorer.score(scored, "log-likelihoods")
+        for pair, result in zip(texts, results):
+            self.cache_hook.add_partial("loglikelihood", pair, result)
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> List[float]:

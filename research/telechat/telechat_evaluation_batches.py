@@ -13,7 +13,7 @@ FEW, MANY = 128, 512             # targets that go through the head at once: log
 
 
 class Scored(NamedTuple):
-    """Token ids of a text, of which the last `count` are scored, each given all before it."""
+    """Token ids of a text (a list, or int32 [tokens]), of which the last `count` are scored, each given all before."""
 
     ids: Sequence[int]
     count: int
@@ -92,24 +92,30 @@ def score_batches(requests: Sequence[Scored], batch_size: int, limit: int, pad: 
         pad: id behind the end of a text.
         ignored: id of a target that is none.
     """
-    same: Dict[Tuple[int, ...], List[int]] = {}
+    same: Dict[bytes, List[int]] = {}
     for number, request in enumerate(requests):
         if request.count:
-            same.setdefault(tuple(request.ids[:-1]), []).append(number)
+            same.setdefault(_input(request), []).append(number)
     inputs = sorted(same, key=len, reverse=True)
     start = 0
     while start < len(inputs):
-        size = bucket_of(len(inputs[start]), limit)
-        group = [ids for ids in inputs[start:start + batch_size] if bucket_of(len(ids), limit) == size]
-        start += len(group)
-        targets = [target for row, ids in enumerate(group) for number in same[ids]
+        group = [np.frombuffer(ids, np.int32) for ids in inputs[start:start + batch_size]]
+        size = bucket_of(len(group[0]), limit)
+        group = [ids for ids in group if bucket_of(len(ids), limit) == size]
+        targets = [target for row, ids in enumerate(group) for number in same[ids.tobytes()]
                    for target in _targets(row, requests[number], number)]
+        start += len(group)
         yield _batch(group, targets, (batch_size, size), pad, ignored)
 
 
 def count_texts(requests: Sequence[Scored]) -> int:
     """Number of different inputs among the requests: the work of `score_batches`."""
-    return len({tuple(request.ids[:-1]) for request in requests if request.count})
+    return len({_input(request) for request in requests if request.count})
+
+
+def _input(request: Scored) -> bytes:
+    """What the model reads of a request, as bytes: fifty thousand of them must not fill the memory."""
+    return np.asarray(request.ids[:-1], np.int32).tobytes()
 
 
 def _targets(row: int, request: Scored, number: int) -> List[Target]:
@@ -117,7 +123,7 @@ def _targets(row: int, request: Scored, number: int) -> List[Target]:
     return [Target(row, first + place - 1, token, number) for place, token in enumerate(request.ids[first:])]
 
 
-def _batch(group: List[Tuple[int, ...]], targets: List[Target], shape: Tuple[int, int], pad: int, ignored: int
+def _batch(group: List[np.ndarray], targets: List[Target], shape: Tuple[int, int], pad: int, ignored: int
            ) -> ScoreBatch:
     tokens = np.full(shape, pad, np.int32)
     lengths = np.ones(shape[0], np.int32)
