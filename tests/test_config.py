@@ -31,7 +31,7 @@ def test_net_name_brings_sizes_and_conventions(name):
     ({"num_heads": 7}, ["hidden_size", "4096", "num_heads", "7"]),
     ({"n_kv_heads": 5}, ["num_heads", "n_kv_heads", "5"]),
     ({"compute_dtype": "fp8"}, ["compute_dtype", "fp8", "bfloat16"]),
-    ({"seq_length": "long"}, ["seq_length", "int", "long"]),
+    ({"seq_length": "long"}, ["seq_length", "whole number", "long"]),
     ({"seq_length": 0}, ["seq_length", "positive", "0"]),
     ({"seq_length": True}, ["seq_length", "True"]),
     ({"hidden_dropout_prob": 1.5}, ["hidden_dropout_prob", "1.5"]),

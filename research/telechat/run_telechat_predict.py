@@ -91,7 +91,7 @@ def _question(number: int, line: bytes) -> Question:
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
         return Question(number, "", fault=f"not valid JSON ({err})")
     if not isinstance(record, dict) or not isinstance(record.get("input"), str) or not record["input"].strip():
-        return Question(number, "", fault='expected {"input": "question"}')
+        return Question(number, "", fault=f'expected {{"input": "question"}}, found {str(record)[:80]}')
     history = record.get("history")
     if history is not None and not (isinstance(history, list) and all(
             isinstance(message, dict) and isinstance(message.get("role"), str)

@@ -66,13 +66,14 @@ class TelechatConfig(PretrainedConfig):
                 ("num_heads", "n_kv_heads", self.num_heads % self.n_kv_heads)):
             if fault:
                 raise ConfigError(f"model_config.{size} ({getattr(self, size)}) must be a multiple of "
-                                  f"model_config.{by} ({getattr(self, by)})")
+                                  f"model_config.{by} ({getattr(self, by)}); change one of them")
         if self.head_dim % 2:
-            raise ConfigError(f"model_config: hidden_size / num_heads = {self.head_dim} must be even for rotary "
-                              "embedding")
+            raise ConfigError(f"model_config: hidden_size / num_heads = {self.head_dim} must be even for the rotary "
+                              "embedding; change one of them")
         if self.fused_projections and self.n_kv_heads != self.num_heads:
             raise ConfigError("model_config.fused_projections needs n_kv_heads equal to num_heads "
-                              f"({self.num_heads}), found {self.n_kv_heads}")
+                              f"({self.num_heads}), found {self.n_kv_heads}; leave n_kv_heads out, or set "
+                              "fused_projections to False")
         for size in ("num_heads", "n_kv_heads", "intermediate_size"):
             if mp > 1 and getattr(self, size) % mp:
                 raise ConfigError(f"model_config.{size} ({getattr(self, size)}) must be a multiple of "
@@ -80,7 +81,7 @@ class TelechatConfig(PretrainedConfig):
         stages = self.parallel_config.pipeline_stage
         if isinstance(stages, int) and stages > self.num_layers:
             raise ConfigError(f"parallel_config.pipeline_stage ({stages}) exceeds model_config.num_layers "
-                              f"({self.num_layers})")
+                              f"({self.num_layers}); lower it")
 
     @property
     def head_dim(self) -> int:

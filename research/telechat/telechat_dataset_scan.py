@@ -92,12 +92,13 @@ def _first_length(file: Path) -> int:
         reader.close()
     except RuntimeError as err:
         raise ConfigError(f"{file} is not a readable MindRecord file (is {file.name}.db beside it, and neither was "
-                          f"renamed?): {reason(err)}") from err
+                          f"renamed?): {reason(err)}; copy both again, or preprocess again") from err
     if record is None:
-        raise ConfigError(f"data set {file} is empty")
+        raise ConfigError(f"data set {file} is empty; preprocess again, and read what the command reports")
     for column in _COLUMNS:
         if column not in record:
-            raise ConfigError(f"data set {file} has no column {column!r}, only {', '.join(sorted(record))}")
+            raise ConfigError(f"data set {file} has no column {column!r}, only {', '.join(sorted(record))}; make it "
+                              "with telechat_preprocess.py")
     if record["labels"].size != record["input_ids"].size:
         raise ConfigError(f"data set {file}: input_ids has {record['input_ids'].size} tokens, labels "
                           f"{record['labels'].size}; expected the same number, preprocess again")

@@ -42,7 +42,11 @@ def resolve_config(name: str) -> Path:
         path = folder / name
         if path.is_file():
             return path.resolve()
-    raise ConfigError(f"--config: {name} does not exist (looked in {Path.cwd()}, {ROOT} and {ROOT / 'research'})")
+    recipes = [path.name for path in sorted((ROOT / "research/telechat").glob("*.yaml"))]
+    near = difflib.get_close_matches(Path(name).name, recipes, n=1)
+    places = ", ".join(dict.fromkeys(map(str, (Path.cwd(), ROOT, ROOT / "research"))))
+    raise ConfigError(f"--config: {name} does not exist (looked in {places}); "
+                      + (f"did you mean research/telechat/{near[0]}?" if near else "recipes are in research/telechat"))
 
 
 def merge(base: dict, over: dict) -> dict:

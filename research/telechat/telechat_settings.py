@@ -21,6 +21,7 @@ from research.telechat.telechat_config_fields import (
 from research.telechat.telechat_variants import ConfigError, get_variant, variant_fields
 
 _LARGEST_FACTOR = 64                   # of ffn_dim_multiplier; beyond it is a width
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 _KINDS = {"int": int, "positive": int, "float": float, "ratio": float, "bool": bool, "str": str}
 
 
@@ -53,7 +54,7 @@ def _check_key(key: str, value: Any, field: Field) -> Any:
     if wanted is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
-        raise ConfigError(f"model_config.{key}: expected {wanted.__name__}, found {value!r}")
+        raise ConfigError(f"model_config.{key}: expected {_WORDS[wanted]}, found {value!r}")
     if field.kind == "positive" and value <= 0:
         raise ConfigError(f"model_config.{key}: expected a positive number, found {value}")
     if field.kind == "ratio" and not 0 <= value < 1:
