@@ -110,7 +110,7 @@ def main() -> int:
     parser.add_argument("--since", type=float, default=0.0, help="leave out logs older than this (epoch, s)")
     args = parser.parse_args()
     if not args.log_dir.is_dir():
-        print(f"error: log folder not found: {args.log_dir}", file=sys.stderr)
+        print(f"error: log folder not found: {args.log_dir}; give the LOG_DIR of msrun_launcher.sh", file=sys.stderr)
         return 1
     print(report(args.log_dir, args.since))
     return 0

@@ -85,7 +85,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     try:
         adapter = read_adapter(args.adapter, args.lora_alpha)
-        base = open_mindspore(args.base)
+        base = open_mindspore(args.base, "--base")
         try:
             if args.output.resolve() in {path.resolve() for path in base.files}:
                 raise CheckpointError(f"--output {args.output} would overwrite the base while it is read; name "

@@ -146,6 +146,8 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     if not args.config:
         raise ConfigError("--config is missing; name the recipe to plan, e.g. "
                           "research/telechat/finetune_telechat2_115b.yaml")
+    if not 0 < args.mfu <= 1:
+        raise ConfigError(f"--mfu: expected a share over 0, at most 1, found {args.mfu:g}")
     recipe = complete_recipe(args, overrides)
     plan = read_plan(recipe)
     faults = find_faults(plan, args.ranks)

@@ -51,7 +51,8 @@ def convert(args: argparse.Namespace) -> None:
     folder = path if path.is_dir() else path.parent
     if args.torch_path is not None and args.source_mp is not None:
         raise CheckpointError("--source_mp belongs to --from_mindspore; official checkpoints know no such degree")
-    checkpoint = (open_official(path, args.source_format) if args.torch_path is not None else open_mindspore(path))
+    checkpoint = (open_official(path, args.source_format) if args.torch_path is not None
+                  else open_mindspore(path, "--from_mindspore"))
     try:
         sizes = sizes_for(args, folder)
         if sizes is None:

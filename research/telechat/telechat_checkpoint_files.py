@@ -44,11 +44,14 @@ def open_official(path: Path, source_format: str = "auto") -> Checkpoint:
     return checkpoint
 
 
-def open_mindspore(path: Path) -> Checkpoint:
-    """Open a MindSpore checkpoint: one .ckpt or .safetensors file, or a folder with shards, or with one .ckpt."""
+def open_mindspore(path: Path, option: str = "--mindspore_path") -> Checkpoint:
+    """Open a MindSpore checkpoint: one .ckpt or .safetensors file, or a folder with shards, or with one .ckpt.
+
+    option: how the user named it, for messages.
+    """
     if path.is_file():
         return open_files([path], "ckpt" if path.suffix == ".ckpt" else "safetensors")
-    _must_be_folder(path, "--mindspore_path")
+    _must_be_folder(path, option)
     if any(entry.is_dir() and entry.name.startswith("rank_") for entry in path.iterdir()):
         raise CheckpointError(f"{path} holds slices of a distributed checkpoint (folders rank_N); merge them into one "
                               "checkpoint first (scripts/transform_checkpoint.py), then name that")

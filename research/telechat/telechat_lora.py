@@ -98,7 +98,7 @@ def read_adapter(path: Path, alpha: Optional[float] = None) -> Adapter:
 
     alpha: lora_alpha; None: from adapter_config.json beside the file. CheckpointError where something is missing.
     """
-    checkpoint = open_mindspore(path)
+    checkpoint = open_mindspore(path, "--adapter")
     try:
         parts: Dict[str, Dict[str, np.ndarray]] = {}
         for name in checkpoint.tensors:

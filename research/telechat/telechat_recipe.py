@@ -5,7 +5,7 @@ What the keys mean is telechat_settings' and MindFormers' matter; what is done w
 import argparse
 import difflib
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterator, List
 
 import yaml
 
@@ -106,8 +106,11 @@ def parse_overrides(options: List[str], rest: List[str]) -> List[tuple]:
 
 
 def set_key(config: Dict[str, Any], dotted: str, value: Any) -> None:
-    """Set `a.b.c`; a section that the recipe lacks is an error that names the nearest one."""
+    """Set `a.b.c`. ConfigError: a section that the recipe lacks, or a key without the section in which it is read."""
     *sections, key = dotted.split(".")
+    places = [] if sections or key in config else list(_places(config, key))
+    if places:
+        raise ConfigError(f"--{key}: the recipe has this key in a section; write --{' or --'.join(places)}")
     for depth, section in enumerate(sections):
         if not isinstance(config.get(section), dict):
             near = difflib.get_close_matches(section, list(config), n=1)
@@ -116,3 +119,12 @@ def set_key(config: Dict[str, Any], dotted: str, value: Any) -> None:
                               + (f"did you mean {near[0]!r}?" if near else f"sections there are: {known or 'none'}"))
         config = config[section]
     config[key] = value
+
+
+def _places(section: Dict[str, Any], key: str) -> Iterator[str]:
+    """Dotted names under which a section and those within it have `key`."""
+    for name, entry in section.items():
+        if name == key:
+            yield name
+        elif isinstance(entry, dict):
+            yield from (f"{name}.{place}" for place in _places(entry, key))

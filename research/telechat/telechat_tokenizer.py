@@ -47,8 +47,8 @@ class TelechatTokenizer(PreTrainedTokenizer):
                  pad_token: Any = None, add_bos_token: bool = False, add_eos_token: bool = False,
                  additional_special_tokens: Any = (), **kwargs: Any):
         if not vocab_file:
-            raise VocabError(f"{type(self).__name__}: vocab_file is not set; name the model's {MODEL_FILE}, in a YAML "
-                             "under processor.tokenizer")
+            raise VocabError(f"vocab_file is not set; name the model's {MODEL_FILE}, in the recipe under "
+                             "processor.tokenizer or with --processor.tokenizer.vocab_file")
         vocab = Vocab.load(vocab_file)
         named = {role: _content(token) or vocab.own_tokens.get(role)
                  for role, token in zip(_ROLES, (unk_token, bos_token, eos_token, pad_token))}

@@ -31,8 +31,8 @@ class TelechatTokenizerFast(TelechatTokenizer):
                  eos_token: Any = "<_end>", pad_token: Any = "<pad>", vocab_file: Optional[str] = None, **kwargs: Any):
         path = tokenizer_file or vocab_file
         if not path:
-            raise VocabError(f"{type(self).__name__}: tokenizer_file is not set; name the model's {JSON_FILE}, in a "
-                             "YAML under processor.tokenizer")
+            raise VocabError(f"tokenizer_file is not set; name the model's {JSON_FILE}, in the recipe under "
+                             "processor.tokenizer or with --processor.tokenizer.tokenizer_file")
         super().__init__(path, unk_token, bos_token, eos_token, pad_token, **kwargs)
 
     @classmethod
