@@ -97,7 +97,8 @@ def unbroken(data, tmp_path_factory):
 
 
 def files(folder):
-    return sorted(path.name for path in (folder / "checkpoint" / "rank_0").iterdir())
+    """Names of the checkpoint's files; mindspore 2.7.0 also writes the graph."""
+    return sorted(path.name for path in (folder / "checkpoint" / "rank_0").iterdir() if path.suffix != ".meta")
 
 
 @pytest.mark.slow

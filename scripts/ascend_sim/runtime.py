@@ -3,8 +3,8 @@
 MindSpore's public wheel brings its Ascend plug-in, which does not load where Huawei's CANN is not installed. `prepare`
 reads from the plug-in which libraries and symbols it misses and makes libraries of these names whose functions return 0
 (a matter of seconds, kept in a cache per MindSpore build). With MindSpore's own dry run (MS_SIMULATION_LEVEL=0) that is
-enough to compile for any number of devices; nothing runs. Works for mindspore 2.7.2 and 2.9.0 on x86_64; aarch64 is
-written but was never tried.
+enough to compile for any number of devices; nothing runs. Works for mindspore 2.7.0, 2.7.1, 2.7.2 and 2.9.0 on x86_64;
+aarch64 is written but was never tried.
 
     python scripts/ascend_sim/runtime.py check           # load the plug-in as rank 3 of 8
     python scripts/ascend_sim/runtime.py env             # the environment, to be evaluated by a shell
@@ -31,7 +31,7 @@ if __package__ in (None, ""):
 
 from scripts.ascend_sim.elf import Code, SharedObject, write_library
 
-RECIPE = 1                                    # raise it when the stand-ins change, so that cached ones are made anew
+RECIPE = 2                                    # raise it when the stand-ins change, so that cached ones are made anew
 SOC = "Ascend910B3"                           # answer of aclrtGetSocName: the chip of an Atlas 800T A2
 CARDS_PER_HOST = 8
 ROOTS = ("libmindspore_ascend.so.2", "libmindspore_ops_ascend.so")
@@ -157,10 +157,13 @@ def _write_stand_ins(wanted: Wanted, folder: Path) -> int:
     symbols["aclrtGetSocName"] = code.text(SOC)
     symbols["aclrtGetDeviceCount"] = code.answer(CARDS_PER_HOST)
     symbols["aclrtGetRunMode"] = code.answer(1)                          # ACL_HOST
-    # MindSpore asks where aclrtMalloc was loaded from and demands a path with "cann" in it.
-    libraries, package = folder / "cann/lib64", folder / "cann/python/hccl"
+    # MindSpore asks where aclrtMalloc was loaded from and demands a path with "cann" in it. Before 2.7.2 it demands
+    # "latest", opens libraries in lib64 below that, and looks for the folder opp_kernel beside ASCEND_OPP_PATH.
+    libraries, package = folder / "latest/cann/lib64", folder / "latest/cann/python/hccl"
     libraries.mkdir(parents=True)
     package.mkdir(parents=True)
+    (folder / "latest/lib64").symlink_to("cann/lib64")
+    (folder / "latest/opp_kernel").mkdir()
     # One library holds all symbols and the others ask for it: whichever is opened, every name is found in it.
     holder = "libascendcl.so"
     for name in {holder, *wanted.libraries}:
@@ -212,8 +215,9 @@ def environment(ranks: int = 1, rank: int = 0) -> Dict[str, str]:
     def before(variable: str, *folders: Path) -> None:
         env[variable] = os.pathsep.join([*map(str, folders), *filter(None, [env.get(variable)])])
 
-    before("LD_LIBRARY_PATH", folder / "cann/lib64", mindspore_folder() / "lib/plugin/ascend")
-    before("PYTHONPATH", folder / "cann/python")
+    before("LD_LIBRARY_PATH", folder / "latest/cann/lib64", mindspore_folder() / "lib/plugin/ascend")
+    before("PYTHONPATH", folder / "latest/cann/python")
+    env["ASCEND_OPP_PATH"] = str(folder / "latest/opp")
     return env
 
 
