@@ -49,3 +49,15 @@ def vocabs(vocab_files):
     """The same, loaded."""
     from research.telechat.telechat_vocab import Vocab
     return {name: Vocab.load(path) for name, path in vocab_files.items()}
+
+
+@pytest.fixture(scope="session")
+def vocab_folder(tmp_path_factory):
+    """Small vocabularies whose markers are user-defined symbols (tokenizer.model), control symbols (control.model), or
+    tokens added to a byte-level BPE (tokenizer.json)."""
+    from vocab_fixtures import train_byte_level_bpe, train_sentencepiece
+    folder = tmp_path_factory.mktemp("vocab")
+    train_sentencepiece(folder / "tokenizer.model")
+    train_sentencepiece(folder / "control.model", control=True)
+    train_byte_level_bpe(folder / "tokenizer.json")
+    return folder

@@ -9,7 +9,6 @@ import pytest
 from golden import SHARED, golden_json, needs_shared
 from hypothesis import given, settings
 from test_vocab import DECODE_DEVIATIONS, DEVIATIONS, OFFICIAL, TEXTS
-from vocab_fixtures import train_byte_level_bpe, train_sentencepiece
 
 ms = pytest.importorskip("mindspore")
 from mindformers.models.build_tokenizer import build_tokenizer
@@ -27,22 +26,13 @@ YAML_TOKENS = {"12B": dict(unk_token="<unk>", bos_token="<_start>", eos_token="<
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_sentencepiece(folder / "tokenizer.model")
-    train_sentencepiece(folder / "control.model", control=True)
-    train_byte_level_bpe(folder / "tokenizer.json")
-    return folder
+def tokenizer(vocab_folder):
+    return TelechatTokenizer(str(vocab_folder / "tokenizer.model"))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder):
-    return TelechatTokenizer(str(folder / "tokenizer.model"))
-
-
-@pytest.fixture(scope="module")
-def fast(folder):
-    return TelechatTokenizerFast(str(folder / "tokenizer.json"))
+def fast(vocab_folder):
+    return TelechatTokenizerFast(str(vocab_folder / "tokenizer.json"))
 
 
 @pytest.fixture(params=["tokenizer", "fast"])
@@ -123,8 +113,8 @@ class TestEncoding:
         with pytest.raises(IndexError):
             either.convert_ids_to_tokens([len(either) + 5])
 
-    def test_bos_and_eos(self, folder):
-        one = TelechatTokenizer(str(folder / "tokenizer.model"), add_bos_token=True, add_eos_token=True)
+    def test_bos_and_eos(self, vocab_folder):
+        one = TelechatTokenizer(str(vocab_folder / "tokenizer.model"), add_bos_token=True, add_eos_token=True)
         plain = one.vocab.encode("dog")
         assert one("dog")["input_ids"] == [1, *plain, 2]
         assert one("dog", add_special_tokens=False)["input_ids"] == plain
@@ -164,8 +154,8 @@ class TestBatches:
 
 
 class TestYaml:
-    def test_sentencepiece(self, folder):
-        config = MindFormerConfig(type="TelechatTokenizer", vocab_file=str(folder / "tokenizer.model"),
+    def test_sentencepiece(self, vocab_folder):
+        config = MindFormerConfig(type="TelechatTokenizer", vocab_file=str(vocab_folder / "tokenizer.model"),
                                   padding_side="left", **YAML_TOKENS["12B"])
         one = build_tokenizer(config)
         assert type(one) is TelechatTokenizer
@@ -173,29 +163,30 @@ class TestYaml:
         # <unk> is no piece of this model: no id beyond the embeddings is made up for it
         assert (one.unk_token, one.unk_token_id) == ("<_unk>", 0)
         assert (one.bos_token_id, one.eos_token_id, one.pad_token_id) == (1, 2, 3)
-        assert len(one) == Vocab.load(folder / "tokenizer.model").size
+        assert len(one) == Vocab.load(vocab_folder / "tokenizer.model").size
         assert max(one.get_vocab().values()) == len(one) - 1 == len(one.get_vocab()) - 1
 
-    def test_unknown_pieces_do_not_end_the_text(self, folder):
+    def test_unknown_pieces_do_not_end_the_text(self, vocab_folder):
         """The official configs name <_end> as the unknown token."""
-        one = TelechatTokenizer(str(folder / "tokenizer.model"), unk_token="<_end>")
+        one = TelechatTokenizer(str(vocab_folder / "tokenizer.model"), unk_token="<_end>")
         assert one.unk_token_id == 2
         assert one.convert_tokens_to_ids(["<_no_such_piece>", "<_end>"]) == [0, 2]
 
     @pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file"])
-    def test_fast(self, folder, key):
-        one = build_tokenizer(MindFormerConfig(type="TelechatTokenizerFast", **{key: str(folder / "tokenizer.json")}))
+    def test_fast(self, vocab_folder, key):
+        file = str(vocab_folder / "tokenizer.json")
+        one = build_tokenizer(MindFormerConfig(type="TelechatTokenizerFast", **{key: file}))
         assert type(one) is TelechatTokenizerFast
         assert (one.unk_token, one.bos_token, one.eos_token, one.pad_token) == ("<unk>", "<_start>", "<_end>", "<pad>")
         assert one.pad_token_id == 3
 
-    def test_control_symbols_are_special(self, folder):
-        one = TelechatTokenizer(str(folder / "control.model"))
+    def test_control_symbols_are_special(self, vocab_folder):
+        one = TelechatTokenizer(str(vocab_folder / "control.model"))
         assert one.decode(one.encode("<_user>a<_observation>b<reserve1>"), skip_special_tokens=True) == "ab<reserve1>"
         assert one.additional_special_tokens == ["<_user>", "<_bot>", "<_system>", "<_observation>"]
 
-    def test_named_markers_are_special(self, folder):
-        one = TelechatTokenizer(str(folder / "tokenizer.model"), additional_special_tokens=["<_user>", "<_bot>"])
+    def test_named_markers_are_special(self, vocab_folder):
+        one = TelechatTokenizer(str(vocab_folder / "tokenizer.model"), additional_special_tokens=["<_user>", "<_bot>"])
         assert one.decode(one.encode("<_user>a<_bot>b<_system>"), skip_special_tokens=True) == "ab<_system>"
         assert one.add_special_tokens({"additional_special_tokens": ["<_system>"]}) == 0
         assert one.decode(one.encode("a<_system>"), skip_special_tokens=True) == "a"
@@ -205,8 +196,8 @@ class TestYaml:
         (dict(eos_token="</s>"), r"the eos token '</s>' is not in it"),
         (dict(pad_token="_"), "the pad token '_' is an ordinary piece"),
         (dict(additional_special_tokens=["<_usr>"]), "'<_usr>' is not in it")])
-    def test_errors(self, folder, options, message):
-        config = MindFormerConfig(**{"type": "TelechatTokenizer", "vocab_file": str(folder / "tokenizer.model"),
+    def test_errors(self, vocab_folder, options, message):
+        config = MindFormerConfig(**{"type": "TelechatTokenizer", "vocab_file": str(vocab_folder / "tokenizer.model"),
                                      **options})
         with pytest.raises(VocabError, match=message) as caught:
             build_tokenizer(config)
@@ -265,17 +256,17 @@ class TestSaving:
         again = type(either).from_pretrained(str(tmp_path))
         assert again.special_tokens_map == either.special_tokens_map
 
-    def test_save_over_itself(self, folder, tmp_path):
+    def test_save_over_itself(self, vocab_folder, tmp_path):
         path = tmp_path / "tokenizer.model"
-        shutil.copy(folder / "tokenizer.model", path)
+        shutil.copy(vocab_folder / "tokenizer.model", path)
         assert TelechatTokenizer(str(path)).save_vocabulary(str(tmp_path)) == (str(path),)
-        assert path.read_bytes() == (folder / "tokenizer.model").read_bytes()
+        assert path.read_bytes() == (vocab_folder / "tokenizer.model").read_bytes()
 
     def test_folder_that_cannot_be_written(self, tokenizer, tmp_path):
         with pytest.raises(VocabError, match="cannot be copied"):
             tokenizer.save_vocabulary(str(tmp_path / "nowhere"))
 
-    def test_saved_ids_must_fit(self, folder):
+    def test_saved_ids_must_fit(self, vocab_folder):
         saved = {9: {"content": "<_end>"}}
         with pytest.raises(VocabError, match="do not belong together"):
-            TelechatTokenizer(str(folder / "tokenizer.model"), added_tokens_decoder=saved)
+            TelechatTokenizer(str(vocab_folder / "tokenizer.model"), added_tokens_decoder=saved)

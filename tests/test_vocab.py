@@ -11,7 +11,7 @@ import sentencepiece
 from golden import SHARED, golden_json, needs_shared
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from vocab_fixtures import edit_json, train_byte_level_bpe, train_sentencepiece
+from vocab_fixtures import edit_json, train_sentencepiece
 
 from research.telechat.telechat_vocab import IncrementalDecoder, Vocab, VocabError
 
@@ -144,18 +144,9 @@ class TestGoldenConversations:
         assert compared >= 3
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vocab")
-    train_sentencepiece(folder / "tokenizer.model")
-    train_sentencepiece(folder / "control.model", control=True)
-    train_byte_level_bpe(folder / "tokenizer.json")
-    return folder
-
-
 @pytest.fixture(scope="module", params=["tokenizer.model", "control.model", "tokenizer.json"])
-def vocab(request, folder):
-    return Vocab.load(folder / request.param)
+def vocab(request, vocab_folder):
+    return Vocab.load(vocab_folder / request.param)
 
 
 MARKERS = ["<_user>", "<_bot>", "<_end>", "<_start>"]                    # in all three
@@ -219,27 +210,27 @@ class TestProperties:
 
 class TestSentencePiece:
     @pytest.mark.parametrize("name", ["tokenizer.model", "control.model"])
-    def test_plain_text_as_the_library(self, folder, name):
-        vocab = Vocab.load(folder / name)
+    def test_plain_text_as_the_library(self, vocab_folder, name):
+        vocab = Vocab.load(vocab_folder / name)
         raw = sentencepiece.SentencePieceProcessor(model_file=str(vocab.path))
         for text in ("", " ", "生抽与老抽的区别？", "def add(a, b):\n\treturn a + 1_000", "  two  ", "<b>😀</b>"):
             assert vocab.encode(text) == raw.encode(text)
             assert vocab.decode(raw.encode(text)) == raw.decode(raw.encode(text)) == text
 
-    def test_markers_and_what_skip_removes(self, folder):
-        user_defined = Vocab.load(folder / "tokenizer.model")
-        raw = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    def test_markers_and_what_skip_removes(self, vocab_folder):
+        user_defined = Vocab.load(vocab_folder / "tokenizer.model")
+        raw = sentencepiece.SentencePieceProcessor(model_file=str(vocab_folder / "tokenizer.model"))
         assert raw.piece_to_id("<_user>") in raw.encode("<_user>")       # what must be prevented
         assert list(user_defined.markers) == ["<_unk>", "<_start>", "<_end>", "<_pad>", "<_user>", "<_bot>",
                                               "<_system>", "<reserve1>", "<reserve10>"]
         assert user_defined.special_ids == {0, 1, 2, 3}                  # as the official tokenizer of 12B
-        control = Vocab.load(folder / "control.model")
+        control = Vocab.load(vocab_folder / "control.model")
         assert "<reserve1>" in control.markers
         assert control.special_ids == set(control.markers.values()) - {control.token_to_id("<reserve1>")}
         assert control.own_tokens == {"unk": "<_unk>", "bos": "<_start>", "eos": "<_end>", "pad": "<_pad>"}
 
-    def test_named_tokens_are_special(self, folder):
-        vocab = Vocab.load(folder / "tokenizer.model", {"user": "<reserve1>", "bot": None})
+    def test_named_tokens_are_special(self, vocab_folder):
+        vocab = Vocab.load(vocab_folder / "tokenizer.model", {"user": "<reserve1>", "bot": None})
         ids = vocab.encode_with_specials("<reserve1>hi<_bot>")
         assert vocab.decode(ids, skip_special_tokens=True) == "hi<_bot>"
 
@@ -268,8 +259,8 @@ class TestSentencePiece:
         for text in ("the dog", " the dog", "<_user> the<_bot>dog"):
             assert vocab.decode(vocab.encode_with_specials(text)) == text
 
-    def test_half_characters_are_held_back(self, folder):
-        vocab = Vocab.load(folder / "tokenizer.model")
+    def test_half_characters_are_held_back(self, vocab_folder):
+        vocab = Vocab.load(vocab_folder / "tokenizer.model")
         ids = vocab.encode("😀")
         assert len(ids) >= 4                             # byte pieces: the corpus has no such character
         decoder = IncrementalDecoder(vocab)
@@ -280,8 +271,8 @@ class TestSentencePiece:
         decoder.feed(ids[:-1])
         assert decoder.flush() == "\ufffd"
 
-    def test_continuation_keeps_its_space(self, folder):
-        vocab = Vocab.load(folder / "tokenizer.model")
+    def test_continuation_keeps_its_space(self, vocab_folder):
+        vocab = Vocab.load(vocab_folder / "tokenizer.model")
         ids = vocab.encode("the dog")
         decoder = IncrementalDecoder(vocab)
         decoder.feed(ids[:1])
@@ -289,39 +280,39 @@ class TestSentencePiece:
 
 
 class TestByteLevelBpe:
-    def test_plain_text_as_the_library(self, folder):
+    def test_plain_text_as_the_library(self, vocab_folder):
         from tokenizers import Tokenizer
-        raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        vocab = Vocab.load(folder / "tokenizer.json")
+        raw = Tokenizer.from_file(str(vocab_folder / "tokenizer.json"))
+        vocab = Vocab.load(vocab_folder / "tokenizer.json")
         for text in ("", " ", "生抽与老抽的区别？", "def add(a, b):\n\treturn a + 1", "  two  ", "😀"):
             assert vocab.encode(text) == raw.encode(text, add_special_tokens=False).ids
         assert vocab.size == raw.get_vocab_size(with_added_tokens=True)
         assert raw.token_to_id("<_user>") in raw.encode("<_user>").ids   # what must be prevented
 
-    def test_what_skip_removes(self, folder):
-        vocab = Vocab.load(folder / "tokenizer.json")
+    def test_what_skip_removes(self, vocab_folder):
+        vocab = Vocab.load(vocab_folder / "tokenizer.json")
         ids = vocab.encode_with_specials("<_user>a<_end>b<_bot>")
         assert vocab.decode(ids, skip_special_tokens=True) == "<_user>ab<_bot>"
-        named = Vocab.load(folder / "tokenizer.json", {"user": "<_user>"})
+        named = Vocab.load(vocab_folder / "tokenizer.json", {"user": "<_user>"})
         assert named.decode(ids, skip_special_tokens=True) == "ab<_bot>"
 
-    def test_folder_prefers_the_sentencepiece_model(self, folder, tmp_path):
-        assert Vocab.load(folder).path.name == "tokenizer.model"
-        (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    def test_folder_prefers_the_sentencepiece_model(self, vocab_folder, tmp_path):
+        assert Vocab.load(vocab_folder).path.name == "tokenizer.model"
+        (tmp_path / "tokenizer.json").write_bytes((vocab_folder / "tokenizer.json").read_bytes())
         assert Vocab.load(tmp_path).path.name == "tokenizer.json"
 
     @pytest.mark.parametrize("changes", [{"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}},
                                          {"decoder": None}, {"model": {"type": "BPE"}}, {"added_tokens": 3}])
-    def test_unsupported(self, folder, tmp_path, changes):
-        path = edit_json(folder / "tokenizer.json", tmp_path / "t.json", **changes)
+    def test_unsupported(self, vocab_folder, tmp_path, changes):
+        path = edit_json(vocab_folder / "tokenizer.json", tmp_path / "t.json", **changes)
         with pytest.raises(VocabError, match=re.escape(str(path))):
             Vocab.load(path)
 
-    def test_marker_that_plain_text_could_give_is_refused(self, folder, tmp_path):
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    def test_marker_that_plain_text_could_give_is_refused(self, vocab_folder, tmp_path):
+        content = json.loads((vocab_folder / "tokenizer.json").read_text(encoding="utf-8"))
         content["model"]["ignore_merges"] = True         # whole words are then looked up first, "<pad>" among them
         content["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                                     "use_regex": False}
-        path = edit_json(folder / "tokenizer.json", tmp_path / "t.json", **content)
+        path = edit_json(vocab_folder / "tokenizer.json", tmp_path / "t.json", **content)
         with pytest.raises(VocabError, match="is encoded as the marker"):
             Vocab.load(path)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from vocab_fixtures import train_byte_level_bpe, train_sentencepiece
+from vocab_fixtures import train_sentencepiece
 
 from research.telechat.telechat_variants import ConfigError
 from research.telechat.telechat_vocab import Vocab, VocabError
@@ -14,18 +14,9 @@ from research.telechat.telechat_vocab_files import _fields
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vocab")
-    train_sentencepiece(folder / "tokenizer.model")
-    train_sentencepiece(folder / "control.model", control=True)
-    train_byte_level_bpe(folder / "tokenizer.json")
-    return folder
-
-
 @pytest.fixture(scope="module", params=["tokenizer.model", "control.model", "tokenizer.json"])
-def vocab(request, folder):
-    return Vocab.load(folder / request.param)
+def vocab(request, vocab_folder):
+    return Vocab.load(vocab_folder / request.param)
 
 
 class TestErrors:
@@ -48,8 +39,8 @@ class TestErrors:
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
 
-    def test_truncated_anywhere(self, folder, tmp_path):
-        data = (folder / "tokenizer.model").read_bytes()
+    def test_truncated_anywhere(self, vocab_folder, tmp_path):
+        data = (vocab_folder / "tokenizer.model").read_bytes()
         path = tmp_path / "tokenizer.model"
         field_ends = [end for _, _, end in _fields(data, 0, len(data))]  # where the rest is a message of its own
         for length in [*range(1, 200), *range(200, len(data) - 60, 97), *field_ends[300:320], *field_ends[-4:-1]]:
@@ -57,12 +48,12 @@ class TestErrors:
             with pytest.raises(VocabError):
                 Vocab.load(path)
 
-    def test_named_token_must_be_a_marker(self, folder):
+    def test_named_token_must_be_a_marker(self, vocab_folder):
         with pytest.raises(VocabError, match=r"the user token '<_usr>' is not in it; its markers are .*<_user>"):
-            Vocab.load(folder / "tokenizer.model", {"user": "<_usr>"})
+            Vocab.load(vocab_folder / "tokenizer.model", {"user": "<_usr>"})
         for ordinary in ("1", "_"):
             with pytest.raises(VocabError, match="ordinary piece"):
-                Vocab.load(folder / "tokenizer.model", {"user": ordinary})
+                Vocab.load(vocab_folder / "tokenizer.model", {"user": ordinary})
 
     def test_text(self, vocab):
         with pytest.raises(VocabError, match=r"lone surrogate.*at character 3"):
@@ -100,15 +91,15 @@ class TestProcesses:
         with pytest.raises(VocabError, match="has changed"):
             pickle.loads(pickled)
 
-    def test_needs_no_framework(self, folder):
+    def test_needs_no_framework(self, vocab_folder):
         code = ("import sys; from research.telechat.telechat_vocab import Vocab; "
-                f"print(Vocab.load({str(folder)!r}).encode('<_bot>a')); "
+                f"print(Vocab.load({str(vocab_folder)!r}).encode('<_bot>a')); "
                 "print(sorted({'mindspore', 'mindformers', 'transformers', 'torch'} & set(sys.modules)))")
         lines = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
                                timeout=120).stdout.splitlines()
-        assert lines == [str(Vocab.load(folder).encode("<_bot>a")), "[]"]
+        assert lines == [str(Vocab.load(vocab_folder).encode("<_bot>a")), "[]"]
 
-    def test_fingerprint_is_the_file(self, folder, vocab):
+    def test_fingerprint_is_the_file(self, vocab_folder, vocab):
         import hashlib
         assert vocab.fingerprint == hashlib.sha256(vocab.path.read_bytes()).hexdigest()
 
