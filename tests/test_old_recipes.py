@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Optional
 
 import pytest
 import yaml
+from mindformers.tools.logger import get_logger
 from recipe_classes import unknown_arguments
 from test_recipe_walk import compile_on_cpu
 from test_sharding_compile import NO_PLUGIN
@@ -217,9 +218,9 @@ def loaded(request, tmp_path, caplog):
     path.write_text(yaml.safe_dump(written(rows)))
     args, rest = run_mindformer.build_parser().parse_known_args(["--config", str(path)])
     recipe = run_mindformer.read_recipe(run_mindformer.resolve_config(args.config))
-    logger = logging.getLogger("mindformers")
+    logger = get_logger()                         # its name differs between versions of MindFormers
     logger.addHandler(caplog.handler)
-    caplog.set_level(logging.INFO, logger="mindformers")
+    caplog.set_level(logging.INFO, logger=logger.name)
     try:
         config = telechat_run.complete_recipe(args, recipe, run_mindformer.parse_overrides(args.options, rest))
         telechat_run.translate_old_keys(config)
