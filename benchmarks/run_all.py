@@ -47,7 +47,7 @@ _TINY = [word for key, size in (("hidden_size", 256), ("num_heads", 8), ("interm
                                 ("vocab_size", 4096), ("seq_length", 128))
          for word in (f"--model.model_config.{key}", str(size))]
 STEPS = (
-    Step("preprocessing", "Preprocessing: conversations to MindRecord", [*_PREPROCESS, "--repeat", "100"],
+    Step("preprocessing", "Preprocessing: conversations to MindRecord", [*_PREPROCESS, "--repeat", "1000"],
          [*_PREPROCESS, "--repeat", "1", "--rounds", "1", "--max_length", "256", "--num_workers", "1"],
          page.preprocessing_rows),
     Step("conversion", "Conversion of checkpoints", _CONVERT,
