@@ -13,7 +13,7 @@ from typing import Dict, List, NamedTuple, Set, Tuple
 import numpy as np
 import pytest
 from model_fixtures import random_official
-from reference import forward
+from reference import cross_entropy, forward
 from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,8 +202,7 @@ model:
 OFFICIAL = {"n_layer": 2, "hidden_size": 64, "ffn_hidden_size": 96, "n_head": 8, "num_key_value_heads": 2,
             "vocab_size": 320, "layer_norm_epsilon": 1e-6, "training_seqlen": 32, "base_seqlen": 16, "seq_length": 32,
             "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 3}
-FORWARD = """\
-import sys
+COMPUTE = """\
 import mindspore as ms
 import numpy as np
 import run_mindformer
@@ -214,11 +213,17 @@ recipe = run_mindformer.read_recipe(run_mindformer.resolve_config("telechat/fine
 section = {key: value for key, value in recipe["model"]["model_config"].items() if key not in ("type", "auto_register")}
 ms.set_context(device_target="CPU")
 model = TelechatForCausalLM(TelechatConfig(**{**section, "amp_level": "O0", "compute_dtype": "float32",
-                                              "param_init_type": "float32", "res_dtype": "float32"}))
+                                              "param_init_type": "float32", "res_dtype": "float32",
+                                              "use_past": True, "num_blocks": 16}))
 model.set_train(False)
 missing, _ = ms.load_param_into_net(model, ms.load_checkpoint("mini.ckpt"))
 assert not missing, missing
-np.save("logits.npy", model(ms.Tensor(np.load("ids.npy"))).asnumpy())
+ids = np.load("ids.npy")
+logits = model(ms.Tensor(ids)).asnumpy()
+answer = model.generate([ids[0, :8].tolist()], do_sample=False, max_new_tokens=6, eos_token_id=[-1])[0]
+model.set_train(True)
+loss = model(ms.Tensor(ids), ms.Tensor(ids)).asnumpy()
+np.savez("computed.npz", logits=logits, answer=answer, loss=loss)
 """
 
 
@@ -249,11 +254,12 @@ def command(root: Path, *words: str) -> str:
 
 def test_a_new_model_takes_under_15_lines():
     assert len((ENTRY + RECIPE).splitlines()) < 15
+    assert ENTRY in PAGE and RECIPE in PAGE, "docs/architecture.md shows what this test adds"
 
 
 @pytest.mark.slow
 def test_a_new_model_converts_both_ways_and_computes(checkout):
-    """Logits of the converted weights equal those of an independent NumPy forward pass of the official ones."""
+    """Logits, loss and greedy tokens equal those of a NumPy forward pass with the official weights."""
     command(checkout, "research/telechat/convert_weight_torch_to_ms.py", "--torch_path", "official", "--mindspore_path",
             "mini.ckpt", "--model_name", "telechat2_mini")
     command(checkout, "research/telechat/convert_weight_ms_to_torch.py", "--mindspore_path", "mini.ckpt",
@@ -265,9 +271,16 @@ def test_a_new_model_converts_both_ways_and_computes(checkout):
     assert {key: config.get(key) for key in OFFICIAL} == OFFICIAL
     ids = np.random.default_rng(0).integers(0, OFFICIAL["vocab_size"], (2, 20)).astype(np.int32)
     np.save(checkout / "ids.npy", ids)
-    command(checkout, "-c", FORWARD)
-    expected, _ = forward(OFFICIAL, official, ids, half=False)
-    np.testing.assert_allclose(np.load(checkout / "logits.npy"), expected, atol=2e-4)
+    command(checkout, "-c", COMPUTE)
+    computed = np.load(checkout / "computed.npz")
+    np.testing.assert_allclose(computed["logits"], forward(OFFICIAL, official, ids, half=False)[0], atol=2e-4)
+    losses = cross_entropy(forward(OFFICIAL, official, ids[:, :-1], half=False)[0], ids)
+    np.testing.assert_allclose(computed["loss"], losses.mean(), atol=2e-5)
+    answer = ids[:1, :8]
+    for _ in range(6):
+        token = forward(OFFICIAL, official, answer, half=False)[0][:, -1:].argmax(-1)
+        answer = np.concatenate([answer, token], 1)
+    assert computed["answer"].tolist() == answer[0].tolist()
 
 
 def test_a_new_model_is_planned(checkout):
