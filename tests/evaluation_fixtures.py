@@ -31,13 +31,28 @@ def direct_logits(model, ids):
     return logits_of(model, padded)[0, :len(ids)]
 
 
-def write_ceval(folder):
-    """Two questions in the files of C-Eval as it is published."""
-    for split in ("dev", "val"):
-        (folder / "ceval-exam" / split).mkdir(parents=True)
-        (folder / "ceval-exam" / split / f"computer_network_{split}.csv").write_text(
-            "id,question,A,B,C,D,answer,explanation\n0,你是谁,人,狗,猫,鸟,A,\n1,今天天气,好,坏,冷,热,B,\n",
-            encoding="utf-8")
+PUBLISHED = ["ceval-valid_computer_network", "cmmlu_agronomy", "mmlu_anatomy", "gsm8k",
+             "bbh_cot_fewshot_boolean_expressions"]
+
+
+def write_published(folder):
+    """Made-up questions for PUBLISHED, in files as these data sets are published."""
+    rows = "0,你是谁,人,狗,猫,鸟,A\n1,今天天气,好,坏,冷,热,B\n"
+    choices = [{"question": "Which?", "subject": "anatomy", "choices": ["fox", "dog", "sea", "end"], "answer": 2}] * 2
+    files = {
+        "ceval-exam/dev/computer_network_dev.csv": "id,question,A,B,C,D,answer\n" + rows,
+        "ceval-exam/val/computer_network_val.csv": "id,question,A,B,C,D,answer\n" + rows,
+        "cmmlu/dev/agronomy.csv": ",Question,A,B,C,D,Answer\n" + rows,
+        "cmmlu/test/agronomy.csv": ",Question,A,B,C,D,Answer\n" + rows,
+        "mmlu/anatomy/dev.jsonl": choices, "mmlu/anatomy/test.jsonl": choices,
+        "gsm8k/main/train.jsonl": [{"question": f"{n} and {n}?", "answer": f"#### {2 * n}"} for n in range(6)],
+        "gsm8k/main/test.jsonl": [{"question": "1 and 2?", "answer": "1 + 2\n#### 3"}] * 2,
+        "bbh/boolean_expressions/test.jsonl": [{"input": "not True is", "target": "False"}] * 2}
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else
+                        "".join(json.dumps(record) + "\n" for record in content), encoding="utf-8")
 
 
 def write_tasks(folder):
@@ -46,7 +61,8 @@ def write_tasks(folder):
                        {"q": "The quick brown", "a": ["fox", "dog", "lazy dog"], "right": 2},
                        {"q": "jumps over " * 100, "a": ["the lazy dog", "公园"], "right": 1}],
             "text": [{"text": "今天天气很好，我们去公园散步吧。" * 60}, {"text": "a b"}],
-            "answer": [{"q": "who are you", "a": "x"}, {"q": "the end", "a": "y"}, {"q": "<_bot>", "a": "z"}]}
+            "answer": [{"q": "who are you", "a": "x"}, {"q": "the end", "a": "y"}, {"q": "<_bot>", "a": "z"},
+                       {"q": "the lazy " * 100 + "dog", "a": ""}]}
     for name, records in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     for name, lines in (

@@ -1,12 +1,24 @@
 """Evaluation: log-likelihoods and answers equal those from the model's own logits, alone and in the harness."""
 import json
 import math
+import socket
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
 from chat_fixtures import save_tiny, tiny_weights
-from evaluation_fixtures import RECIPE, direct_logits, expected, needs_harness, run, write_ceval, write_tasks
+from evaluation_fixtures import (
+    PUBLISHED,
+    RECIPE,
+    direct_logits,
+    expected,
+    needs_harness,
+    run,
+    write_published,
+    write_tasks,
+)
 from model_fixtures import HF_CONFIGS, build_model, random_official
 from vocab_fixtures import train_sentencepiece
 
@@ -16,6 +28,8 @@ from research.telechat.telechat_conversation import Renderer, get_template
 from research.telechat.telechat_evaluation_batches import Scored, rolling_windows
 from research.telechat.telechat_variants import ConfigError
 from research.telechat.telechat_vocab import Vocab
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +177,7 @@ class TestHarness:
 
     def test_answers(self, result, tiny, vocab):
         for sample in result["samples"]["tiny_answer"]:
-            prompt = vocab.encode_with_specials(sample["arguments"][0][0])
+            prompt = vocab.encode_with_specials(sample["arguments"][0][0])[-118:]     # with ten more, 128
             ids = list(prompt)
             for _ in range(10):
                 ids.append(int(direct_logits(tiny, ids)[-1].argmax()))
@@ -179,7 +193,7 @@ class TestHarness:
         from types import SimpleNamespace as Space
 
         from research.telechat.telechat_evaluation import TelechatLM
-        cached = build_model(*constant_rope(), use_past=True, is_dynamic=True, num_blocks=8, block_size=8)
+        cached = build_model(*constant_rope(), use_past=True, is_dynamic=True, num_blocks=4, block_size=8)
         other = TelechatLM(cached, lm.tokenizer, batch_size=4, progress=False)
         texts = ["who are you", "the end", "你是谁", "a", "jumps over the lazy dog " * 3]
         requests = [Space(args=(text, {"max_gen_toks": 6, "until": []})) for text in texts]
@@ -202,15 +216,27 @@ class TestHarness:
         assert lm.chat_template(True) == "telechat" and lm.chat_template(False) is None
 
     def test_published_tasks_with_files_of_the_users(self, lm, tmp_path):
-        """lm-evaluation-harness's own C-Eval task, as a chat, on files as they are published."""
+        """The harness's own tasks of the five benchmarks, on made-up questions in files as they are published."""
         from lm_eval.evaluator import evaluate as harness
-        write_ceval(tmp_path)
-        loaded = tasks.load_tasks(["ceval-valid_computer_network"], data=str(tmp_path))
-        assert tasks.count_documents(loaded) == {"ceval-valid_computer_network": 2}
+        write_published(tmp_path)
+        loaded = tasks.load_tasks(PUBLISHED, data=str(tmp_path))
+        assert tasks.count_documents(loaded) == dict.fromkeys(PUBLISHED, 2)
+        assert tasks.set_shots(loaded, None, 1) == []
+        result = harness(lm=lm, task_dict=loaded, bootstrap_iters=0)
+        assert {row.task: row.shots for row in report.result_rows(result)} == dict(zip(PUBLISHED, (0, 0, 0, 5, 3)))
+        prompts = [result["samples"][name][0]["arguments"][0][0] for name in PUBLISHED]
+        assert [prompt.rsplit("\n", 1)[-1] for prompt in prompts[:4]] == ["答案：", "答案：", "Answer:", "Answer:"]
+        assert prompts[3].count("Question:") == 6 and "step by step" in prompts[4]
+        assert lm.counts["answers are limited to 96 tokens instead of 1024"] == 2
+
+    def test_published_task_as_a_chat(self, lm, tmp_path):
+        from lm_eval.evaluator import evaluate as harness
+        write_published(tmp_path)
+        loaded = tasks.load_tasks(PUBLISHED[:1], data=str(tmp_path))
         tasks.set_shots(loaded, 1, 1)
         result = harness(lm=lm, task_dict=loaded, bootstrap_iters=0, apply_chat_template=True,
                          fewshot_as_multiturn=True)
-        prompt = result["samples"]["ceval-valid_computer_network"][1]["arguments"][0][0]
+        prompt = result["samples"][PUBLISHED[0]][1]["arguments"][0][0]
         assert prompt.startswith("<_user>") and prompt.endswith("答案：<_bot>") and prompt.count("<_bot>") == 2
 
     @pytest.mark.parametrize("name", ["ceval-valid", "cmmlu", "mmlu", "gsm8k", "bbh"])
@@ -229,7 +255,7 @@ class TestCommand:
     def test_tasks(self, model, tmp_path, capfd):
         """The whole command: report, chart and samples; a second run gives the same."""
         write_tasks(tmp_path)
-        write_ceval(tmp_path)
+        write_published(tmp_path)
         outputs = [tmp_path / "one.json", tmp_path / "two.json"]
         for output in outputs:
             code, errors = run(capfd, *model, "--tasks", "tiny_choice,tiny_answer,ceval-valid_computer_network",
@@ -251,6 +277,25 @@ class TestCommand:
         assert run(capfd, *model, "--perplexity", text, "--output", output, "--output_dir", tmp_path) == (0, [])
         result = json.loads(output.read_text(encoding="utf-8"))
         assert result["texts"] == 2 and math.isfinite(result["perplexity"]) and "groups" not in result
+
+    def test_two_processes(self, model, tmp_path, capfd):
+        """Under msrun, each with the whole model: the first one writes, and the result is that of one process."""
+        text = tmp_path / "text.txt"
+        text.write_text("The quick brown fox jumps over the lazy dog. " * 30)
+        options = [*model, "--perplexity", text, "--output_dir", tmp_path / "logs"]
+        assert run(capfd, *options, "--output", tmp_path / "one.json") == (0, [])
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        command = " ".join(map(str, ["scripts/evaluate.py", *options, "--use_parallel", "True", "--output",
+                                     tmp_path / "two.json"]))
+        launch = ["bash", "scripts/msrun_launcher.sh", command, "2", str(port), str(tmp_path / "msrun"), "True", "300"]
+        done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        one, two = (json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("one.json", "two.json"))
+        assert two["perplexity"] == one["perplexity"] and two["tokens"] == one["tokens"]
+        outputs = [path.read_text(errors="replace") for path in sorted((tmp_path / "msrun").glob("worker_*.log"))]
+        assert ["perplexity: " in output for output in outputs] == [True, False]
 
     def test_wrong_model(self, model, tmp_path, capfd):
         text = tmp_path / "text.txt"

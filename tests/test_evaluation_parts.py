@@ -88,6 +88,16 @@ class TestAnswers:
                 answers.put([row[step] if step < len(row) else 3 for row in ids])
         assert answers.texts[0].strip() == "cat" and answers.texts[1].strip() == "dog"
 
+    def test_answer_that_goes_on_with_the_text(self, vocab):
+        ids = vocab.encode("The quick brown fox jumps")
+        for cut in range(1, len(ids)):
+            answers = Answers(vocab, [ids[:cut]], {2}, [])
+            answers.put(None)
+            for token in ids[cut:]:
+                answers.put(token)
+            answers.end()
+            assert vocab.decode(ids[:cut]) + answers.texts[0] == "The quick brown fox jumps"
+
     def test_limit_reached(self, vocab):
         answers = Answers(vocab, [vocab.encode("a")], {2}, ["xyz"])
         answers.put(None)
