@@ -8,7 +8,6 @@ from pathlib import Path
 import mindformers
 import pytest
 import yaml
-from mindformers.core.config_args import MFContextConfig
 from mindformers.pet.pet_config import LoraConfig
 from mindformers.tools.register import MindFormerRegister
 from recipe_classes import KINDS, arguments
@@ -143,7 +142,7 @@ READ_WITH_DEFAULT = {
 def test_optional_keys_exist():
     """A key that no recipe sets is one that MindFormers, MindSpore or the plugin reads."""
     plugin = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "research/telechat").glob("*.py"))
-    general = set(template_sections()["general_config"].keys()) | set(MFContextConfig.get_supported_kwargs())
+    general = set(template_sections()["general_config"].keys())
     for key, entry in ENTRIES.items():
         name = key.rpartition(".")[2]
         if not entry.optional or key.startswith(f"{recipe_table.MODEL}."):
