@@ -12,13 +12,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from research.telechat.telechat_flops import CHIPS, flops_per_token
 from research.telechat.telechat_recipe import read_recipe
-from research.telechat.telechat_training_report import PEAK_FLOPS, flops_per_token
 from research.telechat.telechat_variants import VARIANTS, Variant
 from research.telechat.telechat_weights import parameters
 
 CHIP = "Ascend910B3"
-PEAK = PEAK_FLOPS[CHIP]
+PEAK = CHIPS[CHIP].teraflops * 1e12
 SHARES = (0.5, 0.57)
 _REPOSITORY = "https://github.com/mindspore-lab/mindformers/blob"
 SOURCES = (f"[research/telechat/telechat.md]({_REPOSITORY}/647d8944fe9067329eaf2337971547618049bd78/research/telechat/"

@@ -39,7 +39,7 @@ def batch_of(shape: Dict[str, int]) -> np.ndarray:
 
 def flops_of_step(shape: Dict[str, int]) -> float:
     """Floating-point operations of the matrix products of one step."""
-    from research.telechat.telechat_training_report import flops_per_token
+    from research.telechat.telechat_flops import flops_per_token
     hidden, ffn, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_layers"]
     weights = layers * (4 * hidden * hidden + 3 * hidden * ffn) + shape["vocab_size"] * hidden
     return flops_per_token(weights, layers, hidden, shape["seq_length"]) * BATCH * shape["seq_length"]

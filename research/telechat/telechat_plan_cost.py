@@ -9,24 +9,15 @@ import re
 from dataclasses import dataclass
 from typing import Dict, Iterable, List, NamedTuple, Tuple
 
+from research.telechat.telechat_flops import CHIPS, Chip
+from research.telechat.telechat_flops import flops_per_token as flops_of
 from research.telechat.telechat_plan import BYTES, Plan, Weight, bubble, ends_of, layers_of, stage_of
 
 STATE_BYTES = 8                        # AdamW: two moments of four bytes
 LOGIT_BYTES = 18                       # per logit while the loss is computed: 16-bit and four float32 tensors of it
 SOFTMAX_STATISTICS = 64                # bytes per query and head that flash attention keeps: two rows of eight float32
 CARDS_PER_MACHINE = 8
-
-
-class Chip(NamedTuple):
-    """Published figures of a card."""
-
-    name: str
-    memory_gb: float
-    teraflops: float                   # 16-bit, dense
-
-
-# Atlas 800T A2: eight Ascend 910B3. Published figures, not measured here.
-CHIP = Chip("Ascend 910B3 (Atlas 800T A2)", 64, 313)
+CHIP = CHIPS["Ascend910B3"]            # that the recipes are for
 
 
 @dataclass
@@ -364,14 +355,12 @@ def parameter_count(plan: Plan) -> int:
 
 
 def flops_per_token(plan: Plan) -> float:
-    """Operations of one token, forward and backward, without recomputation: 6 per element of a matrix and 12 L H S for
-    attention (Chowdhery et al., 2022, appendix B; the causal half is not taken off, as is usual)."""
+    """Operations of one token, as telechat_flops counts them; prediction has no backward pass, which is two thirds."""
     model = plan.model
     matrices = model["num_layers"] * sum(weight.rows * weight.columns for weight in plan.layer_weights()
                                          if weight.columns > 1) + model["vocab_size"] * model["hidden_size"]
-    attention = model["num_layers"] * model["hidden_size"] * model["seq_length"]
-    factor = 1 if plan.training else 1 / 3
-    return factor * (6 * matrices + 12 * attention)
+    flops = flops_of(matrices, model["num_layers"], model["hidden_size"], model["seq_length"])
+    return flops if plan.training else flops / 3
 
 
 def tokens_per_second(plan: Plan, mfu: float, chip: Chip = CHIP) -> float:

@@ -20,12 +20,12 @@ from mindspore.train.callback import Callback
 
 from research.telechat import __version__
 from research.telechat.telechat_compat import chip_name, mindformers_version, peak_memory, plugin_class
+from research.telechat.telechat_flops import peak_flops
 from research.telechat.telechat_resume import checkpoints
 from research.telechat.telechat_train import TrainingStopped, step_values, to_float
 from research.telechat.telechat_training_report import (
     data_digest,
     draw_curve,
-    peak_flops,
     read_rows,
     row_text,
     seconds_left,

@@ -6,25 +6,8 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-# Dense 16-bit peak in FLOP/s of one chip, as published by the vendor; not measured here. A chip that is not here has no
-# MFU, unless the recipe gives its peak (peak_tflops).
-PEAK_FLOPS: Dict[str, float] = {"Ascend910B3": 313e12}
 _SAMPLE = 1 << 20                          # bytes hashed at both ends of large data files
 _WHOLE = 1 << 30                           # data sets up to this many bytes are hashed whole
-
-
-def flops_per_token(matmul_weights: int, layers: int, hidden: int, seq_length: int, frozen: bool = False) -> float:
-    """Floating-point operations of forward and backward pass for one token.
-
-    6 for each weight that is multiplied with, and 12 layers hidden seq_length for attention, whose causal half is
-    counted like the other (Chowdhery et al., 2022, appendix B). Frozen weights (LoRA) need no gradient: 4.
-    """
-    return (4.0 if frozen else 6.0) * matmul_weights + 12.0 * layers * hidden * seq_length
-
-
-def peak_flops(chip: str, given_tflops: Optional[float] = None) -> Optional[float]:
-    """Peak of `chip` in FLOP/s: `given_tflops` from the recipe, else the table; None for unknown chips."""
-    return given_tflops * 1e12 if given_tflops else PEAK_FLOPS.get(chip)
 
 
 def seconds_left(rows: Sequence[Dict[str, Any]], step: int, total: int) -> Optional[float]:

@@ -11,10 +11,10 @@ from typing import Any, Dict, Optional, Tuple
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 
+from research.telechat.telechat_flops import flops_per_token
 from research.telechat.telechat_lora import check_pet_config, target_params
 from research.telechat.telechat_preflight import model_config, record_count, sequences_per_step, training_files
 from research.telechat.telechat_resume import Choice, Name, choose, fault_of, parse, step_of
-from research.telechat.telechat_training_report import flops_per_token
 from research.telechat.telechat_variants import ConfigError
 
 _TRUE = (True, "True", "true")
