@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -37,17 +38,17 @@ class Step(NamedTuple):
     rows: Callable[[Any], List[List[str]]]
 
 
-# {work}: temporary folder, {examples}: example conversations, {tokenizer}: one trained on them as in the quick start.
+# {work}: temporary folder, {conversations}: made of the examples' sentences, {tokenizer}: the quick start's.
 # Every command also gets --json FILE.
-_PREPROCESS = ["benchmarks/preprocess.py", "--input_dataset_file", "{examples}", "--vocab_file_path", "{tokenizer}",
-               "--work_dir", "{work}"]
+_PREPROCESS = ["benchmarks/preprocess.py", "--input_dataset_file", "{conversations}",
+               "--vocab_file_path", "{tokenizer}", "--work_dir", "{work}"]
 _CONVERT = ["benchmarks/convert.py", "--work_dir", "{work}"]
 _SEVEN = "research/telechat/finetune_telechat_7b.yaml"
 _TINY = [word for key, size in (("hidden_size", 256), ("num_heads", 8), ("intermediate_size", 512),
                                 ("vocab_size", 4096), ("seq_length", 128))
          for word in (f"--model.model_config.{key}", str(size))]
 STEPS = (
-    Step("preprocessing", "Preprocessing: conversations to MindRecord", [*_PREPROCESS, "--repeat", "1000"],
+    Step("preprocessing", "Preprocessing: made-up conversations to MindRecord", [*_PREPROCESS, "--repeat", "40"],
          [*_PREPROCESS, "--repeat", "1", "--rounds", "1", "--max_length", "256", "--num_workers", "1"],
          page.preprocessing_rows),
     Step("conversion", "Conversion of checkpoints", _CONVERT,
@@ -120,6 +121,22 @@ def make_tokenizer(folder: Path) -> Path:
     return folder / "tokenizer.model"
 
 
+def make_conversations(path: Path, count: int) -> None:
+    """Write `count` conversations of about 500 tokens: three turns of the examples' sentences, drawn with seed 0."""
+    from scripts import quickstart
+    texts = [part for record in quickstart.conversations() for text in record.values()
+             for part in quickstart.MARKER.split(text) if part]
+    draw = random.Random(0)
+
+    def turn(sentences: int) -> str:
+        return " ".join(draw.choices(texts, k=sentences))
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(count):
+            earlier = "".join(f"<_user>{turn(2)}<_bot>{turn(10)}" for _ in range(2))
+            file.write(json.dumps({"input": f"{earlier}<_user>{turn(2)}", "output": turn(10)}, ensure_ascii=False)
+                       + "\n")
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Entry point; exit code 1 where a benchmark failed."""
     names = [step.name for step in STEPS]
@@ -136,12 +153,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     results = read_results(store)
     with tempfile.TemporaryDirectory(dir=args.work_dir, prefix="telechat-benchmarks-") as folder:
         work = Path(folder)
-        places = {"work": folder, "examples": str(ROOT / "examples" / "conversations.jsonl"), "tokenizer": ""}
+        places = {"work": folder, "conversations": str(work / "conversations.jsonl"), "tokenizer": ""}
         for step in () if args.render else STEPS:
             if step.name not in args.only:
                 continue
             if step.name == "preprocessing":
                 places["tokenizer"] = str(make_tokenizer(work))
+                make_conversations(work / "conversations.jsonl", 100 if args.quick else 1000)
             print(f"== {step.name} (load {os.getloadavg()[0]:.1f})", flush=True)
             results[step.name] = run_step(step, args.quick, places, work)
             print(page.step_text(step.name, results[step.name]), flush=True)

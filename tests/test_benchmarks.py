@@ -129,6 +129,18 @@ def test_rows_of_each_benchmark():
     assert row == ["4 (telechat)", "500 tokens/s, 20 ms", "2,000 tokens/s", "25%"]
 
 
+def test_conversations_of_the_benchmark(tmp_path):
+    """The same at every run, and of the form that preprocessing reads."""
+    run_all.make_conversations(tmp_path / "a.jsonl", 5)
+    run_all.make_conversations(tmp_path / "b.jsonl", 5)
+    lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines == (tmp_path / "b.jsonl").read_text(encoding="utf-8").splitlines() and len(set(lines)) == 5
+    for line in lines:
+        record = json.loads(line)
+        assert record["input"].count("<_user>") == 3 and record["input"].count("<_bot>") == 2
+        assert 300 < len(record["input"] + record["output"]) < 4000
+
+
 def test_machine_is_described_without_its_name():
     import platform
     described = benchmark_page.machine()
