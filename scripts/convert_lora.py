@@ -16,7 +16,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from research.telechat.telechat_checkpoint import CheckpointError, open_safetensors
-from research.telechat.telechat_checkpoint_write import OutTensor, new_file, write_text
+from research.telechat.telechat_checkpoint_write import OutTensor, new_file
+from research.telechat.telechat_files import write_text
 from research.telechat.telechat_lora import (
     CONFIG_NAME,
     PEFT_NAMES,

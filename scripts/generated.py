@@ -1,9 +1,10 @@
 """The part of a document that a script writes: between two marks, replaced whole. Shared by the scripts of tables."""
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Callable
+
+from research.telechat.telechat_files import write_text
 
 END = "<!-- end of table -->"
 
@@ -39,9 +40,7 @@ def run(script: str, document: Path, part: Callable[[], str], what: str) -> int:
             if new != old:
                 print(f"error: {document} is not current; run: python scripts/{script} --write", file=sys.stderr)
             return int(new != old)
-        beside = document.with_suffix(".part")
-        beside.write_text(new, encoding="utf-8")
-        os.replace(beside, document)
+        write_text(document, new)
     except (OSError, ValueError) as err:
         print(f"error: docs/{document.name}: {err}", file=sys.stderr)
         return 1

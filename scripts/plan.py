@@ -12,16 +12,15 @@ executed: compiling ends with the graph of one rank, and activations are estimat
 import argparse
 import copy
 import json
-import os
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+from research.telechat.telechat_files import write_text
 from research.telechat.telechat_old_recipes import translate
 from research.telechat.telechat_plan import Plan, find_faults, read_plan
 from research.telechat.telechat_plan_cost import cost_of
@@ -88,10 +87,7 @@ def write(path: Path, content: str) -> None:
     """Write a text file, beside and then in place. Raises ConfigError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(content)
-        os.replace(beside, path)
+        write_text(path, content)
     except OSError as err:
         raise ConfigError(f"{path} cannot be written: {err}; name another file") from err
 

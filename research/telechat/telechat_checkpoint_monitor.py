@@ -17,7 +17,7 @@ from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers.tools.utils import get_real_rank
 
-from research.telechat.telechat_checkpoint_write import write_text
+from research.telechat.telechat_files import write_text
 from research.telechat.telechat_lora import CONFIG_NAME
 from research.telechat.telechat_resume import checkpoints, outdated
 from research.telechat.telechat_train import TrainingStopped, step_values

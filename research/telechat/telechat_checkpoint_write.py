@@ -16,6 +16,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from research.telechat.telechat_checkpoint import CheckpointError
+from research.telechat.telechat_files import write_text
 from research.telechat.telechat_tensor_cast import ITEM_SIZE
 
 SLICE = 512 << 20                        # bytes of a tensor in one message of a .ckpt, as save_checkpoint cuts
@@ -259,16 +260,6 @@ def remove(path: Path) -> None:
     """Delete a file if it is there."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is either the old or the new one, never half."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        remove(beside)
 
 
 def index_text(layouts: Sequence[Layout]) -> str:

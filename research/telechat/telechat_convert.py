@@ -27,9 +27,9 @@ from research.telechat.telechat_checkpoint_write import (
     partial_path,
     publish,
     remove,
-    write_text,
 )
 from research.telechat.telechat_convert_check import check_model, check_source_mp, check_tied_head
+from research.telechat.telechat_files import write_text
 from research.telechat.telechat_stream import Stream, Transfer
 from research.telechat.telechat_tensor_cast import CODES, ITEM_SIZE, NAMES, cast
 from research.telechat.telechat_variants import Variant
@@ -202,10 +202,10 @@ def _scan(stream: Stream, source: Source) -> None:
 
 
 def _nonfinite(found: Dict[str, Dict[str, int]]) -> str:
-    """How many NaN and infinite values there are, and where; empty if there are none."""
+    """How many NaN and infinite values there are, and where, by name (threads find them in any order); empty for none."""
     total = {kind: sum(counts[kind] for counts in found.values()) for kind in ("nan", "inf")}
     where = [f"{name} ({counts['nan']} NaN, {counts['inf']} infinite)"
-             for name, counts in found.items() if counts["nan"] or counts["inf"]]
+             for name, counts in sorted(found.items()) if counts["nan"] or counts["inf"]]
     return (f"{total['nan']} NaN and {total['inf']} infinite values in {len(where)} tensors of the input: "
             f"{', '.join(where)}") if where else ""
 
@@ -326,7 +326,7 @@ def summary(report: Report, target: Target, dtypes: Sequence[str]) -> List[str]:
     lines = [*report.notes]
     if _nonfinite(report.found):
         lines.append(f"WARNING: {_nonfinite(report.found)}")
-    overflowed = {name: counts["overflow"] for name, counts in report.found.items() if counts["overflow"]}
+    overflowed = {name: counts["overflow"] for name, counts in sorted(report.found.items()) if counts["overflow"]}
     if overflowed:
         lines.append(f"WARNING: {sum(overflowed.values())} numbers were too large for {dtypes[0]} and became infinite, "
                      f"in {', '.join(overflowed)}")

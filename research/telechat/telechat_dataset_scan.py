@@ -16,6 +16,7 @@ from research.telechat.telechat_dataset_meta import (
     reason,
     vocabulary_fault,
 )
+from research.telechat.telechat_files import write_text
 from research.telechat.telechat_variants import ConfigError
 
 MOST_BYTES = 4 << 30                       # of int32 tokens: data sets up to this size are read whole
@@ -76,9 +77,7 @@ def check_records(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq
     if remember and key not in known:
         with contextlib.suppress(OSError):            # then it is read again at the next start
             remember.parent.mkdir(parents=True, exist_ok=True)
-            beside = remember.with_name(f"{remember.name}.part")
-            beside.write_text(json.dumps({**known, key: found}, indent=1) + "\n", encoding="utf-8")
-            os.replace(beside, remember)
+            write_text(remember, json.dumps({**known, key: found}, indent=1) + "\n")
     part = "All" if found["read"] == found["records"] else f"{found['read']:,} of"
     return f"{part} {found['records']:,} records were read: token ids {found['lowest']} to {found['highest']}"
 

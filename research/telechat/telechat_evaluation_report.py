@@ -1,12 +1,12 @@
 """The result of an evaluation: a table for the terminal, a JSON report, a bar chart. No model and no MindSpore here."""
 import json
 import math
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
+from research.telechat.telechat_files import whole
 from research.telechat.telechat_training_report import write_report
 
 ACCURACIES = ("acc", "acc_norm", "exact_match")          # what the chart shows; the rest is in table and report
@@ -83,13 +83,10 @@ def write_results(path: Path, report: Dict[str, Any], samples: Optional[Dict[str
     """`report` as JSON; `samples`, each question with its answer, as JSON lines beside it. Both whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if samples is not None:
-        target = samples_path(path)
-        beside = target.with_name(f"{target.name}.part")
-        with beside.open("w", encoding="utf-8") as file:
-            for task, entries in samples.items():
-                for entry in entries:
-                    file.write(json.dumps({"task": task, **entry}, ensure_ascii=False, default=str) + "\n")
-        os.replace(beside, target)
+        lines = (json.dumps({"task": task, **entry}, ensure_ascii=False, default=str)
+                 for task, entries in samples.items() for entry in entries)
+        with whole(samples_path(path)) as beside, beside.open("w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
     write_report(path, report)
 
 
@@ -121,8 +118,7 @@ def draw_bars(rows: Sequence[Row], path: Path) -> bool:
     axis.set_xlabel("correct, %")
     axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
-    beside = path.with_name(f"{path.name}.part")
-    figure.savefig(beside, format="png")
+    with whole(path) as beside:
+        figure.savefig(beside, format="png")
     pyplot.close(figure)
-    os.replace(beside, path)
     return True

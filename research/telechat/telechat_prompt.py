@@ -5,6 +5,7 @@ from typing import Any, Iterable, List
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
 
+from research.telechat.telechat_files import write_text
 from research.telechat.telechat_templates import detect_template
 from research.telechat.telechat_variants import ConfigError
 
@@ -103,10 +104,7 @@ def first_answers(results: Iterable[Any], count: int) -> List[Any]:
 
 def write_results(path: str, results: List[Any]) -> None:
     """Replace a result file by `results`, in MindFormers' form: a Python literal."""
-    beside = f"{path}.{os.getpid()}.part"
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(str(results))
-    os.replace(beside, path)
+    write_text(path, str(results))
 
 
 def print_answers(prompts: List[str], results: Iterable[Any]) -> None:

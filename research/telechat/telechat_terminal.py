@@ -3,12 +3,12 @@
 Knows no model: it talks to a function that answers messages (telechat_chat.Session.answer).
 """
 import json
-import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, TextIO
 
 from research.telechat.telechat_chat import History, bot_message, with_question
 from research.telechat.telechat_conversation import ConversationError
+from research.telechat.telechat_files import write_text
 from research.telechat.telechat_variants import ConfigError
 
 HELP = """/clear          forget the conversation
@@ -113,12 +113,7 @@ class Terminal:
             raise ConfigError("/save needs the name of a file, such as /save talk.jsonl")
         record = {**({"system": self.system} if self.system else {}), "dialog": list(self.history)}
         path = Path(rest)
-        part = path.with_name(path.name + ".part")
-        try:
-            part.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_text(path, json.dumps(record, ensure_ascii=False) + "\n")
         self._say(f"{len(self.history)} messages written to {path}")
 
     def _show(self, _rest: str) -> None:

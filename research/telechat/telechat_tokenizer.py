@@ -5,7 +5,6 @@ a tokenizer (batches, padding, special token properties, saving). Encoding a tex
 tokens; where a user's text must not be able to hold any, telechat_conversation renders the conversation, as
 `apply_chat_template` does.
 """
-import os
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from mindformers.models.tokenization_utils import PreTrainedTokenizer
 
 from research.telechat.telechat_compat import MindFormerModuleType, plugin_class
 from research.telechat.telechat_conversation import Renderer, detect_template
+from research.telechat.telechat_files import whole
 from research.telechat.telechat_vocab import Vocab, VocabError
 from research.telechat.telechat_vocab_files import JSON_FILE, MODEL_FILE
 
@@ -140,13 +140,11 @@ class TelechatTokenizer(PreTrainedTokenizer):
         """Copy the vocabulary file into `save_directory`; its path, as a tuple. VocabError if that fails."""
         name = JSON_FILE if self.vocab.path.suffix == ".json" else MODEL_FILE
         target = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
-        part = target.with_name(target.name + ".part")
         try:
             if not (target.exists() and target.samefile(self.vocab.path)):
-                shutil.copyfile(self.vocab.path, part)
-                os.replace(part, target)
+                with whole(target) as beside:
+                    shutil.copyfile(self.vocab.path, beside)
         except OSError as err:
-            part.unlink(missing_ok=True)
             raise VocabError(f"vocabulary file {self.vocab.path} cannot be copied to {target}: {err}") from err
         return (str(target),)
 

@@ -20,6 +20,7 @@ from mindspore.train.callback import Callback
 
 from research.telechat import __version__
 from research.telechat.telechat_compat import chip_name, mindformers_version, peak_memory, plugin_class
+from research.telechat.telechat_files import write_text
 from research.telechat.telechat_flops import peak_flops
 from research.telechat.telechat_resume import checkpoints
 from research.telechat.telechat_train import TrainingStopped, step_values, to_float
@@ -74,10 +75,7 @@ class TelechatTrainingLog(Callback):
         if self.enabled:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             self.rows = read_rows(Path(self.path), self.first_step)
-            beside = f"{self.path}.part"
-            with open(beside, "w", encoding="utf-8") as log:
-                log.writelines(row_text(row) + "\n" for row in self.rows)
-            os.replace(beside, self.path)
+            write_text(self.path, "".join(row_text(row) + "\n" for row in self.rows))
         self.evaluations = [entry for entry in params.list_callback or () if isinstance(entry, EvalCallBack)]
         for callback in self.evaluations:
             callback.eval_func = self._recorded(callback.eval_func)

@@ -2,9 +2,10 @@
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
+
+from research.telechat.telechat_files import whole, write_text
 
 _SAMPLE = 1 << 20                          # bytes hashed at both ends of large data files
 _WHOLE = 1 << 30                           # data sets up to this many bytes are hashed whole
@@ -71,9 +72,7 @@ def summarise_rows(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
 
 def write_report(path: Path, report: Dict[str, Any]) -> None:
     """`report` as JSON, whole or not at all."""
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(json.dumps(report, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, json.dumps(report, indent=2, default=str, ensure_ascii=False) + "\n")
 
 
 def draw_curve(rows: List[Dict[str, Any]], path: str) -> None:
@@ -105,7 +104,6 @@ def draw_curve(rows: List[Dict[str, Any]], path: str) -> None:
     for axis in axes[1]:
         axis.set_xlabel("step")
     figure.tight_layout()
-    beside = f"{path}.part"
-    figure.savefig(beside, format="png")
+    with whole(path) as beside:
+        figure.savefig(beside, format="png")
     pyplot.close(figure)
-    os.replace(beside, path)
