@@ -202,7 +202,7 @@ def _scan(stream: Stream, source: Source) -> None:
 
 
 def _nonfinite(found: Dict[str, Dict[str, int]]) -> str:
-    """How many NaN and infinite values there are, and where, by name (threads find them in any order); empty for none."""
+    """How many NaN and infinite values there are, and where, by name (threads find them in any order); or ""."""
     total = {kind: sum(counts[kind] for counts in found.values()) for kind in ("nan", "inf")}
     where = [f"{name} ({counts['nan']} NaN, {counts['inf']} infinite)"
              for name, counts in sorted(found.items()) if counts["nan"] or counts["inf"]]
