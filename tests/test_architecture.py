@@ -109,6 +109,13 @@ def test_rooms_import_as_the_page_says():
         assert found[room.name] == set(room.below), f"docs/architecture.md: rooms that {room.name} imports from"
 
 
+def test_the_plugin_knows_no_command_but_one():
+    """run_mindformer.py, whose options the room `run` takes over."""
+    above = {(ROOM_OF[file], name.split(".")[0]) for file, path in modules().items() for name, _ in imports(path)
+             if name.split(".")[0] in ("scripts", "benchmarks", "tests", "run_mindformer")}
+    assert above == {("run", "run_mindformer")}
+
+
 def test_the_picture_shows_the_table():
     """Arrows of the diagram: what a room imports from and does not reach through another arrow anyway."""
     direct = {room.name: set(room.below) for room in ROOMS}
