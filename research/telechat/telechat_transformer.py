@@ -8,6 +8,7 @@ from research.telechat import telechat_kernels as kernels
 from research.telechat import telechat_sharding as sharding
 from research.telechat.telechat_kv_cache import ComposedCache, PagedCache
 from research.telechat.telechat_layer import RMSNorm, RotaryEmbedding, TelechatFeedForward, TelechatLinear
+from research.telechat.telechat_reuse import SharedGraph
 from research.telechat.telechat_rows import HeadsToRows, RowsToHeads
 
 
@@ -136,7 +137,7 @@ class TelechatAttention(nn.Cell):
         return self.to_heads(self.wq(x), batch, seq, self.heads), key, value
 
 
-class TelechatDecodeLayer(nn.Cell):
+class TelechatDecodeLayer(SharedGraph, nn.Cell):
     """h = x + attention(norm(x)); h + feed_forward(norm(h)), the sums in the dtype of the residual stream."""
 
     def __init__(self, config: Any, layer_id: int):
