@@ -175,7 +175,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     texts = read_texts(Path(args.perplexity)) if args.perplexity else []
     loaded = None
     if names:
-        harness_version()
+        print(f"loading {', '.join(names)} with lm-evaluation-harness {harness_version()}", flush=True)
         loaded = load_tasks(names, args.include_path, args.data)
     if args.data_only:
         for name, count in count_documents(loaded).items():
