@@ -180,12 +180,13 @@ def test_no_branch_on_a_models_name():
         if file == "telechat_variants.py":
             continue
         for node in ast.walk(parsed(path)):
-            parts = ([node.left, *node.comparators] if isinstance(node, ast.Compare) else
+            asks = isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("startswith", "endswith")
+            parts = ([node.left, *node.comparators] if isinstance(node, ast.Compare) else node.args if asks else
                      [key for key in node.keys if key] if isinstance(node, ast.Dict) else [])
             texts = {leaf.value for part in parts for leaf in ast.walk(part)
                      if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str)}
             branches += [f"{file}:{node.lineno}" for text in texts
-                         if text in VARIANTS or re.fullmatch(r"\d+b", text.lower())]
+                         if text in VARIANTS or re.fullmatch(r"(telechat2?_)?\d+b|telechat2?_", text.lower())]
     assert not branches, "what differs between models is a field of Variant"
 
 
