@@ -133,6 +133,12 @@ class TestData:
             "test": [str(tmp_path / files[0])], "dev": [str(tmp_path / files[1])]}
         assert tasks.find_files(tmp_path / "none", name) == {}
 
+    def test_near_names(self):
+        known = ["ceval-valid", "ceval-valid_law", "gsm8k", "gsm8k_cot", "uleval", "mmlu"]
+        assert tasks.near_names("cevl", known)[0] == "ceval-valid"
+        assert tasks.near_names("gms8k", known) == ["gsm8k"]
+        assert tasks.near_names("zzz", known) == []
+
     def test_harness_that_is_not_installed(self, monkeypatch):
         def version(name):
             raise tasks.metadata.PackageNotFoundError(name)

@@ -122,7 +122,7 @@ def load_tasks(names: Sequence[str], include_path: Optional[str] = None, data: O
     manager = _manager(names, include_path)
     for name in names:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=_SHOWN, cutoff=0.5)
+            near = near_names(name, manager.all_tasks)
             raise ConfigError(f"--tasks: {name!r} is no task of lm-evaluation-harness {harness_version()}"
                               + (f"; near names: {', '.join(near)}" if near else "")
                               + ("" if include_path else "; tasks of your own need --include_path DIR"))
@@ -137,6 +137,17 @@ def load_tasks(names: Sequence[str], include_path: Optional[str] = None, data: O
                 raise fault from err
             raise ConfigError(f"--tasks: {', '.join(names)} cannot be loaded: {type(err).__name__}: "
                               f"{' '.join(str(err).split())[:300]}") from err
+
+
+def near_names(name: str, known: Sequence[str]) -> List[str]:
+    """Names that somebody may have meant: similar ones, and the shortest of those with a similar first word."""
+    words: Dict[str, List[str]] = {}
+    for each in known:
+        words.setdefault(re.split("[-_]", each)[0], []).append(each)
+    near = [min(words[word], key=len)
+            for word in difflib.get_close_matches(re.split("[-_]", name)[0], words, n=2, cutoff=0.7)]
+    near += difflib.get_close_matches(name, known, n=_SHOWN, cutoff=0.6)
+    return list(dict.fromkeys(near))[:_SHOWN]
 
 
 def _manager(names: Sequence[str], include_path: Optional[str]) -> Any:
