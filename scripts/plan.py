@@ -75,7 +75,7 @@ def read_command(command: str) -> Optional[Tuple[str, List[Tuple[str, Any]]]]:
     try:
         args, rest = build_run_parser().parse_known_args(words[script + 1:])
     except SystemExit:
-        raise ConfigError(f"run_mindformer.py does not take this command: {command}") from None
+        raise ConfigError(f"run_mindformer.py does not take this command (why stands above): {command}") from None
     options = {"run_mode": args.run_mode, "use_parallel": args.use_parallel,
                "runner_config.batch_size": args.batch_size, "context.device_target": args.device_target,
                "runner_config.gradient_accumulation_steps": args.gradient_accumulation_steps}

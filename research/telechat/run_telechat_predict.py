@@ -210,7 +210,7 @@ def read_tools(path: Optional[str]) -> Optional[List[Dict[str, Any]]]:
     try:
         tools = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
-        raise ConfigError(f"--tools_file: {path} cannot be read as JSON: {err}") from err
+        raise ConfigError(f"--tools_file: {path} cannot be read as JSON: {err}; expected a list of tools") from err
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ConfigError(f"--tools_file: {path} must hold a list of tools, each a JSON object; found "
                           f"{type(tools).__name__}{' of other things' if isinstance(tools, list) else ''}")

@@ -98,8 +98,8 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
         values = step_values(cb_params.net_outputs)
         if not np.isfinite(values["loss"]) or not (values["overflow"] or np.isfinite(values.get("global_norm", 0.0))):
             self._last_triggered_step = cb_params.cur_step_num
-            logger.error("step %d: no checkpoint is saved, as the loss is %s and the norm %s.", cb_params.cur_step_num,
-                         values["loss"], values.get("global_norm"))
+            logger.error("step %d: no checkpoint is saved, as the loss is %s and the norm %s; earlier ones stay.",
+                         cb_params.cur_step_num, values["loss"], values.get("global_norm"))
             return
         self._guarded(super().save_checkpoint, cb_params)
 

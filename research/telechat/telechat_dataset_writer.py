@@ -167,7 +167,7 @@ class DatasetWriter:
             method(*arguments)
         except RuntimeError as err:
             raise ConfigError(f"MindRecord file {self.folder / self._names[-1]} cannot be written (is the disk full?): "
-                              f"{reason(err)}") from err
+                              f"{reason(err)}; free some space, or name another --output_path") from err
 
 
 def _import_mindrecord() -> None:

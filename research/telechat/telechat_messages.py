@@ -56,7 +56,7 @@ def _call(call: Any, number: int) -> str:
     """A tool call as the JSON text that TeleChat2 writes. Accepts the bare form and OpenAI's, nested in `function`."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ConversationError(f"message {number}: a tool call has no name")
+        raise ConversationError(f"message {number}: a tool call has no name; expected name and arguments")
     arguments = function.get("arguments", {})
     if not isinstance(arguments, str):           # OpenAI's form has them as JSON text already
         arguments = json_text(arguments)

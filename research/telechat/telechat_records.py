@@ -133,9 +133,9 @@ def _tools(record: Dict[str, Any]) -> Optional[Any]:
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError):
-            raise RecordError("wrong shape", "key 'tools' is a text, but not JSON") from None
+            raise RecordError("wrong shape", "key 'tools' is a text, but not JSON; expected a list of tools") from None
         if not isinstance(tools, list):
-            raise RecordError("wrong shape", "key 'tools' is not a list")
+            raise RecordError("wrong shape", f"key 'tools' holds {type(tools).__name__}; expected a list of tools")
     return tools or None
 
 
@@ -206,7 +206,8 @@ def _alpaca(record: Any) -> Conversation:
     messages = _system(record)
     for number, pair in enumerate(_get(record, "history", list, required=False) or [], 1):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise RecordError("wrong shape", f"entry {number} of 'history' is not a question and an answer")
+            raise RecordError("wrong shape", f"entry {number} of 'history' is {str(pair)[:60]}; expected "
+                                             "[question, answer]")
         messages += [Message(USER, pair[0]), Message(BOT, pair[1])]
     question = "\n".join(filter(None, (_get(record, "instruction", str), _get(record, "input", str, required=False))))
     return Conversation([*messages, Message(USER, question), Message(BOT, _get(record, "output", str))], None)

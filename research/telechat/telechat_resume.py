@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
-from research.telechat.telechat_checkpoint import Checkpoint, CheckpointError, open_ckpt, open_safetensors
+from research.telechat.telechat_checkpoint import DAMAGED, Checkpoint, CheckpointError, open_ckpt, open_safetensors
 from research.telechat.telechat_variants import ConfigError
 
 _NAME = re.compile(r"(?P<prefix>.+?)_rank_(?P<rank>\d+)(?:_(?P<run>\d+))?(?:-(?P<kind>trainable_params|network))?"
@@ -90,12 +90,13 @@ def _scalar(checkpoint: Checkpoint, name: str) -> float:
     formats = {"Int32": "<i", "Int64": "<q", "I32": "<i", "I64": "<q", "F32": "<f", "Float64": "<d", "F64": "<d"}
     code = formats.get(info.dtype)
     if code is None or info.nbytes != struct.calcsize(code):
-        raise CheckpointError(f"{info.file}: {name} is no number, but of type {info.dtype} with {info.nbytes} bytes")
+        raise CheckpointError(f"{info.file}: {name} is no number, but of type {info.dtype} with {info.nbytes} bytes; "
+                              f"{DAMAGED}")
     data = bytearray(info.nbytes)
     checkpoint.read_into(name, 0, memoryview(data))
     value = struct.unpack(code, data)[0]
     if not math.isfinite(value):
-        raise CheckpointError(f"{info.file}: {name} is {value}")
+        raise CheckpointError(f"{info.file}: {name} is {value}; {DAMAGED}")
     return value
 
 

@@ -51,7 +51,8 @@ def find_sources(names: Sequence[str]) -> List[Source]:
             found = sorted(file for file in path.rglob("*") if file.is_file() and _is_data(file)
                            and not any(part.startswith(".") for part in file.relative_to(path).parts))
             if not found:
-                raise ConfigError(f"folder {path} holds no data file (.jsonl or .json, also with .gz or .zst)")
+                raise ConfigError(f"folder {path} holds no data file (.jsonl or .json, also with .gz or .zst); "
+                                  "name the folder or the files with the data")
             sources += map(Source, found)
         elif not path.exists():
             raise ConfigError(f"input file not found: {path}; give files, folders, or a .json file that lists them")
@@ -117,7 +118,7 @@ def _listed_files(path: Path) -> List[Source]:
         found = next((file for file in (path.parent / name, Path(name)) if file.exists()), None)
         if found is None:
             raise ConfigError(f"{path} lists {name}, which is neither in the folder {path.parent} nor in the working "
-                              "directory")
+                              "directory; correct the list")
         sources += [source._replace(weight=float(weight)) for source in find_sources([str(found)])]
     return [source for source in sources if source.weight > 0]
 

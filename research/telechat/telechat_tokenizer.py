@@ -145,7 +145,8 @@ class TelechatTokenizer(PreTrainedTokenizer):
                 with whole(target) as beside:
                     shutil.copyfile(self.vocab.path, beside)
         except OSError as err:
-            raise VocabError(f"vocabulary file {self.vocab.path} cannot be copied to {target}: {err}") from err
+            raise VocabError(f"vocabulary file {self.vocab.path} cannot be copied to {target}: {err}; name another "
+                             "folder") from err
         return (str(target),)
 
     def save_pretrained(self, save_directory: str, save_name: str = "mindspore_model", file_format: str = "yaml",
