@@ -169,17 +169,21 @@ telechat_use_venv() {
         telechat_pip "$log" install --upgrade pip || telechat_pip_failed "$log"
     fi
     telechat_say "installing the pinned dependencies into .venv (a few minutes the first time, about 3.4 GB)."
-    list=$(echo "$installed" "$@" | tr ' ' '\n' | grep -v -e '^base$' -e '^torch$' -e '^evaluation$' -e '^$' |
+    list=$(echo "$installed" "$@" | tr ' ' '\n' | grep -v -e '^base$' -e '^torch$' -e '^peft$' -e '^evaluation$' -e '^$' |
         sort -u | paste -sd, -)
     (cd "$TELECHAT_ROOT" && telechat_pip "$log" install -e ".${list:+[$list]}") || telechat_pip_failed "$log"
     telechat_check_import
     installed="base ${list//,/ }"
     # Large, and only some tests need them: without them those skip, so that a failure here is no reason to stop.
     local name what
-    for name in torch evaluation; do
+    for name in torch peft evaluation; do
         case " $* " in *" $name "*) ;; *) continue ;; esac
-        what="tests of .bin checkpoints"
-        if [ "$name" = evaluation ]; then what="tests with lm-evaluation-harness"; fi
+        case $name in
+            torch) what="tests of .bin checkpoints" ;;
+            peft) what="a test with PEFT" ;;
+            evaluation) what="tests with lm-evaluation-harness" ;;
+        esac
+        if [ "$name" = peft ] && ! grep -qw torch <<<"$installed"; then continue; fi    # it would bring CUDA's torch
         telechat_say "installing the extra $name, for $what."
         if (cd "$TELECHAT_ROOT" && telechat_pip "$log.$name" install -e ".[$name]"); then
             installed="$installed $name"

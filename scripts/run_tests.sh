@@ -3,13 +3,13 @@
 #
 #   bash scripts/run_tests.sh                       all tests
 #   bash scripts/run_tests.sh -m "not slow"         arguments go to pytest
-#   TELECHAT_TEST_TORCH=1 bash scripts/run_tests.sh torch is installed too, so that tests of .bin checkpoints run, and
+#   TELECHAT_TEST_TORCH=1 bash scripts/run_tests.sh torch and PEFT are installed too, so that tests with them run, and
 #                                                   lm-evaluation-harness, unless TELECHAT_TEST_EVALUATION=0
 set -eu
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 extras=(dev)
-if [ "${TELECHAT_TEST_TORCH:-0}" = 1 ]; then extras+=(torch); fi
+if [ "${TELECHAT_TEST_TORCH:-0}" = 1 ]; then extras+=(torch peft); fi
 if [ "${TELECHAT_TEST_EVALUATION:-${TELECHAT_TEST_TORCH:-0}}" = 1 ]; then extras+=(evaluation); fi
 telechat_env "${extras[@]}"
 cd "$TELECHAT_ROOT"
@@ -21,7 +21,7 @@ else
     echo "ruff is not installed: no lint."
 fi
 if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
-    echo "torch is not installed: tests of .bin checkpoints will skip (TELECHAT_TEST_TORCH=1 installs it)."
+    echo "torch is not installed: tests of .bin checkpoints and PEFT will skip (TELECHAT_TEST_TORCH=1 installs it)."
 fi
 if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("lm_eval") is None)'; then
     echo "lm-eval is not installed: tests with it will skip (TELECHAT_TEST_EVALUATION=1 installs it)."
