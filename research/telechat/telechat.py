@@ -94,7 +94,6 @@ class TelechatModel(TelechatPreTrainedModel):
         return self.tok_embeddings(self.to_rows(tokens)), rope, mask
 
 
-
 class TelechatHead(nn.Cell):
     """Logits [T, V] float32 = logits_scale * (x W^T), W being the embedding table where the head is tied."""
 
@@ -112,7 +111,6 @@ class TelechatHead(nn.Cell):
         logits = self.matmul(self.cast(x, self.dtype), self.cast(weight, self.dtype))
         logits = self.cast(logits, mstype.float32)
         return self.mul(logits, self.scale) if self.scale != 1.0 else logits
-
 
 
 class LMHead(TelechatLinear):

@@ -45,6 +45,12 @@ def gather_labels() -> bool:
     return on_cpu()
 
 
+def gradient_kernels_of_cpu() -> bool:
+    """Whether gradients are clipped and checked by kernels of the CPU (telechat_optimizer), which has no overflow
+    flags, and not as MindFormers does."""
+    return on_cpu()
+
+
 def argmax(logits: Tensor, axis: int = -1) -> Tensor:
     """Index of the largest logit along `axis`; unlike mint.argmax, it exists on every device."""
     return ms.ops.argmax(logits, axis)

@@ -16,7 +16,6 @@ from typing import NamedTuple, Tuple
 
 import numpy as np
 
-EXTEND_METHODS = ("TELECHAT", "None", "PI", "NTK")
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class RopeRule:
 
     head_dim: int                    # elements of one head, even
     theta: float = 10000.0           # base of the frequencies
-    extend_method: str = "TELECHAT"  # one of EXTEND_METHODS
+    extend_method: str = "TELECHAT"  # or None, PI, NTK
     scaling_factor: float = 1.0      # for PI and NTK
     training_seqlen: int = 8192      # tokens; context the weights were trained with
     base_seqlen: int = 8192          # tokens; L of the rule

@@ -6,7 +6,8 @@ import numpy as np
 from mindformers.tools.register import MindFormerModuleType
 from mindformers.wrapper.wrapper import MFTrainOneStepCell
 
-from research.telechat.telechat_compat import on_cpu, plugin_class
+from research.telechat import telechat_kernels as kernels
+from research.telechat.telechat_compat import plugin_class
 from research.telechat.telechat_optimizer import ClipGradNorm, is_overflow
 from research.telechat.telechat_variants import ConfigError
 
@@ -25,7 +26,7 @@ class TelechatTrainOneStepCell(MFTrainOneStepCell):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.cpu = on_cpu()
+        self.cpu = kernels.gradient_kernels_of_cpu()
         if self.cpu:
             self.clip_grad_norm = ClipGradNorm(float(self.clip_grad_norm.clip_norm.asnumpy()[0]))
 
