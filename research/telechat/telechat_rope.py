@@ -17,7 +17,6 @@ from typing import NamedTuple, Tuple
 import numpy as np
 
 
-
 @dataclass(frozen=True)
 class RopeRule:
     """Everything the cos/sin tables of one model depend on, besides the sequence length."""
