@@ -224,3 +224,11 @@ def test_the_script_refuses_wrong_arguments(arguments, said):
                             timeout=60, env={**os.environ, "TELECHAT_MATRIX_TESTS": "tests/none.py",
                                              "TELECHAT_PYTHON": sys.executable})
     assert result.returncode == 2 and said in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_document_states_a_result_for_every_tested_pair():
+    rows = matrix.read_table(matrix.DOCUMENT.read_text(encoding="utf-8"))
+    stated = {(row["mindformers"], row["mindspore"]) for row in rows}
+    assert stated >= {(key, each) for key, value in versions.TESTED.items() for each in value}
+    for row in rows:
+        assert row["result"] == "passed" and row["failed"] == "0" and int(row["passed"]) > 100, row
