@@ -1,48 +1,34 @@
-"""README.md and README_CN.md: the files they name exist, their commands are the same, and their options are known."""
+"""README.md and README_CN.md: the files they name exist, their commands are the same, and their options are known.
+
+Nothing is started here but --help and the planner; test_readme_commands.py runs the commands.
+"""
+import configparser
 import functools
 import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from readme_fixtures import ALL, READMES, ROOT, commands_of, launched, text_of, watched
 
 from run_mindformer import read_recipe
-
-ROOT = Path(__file__).resolve().parents[1]
-READMES = ["README.md", "README_CN.md"]
-
-
-def text_of(name):
-    return (ROOT / name).read_text(encoding="utf-8")
-
-
-def commands_of(name):
-    """Every command in the bash blocks of a README, continued lines joined, comments left out."""
-    found = []
-    for block in re.findall(r"```bash\n(.*?)```", text_of(name), flags=re.DOTALL):
-        block = "\n".join(line for line in block.splitlines() if not line.startswith("#"))
-        found += [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-    return [re.sub(r"\s+", " ", command).strip() for command in found]
-
-
-def launched(command):
-    """(the Python command itself, the launcher's arguments behind it) of a command line."""
-    words = shlex.split(command)
-    if words[:2] == ["bash", "scripts/msrun_launcher.sh"]:
-        return shlex.split(words[2]), words[3:]
-    return words, None
+from scripts import plan as plan_command
 
 
 @functools.cache
 def help_of(script):
     result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, text=True, capture_output=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    return set(re.findall(r"--[a-z_]+", result.stdout))
+    return result.stdout
 
 
-ALL = commands_of("README.md")
+def check_options(words, dotted):
+    """The script exists and has these options; keys of a recipe are `dotted`."""
+    assert (ROOT / words[1]).is_file(), words[1]
+    options = {word for word in words if word.startswith("--")} - dotted
+    unknown = options - set(re.findall(r"--[a-z_]+", help_of(words[1])))
+    assert not unknown, f"{words[1]} has no {unknown}"
 
 
 def test_there_are_commands():
@@ -73,18 +59,27 @@ def test_named_files_exist(name):
 
 @pytest.mark.parametrize("command", ALL)
 def test_command_has_known_options_and_files(command):
+    """Options, subcommands, keys of recipes; and, for a job of several cards, what the planner says to it."""
+    if command.startswith("pip "):
+        check_installation(command)
+        return
+    supervisor, job = watched(command)
+    if supervisor:
+        check_options(supervisor, set())
+        assert job[:2] == ["bash", "scripts/msrun_launcher.sh"]
     words, launcher = launched(command)
     assert words[0] in ("python", "bash"), command
-    assert (ROOT / words[1]).is_file()
     if words[0] == "bash":
-        assert len(words) == 2
+        assert len(words) == 2 and (ROOT / words[1]).is_file()
         return
     options = {word: value for word, value in zip(words, [*words[1:], ""]) if word.startswith("--")}
     dotted = {option for option in options if "." in option}
-    unknown = set(options) - dotted - help_of(words[1])
-    assert not unknown, f"{words[1]} has no {unknown}"
+    check_options(words, dotted)
+    check_subcommand(words)
     if launcher is not None:
         assert len(launcher) in (0, 1, 5, 8)
+    if supervisor:                       # as supervise.py says: the launcher waits, and its logs are those watched
+        assert launcher[2:4] == [supervisor[supervisor.index("--log_dir") + 1], "True"]
     if "--config" not in options:
         assert not dotted
         return
@@ -94,17 +89,36 @@ def test_command_has_known_options_and_files(command):
         for key in option[2:].split("."):
             assert key in section, f"{options['--config']} has no key {option}"
             section = section[key]
-    check_plan(recipe, [options["--ranks"]] if "--ranks" in options else launcher)
+    if words[1] != "scripts/transform_checkpoint.py":            # takes from the recipe what the shapes are, no plan
+        check_plan(words, recipe, [options["--ranks"]] if "--ranks" in options else launcher)
 
 
-def check_plan(recipe, launcher):
-    """The launcher starts as many workers as the recipe's plan has cards."""
+def check_installation(command):
+    """What `pip install` names is this project with an extra that it has."""
+    match = re.fullmatch(r"pip install -e '?\.\[(\w+)\]'?", command)
+    assert match, f"expected pip install -e .[EXTRA], found {command}"
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert match[1] in setup["options.extras_require"], f"setup.cfg has no extra {match[1]}"
+
+
+def check_subcommand(words):
+    """A word right behind the script is one of the choices that --help shows, or a path."""
+    if len(words) > 2 and not words[2].startswith("--") and "/" not in words[2]:
+        choices = re.search(r"^ +\{([\w,]+)\}", help_of(words[1]), flags=re.MULTILINE)
+        assert choices and words[2] in choices[1].split(","), f"{words[1]} knows no {words[2]!r}"
+
+
+def check_plan(words, recipe, launcher):
+    """The launcher starts as many workers as the recipe's plan has cards, and the planner finds no fault."""
     plan = recipe["parallel_config"]
     cards = plan["data_parallel"] * plan["model_parallel"] * plan["pipeline_stage"] * plan["context_parallel"]
     if launcher is None:
         assert not recipe["use_parallel"] or (recipe["run_mode"] == "predict" and cards == 1)
     else:
         assert int(launcher[0] if launcher else 8) == cards
+    if words[1] == "run_mindformer.py":
+        assert plan_command.main(["--command", shlex.join(words), "--ranks", str(cards), "--check"]) == 0
 
 
 @pytest.mark.parametrize("model", ["7b", "12b", "52b"])
