@@ -151,6 +151,7 @@ the median of several runs, and stands beside a limit that was measured in the s
     for name in HEADS:
         result = results.get(name, {"title": name.capitalize(), "error": "not run"})
         facts = [f"`{result['command']}`" if "command" in result else "", _TARGETS.get(name, ""),
+                 result.get("note", ""),
                  f"{result['date']}, load {result['load']} at the start, {result['seconds']} s in all; "
                  f"{result['versions']}." if "seconds" in result else ""]
         parts.append("\n\n".join([f"## {result['title']}", *filter(None, facts), step_text(name, result)]))

@@ -2,6 +2,7 @@
 
     python benchmarks/run_all.py --write docs/benchmarks.md                     everything, some 30 minutes on two cores
     python benchmarks/run_all.py --write docs/benchmarks.md --only generation   the others keep their last figures
+    python benchmarks/run_all.py --tokenizer tokenizer.model --write ...        with an official tokenizer
     python benchmarks/run_all.py --quick                                        tiny sizes: does everything run?
 
 Each benchmark is a command of its own (listed on the page) and states a limit measured in the same run beside its
@@ -38,7 +39,8 @@ class Step(NamedTuple):
     rows: Callable[[Any], List[List[str]]]
 
 
-# {work}: temporary folder, {conversations}: made of the examples' sentences, {tokenizer}: the quick start's.
+# {work}: temporary folder, {conversations}: made of the examples' sentences, {tokenizer}: --tokenizer, or the quick
+# start's.
 # Every command also gets --json FILE.
 _PREPROCESS = ["benchmarks/preprocess.py", "--input_dataset_file", "{conversations}",
                "--vocab_file_path", "{tokenizer}", "--work_dir", "{work}"]
@@ -121,6 +123,14 @@ def make_tokenizer(folder: Path) -> Path:
     return folder / "tokenizer.model"
 
 
+def tokenizer_text(given: Optional[Path]) -> str:
+    """What to say about the tokenizer that was used."""
+    if given is None:
+        return "that of the quick start"
+    from research.telechat.telechat_vocab import Vocab
+    return f"of an official checkpoint, {Vocab.load(str(given)).size:,} tokens"
+
+
 def make_conversations(path: Path, count: int) -> None:
     """Write `count` conversations of about 500 tokens: three turns of the examples' sentences, drawn with seed 0."""
     from scripts import quickstart
@@ -145,10 +155,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME",
                         help=f"run only these, the others keep what --json holds: {', '.join(names)}")
     parser.add_argument("--render", action="store_true", help="run nothing, only write the page anew")
+    parser.add_argument("--tokenizer", type=Path, help="of an official checkpoint (default: that of the quick start, "
+                        "which is small and quick)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, for a test of the benchmarks themselves")
     parser.add_argument("--json", type=Path, help="results (default: output/benchmarks.json, or benchmarks-quick.json)")
     parser.add_argument("--work_dir", type=Path, help="where 15 GB of temporary files go")
     args = parser.parse_args(argv)
+    if args.tokenizer and not args.tokenizer.is_file():
+        parser.error(f"--tokenizer: {args.tokenizer} is no file; give tokenizer.model or tokenizer.json")
     store = args.json or ROOT / "output" / f"benchmarks{'-quick' if args.quick else ''}.json"
     results = read_results(store)
     with tempfile.TemporaryDirectory(dir=args.work_dir, prefix="telechat-benchmarks-") as folder:
@@ -158,10 +172,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if step.name not in args.only:
                 continue
             if step.name == "preprocessing":
-                places["tokenizer"] = str(make_tokenizer(work))
+                places["tokenizer"] = str(args.tokenizer or make_tokenizer(work))
                 make_conversations(work / "conversations.jsonl", 100 if args.quick else 1000)
             print(f"== {step.name} (load {os.getloadavg()[0]:.1f})", flush=True)
             results[step.name] = run_step(step, args.quick, places, work)
+            if step.name == "preprocessing":
+                results[step.name]["note"] = f"Tokenizer: {tokenizer_text(args.tokenizer)}."
             print(page.step_text(step.name, results[step.name]), flush=True)
             write(store, json.dumps({"machine": page.machine(), **results}, indent=1) + "\n")
     if args.write:
