@@ -31,6 +31,12 @@ def test_answers_to_fillers_are_cut(tmp_path, capsys, results, count, kept):
     assert capsys.readouterr().out.count("answer: ") == (count if results else 0)
 
 
+def test_prompt_is_cut_from_the_answer_though_its_markers_vanish(capsys):
+    """Control symbols are not in the text of a result, which then begins with the prompt as it is shown."""
+    print_answers(["<_user>q<_bot>", "<_user>p<_bot>"], ["qa", "<_user>p<_bot>b"], ["q", "p"])
+    assert capsys.readouterr().out.splitlines()[1::2] == ["answer: a", "answer: b"]
+
+
 @pytest.mark.slow
 def test_each_prompt_is_answered_once(tmp_path):
     checkpoint = tmp_path / "tiny.ckpt"

@@ -212,6 +212,14 @@ def test_token_ids_beyond_the_vocabulary(capsys, small_data, tmp_path):
     assert str(VOCAB - 1) in line
 
 
+def test_no_more_readers_than_cores(monkeypatch):
+    from research.telechat import telechat_run
+    monkeypatch.setattr(telechat_run.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    config = {"train_dataset": {"num_parallel_workers": 8}, "eval_dataset": {"num_parallel_workers": 2}}
+    telechat_run.limit_readers(config)
+    assert [section["num_parallel_workers"] for section in config.values()] == [3, 2]
+
+
 def test_plan_that_a_cpu_cannot_run(capsys, small_data, tmp_path):
     line = mistake(capsys, command(small_data, tmp_path, "--parallel_config.model_parallel", "2"))
     assert "model_parallel" in line and "CPU" in line

@@ -1,6 +1,6 @@
 """Prompts for run_mindformer.py: questions become prompts of the model's template, results become readable answers."""
 import os
-from typing import Any, Iterable, List
+from typing import Any, Iterable, List, Optional
 
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
@@ -107,12 +107,18 @@ def write_results(path: str, results: List[Any]) -> None:
     write_text(path, str(results))
 
 
-def print_answers(prompts: List[str], results: Iterable[Any]) -> None:
-    """Show prompt and answer of each result of MindFormers' text generation."""
+def visible(prompts: Iterable[str], tokenizer: Any) -> List[str]:
+    """The prompts as results show them: without the markers that are control symbols (TeleChat2)."""
+    return [tokenizer.decode(tokenizer(prompt)["input_ids"], skip_special_tokens=True) for prompt in prompts]
+
+
+def print_answers(prompts: List[str], results: Iterable[Any], shown: Optional[List[str]] = None) -> None:
+    """Show prompt and answer of each result of MindFormers' text generation, which begins with the prompt, or, where
+    markers vanish, with what is `shown` of it."""
     texts = []
     for result in results or []:
         value = result.get("text_generation_text", "") if isinstance(result, dict) else result
         texts += [value] if isinstance(value, str) else list(value)
-    for prompt, text in zip(prompts, texts):
-        answer = text[len(prompt):] if text.startswith(prompt) else text
-        print(f"prompt: {prompt}\nanswer: {answer.strip()}", flush=True)
+    for prompt, start, text in zip(prompts, shown or prompts, texts):
+        begin = next((len(one) for one in (prompt, start) if text.startswith(one)), 0)
+        print(f"prompt: {prompt}\nanswer: {text[begin:].strip()}", flush=True)

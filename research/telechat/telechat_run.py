@@ -29,6 +29,7 @@ from research.telechat.telechat_prompt import (
     print_answers,
     read_texts,
     to_prompts,
+    visible,
     write_results,
 )
 from research.telechat.telechat_recipe import set_key
@@ -118,6 +119,17 @@ def adapt_to_cpu(config: MindFormerConfig) -> None:
         optimizer.type = "TelechatAdamW"
 
 
+def limit_readers(config: MindFormerConfig) -> None:
+    """No more threads that read data than there are cores: MindSpore refuses more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for name in ("train_dataset", "eval_dataset"):
+        section = config.get(name) or {}
+        if int(section.get("num_parallel_workers") or 1) > cores:
+            logger.info("%s.num_parallel_workers is %s, and there are %d cores: %d are used.", name,
+                        section["num_parallel_workers"], cores, cores)
+            section["num_parallel_workers"] = cores
+
+
 def detect_checkpoint_format(config: MindFormerConfig) -> None:
     """Set `load_ckpt_format` from what --load_checkpoint names, as MindFormers does not look itself."""
     if not config.load_checkpoint:
@@ -163,7 +175,7 @@ def predict(config: MindFormerConfig, tokenizer: Any, prompts: List[str]) -> Non
         results = first_answers(results, len(prompts))
         write_results(config.save_file, results)
     if get_real_rank() == 0:
-        print_answers(prompts, results)
+        print_answers(prompts, results, visible(prompts, tokenizer))
 
 
 def run(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> None:
@@ -173,6 +185,7 @@ def run(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> 
         ConfigError: anything about recipe, checkpoint or data that can be told before the model is built.
     """
     config = prepare_recipe(args, recipe, overrides)
+    limit_readers(config)
     training = config.run_mode in ("train", "finetune")
     if training:
         check_dataset(config, "train_dataset")
