@@ -35,16 +35,17 @@ PUBLISHED = ["ceval-valid_computer_network", "cmmlu_agronomy", "mmlu_anatomy", "
              "bbh_cot_fewshot_boolean_expressions"]
 
 
-def write_published(folder):
-    """Made-up questions for PUBLISHED, in files as these data sets are published."""
-    rows = "0,你是谁,人,狗,猫,鸟,A\n1,今天天气,好,坏,冷,热,B\n"
+def write_published(folder, solved=2):
+    """Made-up questions for PUBLISHED, in files as these data sets are published; so many `solved` ones for each."""
+    lines = ["0,你是谁,人,狗,猫,鸟,A\n", "1,今天天气,好,坏,冷,热,B\n"]
+    rows, examples = "".join(lines), "".join((lines * solved)[:solved])
     choices = [{"question": "Which?", "subject": "anatomy", "choices": ["fox", "dog", "sea", "end"], "answer": 2}] * 2
     files = {
-        "ceval-exam/dev/computer_network_dev.csv": "id,question,A,B,C,D,answer\n" + rows,
+        "ceval-exam/dev/computer_network_dev.csv": "id,question,A,B,C,D,answer\n" + examples,
         "ceval-exam/val/computer_network_val.csv": "id,question,A,B,C,D,answer\n" + rows,
-        "cmmlu/dev/agronomy.csv": ",Question,A,B,C,D,Answer\n" + rows,
+        "cmmlu/dev/agronomy.csv": ",Question,A,B,C,D,Answer\n" + examples,
         "cmmlu/test/agronomy.csv": ",Question,A,B,C,D,Answer\n" + rows,
-        "mmlu/anatomy/dev.jsonl": choices, "mmlu/anatomy/test.jsonl": choices,
+        "mmlu/anatomy/dev.jsonl": choices[:1] * solved, "mmlu/anatomy/test.jsonl": choices,
         "gsm8k/main/train.jsonl": [{"question": f"{n} and {n}?", "answer": f"#### {2 * n}"} for n in range(6)],
         "gsm8k/main/test.jsonl": [{"question": "1 and 2?", "answer": "1 + 2\n#### 3"}] * 2,
         "bbh/boolean_expressions/test.jsonl": [{"input": "not True is", "target": "False"}] * 2}

@@ -233,6 +233,8 @@ class TestHarness:
         from lm_eval.evaluator import evaluate as harness
         write_published(tmp_path)
         loaded = tasks.load_tasks(PUBLISHED[:1], data=str(tmp_path))
+        with pytest.raises(ConfigError, match=f"{PUBLISHED[0]} has only 2 solved examples"):
+            tasks.set_shots(loaded, 3, 1)
         tasks.set_shots(loaded, 1, 1)
         result = harness(lm=lm, task_dict=loaded, bootstrap_iters=0, apply_chat_template=True,
                          fewshot_as_multiturn=True)

@@ -171,7 +171,7 @@ def _manager(names: Sequence[str], include_path: Optional[str]) -> Any:
 def set_shots(loaded: Any, num_fewshot: Optional[int], seed: int) -> List[str]:
     """Set the number of solved examples in front of each question, as the harness's own command does.
 
-    Returns the names of tasks that keep theirs: those that have it set to 0.
+    Returns the names of tasks that keep theirs: those that have it set to 0. ConfigError: a task has fewer examples.
     """
     kept = []
     for name, task in loaded["tasks"].items():
@@ -179,6 +179,9 @@ def set_shots(loaded: Any, num_fewshot: Optional[int], seed: int) -> List[str]:
         if num_fewshot is not None and own == 0:
             kept.append(name)
         elif num_fewshot is not None or own is None:
+            if num_fewshot and len(list(task.fewshot_docs())) < num_fewshot:
+                raise ConfigError(f"--num_fewshot is {num_fewshot}: {name} has only {len(list(task.fewshot_docs()))} "
+                                  "solved examples; give that number, or less")
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=seed)
     return kept
