@@ -152,7 +152,10 @@ the median of several runs, and stands beside a limit that was measured in the s
         result = results.get(name, {"title": name.capitalize(), "error": "not run"})
         facts = [f"`{result['command']}`" if "command" in result else "", _TARGETS.get(name, ""),
                  result.get("note", ""),
-                 f"{result['date']}, load {result['load']} at the start, {result['seconds']} s in all; "
-                 f"{result['versions']}." if "seconds" in result else ""]
+                 f"{result['date']}, {result['seconds']} s in all"
+                 + (f", load {result['load']} at the start" if result.get("load") else "")
+                 + f"; {result['versions']}." if "seconds" in result else "",
+                 f"Other programs used {result['busy']} processors just before or after; do not rely on the figures."
+                 if (result.get("busy") or 0) >= 0.3 else ""]
         parts.append("\n\n".join([f"## {result['title']}", *filter(None, facts), step_text(name, result)]))
     return "\n\n".join([*parts, published_section()])

@@ -21,9 +21,9 @@ CHIP = "Ascend910B3"
 PEAK = CHIPS[CHIP].teraflops * 1e12
 SHARES = (0.5, 0.57)
 _REPOSITORY = "https://github.com/mindspore-lab/mindformers/blob"
-SOURCES = (f"[research/telechat/telechat.md]({_REPOSITORY}/647d8944fe9067329eaf2337971547618049bd78/research/telechat/"
-           "telechat.md) (MindSpore 2.4.0, CANN 8.0.RC3, MindFormers dev; the same table is in the later README.md "
-           f"of that folder) and [research/telechat2/README.md]({_REPOSITORY}/"
+SOURCES = (f"[telechat/telechat.md of MindFormers]({_REPOSITORY}/647d8944fe9067329eaf2337971547618049bd78/"
+           "research/telechat/telechat.md) (MindSpore 2.4.0, CANN 8.0.RC3, MindFormers dev; the same table is in the "
+           f"later README.md of that folder) and [telechat2/README.md of MindFormers]({_REPOSITORY}/"
            "0ebebf8eb7172830e9de29b63db92aa3b4acae70/research/telechat2/README.md)")
 
 

@@ -8,7 +8,7 @@
 Each benchmark is a command of its own (listed on the page) and states a limit measured in the same run beside its
 figure. One that fails has its error on the page and does not lose the others. All results lie in output/benchmarks.json
 (--json); how they are shown is in benchmark_page.py, what is not measured in published.py. Run it on a quiet machine:
-the load at the start of each benchmark is on the page.
+what other programs used before and after is on the page.
 """
 import argparse
 import datetime
@@ -70,6 +70,20 @@ STEPS = (
 assert {step.name for step in STEPS} == set(page.HEADS)
 
 
+def busy_processors(seconds: float = 2.0) -> Optional[float]:
+    """How many processors other programs use now, averaged over `seconds`; None where the system does not say."""
+    def ticks() -> List[int]:
+        return [int(word) for word in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+    try:
+        before = ticks()
+        time.sleep(seconds)
+        spent = [after - earlier for earlier, after in zip(before, ticks())]
+    except (OSError, ValueError):
+        return None
+    idle = spent[3] + spent[4]                           # idle, and waiting for disks
+    return round((os.cpu_count() or 1) * (1 - idle / max(sum(spent), 1)), 1)
+
+
 def run_step(step: Step, quick: bool, places: Dict[str, str], work: Path) -> Dict[str, Any]:
     """Run one benchmark; its result, with "error" instead of "rows" where it failed. Nothing is raised."""
     words = [word.format(**places) for word in (step.quick if quick else step.command)]
@@ -77,6 +91,7 @@ def run_step(step: Step, quick: bool, places: Dict[str, str], work: Path) -> Dic
     result: Dict[str, Any] = {"title": step.title, "quick": quick, "load": round(os.getloadavg()[0], 1),
                               "date": datetime.date.today().isoformat(), "versions": page.versions(),
                               "command": " ".join(["python", *(step.quick if quick else step.command)])}
+    busy = busy_processors()
     started = time.monotonic()
     try:
         done = subprocess.run([sys.executable, *words, "--json", str(target)], cwd=ROOT, timeout=TIMEOUT, text=True,
@@ -92,6 +107,8 @@ def run_step(step: Step, quick: bool, places: Dict[str, str], work: Path) -> Dic
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as err:
         result["error"] = f"{err}" if isinstance(err, ValueError) else f"{type(err).__name__}: {err}"
     result["seconds"] = round(time.monotonic() - started)
+    after = busy_processors()
+    result["busy"] = None if busy is None or after is None else max(busy, after)
     return result
 
 
@@ -174,7 +191,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if step.name == "preprocessing":
                 places["tokenizer"] = str(args.tokenizer or make_tokenizer(work))
                 make_conversations(work / "conversations.jsonl", 100 if args.quick else 1000)
-            print(f"== {step.name} (load {os.getloadavg()[0]:.1f})", flush=True)
+            print(f"== {step.name}", flush=True)
             results[step.name] = run_step(step, args.quick, places, work)
             if step.name == "preprocessing":
                 results[step.name]["note"] = f"Tokenizer: {tokenizer_text(args.tokenizer)}."

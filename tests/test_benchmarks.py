@@ -22,7 +22,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 
 def result(rows=None, **changes):
     """A result as run_step gives it."""
-    return {"title": "A title", "quick": False, "load": 0.1, "date": "2026-01-01", "versions": "Python 3",
+    return {"title": "A title", "quick": False, "busy": 0.1, "date": "2026-01-01", "versions": "Python 3",
             "command": "python x.py", "seconds": 3, "rows": rows or [["a", "b", "c", "d"]], **changes}
 
 
@@ -74,6 +74,8 @@ def test_page_holds_every_benchmark_and_says_what_failed():
     assert text.count("| a | b | c | d |") == len(benchmark_page.HEADS) - 1
     assert "| FAILED: no / space | - | - | - |" in text and "mean nothing" not in text
     assert text.endswith(published.published_section())
+    assert "Other programs" not in text
+    assert "used 1.5 processors just before or after" in benchmark_page.page(results(training=result(busy=1.5)), {})
     missing = benchmark_page.page({}, {"cores": "2"})
     assert missing.count("FAILED: not run") == len(benchmark_page.HEADS)
     assert "mean nothing" in benchmark_page.page(results(training=result(quick=True)), {})
@@ -141,12 +143,34 @@ def test_conversations_of_the_benchmark(tmp_path):
         assert 300 < len(record["input"] + record["output"]) < 4000
 
 
+def test_processors_in_use_are_counted():
+    busy = run_all.busy_processors(0.1)
+    assert busy is None or 0 <= busy <= benchmark_page.os.cpu_count()
+
+
 def test_machine_is_described_without_its_name():
     import platform
     described = benchmark_page.machine()
     assert set(described) == {"processor", "cores", "memory", "system"} and int(described["cores"]) >= 1
     assert platform.node() not in " ".join(described.values()).split()
     assert "Python 3." in benchmark_page.versions() and "numpy" in benchmark_page.versions()
+
+
+def test_the_page_has_the_form_that_run_all_writes():
+    """Titles, commands, heads and the published part are current; every benchmark has figures."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert text.endswith(published.published_section()), "run: python benchmarks/run_all.py --render --write PAGE"
+    assert "FAILED" not in text and "mean nothing" not in text
+    position = 0
+    for step in run_all.STEPS:
+        section = f"## {step.title}\n\n`python {' '.join(step.command)}`\n\n"
+        found = text.find(section, position)
+        assert found >= 0, step.name
+        table = text.index(f"| {' | '.join(benchmark_page.HEADS[step.name])} |\n| --- | --- | --- | --- |\n| ", found)
+        assert "##" not in text[found + 3:table], step.name
+        position = table
+    for name in ("processor", "cores", "memory"):
+        assert f"| {name} | " in text
 
 
 @pytest.mark.slow

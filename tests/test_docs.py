@@ -34,6 +34,6 @@ def test_counts_equal_the_official_totals():
 def test_files_that_documents_name_exist(path):
     text = path.read_text(encoding="utf-8")
     folders = "research|scripts|configs|docs|tests|benchmarks|examples"
-    named = re.findall(rf"\b((?:{folders})/[\w./-]+\.(?:py|yaml|sh|md|jsonl?))", text)
+    named = re.findall(rf"(?<![\w/])((?:{folders})/[\w./-]+\.(?:py|yaml|sh|md|jsonl?))", text)
     missing = sorted({name for name in named if not (ROOT / name).exists()})
     assert not missing
