@@ -12,6 +12,8 @@ import sys
 import pytest
 from readme_fixtures import ALL, READMES, ROOT, commands_of, launched, text_of, watched
 
+from research.telechat.telechat_templates import get_template
+from research.telechat.telechat_variants import VARIANTS, get_variant
 from run_mindformer import read_recipe
 from scripts import plan as plan_command
 
@@ -130,8 +132,19 @@ def test_sequence_lengths_fit_the_recipes(model):
     assert recipe["model"]["model_config"]["seq_length"] == lengths[["7b", "12b", "52b"].index(model)]
 
 
+@pytest.mark.parametrize("command", [command for command in ALL if "--predict_data" in command])
+def test_prompts_are_written_as_the_models_have_seen_them(command):
+    """52B is asked with the markers of the earlier recipe, as its section says."""
+    words, _ = launched(command)
+    recipe = read_recipe((ROOT / words[words.index("--config") + 1]).resolve())
+    template = get_template(get_variant(recipe["trainer"]["model_name"]).chat_template)
+    start, user, bot = (("<reserve3>", "<reserve1>", "<reserve2>") if template.name == "telechat_52b" else
+                        (template.prompt_start or "", template.user, template.bot))
+    prompt = words[words.index("--predict_data") + 1]
+    assert re.fullmatch(f"{start}{user}[^<>]+{bot}", prompt)
+
+
 def test_table_of_models_agrees_with_the_variants():
-    from research.telechat.telechat_variants import VARIANTS
     for name in READMES:
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text_of(name).splitlines()
                 if re.match(r"\| TeleChat\d?-", line)]

@@ -41,7 +41,7 @@ from research.telechat.telechat_vocab import Vocab
 
 PLANNED = ("bash scripts/msrun_launcher.sh ", "python scripts/supervise.py ")        # test_readme.py
 ELSEWHERE = {                     # how a command begins: the test that runs the like
-    "bash scripts/quickstart.sh": "tests/test_quickstart.py::test_whole_quickstart",
+    "bash scripts/quickstart.sh": "tests/test_scripts.py::test_quickstart_starts_in_the_environment",
     "bash scripts/run_tests.sh": "tests/test_scripts.py::test_run_tests_reports_lint_and_tests",
     "python scripts/transform_checkpoint.py": "tests/test_transform_checkpoint.py::test_eight_ranks_to_one_to_four",
     "pip install": "tests/test_readme.py::test_command_has_known_options_and_files",
@@ -189,10 +189,8 @@ def check_data(place, name, family, length, template):
     records, vocab = read_records(folder), Vocab.load(place.vocab_files[family])
     assert records and all(len(record["input_ids"]) == length + 1 for record in records)
     text = "".join(vocab.decode(record["input_ids"].tolist()) for record in records)
-    answers = [json.loads(line)["output"] for line in (place.root / "multi_turn_example.jsonl").read_text(
-        encoding="utf-8").splitlines()]
-    known = [answer for answer in answers if vocab.decode(vocab.encode(answer)) == answer]
-    assert len(known) > 20 and sum(answer in text for answer in known) > len(known) // 2
+    lines = (place.root / "multi_turn_example.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(json.loads(line)["output"] in text for line in lines)
 
 
 def data_of(name, family, suffix):
@@ -357,7 +355,7 @@ def test_tests_named_for_commands_exist(start, test):
     file, name = test.split("::")
     source = (ROOT / file).read_text(encoding="utf-8")
     assert re.search(rf"^def {name}\(", source, flags=re.MULTILINE), f"{file} has no {name}"
-    assert Path(start.split()[-1]).stem in source
+    assert (Path(start).name if "/" in start else start) in source
 
 
 @pytest.mark.slow

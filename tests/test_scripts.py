@@ -32,6 +32,7 @@ case "$*" in
         case "$*" in *torch*) exit ${FAKE_TORCH:-0} ;; esac
         [ -z "$FAKE_PIP_ERROR" ] || { echo "$FAKE_PIP_ERROR"; exit 1; } ;;
     "-m ruff"* | "-m pytest"*) echo "ran $*"; case "$*" in *ruff*) exit ${FAKE_RUFF:-0} ;; esac ;;
+    "scripts/quickstart.py"*) echo "ran $*" ;;
     *) exit 0 ;;
 esac
 """
@@ -151,6 +152,13 @@ def test_own_interpreter_gets_only_what_it_lacks(checkout):
     broken = run(checkout, FAKE_FIND="0", FAKE_BROKEN="1")
     assert "do not import" in broken.stdout + broken.stderr
     assert not any("uninstall" in call for call in broken.calls)
+
+
+def test_quickstart_starts_in_the_environment(checkout):
+    first = run(checkout, "cd / && bash $HOME/scripts/quickstart.sh --fresh")
+    assert first.returncode == 0 and any("install -e ." in call for call in first.calls), first.stderr
+    assert first.stdout.splitlines()[-1] == "ran scripts/quickstart.py --fresh"
+    assert "unknown argument --fast" in error_lines(run(checkout, "bash scripts/quickstart.sh --fast"))
 
 
 def test_run_tests_reports_lint_and_tests(checkout):
