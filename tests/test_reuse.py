@@ -88,6 +88,11 @@ def test_random_numbers_and_recomputation_are_not_shared():
     assert shared_graph_key(partly) is None
 
 
+def test_sharing_can_be_switched_off():
+    assert hasattr(layer(), "cell_init_args")
+    assert not hasattr(layer(share_layer_graphs=False), "cell_init_args")
+
+
 def test_several_devices_have_separate_graphs(monkeypatch):
     cell = layer()
     monkeypatch.setattr(ms, "get_auto_parallel_context", lambda key: "semi_auto_parallel")

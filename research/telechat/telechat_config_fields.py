@@ -108,6 +108,10 @@ GROUPS: Dict[str, Dict[str, Field]] = {
         "top_p": Field(1.0, "float", "sample among the likeliest tokens that hold this share of probability"),
         "repetition_penalty": Field(1.0, "float", "over 1: tokens seen before become less likely"),
     },
+    "compilation": {
+        "share_layer_graphs": Field(True, "bool", "on one device, equal decoder layers are compiled once; False: "
+                                    "each by itself, as on several devices"),
+    },
     "pipeline": {
         "offset": Field(0, "any", "layers by which pipeline stages differ from the even split, one number or a list"),
         "pp_interleave_num": Field(1, "positive", "virtual pipeline stages per stage"),

@@ -37,14 +37,15 @@ def _has_own_graph(cell: nn.Cell) -> bool:
 
 
 class SharedGraph:
-    """Mix-in for a cell that shares its graph with the cells that are like it."""
+    """Mix-in for a cell that shares its graph with the cells that are like it, unless `shares_graph` is False."""
 
     no_inline = False
+    shares_graph = True
 
     @property
     def cell_init_args(self) -> Any:
         """The key, looked up by MindSpore's parser whenever it meets the cell."""
-        key = shared_graph_key(self)
+        key = shared_graph_key(self) if self.shares_graph else None
         if key is None:
             raise AttributeError("cell_init_args: this cell has its own graph")
         return key

@@ -143,6 +143,7 @@ class TelechatDecodeLayer(SharedGraph, nn.Cell):
     def __init__(self, config: Any, layer_id: int):
         super().__init__()
         self.layer_id = layer_id
+        self.shares_graph = config.share_layer_graphs
         self.attention_norm = RMSNorm(config)
         self.attention = TelechatAttention(config)
         self.ffn_norm = RMSNorm(config)
