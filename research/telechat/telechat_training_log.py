@@ -24,6 +24,7 @@ from research.telechat.telechat_files import write_text
 from research.telechat.telechat_flops import peak_flops
 from research.telechat.telechat_resume import checkpoints
 from research.telechat.telechat_train import TrainingStopped, step_values, to_float
+from research.telechat.telechat_training_records import describe_records, record_numbers, step_batches
 from research.telechat.telechat_training_report import (
     data_digest,
     draw_curve,
@@ -102,11 +103,12 @@ class TelechatTrainingLog(Callback):
         values = step_values(params.net_outputs)
         if self.enabled:
             self._append(self._row(params, step, values))
-        self.last_step = step
+        first, self.last_step = self.last_step + 1, step           # more than one step with a sink size
         norm = values.get("global_norm", 0.0)
         if self.stop_at_nan and not (math.isfinite(values["loss"]) and (values["overflow"] or math.isfinite(norm))):
-            self._finish("stopped: loss or norm not finite")
-            raise TrainingStopped(self._explain(params, step, values))
+            records = self._records(params, first, step)
+            self._finish("stopped: loss or norm not finite", records)
+            raise TrainingStopped(self._explain(step, values, records))
 
     def before_saving(self, run_context: Any) -> None:
         """Log and evaluate the step now: whoever resumes from its checkpoint then finds its row complete, and a loss
@@ -180,37 +182,44 @@ class TelechatTrainingLog(Callback):
                 callback._execute_eval()
         return step_end
 
-    def _explain(self, params: Any, step: int, values: Dict[str, Any]) -> str:
+    def _explain(self, step: int, values: Dict[str, Any], records: Dict[int, List[Optional[int]]]) -> str:
         """What a user needs to know when the loss is not finite."""
         folder = self.folder / "checkpoint" / f"rank_{self.rank}"
         whole = [name for name in checkpoints(folder, self.rank) if not name.kind]
         good = (f"last good checkpoint: {folder / whole[-1].file(self.rank)}" if whole else "no checkpoint was saved")
-        numbers = self._record_numbers(getattr(params, "train_dataset_element", None))
-        batch = (f"records {', '.join(map(str, numbers))} of the training data" if numbers
-                 else "the records of the batch are known with sink_mode False only")
+        reader = f" by rank {self.rank}" if int(self.info.get("cards") or 1) > 1 else ""
+        batch = describe_records(records, reader) if records else "its records could not be found, see the log"
         norm = values.get("global_norm", math.nan)
         return (f"step {step}: the loss is {values['loss']:g}, the norm {norm:g} ({batch}; {good}). Look at these "
                 "records; lower the learning rate or the loss scale; then go on with --resume_training True")
 
-    def _record_numbers(self, element: Any) -> List[int]:
-        """Numbers, from 0 in the order of the files, of the records in a batch; empty where they cannot be found."""
-        files = self.info.get("data_files")
-        if not files or not element or not hasattr(element[0], "asnumpy"):
-            return []
-        wanted = [row.tobytes() for row in element[0].asnumpy().astype(np.int32)]
-        found: Dict[bytes, int] = {}
-        data = ms.dataset.MindDataset(files, columns_list=["input_ids"], shuffle=False)
-        for number, row in enumerate(data.create_tuple_iterator(num_epochs=1, output_numpy=True)):
-            found.setdefault(row[0].astype(np.int32).tobytes(), number)
-        return [found[key] for key in wanted if key in found]
+    def _records(self, params: Any, first: int, last: int) -> Dict[int, List[Optional[int]]]:
+        """Numbers of the records that this rank read in the steps `first` to `last`; empty where they cannot be found.
 
-    def _finish(self, ending: str) -> None:
+        In sink mode the device fetches the batches, so that they are not at hand and are read once more.
+        """
+        files = self.info.get("data_files")
+        element = getattr(params, "train_dataset_element", None)
+        try:
+            if not files:
+                raise ValueError("the training data are no MindRecord files")
+            logger.info("looking for the records of step %s in the training data.",
+                        first if first == last else f"{first} to {last}")
+            at_hand = first == last and element and hasattr(element[0], "asnumpy")
+            batches = [element[0].asnumpy()] if at_hand else step_batches(params.train_dataset, first, last)
+            return dict(zip(range(first, last + 1), record_numbers(batches, files)))
+        except Exception as err:                                   # what stopped the training must be told all the same
+            logger.error("the records of steps %d to %d could not be found: %s", first, last, err)
+            return {}
+
+    def _finish(self, ending: str, records: Optional[Dict[int, List[Optional[int]]]] = None) -> None:
         if not self.enabled or not self.rows:
             return
         try:
             draw_curve(self.rows, self.picture)
             write_report(self.report, {
-                "ending": ending, "seconds": round(time.time() - self.begun, 1), "resumed_at_step": self.first_step,
+                "ending": ending, **({"records_of_steps": records} if records else {}),
+                "seconds": round(time.time() - self.begun, 1), "resumed_at_step": self.first_step,
                 **summarise_rows(self.rows), "seed": self.info.get("seed"), "tokens_per_step_per_card":
                 self.info.get("tokens_per_step_per_card"), "cards": self.info.get("cards"),
                 "device": chip_name(), "peak_flops": self.peak,
