@@ -19,6 +19,8 @@ DRIVER = str(Path(__file__).with_name("kill_driver.py"))
 CALLBACKS = ("[{type: MFLossMonitor}, {type: TelechatTrainingLog}, {type: CheckpointMonitor, prefix: t, "
              "save_checkpoint_steps: 1, keep_checkpoint_max: 3, keep_every_n_steps: 8%s}]")
 EXACT = ("step", "epoch", "loss", "lr", "global_norm")
+DROPOUT = [word for name in ("embed", "hidden", "attention")
+           for word in (f"--model.model_config.{name}_dropout_prob", "0.1")]
 
 
 def save(root, rank, name, step):
@@ -85,7 +87,7 @@ def data(tmp_path_factory):
 
 def shuffled(data, output, *more, epochs=8, extra=""):
     return [*command(data, output, "--train_dataset.data_loader.shuffle", "True", "--epochs", str(epochs),
-                     "--callbacks", CALLBACKS % extra), *more]
+                     "--callbacks", CALLBACKS % extra), *DROPOUT, *more]
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,24 @@ def test_ten_kills_at_random_moments_change_nothing(data, unbroken, tmp_path):
     again = run(shuffled(data, tmp_path / "out", "--resume_training", "True"))
     assert "complete already" in again.stdout + again.stderr
     assert read_log(tmp_path / "out") == found
+
+
+@pytest.mark.slow
+def test_adapter_with_dropout_resumes_exactly(data, tmp_path):
+    """LoRA with the lora_dropout of the recipes for Ascend, killed at its sixth step of eight."""
+    def lora(output, *more):
+        arguments = shuffled(data, output, "--model.model_config.pet_config.lora_dropout", "0.05", *more, epochs=2)
+        arguments[1] = "research/telechat/finetune_telechat_tiny_lora_cpu.yaml"
+        return arguments
+    run(lora(tmp_path / "unbroken"))
+    again = lora(tmp_path / "killed", "--resume_training", "True")
+    killed = subprocess.run([sys.executable, DRIVER, "step", "6", *again], cwd=ROOT, text=True, capture_output=True,
+                            env={**os.environ, "GLOG_v": "3"}, check=False, timeout=600)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout[-2000:] + killed.stderr[-2000:]
+    run(again)
+    expected, found = read_log(tmp_path / "unbroken"), read_log(tmp_path / "killed")
+    assert len(expected) == 8
+    assert [[row[key] for key in EXACT] for row in found] == [[row[key] for key in EXACT] for row in expected]
 
 
 @pytest.mark.slow

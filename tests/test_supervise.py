@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_resume import DROPOUT
 from test_training import ROOT, SEQ, VOCAB, command, read_log, write_records
 
 SUPERVISE = [sys.executable, str(ROOT / "scripts" / "supervise.py")]
@@ -107,7 +108,7 @@ def two_workers(data, output, kill, *options, **env):
     """Supervised training with two processes; `kill`: arguments of kill_driver.py, or none."""
     program = ["python", *([str(ROOT / "tests/kill_driver.py"), *kill] if kill else [str(ROOT / "run_mindformer.py")])]
     callbacks = "'[{type: TelechatTrainingLog}, {type: CheckpointMonitor, prefix: t, save_checkpoint_steps: 2}]'"
-    arguments = command(data, output, "--batch_size", "1", "--use_parallel", "True", "--epochs", "4",
+    arguments = command(data, output, *DROPOUT, "--batch_size", "1", "--use_parallel", "True", "--epochs", "4",
                         "--train_dataset.data_loader.shuffle", "True", "--resume_training", "True", "--callbacks")
     port = str(20000 + (os.getpid() + len(str(output))) % 20000)
     return subprocess.run(

@@ -51,6 +51,14 @@ def gradient_kernels_of_cpu() -> bool:
     return on_cpu()
 
 
+def dropout_by_step() -> bool:
+    """Whether dropout masks follow from the training step (telechat_dropout), and not from the generator of a kernel.
+
+    Not on Ascend: there the kernel is faster, flash attention takes no other mask, and a step may have micro-batches.
+    """
+    return on_cpu()
+
+
 def argmax(logits: Tensor, axis: int = -1) -> Tensor:
     """Index of the largest logit along `axis`; unlike mint.argmax, it exists on every device."""
     return ms.ops.argmax(logits, axis)

@@ -4,10 +4,12 @@ from typing import Any, Dict, Tuple
 
 import numpy as np
 from mindformers.tools.register import MindFormerModuleType
+from mindformers.tools.utils import get_real_rank
 from mindformers.wrapper.wrapper import MFTrainOneStepCell
 
 from research.telechat import telechat_kernels as kernels
 from research.telechat.telechat_compat import plugin_class
+from research.telechat.telechat_dropout import count_dropout
 from research.telechat.telechat_optimizer import ClipGradNorm, is_overflow
 from research.telechat.telechat_variants import ConfigError
 
@@ -18,14 +20,17 @@ class TrainingStopped(ConfigError):
 
 @plugin_class(MindFormerModuleType.WRAPPER)
 class TelechatTrainOneStepCell(MFTrainOneStepCell):
-    """MindFormers' training step; on the CPU, gradients are clipped and overflow is found with kernels of the CPU.
+    """MindFormers' training step; on the CPU, gradients are clipped and overflow is found with kernels of the CPU, and
+    dropout follows from the step.
 
     There, overflow is a norm of all gradients that is not finite. Data-parallel ranks agree on it without a word, as
     they have the same gradients by then.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, network: Any, optimizer: Any, *args: Any, **kwargs: Any):
+        if kernels.dropout_by_step():
+            count_dropout(network, optimizer.global_step, get_real_rank())
+        super().__init__(network, optimizer, *args, **kwargs)
         self.cpu = kernels.gradient_kernels_of_cpu()
         if self.cpu:
             self.clip_grad_norm = ClipGradNorm(float(self.clip_grad_norm.clip_norm.asnumpy()[0]))
