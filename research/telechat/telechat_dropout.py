@@ -47,15 +47,26 @@ class CountedDropout(nn.Dropout):
 
     def __init__(self, p: float, key: Tuple[int, ...], step: Parameter):
         super().__init__(p=p)
-        self.__dict__["step"] = step                       # Cell would make it a parameter of the network
-        self.key = tuple(Tensor(word, mstype.uint32) for word in key)
+        # Past Cell's own administration: neither step nor key may become a parameter of the network.
+        self.__dict__.update(step=step, key=Tensor(np.array(key, np.uint32)))                      # key: [4]
         self.stride = Tensor(_STRIDE, mstype.uint32)
         self.factors = (Tensor(0x85EBCA6B, mstype.uint32), Tensor(0xC2B2AE35, mstype.uint32))
         self.shifts = tuple(Tensor(bits, mstype.uint32) for bits in (16, 13, 16))
         self.threshold = Tensor(min(round(p * _WORD), _WORD - 1), mstype.uint32)
         self.scale = 1.0 / (1.0 - p)
         self.word_mul, self.word_add, self.xor, self.shift = P.Mul(), P.Add(), P.BitwiseXor(), P.RightShift()
+        self.split = P.Split(axis=0, output_num=4)
         self.is_kept, self.cast, self.reshape, self.mul = P.GreaterEqual(), P.Cast(), P.Reshape(), P.Mul()
+
+    def key_tensor(self) -> Tensor:
+        """What tells this cell's mask from those of others, [4] uint32."""
+        return self.key
+
+    def key_as_parameter(self) -> Parameter:
+        """Make the key a Parameter and return it, for a graph that stands for several cells in turn."""
+        name = "dropout_key_" + "".join(f"{word:08x}" for word in self.key.asnumpy())
+        self.__dict__["key"] = Parameter(self.key, name=name, requires_grad=False)
+        return self.key
 
     def construct(self, x: Tensor) -> Tensor:
         """x: [..., C] of any floating-point type -> as x."""
@@ -71,15 +82,12 @@ class CountedDropout(nn.Dropout):
 
     def kept(self, rows: int, columns: int) -> Tensor:
         """Which elements stay, [R, C] bool."""
-        step = self.word_mul(self.cast(self.step, mstype.uint32), self.stride)      # [1]
+        step = self.word_mul(self.cast(self.step, mstype.uint32), self.stride)              # [1]
+        r, c, s, d = self.split(self.mix(self.word_add(self.key, step)))                    # [1] each
         row, column = _counters(rows, True), _counters(columns, False)
-        one = self.word_mul(self.words(row, step, 0), self.words(column, step, 1))  # [R, C]
-        two = self.word_mul(self.words(row, step, 2), self.words(column, step, 3))
+        one = self.word_mul(self.mix(self.word_add(row, r)), self.mix(self.word_add(column, c)))
+        two = self.word_mul(self.mix(self.word_add(row, s)), self.mix(self.word_add(column, d)))
         return self.is_kept(self.word_add(one, two), self.threshold)
-
-    def words(self, counters: Tensor, step: Tensor, number: int) -> Tensor:
-        """Random words, one per counter."""
-        return self.mix(self.word_add(counters, self.mix(self.word_add(step, self.key[number]))))
 
     def mix(self, x: Tensor) -> Tensor:
         """A bijection of words in which every bit depends on every other."""
