@@ -2,14 +2,15 @@
 
 What it adds: nothing old is deleted before the new file is complete and on disk; a failed save (disk full) leaves no
 half file and stops or goes on by setting; weights of a step whose loss or norm is not finite are never saved; names
-and counters go on after a resumption as if there had been none; every Nth checkpoint can be kept for good.
+and counters go on after a resumption as if there had been none; every Nth checkpoint can be kept for good. All of this
+holds for files that a thread writes beside the training (`async_save`) too: a write counts when it is complete.
 """
 import contextlib
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
 from mindformers.core.callback.callback import CheckpointMonitor
@@ -17,6 +18,7 @@ from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers.tools.utils import get_real_rank
 
+from research.telechat import telechat_checkpoint_thread as thread
 from research.telechat.telechat_files import write_text
 from research.telechat.telechat_lora import CONFIG_NAME
 from research.telechat.telechat_resume import checkpoints, outdated
@@ -36,14 +38,24 @@ class _Shifted:
         return getattr(self._params, name)
 
 
+class _Write(NamedTuple):
+    """A file that is being written beside the training."""
+
+    path: str
+    params: Any                                        # of the step that it holds
+    meta: Optional[tuple]                              # what meta.json is to say when it is complete
+
+
 class TelechatCheckpointMonitor(CheckpointMonitor):
     """CheckpointMonitor with the additions named above.
 
     It is registered as `CheckpointMonitor`, since MindFormers' trainer passes what resuming needs to that name only.
 
     Args:
-        keep_checkpoint_max: the last K checkpoints to keep. At least 2 with several processes, so that there is one
-            that all have.
+        keep_checkpoint_max: the last K checkpoints to keep. At least 2 with several processes (3 with async_save), so
+            that there is one that all have.
+        async_save: write in a thread while the training goes on, from a copy of all parameters in the host's memory.
+            One checkpoint at a time; the last one is awaited. A failed write is told at the next step.
         keep_every_n_steps: checkpoints whose step is a multiple are never deleted; 0: none.
         on_save_error: "stop" ends the training with one line, "continue" logs the error and tries again next time.
         adapter_config: content of adapter_config.json beside the adapters that `save_trainable_params` saves.
@@ -53,10 +65,12 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
 
     def __init__(self, *args: Any, keep_checkpoint_max: int = 5, keep_every_n_steps: int = 0,
                  on_save_error: str = "stop", adapter_config: Optional[Dict[str, Any]] = None,
-                 continue_run: Optional[str] = None, ranks: int = 1, **kwargs: Any):
-        super().__init__(*args, keep_checkpoint_max=keep_checkpoint_max, **kwargs)
+                 continue_run: Optional[str] = None, ranks: int = 1, async_save: Any = False, **kwargs: Any):
+        self.beside = bool(async_save) and kwargs.get("use_legacy_format", True)
+        super().__init__(*args, keep_checkpoint_max=keep_checkpoint_max, async_save=not self.beside and async_save,
+                         **kwargs)
         self._config._keep_checkpoint_max = 0          # deleting is done here, after saving
-        self.keep = max(keep_checkpoint_max, 2) if ranks > 1 else keep_checkpoint_max
+        self.keep = max(keep_checkpoint_max, 3 if self.beside else 2) if ranks > 1 else keep_checkpoint_max
         self.every = keep_every_n_steps
         self.stop_on_error = on_save_error == "stop"
         self.adapter_config = adapter_config
@@ -66,6 +80,10 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
         self._last_triggered_step = self.first_step
         if continue_run:
             self._prefix = continue_run
+        self._write: Optional[_Write] = None
+        self._newest = ""                              # the file that was begun last
+        if self.beside:
+            thread.watch()
         self._remove_leftovers()
 
     def _folders(self) -> List[Path]:
@@ -84,16 +102,30 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
 
     def step_end(self, run_context: Any) -> None:
         """Save if it is time to, after the step is logged."""
-        for entry in run_context.original_args().list_callback or ():
-            if hasattr(entry, "before_saving"):
-                entry.before_saving(run_context)
+        try:
+            for entry in run_context.original_args().list_callback or ():
+                if hasattr(entry, "before_saving"):
+                    entry.before_saving(run_context)
+        except TrainingStopped:
+            fault = self._finish_write()
+            if fault:
+                logger.error("%s.", fault)
+            raise
+        if not thread.writing():
+            self._settle()
         super().step_end(run_context)
+
+    def end(self, run_context: Any) -> None:
+        """Save the last step, and wait until it is written."""
+        super().end(run_context)
+        self._settle()
 
     def _save_ckpt(self, cb_params: Any, force_to_save: bool = False) -> None:
         super()._save_ckpt(_Shifted(cb_params, self.first_step), force_to_save)
 
     def save_checkpoint(self, cb_params: Any) -> None:
         """Save everything that resuming needs."""
+        self._settle()
         self.saved = False
         values = step_values(cb_params.net_outputs)
         if not np.isfinite(values["loss"]) or not (values["overflow"] or np.isfinite(values.get("global_norm", 0.0))):
@@ -105,41 +137,98 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
 
     def save_checkpoint_network(self, cb_params: Any) -> None:
         """Save weights or adapter alone where the recipe says so; then delete what is outdated."""
+        if self.saved and (self.save_trainable_params or self.save_network_params):
+            self._settle()                             # they are worth nothing without the checkpoint
         if not self.saved:
             return
         self._guarded(super().save_checkpoint_network, cb_params)
         if self.saved:
             if self.save_trainable_params and self.adapter_config:
                 write_text(Path(self.trainable_directory) / CONFIG_NAME, json.dumps(self.adapter_config) + "\n")
-            self._prune(cb_params.batch_num)
+            if not self.beside:
+                self._prune(cb_params.batch_num)
+
+    def remove_redundancy(self, network: Any, cur_file: str, append_dict: Any, train_network: Any) -> None:
+        """Write one file (that is what MindFormers' method does), beside the training if the recipe says so."""
+        self._newest = cur_file
+        if not self.beside:
+            super().remove_redundancy(network, cur_file, append_dict, train_network)
+            return
+        self._config._async_save = True                # here only: MindFormers' bookkeeping is for complete files
+        try:
+            super().remove_redundancy(network, cur_file, append_dict, train_network)
+        finally:
+            self._config._async_save = False
+
+    def record_last_ckpt_to_json(self, epoch: int, step: int, ckpt_file: str) -> None:
+        """Write meta.json; of a file that is not complete yet, later."""
+        if self.beside:
+            self._meta = (epoch, step, ckpt_file)
+        else:
+            super().record_last_ckpt_to_json(epoch, step, ckpt_file)
 
     def _guarded(self, save: Any, cb_params: Any) -> None:
         """Run `save`; a failure leaves no half file, and stops the training or not."""
+        self._newest, self._meta = "", None
         try:
             save(cb_params)
-            self._sync()
+            if self.beside and self._newest:
+                self._write = _Write(self._newest, cb_params, self._meta)
+            elif os.path.exists(self._newest):
+                self._sync(self._newest)
             self.saved = True
         except Exception as err:
-            self.saved = False
-            self._remove_leftovers()
-            self._last_triggered_step = cb_params.cur_step_num
-            whole = checkpoints(Path(str(self._directory)), get_real_rank())
-            text = (f"step {cb_params.cur_step_num}: the checkpoint could not be saved in {self._directory}: {err}; "
-                    + (f"the last complete one is {whole[-1].file(get_real_rank())}" if whole else "there is none yet"))
-            if self.stop_on_error:
-                raise TrainingStopped(f"{text}. Free some space, then go on with the same command and "
-                                      "--resume_training True") from err
-            logger.error("%s. Training goes on, as on_save_error is 'continue'.", text)
+            self._report(self._failure(cb_params, err), err)
 
-    def _sync(self) -> None:
-        """Bring the newest file to disk, so that a power failure cannot empty it."""
-        latest = getattr(self, "_latest_ckpt_file_name", "")
-        if not self._config.async_save and latest and os.path.exists(latest):
-            descriptor = os.open(latest, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    def _settle(self) -> None:
+        """Wait for the write beside the training, if there is one; a failure stops the training or not."""
+        fault = self._finish_write()
+        if fault:
+            self._report(fault, None)
+
+    def _finish_write(self) -> Optional[str]:
+        """Wait for the write beside the training; then do what follows a save. Returns why it failed, or None."""
+        if self._write is None:
+            return None
+        write, self._write = self._write, None
+        err: Any = thread.take_fault()
+        try:
+            if err is None:
+                self._sync(write.path)
+                if write.meta:
+                    super().record_last_ckpt_to_json(*write.meta)
+        except OSError as fault:
+            err = fault
+        if err is not None:
+            return self._failure(write.params, err)
+        logger.info("step %d: %s is complete.", write.params.cur_step_num, write.path)
+        self._prune(write.params.batch_num)
+        return None
+
+    def _failure(self, cb_params: Any, err: BaseException) -> str:
+        """Clean up after a failed save, and say what happened."""
+        self.saved = False
+        self._remove_leftovers()
+        self._last_triggered_step = max(self._last_triggered_step, cb_params.cur_step_num)
+        whole = checkpoints(Path(str(self._directory)), get_real_rank())
+        return (f"step {cb_params.cur_step_num}: the checkpoint could not be saved in {self._directory}: {err}; "
+                + (f"the last complete one is {whole[-1].file(get_real_rank())}" if whole else "there is none yet"))
+
+    def _report(self, text: str, err: Optional[BaseException]) -> None:
+        """Stop the training with `text`, or go on, by setting."""
+        if self.stop_on_error:
+            raise TrainingStopped(f"{text}. Free some space, then go on with the same command and "
+                                  "--resume_training True") from err
+        logger.error("%s. Training goes on, as on_save_error is 'continue'.", text)
+
+    @staticmethod
+    def _sync(path: str) -> None:
+        """Bring a file to disk, so that a power failure cannot empty it. OSError where it is not there."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _prune(self, steps_per_epoch: int) -> None:
         """Delete outdated checkpoints of this run."""

@@ -18,7 +18,7 @@ from mindformers.tools.register import MindFormerModuleType
 from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindspore.train.callback import Callback
 
-from research.telechat import __version__
+from research.telechat import __version__, telechat_checkpoint_thread
 from research.telechat.telechat_compat import chip_name, mindformers_version, peak_memory, plugin_class
 from research.telechat.telechat_files import write_text
 from research.telechat.telechat_flops import peak_flops
@@ -184,6 +184,7 @@ class TelechatTrainingLog(Callback):
 
     def _explain(self, step: int, values: Dict[str, Any], records: Dict[int, List[Optional[int]]]) -> str:
         """What a user needs to know when the loss is not finite."""
+        telechat_checkpoint_thread.wait()                          # one that is still being written is good as well
         folder = self.folder / "checkpoint" / f"rank_{self.rank}"
         whole = [name for name in checkpoints(folder, self.rank) if not name.kind]
         good = (f"last good checkpoint: {folder / whole[-1].file(self.rank)}" if whole else "no checkpoint was saved")

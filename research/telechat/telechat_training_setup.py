@@ -120,6 +120,13 @@ def complete_monitor(callback: Any, config: Any, pet_config: Any, chosen: Option
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"callbacks: CheckpointMonitor.{key} must be a whole number from {least}, found "
                               f"{value!r}")
+    wish = callback.get("async_save", False)
+    if wish not in (True, False, "thread", "process"):
+        raise ConfigError(f"callbacks: CheckpointMonitor.async_save must be True or False, found {wish!r}")
+    if wish == "process":
+        logger.warning("callbacks: CheckpointMonitor.async_save: a thread writes the checkpoints instead of a process, "
+                       "which would be forked among MindSpore's threads and might never end.")
+    callback["async_save"] = bool(wish)
     callback["ranks"] = worker_count(config)
     if pet_config:
         callback["adapter_config"] = MindFormerConfig(

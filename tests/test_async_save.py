@@ -1,0 +1,294 @@
+"""Checkpoints that a thread writes beside the training (async_save): whole, in order, awaited, never silently lost."""
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import mindspore as ms
+import numpy as np
+import pytest
+from test_training import ROOT, SEQ, VOCAB, command, read_log, run, write_records
+
+from research.telechat import telechat_checkpoint_thread as thread
+from research.telechat import telechat_resume as resume
+from research.telechat.telechat_checkpoint_monitor import TelechatCheckpointMonitor
+from research.telechat.telechat_train import TrainingStopped
+from research.telechat.telechat_variants import ConfigError
+
+HERE = Path(__file__).parent
+
+
+class Saves:
+    """A monitor over a network of one weight, and a writer that waits until it is let go (or is told to fail)."""
+
+    def __init__(self, folder, monkeypatch, **settings):
+        import mindspore.train.serialization as saving
+        self.folder, self.gate, self.fault = folder, threading.Event(), None
+        self.gate.set()
+        write = saving._exec_save
+
+        def gated(name, *args, **kwargs):
+            Path(name).with_suffix(".tmp").write_bytes(b"half")
+            self.gate.wait()
+            if self.fault:
+                raise self.fault
+            return write(name, *args, **kwargs)
+
+        monkeypatch.setattr(saving, "_exec_save", gated)
+        self.weight = ms.Parameter(ms.Tensor(np.zeros(4, np.float32)), name="w")
+        network = ms.nn.Cell()
+        network.insert_param_to_cell("w", self.weight)
+        network.optimizer = None
+        self.monitor = TelechatCheckpointMonitor(prefix="t", directory=str(folder), save_checkpoint_steps=1,
+                                                 async_save=True, **settings)
+        self.params = SimpleNamespace(
+            cur_step_num=0, cur_epoch_num=1, batch_num=100, train_network=network, network=network, list_callback=[],
+            optimizer=SimpleNamespace(global_step=ms.Tensor(0)), net_outputs=(ms.Tensor(1.0), ms.Tensor(False)))
+        self.context = SimpleNamespace(original_args=lambda: self.params)
+
+    def step(self):
+        """Train one step: the weight becomes its number. Then save."""
+        self.params.cur_step_num += 1
+        self.weight.set_data(ms.Tensor(np.full(4, self.params.cur_step_num, np.float32)))
+        self.monitor.step_end(self.context)
+
+    @property
+    def names(self):
+        return sorted(path.name for path in (self.folder / "checkpoint/rank_0").iterdir())
+
+    def meta(self):
+        return json.loads((self.folder / "checkpoint/rank_0/meta.json").read_text())["last_ckpt_file"]
+
+
+def ckpt(step):
+    return f"t_rank_0-1_{step}.ckpt"
+
+
+@pytest.fixture
+def saves(tmp_path, monkeypatch):
+    made = []
+
+    def make(**settings):
+        made.append(Saves(tmp_path, monkeypatch, **settings))
+        return made[0]
+    yield make
+    for one in made:
+        one.gate.set()
+        thread.take_fault()
+
+
+def test_a_file_counts_when_it_is_complete(saves, tmp_path):
+    """While the second is written: not chosen, not in meta.json, and the first is not deleted for it."""
+    one = saves(keep_checkpoint_max=1)
+    one.step()
+    thread.wait()
+    one.gate.clear()
+    one.step()
+    assert thread.writing()
+    assert one.names == ["meta.json", ckpt(1), "t_rank_0-1_2.tmp"] and one.meta() == ckpt(1)
+    assert resume.choose(tmp_path / "checkpoint", 1).step == 1
+    one.weight.set_data(ms.Tensor(np.full(4, 99, np.float32)))     # the training goes on meanwhile
+    one.gate.set()
+    one.monitor.end(one.context)
+    assert not thread.writing()
+    assert one.names == ["meta.json", ckpt(2)] and one.meta() == ckpt(2)
+    assert resume.choose(tmp_path / "checkpoint", 1).step == 2
+    saved = ms.load_checkpoint(str(tmp_path / "checkpoint/rank_0" / ckpt(2)))
+    assert saved["w"].asnumpy().tolist() == [2.0] * 4
+
+
+def test_the_end_waits_for_the_last_one(saves):
+    one = saves(keep_checkpoint_max=3)
+    one.gate.clear()
+    one.step()
+    threading.Timer(0.5, one.gate.set).start()
+    one.monitor.end(one.context)
+    assert one.names == ["meta.json", ckpt(1)] and not thread.writing()
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_failed_write_stops_with_the_step_that_is_lost(saves, at_the_end, capsys):
+    one = saves(keep_checkpoint_max=3)
+    one.step()
+    thread.wait()
+    one.fault = OSError(28, "No space left on device")
+    one.step()
+    thread.wait()
+    with pytest.raises(TrainingStopped, match=f"step 2: the checkpoint could not be saved .*No space left on device; "
+                                              f"the last complete one is {ckpt(1)}.*--resume_training True"):
+        one.monitor.end(one.context) if at_the_end else one.step()
+    assert one.names == ["meta.json", ckpt(1)] and one.meta() == ckpt(1)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_failed_write_is_logged_and_the_next_is_tried(saves, monkeypatch):
+    from research.telechat import telechat_checkpoint_monitor as module
+    lines = []
+    monkeypatch.setattr(module.logger, "error", lambda text, *args: lines.append(text % args))
+    one = saves(keep_checkpoint_max=3, on_save_error="continue")
+    one.fault = OSError(28, "No space left on device")
+    one.step()
+    thread.wait()
+    one.fault = None
+    one.step()
+    one.monitor.end(one.context)
+    assert one.names == ["meta.json", ckpt(2)]
+    line, = [line for line in lines if "could not be saved" in line]
+    assert line.startswith("step 1: ") and "there is none yet. Training goes on" in line
+
+
+def test_adapter_is_written_behind_its_checkpoint(saves, tmp_path):
+    one = saves(keep_checkpoint_max=1, save_trainable_params=True, adapter_config={"r": 4})
+    for _ in range(3):
+        one.step()
+    one.monitor.end(one.context)
+    assert one.names == ["meta.json", ckpt(3)]
+    folder = tmp_path / "checkpoint_trainable/rank_0"
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json",
+                                                              "t_rank_0-trainable_params-1_3.ckpt"]
+    one.fault = OSError(28, "No space left on device")
+    with pytest.raises(TrainingStopped, match="step 4"):
+        one.step()                                                 # no adapter without its checkpoint
+    assert [path.name for path in folder.glob("*-1_4.*")] == []
+
+
+def test_not_finite_stops_with_a_write_under_way(saves):
+    """Whoever stops the training finds the file whole."""
+    one = saves(keep_checkpoint_max=3)
+    one.step()
+
+    def stop(_context):
+        raise TrainingStopped("nan")
+    one.params.list_callback = [SimpleNamespace(before_saving=stop)]
+    with pytest.raises(TrainingStopped, match="nan"):
+        one.step()
+    assert one.names == ["meta.json", ckpt(1)] and one.meta() == ckpt(1)
+
+
+def test_other_threads_report_as_before(monkeypatch):
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(args.exc_value))
+    thread.watch()
+    thread.watch()
+
+    def fail():
+        raise ValueError(threading.current_thread().name)
+    for name in ("asyn_save_ckpt", "another"):
+        one = threading.Thread(target=fail, name=name)
+        one.start()
+        one.join()
+    assert str(thread.take_fault()) == "asyn_save_ckpt" and thread.take_fault() is None
+    assert [str(fault) for fault in seen] == ["another"]
+
+
+def test_ranks_keep_one_more(tmp_path):
+    """A rank may have written step N when another still writes N - 1, of which N - 2 is the newest complete one."""
+    def keeps(**settings):
+        return TelechatCheckpointMonitor(prefix="t", directory=str(tmp_path), keep_checkpoint_max=1, **settings).keep
+    assert [keeps(), keeps(async_save=True), keeps(ranks=2), keeps(ranks=2, async_save=True)] == [1, 1, 2, 3]
+
+
+def test_settings():
+    from mindformers.tools.register import MindFormerConfig
+
+    from research.telechat import telechat_training_setup as setup
+    for wish, expected in ((True, True), (False, False), ("thread", True), ("process", True)):
+        callback = {"type": "CheckpointMonitor", "async_save": wish}
+        setup.complete_monitor(callback, MindFormerConfig(), None, None)
+        assert callback["async_save"] is expected
+    with pytest.raises(ConfigError, match="async_save must be True or False, found 'yes'"):
+        setup.complete_monitor({"async_save": "yes"}, MindFormerConfig(), None, None)
+
+
+# ---- through the Trainer
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("async")
+    return write_records(folder / "data.mindrecord", np.random.default_rng(0).integers(4, VOCAB, (8, SEQ + 1)))
+
+
+def training(data, output, *more, epochs=4, every=4, beside=True, extra=""):
+    """16 steps, a checkpoint every fourth, the last two kept."""
+    return [*command(data, output, "--train_dataset.data_loader.shuffle", "True", "--epochs", str(epochs),
+                     "--callbacks", "[{type: TelechatTrainingLog}, {type: CheckpointMonitor, prefix: t, "
+                     f"save_checkpoint_steps: {every}, keep_checkpoint_max: 2, async_save: {beside}{extra}}}]"), *more]
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    """Output folder of the training that saves in between its steps."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    run(training(data, folder / "out", beside=False))
+    return folder / "out"
+
+
+def equal_results(one, two):
+    """Same log, same files with the same contents."""
+    logs = [[[row[key] for key in ("step", "epoch", "loss", "lr", "global_norm")] for row in read_log(folder)]
+            for folder in (one, two)]
+    assert logs[0] == logs[1]
+    folders = [folder / "checkpoint/rank_0" for folder in (one, two)]
+    names = [sorted(path.name for path in folder.iterdir() if path.suffix != ".meta") for folder in folders]
+    assert names[0] == names[1] == ["meta.json", "t_rank_0-3_4.ckpt", "t_rank_0-4_4.ckpt"]
+    for name in names[0][1:]:
+        first, second = (ms.load_checkpoint(str(folder / name)) for folder in folders)
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            values = [getattr(each, "asnumpy", lambda each=each: each)() for each in (value, second[key])]
+            assert np.array_equal(*values), (name, key)
+
+
+@pytest.mark.slow
+def test_training_goes_on_while_a_checkpoint_is_written(data, unbroken, tmp_path):
+    """The weights change during the write; the file has those of its step."""
+    done = subprocess.run([sys.executable, str(HERE / "slow_save_driver.py"), "0.01",
+                           *training(data, tmp_path / "out")], cwd=ROOT, text=True, capture_output=True, check=False,
+                          env={**os.environ, "GLOG_v": "3"}, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert int(re.search(r"steps begun while writing: (\d+)", done.stdout)[1]) >= 6
+    equal_results(tmp_path / "out", unbroken)
+
+
+@pytest.mark.slow
+def test_killed_while_writing_resumes_from_the_complete_one(data, unbroken, tmp_path):
+    """Killed within the first, the second and the third checkpoint; what is half is never chosen."""
+    start = training(data, tmp_path / "out", "--resume_training", "True")
+    for number, chosen in ((20, 0), (90, 4), (90, 8)):
+        done = subprocess.run([sys.executable, str(HERE / "kill_driver.py"), "tensor", str(number), *start], cwd=ROOT,
+                              text=True, capture_output=True, env={**os.environ, "GLOG_v": "3"}, check=False,
+                              timeout=600)
+        assert done.returncode == -signal.SIGKILL, done.stdout[-2000:] + done.stderr[-2000:]
+        assert resume.choose(tmp_path / "out/checkpoint", 1).step == chosen
+        assert list((tmp_path / "out/checkpoint/rank_0").glob("*.tmp"))
+    run(start)
+    equal_results(tmp_path / "out", unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["stop", "continue"])
+def test_full_disk_beside_the_training(setting, data, unbroken, tmp_path):
+    folder = tmp_path / "out"
+    subprocess.run(["cp", "-r", str(unbroken), str(folder)], check=True)
+    before = sorted(path.name for path in (folder / "checkpoint/rank_0").iterdir())
+    limit = (folder / "checkpoint/rank_0/t_rank_0-4_4.ckpt").stat().st_size // 2
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run_mindformer.py"),
+         *training(data, folder, "--resume_training", "True", epochs=6, extra=f", on_save_error: {setting}")],
+        cwd=ROOT, text=True, capture_output=True, env={**os.environ, "GLOG_v": "3"}, check=False, timeout=600,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    output = done.stdout + done.stderr
+    assert sorted(path.name for path in (folder / "checkpoint/rank_0").iterdir()) == before
+    assert "step 20: the checkpoint could not be saved" in output and "t_rank_0-4_4.ckpt" in output
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    if setting == "stop":
+        assert done.returncode == 1 and len(errors) == 1 and "--resume_training True" in errors[0]
+    else:
+        assert done.returncode == 0 and "step 24: the checkpoint could not be saved" in output
+        assert len(read_log(folder)) == 24
