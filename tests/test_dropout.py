@@ -1,4 +1,6 @@
 """Dropout by step: its numbers, its mask against independent arithmetic, and what a training step makes of it."""
+import copy
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -106,6 +108,23 @@ def test_gradient_has_the_mask_of_the_result():
     gradient = ms.grad(dropout)(x).asnumpy()
     np.testing.assert_allclose(dropout(x).asnumpy(), gradient * x.asnumpy(), rtol=1e-6)
     assert 0.88 < (gradient > 0).mean() < 0.92
+
+
+def test_one_cell_stands_for_others_in_turn():
+    """A copy whose key is a parameter draws each cell's mask, and its step is still the optimizer's."""
+    step = at_step(2)
+    cells = [CountedDropout(RATE, key_words(name), step) for name in ("x", "y")]
+    stand_in = copy.deepcopy(cells[0], {id(step): step})
+    key = stand_in.key_as_parameter()
+    x = ms.ops.ones(SHAPE, ms.float32)
+    for cell in (*cells, stand_in):
+        cell.set_train()
+    for number in (2, 3):
+        step.set_data(Tensor([number], ms.int32))
+        for cell in (*cells, cells[0]):
+            key.assign_value(cell.key_tensor())
+            np.testing.assert_array_equal(stand_in(x).asnumpy(), cell(x).asnumpy())
+    assert list(stand_in.get_parameters()) == []
 
 
 def test_counter_belongs_to_the_optimizer_alone():
