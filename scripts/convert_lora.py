@@ -57,7 +57,8 @@ def write_tensors(path: Path, tensors: dict, metadata: dict) -> None:
 
 def export_adapter(args: argparse.Namespace) -> None:
     """MindSpore -> PEFT."""
-    tensors, config = to_peft(read_adapter(args.adapter, args.lora_alpha), find_variant(args), args.adapter)
+    adapter = read_adapter(args.adapter, args.lora_alpha, args.adapter_strategy)
+    tensors, config = to_peft(adapter, find_variant(args), args.adapter)
     write_tensors(args.peft_dir / PEFT_NAMES[0], tensors, {"format": "pt"})
     write_text(args.peft_dir / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
     print(f"{args.peft_dir}: {len(tensors) // 2} adapted layers, rank {config['r']}, lora_alpha {config['lora_alpha']}")
@@ -85,7 +86,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Entry point; the exit code."""
     parser = argparse.ArgumentParser(description="Convert LoRA adapters to and from Hugging Face PEFT.")
     parser.add_argument("direction", choices=("export", "import"), help="export: to PEFT; import: from PEFT")
-    parser.add_argument("--adapter", type=Path, required=True, help="MindSpore checkpoint with the adapter")
+    parser.add_argument("--adapter", type=Path, required=True, help="MindSpore checkpoint with the adapter; "
+                        "export: also the folder with the slices of all ranks, checkpoint_trainable")
+    parser.add_argument("--adapter_strategy", type=Path, help="export: how the ranks cut the adapter, file or folder; "
+                        "default: the folder strategy beside --adapter, if that holds rank_0, rank_1, ...")
     parser.add_argument("--peft_dir", type=Path, required=True, help=f"folder with {PEFT_NAMES[0]} and {CONFIG_NAME}")
     parser.add_argument("--model_name", choices=list(VARIANTS), help="the model, sizes as published")
     parser.add_argument("--config", type=Path, help="official config.json of a model of other sizes")

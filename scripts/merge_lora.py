@@ -1,6 +1,7 @@
 """Command: base checkpoint + LoRA adapter -> full MindSpore checkpoint, W + lora_alpha / r B A.
 
     python scripts/merge_lora.py --base BASE.ckpt --adapter output/checkpoint_trainable/rank_0/X.ckpt --output OUT.ckpt
+    python scripts/merge_lora.py --base BASE.ckpt --adapter output/checkpoint_trainable --output OUT.ckpt  # slices
 
 Streams: no more than one block of rows of one weight is in memory. The result has the types of the base. Converting
 adapters to and from PEFT is convert_lora.py. See docs/training.md.
@@ -39,7 +40,8 @@ def base_tensors(base: Checkpoint, adapter: Adapter) -> Dict[str, OutTensor]:
                                   "adapter was trained on")
         if tensors[name].shape != (len(b), a.shape[1]):
             raise CheckpointError(f"{name}: the adapter is for [{len(b)}, {a.shape[1]}], {base.files[0]} has "
-                                  f"{list(tensors[name].shape)}; give the checkpoint that the adapter was trained on")
+                                  f"{list(tensors[name].shape)}; give the checkpoint that the adapter was trained on, "
+                                  "and of an adapter that is cut over ranks the folder that holds rank_0, rank_1, ...")
     strange = next((tensor for tensor in tensors.values() if tensor.dtype not in RAW), None)
     if strange:
         raise CheckpointError(f"{base.files[0]}: tensor {strange.name} has the type {strange.dtype}, which cannot be "
@@ -79,12 +81,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Entry point; the exit code."""
     parser = argparse.ArgumentParser(description="Merge a LoRA adapter into the weights it was trained on.")
     parser.add_argument("--base", type=Path, required=True, help="MindSpore checkpoint: file or folder of shards")
-    parser.add_argument("--adapter", type=Path, required=True, help="file from checkpoint_trainable of a LoRA run")
+    parser.add_argument("--adapter", type=Path, required=True, help="file from checkpoint_trainable of a LoRA run; "
+                        "with model parallelism checkpoint_trainable itself, or one rank's file in it")
+    parser.add_argument("--adapter_strategy", type=Path, help="how the ranks cut the adapter, file or folder; "
+                        "default: the folder strategy beside --adapter, if that holds rank_0, rank_1, ...")
     parser.add_argument("--output", type=Path, required=True, help="the result, .ckpt or .safetensors")
     parser.add_argument("--lora_alpha", type=float, help="default: from adapter_config.json beside the adapter")
     args = parser.parse_args(argv)
     try:
-        adapter = read_adapter(args.adapter, args.lora_alpha)
+        adapter = read_adapter(args.adapter, args.lora_alpha, args.adapter_strategy)
         base = open_mindspore(args.base, "--base")
         try:
             if args.output.resolve() in {path.resolve() for path in base.files}:

@@ -7,8 +7,9 @@
 
 A strategy is a file, or the folder with those of all ranks (or of one rank per pipeline stage): a run writes them to
 output/strategy, `--only_save_strategy True` writes them and stops, and scripts/plan.py --compile --keep DIR writes one
-without any card. MindSpore's transform functions do the work, rank by rank; the result is then checked, every byte, by
-arithmetic of our own (telechat_slices), and only then gets its name.
+without any card. MindSpore's transform functions do the work, rank by rank, on .ckpt files (slices in safetensors are
+copied into such first, the result is .ckpt); the result is then checked, every byte, by arithmetic of our own
+(telechat_slices), and only then gets its name.
 """
 import argparse
 import os
@@ -16,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Set
+from typing import Dict, List, Optional, Set
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
@@ -24,11 +25,20 @@ sys.path[0] = str(ROOT)
 import numpy as np
 
 from research.telechat.telechat_checkpoint import Checkpoint, CheckpointError
-from research.telechat.telechat_checkpoint_files import open_files
 from research.telechat.telechat_plan import read_plan
 from research.telechat.telechat_recipe import read_recipe, resolve_config
+from research.telechat.telechat_slice_files import (
+    Side,
+    check_named,
+    check_ranks,
+    first_slices,
+    open_ranks,
+    read_bytes,
+    read_whole,
+    tensor_names,
+    whole_shape,
+)
 from research.telechat.telechat_slices import (
-    Strategy,
     full_shape,
     layout_of,
     newest_files,
@@ -38,85 +48,6 @@ from research.telechat.telechat_slices import (
 )
 from research.telechat.telechat_variants import ConfigError
 from research.telechat.telechat_weights import summarise
-
-
-class Side(NamedTuple):
-    """Source or target: its strategy (None: complete) and, where they exist, its files by rank."""
-
-    strategy: Optional[Strategy]
-    files: Dict[int, Path]
-
-    @property
-    def ranks(self) -> int:
-        """Ranks of the plan."""
-        return self.strategy.ranks if self.strategy else 1
-
-
-def open_ranks(files: Dict[int, Path]) -> Dict[int, Checkpoint]:
-    """The checkpoints of all ranks, headers read."""
-    return {rank: open_files([path], path.suffix[1:]) for rank, path in files.items()}
-
-
-def first_slices(side: Side, opened: Dict[int, Checkpoint], name: str) -> Dict[tuple, int]:
-    """One rank for each distinct region of a parameter. Raises CheckpointError where slices contradict the strategy."""
-    holders = [rank for rank, checkpoint in opened.items() if name in checkpoint.tensors]
-    shape = opened[holders[0]].tensors[name].shape
-    layout = layout_of(side.strategy, name, len(shape))
-    whole = full_shape(layout, shape)
-    stage_ranks = side.strategy.stage_ranks if side.strategy else 1
-    if side.strategy and name in side.strategy.layouts:
-        missing = [rank for rank in side.strategy.holders(name) if rank not in holders]
-        if missing and len({rank // stage_ranks for rank in holders}) < 1 + len(missing) // stage_ranks:
-            raise CheckpointError(f"{name}: rank {missing[0]} should hold a slice of it and does not "
-                                  f"({len(missing)} such ranks); files and strategy belong to different runs")
-    regions: Dict[tuple, int] = {}
-    for rank in holders:
-        found = opened[rank].tensors[name].shape
-        try:
-            area = region(layout, rank % stage_ranks, whole)
-        except ValueError as err:
-            raise CheckpointError(f"{name}: {err} (shape {list(whole)}); the strategy is another model's") from err
-        if tuple(stop - start for start, stop in area) != tuple(found):
-            raise CheckpointError(f"{name}: rank {rank} has shape {list(found)}, the strategy says "
-                                  f"{[stop - start for start, stop in area]}; they belong to different runs")
-        regions.setdefault(area, rank)
-    if sum(int(np.prod([stop - start for start, stop in area])) for area in regions) != int(np.prod(whole)):
-        raise CheckpointError(f"{name}: the slices of ranks {sorted(regions.values())} do not make up the whole "
-                              f"{list(whole)}; a rank's file is missing, copy it there")
-    return regions
-
-
-def read_bytes(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    """A tensor as raw items, in its shape."""
-    info = checkpoint.tensors[name]
-    count = int(np.prod(info.shape)) if info.shape else 1
-    item = info.nbytes // count if count else 1
-    raw = np.empty(count, f"V{item}")
-    checkpoint.read_into(name, 0, memoryview(raw.view(np.uint8)))
-    return raw.reshape(info.shape)
-
-
-def check_source(side: Side, opened: Dict[int, Checkpoint]) -> Set[str]:
-    """Names of all parameters. CheckpointError on anything that would make the result wrong."""
-    if side.strategy:
-        absent = sorted(set(range(side.ranks)) - side.files.keys())
-        extra = sorted(side.files.keys() - set(range(side.ranks)))
-        if absent or extra:
-            what = f"no folder rank_{absent[0]}" if absent else f"a folder rank_{extra[0]}"
-            raise CheckpointError(f"the strategy is for {side.ranks} ranks, and there is {what} "
-                                  f"({len(side.files)} folders); they belong to different runs")
-    elif len(side.files) > 1:
-        raise CheckpointError(f"{len(side.files)} ranks have slices, and no --source_strategy says how they are cut; "
-                              "it is the folder output/strategy of the run that saved them")
-    names = {name for checkpoint in opened.values() for name in checkpoint.tensors}
-    if side.strategy:
-        unnamed = sorted(name for name in names - side.strategy.layouts.keys()
-                         if any(len(checkpoint.tensors[name].shape) > 1 or np.prod(checkpoint.tensors[name].shape) > 1
-                                for checkpoint in opened.values() if name in checkpoint.tensors))
-        if unnamed:
-            raise CheckpointError(f"the strategy does not say how {summarise(unnamed)} are cut; it belongs to another "
-                                  "run, or files of pipeline stages are missing")
-    return names
 
 
 def check_shapes(shapes: Dict[str, tuple], config: str) -> None:
@@ -153,6 +84,19 @@ def merged_strategy(path: Optional[Path], folder: Path, name: str) -> Optional[s
     return str(target)
 
 
+def as_ckpt(files: Dict[int, Path], folder: Path) -> Dict[int, Path]:
+    """The same files as .ckpt, which is all that MindSpore transforms; safetensors are copied into `folder`."""
+    import mindspore as ms
+    from tqdm import tqdm
+    made = dict(files)
+    others = {rank: path for rank, path in files.items() if path.suffix != ".ckpt"}
+    for rank, path in tqdm(others.items(), desc="reading safetensors", unit="rank", disable=not others):
+        made[rank] = folder / f"slice_{rank}.ckpt"
+        content = ms.load_checkpoint(str(path), format="safetensors")
+        ms.save_checkpoint([{"name": name, "data": value} for name, value in content.items()], str(made[rank]))
+    return made
+
+
 def transform(source: Side, target: Side, strategies: List[Optional[str]], out: Path, prefix: str) -> Dict[int, Path]:
     """Write the files of all target ranks under `out`; returns them."""
     import mindspore as ms
@@ -173,20 +117,15 @@ def verify(source: Side, target: Side, names: Set[str]) -> None:
     before, after = open_ranks(source.files), open_ranks(target.files)
     stage_ranks = target.strategy.stage_ranks if target.strategy else 1
     for name in tqdm(sorted(names), desc="checking", unit="parameter"):
-        regions = first_slices(source, before, name)
-        parts = {area: read_bytes(before[rank], name) for area, rank in regions.items()}
-        shape = tuple(max(area[axis][1] for area in parts) for axis in range(len(next(iter(parts)))))
-        whole = np.empty(shape, next(iter(parts.values())).dtype)
-        for area, part in parts.items():
-            whole[tuple(slice(*span) for span in area)] = part
-        layout = layout_of(target.strategy, name, len(shape))
+        whole = read_whole(source, before, name)
+        layout = layout_of(target.strategy, name, whole.ndim)
         holders = (target.strategy.holders(name) if target.strategy and name in target.strategy.layouts
                    else list(range(target.ranks)))
         for rank in holders:
             if name not in after[rank].tensors:
                 raise CheckpointError(f"{name} is missing in {target.files[rank]}; the result is not to be used, "
                                       "transform again")
-            expected = whole[tuple(slice(*span) for span in region(layout, rank % stage_ranks, shape))]
+            expected = whole[tuple(slice(*span) for span in region(layout, rank % stage_ranks, whole.shape))]
             found = read_bytes(after[rank], name)
             if expected.shape != found.shape or expected.tobytes() != found.tobytes():
                 raise CheckpointError(f"{name} of rank {rank} differs from the source; the result is not to be used, "
@@ -207,8 +146,8 @@ def check_target(args: argparse.Namespace) -> None:
 
 
 def check_space(folder: Path, source: Side, opened: Dict[int, Checkpoint], target: Side, names: Set[str]) -> None:
-    """CheckpointError where the disk is too small for the target."""
-    needed = 0
+    """CheckpointError where the disk is too small for the target, and for copies of safetensors."""
+    needed = sum(path.stat().st_size for path in source.files.values() if path.suffix != ".ckpt")
     for name in names:
         holder = next(checkpoint for checkpoint in opened.values() if name in checkpoint.tensors)
         info = holder.tensors[name]
@@ -242,17 +181,13 @@ def run(args: argparse.Namespace) -> None:
     """Carry out the command. Raises CheckpointError."""
     check_target(args)
     files = newest_files(args.source)
-    if any(path.suffix != ".ckpt" for path in files.values()):
-        raise CheckpointError(f"{args.source} holds safetensors; MindSpore transforms .ckpt files rank by rank: save "
-                              "with checkpoint_format ckpt, or convert with mindspore.safetensors_to_ckpt")
     source = Side(read_strategy(args.source_strategy) if args.source_strategy else None, files)
     target = Side(read_strategy(args.target_strategy) if args.target_strategy else None, {})
     opened = open_ranks(files)
-    names = check_source(source, opened)
-    shapes = {}
-    for name in names:
-        areas = first_slices(source, opened, name)
-        shapes[name] = tuple(max(area[axis][1] for area in areas) for axis in range(len(next(iter(areas)))))
+    check_ranks(source, "--source_strategy")
+    names = set(tensor_names(opened))
+    check_named(source, opened, names)
+    shapes = {name: whole_shape(first_slices(source, opened, name)) for name in names}
     if args.config:
         check_shapes(shapes, args.config)
     if target.strategy:
@@ -272,7 +207,11 @@ def run(args: argparse.Namespace) -> None:
         strategies = [merged_strategy(args.source_strategy, work, "source"),
                       merged_strategy(args.target_strategy, work, "target")]
         made = work / "result"
-        target = target._replace(files=transform(source, target, strategies, made, args.prefix))
+        copies = work / "copies"
+        copies.mkdir()
+        copied = source._replace(files=as_ckpt(files, copies))
+        target = target._replace(files=transform(copied, target, strategies, made, args.prefix))
+        shutil.rmtree(copies)
         if not args.no_verify:
             verify(source, target, names)
         if args.target.is_dir():

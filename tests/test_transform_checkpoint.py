@@ -199,6 +199,38 @@ def test_eight_ranks_to_one_to_four(eight_ranks, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["Float16", "BFloat16", "Float32"])
+def test_slices_in_safetensors(dtype, tmp_path):
+    """Four ranks in safetensors to one; what was copied on the way is gone."""
+    import mindspore as ms
+
+    from research.telechat.telechat_checkpoint import open_ckpt, open_safetensors
+    from research.telechat.telechat_slice_files import read_bytes
+    rng = np.random.default_rng(2)
+    whole = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+    layouts = plan(2, 2, 1, True)
+    slices = write_ranks(tmp_path / "slices", whole, layouts, 2, 2, 1, True)
+    kind = {"Float16": ms.float16, "BFloat16": ms.bfloat16, "Float32": ms.float32}[dtype]
+    for path in slices.glob("rank_*/*.ckpt"):
+        content = [{"name": name, "data": value if name == "global_step" else ms.Tensor(value.asnumpy(), kind)}
+                   for name, value in ms.load_checkpoint(str(path)).items()]
+        ms.save_checkpoint(content, str(path.with_suffix(".safetensors")), format="safetensors")
+        path.unlink()
+    said = run_command("--source", slices, "--source_strategy", write_strategies(tmp_path / "strategy", layouts, 1),
+                       "--target", tmp_path / "one")
+    assert "every element compared" in said
+    merged = open_ckpt(next((tmp_path / "one/rank_0").iterdir()))
+    assert merged.tensors.keys() == {*SHAPES, "global_step"}
+    ms.save_checkpoint([{"name": name, "data": ms.Tensor(value, kind)} for name, value in whole.items()],
+                       str(tmp_path / "whole.safetensors"), format="safetensors")
+    expected = open_safetensors([tmp_path / "whole.safetensors"])
+    for name, info in expected.tensors.items():
+        assert merged.tensors[name].dtype == info.dtype, name
+        assert read_bytes(merged, name).tobytes() == read_bytes(expected, name).tobytes(), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "slices", "strategy", "whole.safetensors"]
+
+
+@pytest.mark.slow
 def test_pipeline_stages_straight_to_another_plan(eight_ranks, tmp_path):
     slices, strategy, values = eight_ranks
     other = plan(4, 1, 1, True)

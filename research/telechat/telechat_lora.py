@@ -11,9 +11,20 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from research.telechat.telechat_checkpoint import Checkpoint, CheckpointError
+from research.telechat.telechat_checkpoint import Checkpoint, CheckpointError, TensorInfo
 from research.telechat.telechat_checkpoint_files import open_mindspore
-from research.telechat.telechat_tensor_cast import ITEM_SIZE, RAW, cast
+from research.telechat.telechat_slice_files import (
+    Side,
+    check_named,
+    check_ranks,
+    open_ranks,
+    rank_files,
+    read_bytes,
+    read_whole,
+    tensor_names,
+)
+from research.telechat.telechat_slices import read_strategy
+from research.telechat.telechat_tensor_cast import RAW, cast
 from research.telechat.telechat_variants import ConfigError, Variant
 from research.telechat.telechat_weights import Param, group_rows, parameters, ungroup_rows
 
@@ -84,33 +95,57 @@ def check_pet_config(pet_config: Any, variant: Variant) -> List[str]:
 
 def read_float32(checkpoint: Checkpoint, name: str) -> np.ndarray:
     """A whole tensor in float32."""
-    info = checkpoint.tensors[name]
+    return _as_float32(read_bytes(checkpoint, name), name, checkpoint.tensors[name])
+
+
+def _as_float32(raw: np.ndarray, name: str, info: TensorInfo) -> np.ndarray:
+    """Raw items of the tensor `name`, of which `info` has the type, in float32."""
     if info.dtype not in RAW:
-        raise CheckpointError(f"{info.file}: tensor {name} is of type {info.dtype}; expected "
-                              f"{', '.join(RAW)}")
-    raw = np.empty(info.nbytes // ITEM_SIZE[info.dtype], RAW[info.dtype])
-    checkpoint.read_into(name, 0, memoryview(raw).cast("B"))
-    return cast(raw, info.dtype, "F32").view(np.float32).reshape(info.shape)
+        raise CheckpointError(f"{info.file}: tensor {name} is of type {info.dtype}; expected {', '.join(RAW)}")
+    return cast(raw.reshape(-1).view(RAW[info.dtype]), info.dtype, "F32").view(np.float32).reshape(raw.shape)
 
 
-def read_adapter(path: Path, alpha: Optional[float] = None) -> Adapter:
+def read_adapter(path: Path, alpha: Optional[float] = None, strategy: Optional[Path] = None) -> Adapter:
     """The adapter in a MindSpore checkpoint, which may hold other parameters as well.
 
-    alpha: lora_alpha; None: from adapter_config.json beside the file. CheckpointError where something is missing.
+    path: a file; or, of a training that cut the adapter over several ranks, the folder that holds rank_0, rank_1, ...
+    (of which the newest files count), or one rank's file.
+    alpha: lora_alpha; None: from adapter_config.json beside the file.
+    strategy: how ranks cut it, a file or folder; None: the folder `strategy` beside that of the ranks, where path is
+    such a folder.
+
+    Raises CheckpointError where something is missing.
     """
-    checkpoint = open_mindspore(path, "--adapter")
+    cut = path.is_dir() and any(re.fullmatch(r"rank_\d+", entry.name) for entry in path.iterdir())
+    if cut and strategy is None:
+        strategy = path.resolve().parent / "strategy"
+        if not strategy.is_dir():
+            raise CheckpointError(f"{path} holds the files of several ranks, and there is no {strategy} that says how "
+                                  "the adapter is cut; give --adapter_strategy, the folder output/strategy of the run. "
+                                  "Of data parallelism alone name one rank's file: each has the whole adapter")
+    side = Side(None, {})
+    if strategy is not None:
+        plan = read_strategy(strategy)
+        side = Side(plan, rank_files(path, plan))
+    opened = open_ranks(side.files) if side.strategy else {0: open_mindspore(path, "--adapter")}
     try:
         parts: Dict[str, Dict[str, np.ndarray]] = {}
-        for name in checkpoint.tensors:
-            match = _PART.fullmatch(name)
-            if match and not name.startswith("adam_"):
-                parts.setdefault(f"{match[1]}.weight", {})[match[2].lower()] = read_float32(checkpoint, name)
+        found = {name: _PART.fullmatch(name) for name in tensor_names(opened) if not name.startswith("adam_")}
+        found = {name: match for name, match in found.items() if match}
+        check_ranks(side, "--adapter_strategy")
+        check_named(side, opened, set(found))
+        for name, match in found.items():
+            info = next(checkpoint.tensors[name] for checkpoint in opened.values() if name in checkpoint.tensors)
+            parts.setdefault(f"{match[1]}.weight", {})[match[2].lower()] = _as_float32(
+                read_whole(side, opened, name), name, info)
     finally:
-        checkpoint.close()
+        for checkpoint in opened.values():
+            checkpoint.close()
     if not parts:
         raise CheckpointError(f"{path} holds no LoRA adapter (no tensor ...mindpet_delta_lora_a); give the file from "
                               "checkpoint_trainable of a LoRA run")
-    return _adapter(parts, _alpha_beside(path) if alpha is None else alpha, path)
+    beside = path / "rank_0" if cut else path
+    return _adapter(parts, _alpha_beside(beside) if alpha is None else alpha, path)
 
 
 def _adapter(parts: Dict[str, Dict[str, np.ndarray]], alpha: float, path: Path) -> Adapter:
