@@ -23,6 +23,7 @@ HEADS = {
     "training": ["one step", "time (median)", "limit: best matrix product", "share of the limit"],
     "compile": ["layers", "until the end of the first step", "reference: the smallest number of layers",
                 "times the reference"],
+    "by_layer": ["model", "further steps (median), first step", "memory", "time of a whole step"],
     "generation": ["sequences at once", "decoding (median), first token", "limit: reading weights and cache",
                    "share of the limit"],
     "planner": ["quantity", "compiled", "reference: the planner's arithmetic", "planner against compiled"],
@@ -63,6 +64,12 @@ def compile_rows(figures: Any) -> List[List[str]]:
     least = figures[0]
     return [[str(row["layers"]), f"{row['seconds']:.1f} s", f"{least['seconds']:.1f} s ({least['layers']})",
              f"{row['seconds'] / least['seconds']:.2f}"] for row in figures]
+
+
+def by_layer_rows(figures: Any) -> List[List[str]]:
+    """Lines of the output of train.py --by_layer."""
+    return [[f"{row['layers']} layers, {row['way']}", f"{row['seconds']:.2f} s, {row['first']:.1f} s",
+             f"{row['gigabytes']:.2f} GB", f"{row['seconds'] / figures[0]['seconds']:.2f} times"] for row in figures]
 
 
 def generation_rows(figures: Any) -> List[List[str]]:

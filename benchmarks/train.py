@@ -2,12 +2,14 @@
 
     python benchmarks/train.py [--rounds 5] [--steps 4] [--json FILE]            step time
     python benchmarks/train.py --compile 8 64 [--json FILE]                      compile time of so many layers
+    python benchmarks/train.py --by_layer 16 [--json FILE]  so many layers, as a whole and layer by layer
 
 One step is forward pass, backward pass, clipping by the global norm and AdamW, in float32, of a model of TeleChat-12B's
 shape (hidden 256, 4 layers, 8 heads, feed-forward 768, vocabulary 8000, sequence 256, batch 4). The PyTorch model is
 written here from the same formulas, as a user would write it: scaled_dot_product_attention, cross_entropy, fused AdamW
 where there is one. The two take turns; medians are shown. The peak is the best of square float32 matrix products in the
-same framework and process. Compile times come from fresh processes, one for each number of layers.
+same framework and process. Compile times come from fresh processes, one for each number of layers. Time and memory of
+the two ways in which a deep model can be trained on a CPU come from fresh processes, too.
 """
 import argparse
 import json
@@ -58,8 +60,8 @@ def best_matmul(multiply: Callable[[int], Callable[[], Any]]) -> float:
     return best
 
 
-def mindspore_step(shape: Dict[str, int]) -> Callable[[], float]:
-    """A function that runs one step of this project's model and returns the loss."""
+def mindspore_step(shape: Dict[str, Any]) -> Callable[[], float]:
+    """A function that runs one step of this project's model and returns the loss; shape: keys of the model's config."""
     import mindspore as ms
 
     from research.telechat.telechat import TelechatForCausalLM
@@ -222,15 +224,50 @@ def measure_compile(layers: List[int]) -> List[Dict[str, float]]:
     return results
 
 
+def measure_by_layer(layers: int, steps: int) -> List[Dict[str, Any]]:
+    """First step, further steps and memory of a model of SHAPE's width in both ways, one after the other."""
+    results = []
+    for name in ("as a whole", "layer by layer"):
+        done = subprocess.run([sys.executable, __file__, "--worker", name, "--steps", str(steps), "--layers",
+                               str(layers)], text=True, capture_output=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("DEEP ")]
+        if not lines:
+            raise SystemExit(f"{layers} layers {name} failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+        first, further, memory = map(float, lines[0].split()[1:])
+        results.append({"way": name, "layers": layers, "first": first, "seconds": further, "gigabytes": memory})
+        print(f"{layers} layers {name:15} first step {first:6.1f} s, further {further:6.2f} s each, memory "
+              f"{memory:5.2f} GB", flush=True)
+    return results
+
+
+def deep_worker(by_layer: bool, layers: int, steps: int) -> None:
+    """Print seconds of the first step, of further ones (median), and the most memory in GB."""
+    import resource
+    step = mindspore_step({**SHAPE, "num_layers": layers, "train_layer_by_layer": by_layer})
+    times = []
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    print("DEEP", times[0], statistics.median(times[1:]), memory)
+
+
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps per round and framework")
     parser.add_argument("--compile", type=int, nargs="+", metavar="LAYERS", help="measure compile time instead")
+    parser.add_argument("--by_layer", type=int, metavar="LAYERS", help="measure both ways to train deep models instead")
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--worker", choices=("mindspore", "torch", "compile"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("mindspore", "torch", "compile", "as a whole", "layer by layer"),
+                        help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.layers:
+        deep_worker(args.worker == "layer by layer", args.layers, args.steps)
+        return 0
     if args.worker == "compile":
         step = mindspore_step({**SMALL, "num_layers": args.steps})
         started = time.perf_counter()
@@ -242,6 +279,8 @@ def main() -> int:
         return 0
     if args.compile:
         results = measure_compile(args.compile)
+    elif args.by_layer:
+        results = measure_by_layer(args.by_layer, args.steps)
     else:
         results = measure_steps(args.rounds, args.steps)
         for row in results:

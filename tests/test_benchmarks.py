@@ -125,6 +125,10 @@ def test_rows_of_each_benchmark():
             ["MindSpore over PyTorch", "2.00 times", "-", "-"]]
     assert benchmark_page.compile_rows([{"layers": 8, "seconds": 4.0}, {"layers": 64, "seconds": 10.0}])[1] == [
         "64", "10.0 s", "4.0 s (8)", "2.50"]
+    assert benchmark_page.by_layer_rows([
+        {"way": "as a whole", "layers": 9, "seconds": 2.0, "first": 30.04, "gigabytes": 3.456},
+        {"way": "layer by layer", "layers": 9, "seconds": 2.5, "first": 10, "gigabytes": 1}])[1] == [
+            "9 layers, layer by layer", "2.50 s, 10.0 s", "1.00 GB", "1.25 times"]
     (row,) = benchmark_page.generation_rows({"results": [
         {"name": "telechat", "batch": 4, "decode_tokens_per_second": 600, "first_token_seconds": 0.02,
          "all_decode_tokens_per_second": [400, 500, 600], "share_of_limit": 0.3}]})

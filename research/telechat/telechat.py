@@ -169,13 +169,18 @@ class TelechatForCausalLM(TelechatGenerationMixin, TelechatPreTrainedModel):
             if labels is None:
                 return logits
             return logits, labels, (labels != self.ignore_token_id).astype(mstype.float32)
+        tokens, targets, attention_mask = self.shifted(input_ids, labels, attention_mask)
+        return self.loss(self.logits(self.model(tokens, attention_mask, actual_seq_len)), targets)
+
+    def shifted(self, input_ids: Tensor, labels: Optional[Tensor], attention_mask: Optional[Tensor]
+                ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+        """Tokens [B, N], the label behind each of them as rows [B N], and the tokens' attention mask."""
         batch, length = input_ids.shape
-        tokens = self.slice(input_ids, (0, 0), (batch, length - 1), (1, 1))        # [B, N]
+        tokens = self.slice(input_ids, (0, 0), (batch, length - 1), (1, 1))
+        targets = self.slice(input_ids if labels is None else labels, (0, 1), (batch, length), (1, 1))
         if attention_mask is not None:
             attention_mask = self.slice(attention_mask, (0, 0), (batch, length - 1), (1, 1))
-        targets = self.slice(input_ids if labels is None else labels, (0, 1), (batch, length), (1, 1))
-        logits = self.logits(self.model(tokens, attention_mask, actual_seq_len))   # [B N, V]
-        return self.loss(logits, self.to_rows(targets))
+        return tokens, self.to_rows(targets), attention_mask
 
     def next_token(self, tokens: Tensor, attention_mask: Optional[Tensor], lengths: Tensor,
                    block_tables: Optional[Tensor], slot_mapping: Optional[Tensor]) -> Tensor:

@@ -2,12 +2,12 @@
 
 MindFormers composes both of small operators, which Ascend's compiler fuses and a CPU runs one by one.
 """
-from typing import Any, Tuple
+from typing import Any, Sequence, Tuple
 
 import mindspore.common.dtype as mstype
 import numpy as np
 from mindformers.core.optim.adamw import AdamW
-from mindspore import Tensor, nn
+from mindspore import Parameter, ParameterTuple, Tensor, nn
 from mindspore.ops import composite as C
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
@@ -52,17 +52,22 @@ class TelechatAdamW(AdamW):
         """gradients: one for each parameter, of its shape."""
         if not self.fused:
             return super().construct(gradients)
-        weight_decay, lr = self.get_weight_decay(), self.get_lr()
-        self.assignadd(self.global_step, self.global_step_increase_tensor)
-        correction1 = 1 - self.pow(self.beta1, self.global_step)                   # [1]
-        root = self.sqrt(1 - self.pow(self.beta2, self.global_step))
-        beta1, beta2, eps = self.scalar(self.beta1), self.scalar(self.beta2), self.scalar(self.eps * root)
-        rate, shrink = self.scalar(lr * root / correction1), self.scalar(correction1 / root)
+        weight_decay = self.get_weight_decay()
+        beta1, beta2, eps, rate, shrink = self.rates()
         if self.is_group:
             return self.hyper_map(F.partial(_update, beta1, beta2, eps, rate, shrink), weight_decay, self._parameters,
                                   gradients, self.exp_avg, self.exp_avg_sq, self.optim_filter)
         return self.hyper_map(F.partial(_update, beta1, beta2, eps, rate, shrink, weight_decay), self._parameters,
                               gradients, self.exp_avg, self.exp_avg_sq, self.optim_filter)
+
+    def rates(self) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """beta1, beta2, e, a, c1 / sqrt(c2) of the next step, each [] float32; counts the step."""
+        lr = self.get_lr()
+        self.assignadd(self.global_step, self.global_step_increase_tensor)
+        correction1 = 1 - self.pow(self.beta1, self.global_step)                   # [1]
+        root = self.sqrt(1 - self.pow(self.beta2, self.global_step))
+        return (self.scalar(self.beta1), self.scalar(self.beta2), self.scalar(self.eps * root),
+                self.scalar(lr * root / correction1), self.scalar(correction1 / root))
 
     def scalar(self, x: Tensor) -> Tensor:
         """[1] or [] -> []."""
@@ -82,24 +87,72 @@ def _times(factor: Tensor, x: Tensor) -> Tensor:
     return F.cast(F.cast(x, mstype.float32) * factor, F.dtype(x))
 
 
+class SquareSum(nn.Cell):
+    """Sum of the squares of some gradients, [1] float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.hyper_map = C.HyperMap()
+
+    def construct(self, *gradients: Tensor) -> Tensor:
+        """gradients: of any shape and floating-point type -> [1]; infinity or NaN where a gradient is."""
+        return F.reshape(F.addn(self.hyper_map(_square_sum, gradients)), (1,))
+
+
+class GradientsTimes(nn.Cell):
+    """Gradients times a number, in their own types."""
+
+    def __init__(self):
+        super().__init__()
+        self.hyper_map = C.HyperMap()
+
+    def construct(self, factor: Tensor, gradients: Tuple[Tensor, ...]) -> Tuple[Tensor, ...]:
+        """factor: [1] or [] float32."""
+        return self.hyper_map(F.partial(_scaled, factor), gradients)
+
+
+def clip_factor(norm: Tensor, max_norm: Tensor) -> Tensor:
+    """min(1, max_norm / norm), both [1] float32."""
+    return F.minimum(max_norm / (F.maximum(norm, max_norm) + 1e-6), 1.0)
+
+
 class ClipGradNorm(nn.Cell):
     """Gradients times min(1, max_norm / norm), norm being that of all of them together; as MindFormers' cell."""
 
     def __init__(self, max_norm: float):
         super().__init__()
         self.max_norm = Tensor(np.array([max_norm], np.float32))
-        self.hyper_map = C.HyperMap()
-        self.minimum = P.Minimum()
+        self.times = GradientsTimes()
+        self.square_sum = SquareSum()
 
     def norm(self, gradients: Tuple[Tensor, ...]) -> Tensor:
         """[1] float32; infinity or NaN where a gradient is."""
-        return F.sqrt(F.reshape(F.addn(self.hyper_map(_square_sum, gradients)), (1,)))
+        return F.sqrt(self.square_sum(*gradients))
 
     def construct(self, gradients: Tuple[Tensor, ...]) -> Tuple[Tuple[Tensor, ...], Tensor]:
         """(clipped gradients, norm before clipping [1])."""
         norm = self.norm(gradients)
-        factor = self.max_norm / (F.maximum(norm, self.max_norm) + 1e-6)
-        return self.hyper_map(F.partial(_scaled, self.minimum(factor, 1.0)), gradients), norm
+        return self.times(clip_factor(norm, self.max_norm), gradients), norm
+
+
+class AdamWPart(nn.Cell):
+    """The update of some of the parameters of a TelechatAdamW, whose rates are given."""
+
+    def __init__(self, parameters: Sequence[Parameter], means: Sequence[Parameter], squares: Sequence[Parameter],
+                 decays: Sequence[float]):
+        super().__init__(auto_prefix=False)
+        self.parameters = ParameterTuple(parameters)
+        self.means, self.squares = ParameterTuple(means), ParameterTuple(squares)
+        self.decays = tuple(Tensor(decay, mstype.float32) for decay in decays)
+        self.all = (True,) * len(decays)
+        self.hyper_map, self.times = C.HyperMap(), GradientsTimes()
+
+    def construct(self, factor: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, rate: Tensor, shrink: Tensor,
+                  *gradients: Tensor) -> Any:
+        """factor: [1], what the gradients are to be multiplied by; then the rates of the step, and the gradients."""
+        gradients = self.times(factor, gradients)
+        return self.hyper_map(F.partial(_update, beta1, beta2, eps, rate, shrink), self.decays, self.parameters,
+                              gradients, self.means, self.squares, self.all)
 
 
 def is_overflow(norm: Tensor) -> Tensor:

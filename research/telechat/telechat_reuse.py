@@ -18,20 +18,28 @@ def shared_graph_key(cell: nn.Cell) -> Optional[str]:
     """
     if ms.get_auto_parallel_context("parallel_mode") != "stand_alone":
         return None
+    if any(draws_numbers(child) or _is_recomputed(child) for _, child in cell.cells_and_names()):
+        return None
+    return "lazy_inline_" + signature(cell)                   # MindSpore looks for this prefix
+
+
+def signature(cell: nn.Cell) -> str:
+    """What the graph of `cell` depends on: cells, their flags, shapes and types of parameters, which are trained."""
     parts = [type(cell).__qualname__]
     for name, child in cell.cells_and_names():
-        if _has_own_graph(child):
-            return None
         parts.append(f"{name}:{type(child).__qualname__}:{child.training}:{sorted(child.get_flags().items())}")
         for key, parameter in child.parameters_and_names(expand=False):
             parts.append(f"{key.rsplit('.', 1)[-1]}:{parameter.dtype}{tuple(parameter.shape)}{parameter.requires_grad}")
-    return "lazy_inline_" + "|".join(parts)                   # MindSpore looks for this prefix
+    return "|".join(parts)
 
 
-def _has_own_graph(cell: nn.Cell) -> bool:
-    """Whether `cell` draws random numbers or is computed anew in the backward pass."""
-    if isinstance(cell, nn.Dropout) and cell.training and cell.p > 0:
-        return True
+def draws_numbers(cell: nn.Cell) -> bool:
+    """Whether `cell` itself is a dropout that drops something."""
+    return isinstance(cell, nn.Dropout) and cell.training and cell.p > 0
+
+
+def _is_recomputed(cell: nn.Cell) -> bool:
+    """Whether `cell` or one of its own operators is computed anew in the backward pass."""
     return (cell.get_scope() or "").startswith("recompute_") or any(
         primitive is not None and primitive.attrs.get("recompute") for primitive in cell._primitives.values())
 

@@ -10,6 +10,7 @@ from mindformers.wrapper.wrapper import MFTrainOneStepCell
 from research.telechat import telechat_kernels as kernels
 from research.telechat.telechat_compat import plugin_class
 from research.telechat.telechat_dropout import count_dropout
+from research.telechat.telechat_layerwise import LayerByLayer, goes_by_layer
 from research.telechat.telechat_optimizer import ClipGradNorm, is_overflow
 from research.telechat.telechat_variants import ConfigError
 
@@ -34,6 +35,13 @@ class TelechatTrainOneStepCell(MFTrainOneStepCell):
         self.cpu = kernels.gradient_kernels_of_cpu()
         if self.cpu:
             self.clip_grad_norm = ClipGradNorm(float(self.clip_grad_norm.clip_norm.asnumpy()[0]))
+        self.layer_by_layer = None                     # decided in the first step, when everything is known
+
+    def __call__(self, *inputs: Any) -> Any:
+        """One step, as a whole or layer by layer."""
+        if self.layer_by_layer is None:
+            self.layer_by_layer = LayerByLayer(self) if goes_by_layer(self, inputs) else False
+        return self.layer_by_layer(*inputs) if self.layer_by_layer else super().__call__(*inputs)
 
     def start_overflow_check(self, pre_cond: Any, compute_input: Any) -> Tuple[Any, Any]:
         """Clears the overflow flags of devices that have any."""
