@@ -29,12 +29,13 @@ class Saves:
 
     def __init__(self, folder, monkeypatch, **settings):
         import mindspore.train.serialization as saving
-        self.folder, self.gate, self.fault = folder, threading.Event(), None
+        self.folder, self.gate, self.begun, self.fault = folder, threading.Event(), threading.Event(), None
         self.gate.set()
         write = saving._exec_save
 
         def gated(name, *args, **kwargs):
             Path(name).with_suffix(".tmp").write_bytes(b"half")
+            self.begun.set()
             self.gate.wait()
             if self.fault:
                 raise self.fault
@@ -89,8 +90,9 @@ def test_a_file_counts_when_it_is_complete(saves, tmp_path):
     one.step()
     thread.wait()
     one.gate.clear()
+    one.begun.clear()
     one.step()
-    assert thread.writing()
+    assert one.begun.wait(60) and thread.writing()
     assert one.names == ["meta.json", ckpt(1), "t_rank_0-1_2.tmp"] and one.meta() == ckpt(1)
     assert resume.choose(tmp_path / "checkpoint", 1).step == 1
     one.weight.set_data(ms.Tensor(np.full(4, 99, np.float32)))     # the training goes on meanwhile
