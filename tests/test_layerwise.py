@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from mindformers.pet import get_pet_model
 from mindformers.pet.pet_config import LoraConfig
+from mindformers.wrapper.wrapper import DataOrderWrapperCell
 from mindspore import Tensor, nn
 from model_fixtures import HF_CONFIGS, build_model, random_official
 from test_reuse import parsed  # noqa: F401 (a fixture)
@@ -141,6 +142,12 @@ def test_obstacles(change, words):
 def test_obstacles_outside_of_the_step(monkeypatch):
     step = build_step(layers=1, train_layer_by_layer=True)
     assert "4 columns" in obstacle(step, batch(0) * 2)
+    plain, names = step.network, ["input_ids", "labels"]
+    step.network = DataOrderWrapperCell(names, plain)
+    assert obstacle(step, batch(0)) is None
+    step.network = DataOrderWrapperCell(names[::-1], plain)
+    assert "2 columns, ['labels', 'input_ids']; expected" in obstacle(step, batch(0))
+    step.network = plain
     monkeypatch.setattr(ms, "get_auto_parallel_context", lambda key: "data_parallel")
     assert "several processes" in obstacle(step, batch(0))
     with pytest.raises(ConfigError, match="train_layer_by_layer is True, but several processes train together; leave"):

@@ -136,13 +136,16 @@ def test_ten_kills_at_random_moments_change_nothing(data, unbroken, tmp_path):
 
 
 @pytest.mark.slow
-def test_adapter_with_dropout_resumes_exactly(data, tmp_path):
+@pytest.mark.parametrize("by_layer", ["False", "True"])
+def test_adapter_with_dropout_resumes_exactly(by_layer, data, tmp_path):
     """LoRA with the lora_dropout of the recipes for Ascend, killed at its sixth step of eight."""
     def lora(output, *more):
-        arguments = shuffled(data, output, "--model.model_config.pet_config.lora_dropout", "0.05", *more, epochs=2)
+        arguments = shuffled(data, output, "--model.model_config.pet_config.lora_dropout", "0.05",
+                             "--model.model_config.train_layer_by_layer", by_layer, *more, epochs=2)
         arguments[1] = "research/telechat/finetune_telechat_tiny_lora_cpu.yaml"
         return arguments
-    run(lora(tmp_path / "unbroken"))
+    done = run(lora(tmp_path / "unbroken"))
+    assert ("Training goes layer by layer" in done.stdout + done.stderr) == (by_layer == "True")
     again = lora(tmp_path / "killed", "--resume_training", "True")
     killed = subprocess.run([sys.executable, DRIVER, "step", "6", *again], cwd=ROOT, text=True, capture_output=True,
                             env={**os.environ, "GLOG_v": "3"}, check=False, timeout=600)

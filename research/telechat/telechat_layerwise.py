@@ -33,13 +33,14 @@ from research.telechat.telechat_reuse import draws_numbers, signature
 from research.telechat.telechat_variants import ConfigError
 
 DEEP = 8                                               # layers; deeper models go layer by layer
-_WRAPPERS = ("PetModel", "LoraModel")                  # MindFormers' cells that only pass their inputs on
+_WRAPPERS = ("DataOrderWrapperCell", "PetModel", "LoraModel")          # MindFormers' cells that pass inputs on
+_COLUMNS = ["input_ids", "labels", "input_position"]   # what the model calls its first inputs
 _OPTIONS = ("local_norm", "calculate_per_token_loss", "use_grouped_lr", "use_graceful_exit", "if_dump",
             "dump_device_local_norm", "print_separate_loss")           # of MindFormers' training step
 
 
 def inner_model(network: nn.Cell) -> nn.Cell:
-    """The model inside of MindFormers' wrappers for adapters."""
+    """The model inside of MindFormers' wrappers for adapters and for columns by name."""
     while type(network).__name__ in _WRAPPERS:
         network = network.network
     return network
@@ -59,8 +60,9 @@ def obstacle(step: nn.Cell, inputs: Sequence[Any]) -> Optional[str]:
     options = [name for name in _OPTIONS if getattr(step, name, False)]
     if options:
         return f"{', '.join(options)} is set"
-    if len(inputs) > 3 or not all(isinstance(value, Tensor) for value in inputs):
-        return f"the data set has {len(inputs)} columns; expected input_ids, labels and perhaps actual_seq_len"
+    columns = list(getattr(step.network, "construct_args_key", None) or _COLUMNS)[:len(inputs)]
+    if columns != _COLUMNS[:len(inputs)] or len(inputs) > len(_COLUMNS):
+        return f"the data set has {len(inputs)} columns, {columns}; expected those of {_COLUMNS}, in this order"
     if any(draws_numbers(cell) and not isinstance(cell, CountedDropout) for _, cell in model.cells_and_names()):
         return "a dropout draws from a generator"
     if {id(p) for p in model.trainable_params()} != {id(p) for p in optimizer._parameters}:
