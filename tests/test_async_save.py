@@ -294,3 +294,24 @@ def test_full_disk_beside_the_training(setting, data, unbroken, tmp_path):
     else:
         assert done.returncode == 0 and "step 24: the checkpoint could not be saved" in output
         assert len(read_log(folder)) == 24
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_same_complete_checkpoints(data, tmp_path):
+    """Each rank writes by itself; both keep three where one alone would keep two."""
+    arguments = training(data, tmp_path / "out", "--use_parallel", "True", "--batch_size", "1", every=1, epochs=2)
+    quoted = " ".join(["python", str(ROOT / "run_mindformer.py"),
+                       *(f"'{word}'" if " " in word else word for word in arguments)])
+    done = subprocess.run(["bash", str(ROOT / "scripts/msrun_launcher.sh"), quoted, "2",
+                           str(20000 + os.getpid() % 20000), str(tmp_path / "logs"), "True", "300"], cwd=ROOT,
+                          text=True, capture_output=True, check=False, timeout=600,
+                          env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    choice = resume.choose(tmp_path / "out/checkpoint", 2)
+    assert choice.step == 8 and choice.notes == []
+    for rank in range(2):
+        folder = tmp_path / f"out/checkpoint/rank_{rank}"
+        assert sorted(path.name for path in folder.iterdir() if path.suffix != ".meta") == [
+            "meta.json", *(f"t_rank_{rank}-2_{step}.ckpt" for step in (2, 3, 4))]
+        assert json.loads((folder / "meta.json").read_text())["last_ckpt_file"] == f"t_rank_{rank}-2_4.ckpt"
+        assert all(resume.fault_of(path) is None for path in folder.glob("*.ckpt"))
