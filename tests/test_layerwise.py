@@ -140,7 +140,7 @@ def test_obstacles(change, words):
 
 
 def test_obstacles_outside_of_the_step(monkeypatch):
-    step = build_step(layers=1, train_layer_by_layer=True)
+    step, deep = build_step(layers=1, train_layer_by_layer=True), build_step(layers=DEEP + 1)
     assert "4 columns" in obstacle(step, batch(0) * 2)
     plain, names = step.network, ["input_ids", "labels"]
     step.network = DataOrderWrapperCell(names, plain)
@@ -152,5 +152,4 @@ def test_obstacles_outside_of_the_step(monkeypatch):
     assert "several processes" in obstacle(step, batch(0))
     with pytest.raises(ConfigError, match="train_layer_by_layer is True, but several processes train together; leave"):
         step(*batch(0))
-    deep = build_step(layers=DEEP + 1)
     assert not goes_by_layer(deep, batch(0))
