@@ -112,7 +112,8 @@ GROUPS: Dict[str, Dict[str, Field]] = {
         "share_layer_graphs": Field(True, "bool", "on one device, equal decoder layers are compiled once; False: "
                                     "each by itself, as on several devices"),
         "train_layer_by_layer": Field(None, "bool", "one small graph for all layers, which are computed anew in the "
-                                      "backward pass; None: on a CPU, with more than 8 layers", optional=True),
+                                      "backward pass; None: in one process on a CPU, with more than 8 layers",
+                                      optional=True),
     },
     "pipeline": {
         "offset": Field(0, "any", "layers by which pipeline stages differ from the even split, one number or a list"),

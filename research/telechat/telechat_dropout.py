@@ -8,7 +8,7 @@ Element (i, j) of x, as rows [R, C], is kept where h = r_i c_j + s_i d_j mod 2^3
 of random words of row and column, a universal hash (Carter and Wegman, 1979) of three cheap operators per element. The
 words are counters mixed with the finalizer of MurmurHash3 (Appleby), once per row and column.
 
-Only for training steps that have no micro-batches, which would get one mask; telechat_kernels says where it is used.
+Only for training steps without micro-batches, which would all get one mask: with them MindSpore's kernel is kept.
 """
 import hashlib
 from typing import Any, Tuple

@@ -4,7 +4,8 @@ A graph of the whole step grows with the layers, and so do the wait for its comp
 backward pass. Here Python calls a graph for what precedes the layers, one for a layer, one for its gradients (it
 computes the layer anew, so that only the layer's input is kept; Chen et al., 2016), one for what follows the layers,
 and one for the update of a layer. The graphs of a layer belong to a stand-in, whose parameters take each layer's
-storage in turn. Results are those of the whole graph, but for the order in which squares of gradients are added.
+storage in turn. The arithmetic is that of the whole graph; rounding differs (in float32 where squares of gradients are
+added, in 16 bits more).
 
 Which steps can be done like this says `obstacle`; whether they are, telechat_train.
 """
@@ -76,8 +77,10 @@ def goes_by_layer(step: nn.Cell, inputs: Sequence[Any]) -> bool:
     Raises:
         ConfigError: it is asked for and cannot be.
     """
-    config = getattr(inner_model(step.network), "config", None)
-    wanted, layers = getattr(config, "train_layer_by_layer", False), getattr(config, "num_layers", 0)
+    model = next((cell for _, cell in step.network.cells_and_names() if hasattr(cell, "shifted")), None)
+    if model is None:
+        return False
+    wanted, layers = model.config.train_layer_by_layer, model.config.num_layers
     if wanted is False or (wanted is None and layers <= DEEP):
         return False
     found = obstacle(step, inputs)
@@ -87,7 +90,7 @@ def goes_by_layer(step: nn.Cell, inputs: Sequence[Any]) -> bool:
         logger.info("The %d layers are compiled as a whole: %s.", layers, found)
         return False
     logger.info("Training goes layer by layer: short compilation, little memory, and each layer is computed once more "
-                "in the backward pass. For a long training, train_layer_by_layer: False has the faster steps.")
+                "in the backward pass. For a long training, model_config.train_layer_by_layer: False has faster steps.")
     return True
 
 
@@ -126,6 +129,7 @@ class Layer(Part):
     def __init__(self, cell: nn.Cell, states: Dict[int, State]):
         super().__init__(cell.trainable_params(), states)
         self.cell = cell
+        self.stand_in: Optional[StandIn] = None         # whoever knows all layers shares it among those that are alike
         keys = [dropout.key_tensor() for dropout in dropouts(cell)]
         self.storage = [*cell.get_parameters(), *keys, *self.moments]
 
@@ -143,7 +147,12 @@ class StandIn:
     """A copy of a layer with the graphs for all that are like it."""
 
     def __init__(self, layer: Layer, count: Parameter):
-        cell = copy.deepcopy(layer.cell, {id(count): count})             # dropout reads the optimizer's own counter
+        memo = {id(count): count}                       # dropout reads the optimizer's own counter
+        for _, child in layer.cell.cells_and_names():   # what recomputes in PyNative mode cannot be copied, nor need be
+            wrapper = getattr(child, "_recompute_cell", None)
+            if wrapper is not None:
+                memo[id(wrapper)] = None
+        cell = copy.deepcopy(layer.cell, memo)
         keys = [dropout.key_as_parameter() for dropout in dropouts(cell)]
         moments = copy.deepcopy(layer.moments)
         trained = cell.trainable_params()
@@ -184,21 +193,26 @@ class LayerByLayer:
         self.stem = Stem(model).set_train()
         self.tail = LossGradient(Tail(model), self.tail_trained).set_train()
         self.embedding = EmbeddingGradient(embedding, self.embedded) if self.embedded else None
-        self.squares = Squares(step.loss_scaling_manager is not None or float(step.scale_sense.asnumpy()) != 1)
+        self.squares = {scaled: Squares(scaled) for scaled in (False, True)}
         self.verdict, self.rates = Verdict(step), Rates(optimizer)
         self.update_rest = self.rest.update_graph(self.rest.trained, self.rest.moments)
+        self.torn = False                              # whether a step has been taken in part
         self.scale_sense, self.clips = step.scale_sense, step.use_clip_grad
         self.norm_limit = step.global_norm_spike_threshold if step.use_skip_data_by_global_norm else None
 
     def __call__(self, *inputs: Tensor) -> Tuple[Any, ...]:
         """As MindFormers' training step: loss, overflow, the next loss scale, learning rate, norm."""
+        if self.torn:
+            raise RuntimeError("the last step was interrupted while it changed the weights: some layers have taken it, "
+                               "others not; load the last checkpoint (--resume_training True) into a new process")
         scale = Tensor(self.scale_sense.asnumpy().reshape(()).astype(np.float32))
         loss = self.differentiate(scale, *inputs)
         parts = [part for part in (*self.layers, self.rest) if part.trained]
-        overflow, norm, factor, rate = self.verdict(scale, *(self.squares(scale, *part.gradients) for part in parts))
-        spike = self.norm_limit is not None and self.clips and not float(norm.asnumpy()[0]) < self.norm_limit
+        squares = self.squares[float(scale.asnumpy()) != 1]
+        overflow, norm, factor, rate = self.verdict(scale, *(squares(scale, *part.gradients) for part in parts))
+        spike = self.norm_limit is not None and not float(norm.asnumpy()[0]) < self.norm_limit
         if not bool(overflow.asnumpy()) and not spike:
-            self.update(factor, self.rates())
+            self.update(factor)
         for part in parts:
             part.gradients = ()
         next_scale = Tensor(self.scale_sense.asnumpy())
@@ -226,11 +240,14 @@ class LayerByLayer:
         self.rest.gradients = tuple(gradients[id(parameter)] for parameter in self.rest.trained)
         return loss
 
-    def update(self, factor: Tensor, rates: Tuple[Tensor, ...]) -> None:
+    def update(self, factor: Tensor) -> None:
         """Take the step with all gradients times `factor`."""
+        self.torn = True                               # until all of it is done
+        rates = self.rates()
         for layer in self.layers:
             if layer.trained:
                 layer.stand_in.become(layer)
                 layer.stand_in.update(factor, *rates, *layer.gradients)
         if self.rest.trained:
             self.update_rest(factor, *rates, *self.rest.gradients)
+        self.torn = False

@@ -14,6 +14,14 @@ from research.telechat.telechat_layerwise import LayerByLayer, goes_by_layer
 from research.telechat.telechat_optimizer import ClipGradNorm, is_overflow
 from research.telechat.telechat_variants import ConfigError
 
+# Beginnings of the names of MindSpore's and MindFormers' cells that cut a batch.
+_MICRO_BATCHES = ("MicroBatchInterleaved", "GradAccumulationCell", "PipelineCell")
+
+
+def has_micro_batches(network: Any) -> bool:
+    """Whether one step of `network` computes several batches, which must not share their dropout masks."""
+    return any(type(cell).__name__.startswith(_MICRO_BATCHES) for _, cell in network.cells_and_names())
+
 
 class TrainingStopped(ConfigError):
     """Training ended early for a reason that the user can mend; the message says at which step and what to do."""
@@ -29,9 +37,12 @@ class TelechatTrainOneStepCell(MFTrainOneStepCell):
     """
 
     def __init__(self, network: Any, optimizer: Any, *args: Any, **kwargs: Any):
-        if kernels.dropout_by_step():
+        if kernels.dropout_by_step() and not has_micro_batches(network):
             count_dropout(network, optimizer.global_step, get_real_rank())
         super().__init__(network, optimizer, *args, **kwargs)
+        if self.use_skip_data_by_global_norm and not self.use_clip_grad:
+            raise ConfigError("use_skip_data_by_global_norm is True, but runner_wrapper.use_clip_grad is not, without "
+                              "which there is no norm; set both or neither")
         self.cpu = kernels.gradient_kernels_of_cpu()
         if self.cpu:
             self.clip_grad_norm = ClipGradNorm(float(self.clip_grad_norm.clip_norm.asnumpy()[0]))
