@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,19 @@ def test_slices_make_the_whole_adapter(plan, suffix, run_folder):
     equal_adapters(lora.read_adapter(folder), adapter)
     one = folder / "rank_1" / f"t_rank_1-trainable_params-2_3.{suffix}"
     equal_adapters(lora.read_adapter(one, strategy=folder.parent / "strategy"), adapter)
+
+
+def test_file_may_be_named_from_inside_its_folder(run_folder, tmp_path, monkeypatch):
+    """A folder of a rank may also be a link, as long as the link has the rank's name."""
+    make, adapter = run_folder
+    folder = make()
+    (folder / "rank_1").rename(tmp_path / "elsewhere")
+    (folder / "rank_1").symlink_to(tmp_path / "elsewhere")
+    name = "t_rank_{}-trainable_params-2_3.ckpt"
+    for place, given in ((folder / "rank_0", name.format(0)), (folder / "rank_0", f"../rank_1/{name.format(1)}"),
+                         (folder, f"rank_3/../rank_0/{name.format(0)}"), (folder, f"rank_1/{name.format(1)}")):
+        monkeypatch.chdir(place)
+        equal_adapters(lora.read_adapter(Path(given), strategy=tmp_path / "strategy"), adapter)
 
 
 def test_newest_counts_unless_one_is_named(run_folder, tmp_path):

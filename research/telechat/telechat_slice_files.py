@@ -3,6 +3,7 @@
 Which part a rank holds is telechat_slices' arithmetic; cutting for another plan is scripts/transform_checkpoint.py. No
 MindSpore here.
 """
+import os
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Set
 
@@ -38,6 +39,7 @@ def rank_files(path: Path, strategy: Strategy) -> Dict[int, Path]:
     Raises CheckpointError: the file of a rank is missing.
     """
     if path.is_file():
+        path = Path(os.path.abspath(path))             # of a relative one too; a link's own name is what counts
         parsed = parse(path.name)
         if parsed is None or path.parent.name != f"rank_{parsed[1]}":
             raise CheckpointError(f"{path}: the files of the other ranks cannot be told from this name; expected "
