@@ -46,17 +46,17 @@ class Saves:
         network = ms.nn.Cell()
         network.insert_param_to_cell("w", self.weight)
         network.optimizer = None
-        self.monitor = TelechatCheckpointMonitor(prefix="t", directory=str(folder), save_checkpoint_steps=1,
-                                                 async_save=True, **settings)
+        self.monitor = TelechatCheckpointMonitor(prefix="t", directory=str(folder), async_save=True,
+                                                 **{"save_checkpoint_steps": 1, **settings})
         self.params = SimpleNamespace(
             cur_step_num=0, cur_epoch_num=1, batch_num=100, train_network=network, network=network, list_callback=[],
             optimizer=SimpleNamespace(global_step=ms.Tensor(0)), net_outputs=(ms.Tensor(1.0), ms.Tensor(False)))
         self.context = SimpleNamespace(original_args=lambda: self.params)
 
     def step(self):
-        """Train one step: the weight becomes its number. Then save."""
+        """Train one step: the weight becomes its number, in its place. Then save."""
         self.params.cur_step_num += 1
-        self.weight.set_data(ms.Tensor(np.full(4, self.params.cur_step_num, np.float32)))
+        ms.ops.assign(self.weight, ms.Tensor(np.full(4, self.params.cur_step_num, np.float32)))
         self.monitor.step_end(self.context)
 
     @property
@@ -95,7 +95,7 @@ def test_a_file_counts_when_it_is_complete(saves, tmp_path):
     assert one.begun.wait(60) and thread.writing()
     assert one.names == ["meta.json", ckpt(1), "t_rank_0-1_2.tmp"] and one.meta() == ckpt(1)
     assert resume.choose(tmp_path / "checkpoint", 1).step == 1
-    one.weight.set_data(ms.Tensor(np.full(4, 99, np.float32)))     # the training goes on meanwhile
+    ms.ops.assign(one.weight, ms.Tensor(np.full(4, 99, np.float32)))     # the training goes on meanwhile
     one.gate.set()
     one.monitor.end(one.context)
     assert not thread.writing()
@@ -143,6 +143,62 @@ def test_failed_write_is_logged_and_the_next_is_tried(saves, monkeypatch):
     assert one.names == ["meta.json", ckpt(2)]
     line, = [line for line in lines if "could not be saved" in line]
     assert line.startswith("step 1: ") and "there is none yet. Training goes on" in line
+
+
+class Disk:
+    """os.fsync that takes until it is let go, or fails; it remembers the threads that had to wait for it."""
+
+    def __init__(self, monkeypatch):
+        self.gate, self.begun, self.fault, self.waited = threading.Event(), threading.Event(), None, []
+        real = os.fsync
+
+        def fsync(descriptor):
+            self.waited.append(threading.current_thread())
+            self.begun.set()
+            if threading.current_thread() is not threading.main_thread():
+                self.gate.wait(60)
+            if self.fault:
+                raise self.fault
+            return real(descriptor)
+        monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_training_does_not_wait_for_the_disk(saves, monkeypatch):
+    """A file that has its name but may still be in the system's memory is not complete."""
+    one = saves(keep_checkpoint_max=1, save_checkpoint_steps=3)
+    for _ in range(3):
+        one.step()
+    thread.wait()
+    one.params.cur_step_num = 5
+    disk = Disk(monkeypatch)
+    one.step()
+    try:
+        assert disk.begun.wait(60)
+        one.step()                                                 # while the file is brought to disk
+        assert thread.writing() and disk.waited and threading.main_thread() not in disk.waited
+        assert one.names == ["meta.json", ckpt(3), ckpt(6)] and one.meta() == ckpt(3)
+    finally:
+        disk.gate.set()
+    one.params.cur_step_num = 8
+    one.step()                                                     # the next save waits for it
+    assert ckpt(3) not in one.names and one.meta() == ckpt(6)
+    one.monitor.end(one.context)
+    assert one.names == ["meta.json", ckpt(9)] and one.meta() == ckpt(9)
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_disk_that_fails_late_stops_like_a_failed_write(saves, monkeypatch, at_the_end):
+    one = saves(keep_checkpoint_max=1)
+    one.step()
+    thread.wait()
+    disk = Disk(monkeypatch)
+    disk.gate.set()
+    disk.fault = OSError(5, "Input/output error")
+    one.step()
+    assert one.meta() == ckpt(1)
+    with pytest.raises(TrainingStopped, match=r"step 2: the checkpoint could not be saved .*Input/output error"):
+        one.monitor.end(one.context) if at_the_end else one.step()
+    assert ckpt(1) in one.names and one.meta() == ckpt(1)
 
 
 def test_adapter_is_written_behind_its_checkpoint(saves, tmp_path):

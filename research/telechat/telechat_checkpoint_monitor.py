@@ -159,6 +159,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
             super().remove_redundancy(network, cur_file, append_dict, train_network)
         finally:
             self._config._async_save = False
+        thread.sync_behind(cur_file)
 
     def record_last_ckpt_to_json(self, epoch: int, step: int, ckpt_file: str) -> None:
         """Write meta.json; of a file that is not complete yet, later."""
@@ -175,7 +176,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
             if self.beside and self._newest:
                 self._write = _Write(self._newest, cb_params, self._meta)
             elif os.path.exists(self._newest):
-                self._sync(self._newest)
+                thread.sync(self._newest)
             self.saved = True
         except Exception as err:
             self._report(self._failure(cb_params, err), err)
@@ -193,10 +194,8 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
         write, self._write = self._write, None
         err: Any = thread.take_fault()
         try:
-            if err is None:
-                self._sync(write.path)
-                if write.meta:
-                    super().record_last_ckpt_to_json(*write.meta)
+            if err is None and write.meta:
+                super().record_last_ckpt_to_json(*write.meta)
         except OSError as fault:
             err = fault
         if err is not None:
@@ -220,15 +219,6 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
             raise TrainingStopped(f"{text}. Free some space, then go on with the same command and "
                                   "--resume_training True") from err
         logger.error("%s. Training goes on, as on_save_error is 'continue'.", text)
-
-    @staticmethod
-    def _sync(path: str) -> None:
-        """Bring a file to disk, so that a power failure cannot empty it. OSError where it is not there."""
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
     def _prune(self, steps_per_epoch: int) -> None:
         """Delete outdated checkpoints of this run."""

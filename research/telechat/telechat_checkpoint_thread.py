@@ -1,23 +1,26 @@
-"""The thread in which MindSpore writes a checkpoint beside the training (async_save): whether it writes, what it met.
+"""The threads that write a checkpoint beside the training (async_save): whether they write, what they met.
 
-MindSpore starts it and leaves its exceptions to Python, which prints them and goes on; here they are kept for
-telechat_checkpoint_monitor, which decides what a failed save means. No MindSpore here.
+MindSpore's thread writes the file and leaves its exceptions to Python, which prints them and goes on; one of ours waits
+for it and brings the file to disk. What makes either fail is kept for telechat_checkpoint_monitor, which decides what a
+failed save means. No MindSpore here.
 """
+import os
 import threading
 from typing import Any, Callable, List, Optional
 
-_NAME = "asyn_save_ckpt"                       # as MindSpore calls it
+_WRITER = "asyn_save_ckpt"                     # as MindSpore calls its thread
+_SYNCER = "sync_checkpoint"
 _faults: List[BaseException] = []
 
 
 def watch() -> None:
-    """From now on keep what makes the thread fail. Other threads' exceptions go where they went before."""
+    """From now on keep what makes the threads fail. Other threads' exceptions go where they went before."""
     if getattr(threading.excepthook, "keeps_faults_of_saving", False):
         return
     before: Callable[[Any], Any] = threading.excepthook
 
     def hook(args: Any) -> None:
-        if args.thread is not None and args.thread.name == _NAME:
+        if args.thread is not None and args.thread.name in (_WRITER, _SYNCER):
             _faults.append(args.exc_value)
         else:
             before(args)
@@ -26,21 +29,43 @@ def watch() -> None:
     threading.excepthook = hook
 
 
+def sync(path: str) -> None:
+    """Bring a file to disk, so that a power failure cannot empty it. OSError where it is not there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_behind(path: str) -> None:
+    """Bring `path`, which MindSpore's thread has begun to write, to disk as soon as it is whole."""
+    writers = [thread for thread in threading.enumerate() if thread.name == _WRITER]
+
+    def work() -> None:
+        for thread in writers:
+            thread.join()
+        if not _faults:
+            sync(path)
+
+    threading.Thread(target=work, name=_SYNCER).start()
+
+
 def writing() -> bool:
-    """Whether a checkpoint is being written."""
-    return any(thread.name == _NAME for thread in threading.enumerate())
+    """Whether a checkpoint is being written or brought to disk."""
+    return any(thread.name in (_WRITER, _SYNCER) for thread in threading.enumerate())
 
 
 def wait() -> None:
-    """Return when no checkpoint is being written."""
+    """Return when no checkpoint is being written or brought to disk."""
     for thread in threading.enumerate():
-        if thread.name == _NAME:
+        if thread.name in (_WRITER, _SYNCER):
             thread.join()
 
 
 def take_fault() -> Optional[BaseException]:
     """Wait; then what made the last write fail, told once; None if nothing did."""
     wait()
-    fault = _faults[-1] if _faults else None
+    fault = _faults[0] if _faults else None
     _faults.clear()
     return fault
