@@ -245,6 +245,38 @@ def test_other_threads_report_as_before(monkeypatch):
     assert [str(fault) for fault in seen] == ["another"]
 
 
+DYING = """
+import threading
+from research.telechat import telechat_checkpoint_thread as thread
+
+def fail():
+    if {write}:
+        raise OSError(28, "No space left on device")
+thread.watch()
+one = threading.Thread(target=fail, name="asyn_save_ckpt")
+one.start()
+thread.sync_behind("folder/t.ckpt")
+{then}
+"""
+
+
+@pytest.mark.parametrize("then", ["raise RuntimeError('another')", "raise KeyboardInterrupt", "pass"])
+@pytest.mark.parametrize("write", [True, False])
+def test_failed_write_is_told_where_the_training_dies_of_something_else(write, then):
+    done = subprocess.run([sys.executable, "-c", DYING.format(write=write, then=then)], cwd=ROOT, text=True,
+                          capture_output=True, check=False)
+    line, = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "folder/t.ckpt could not be saved: " in line
+    assert ("No space left on device" if write else "No such file or directory: 'folder/t.ckpt'") in line
+    assert (done.returncode == 0) == (then == "pass")
+
+
+def test_failed_write_is_told_once():
+    done = subprocess.run([sys.executable, "-c", DYING.format(write=True, then="print(thread.take_fault())")], cwd=ROOT,
+                          text=True, capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == ("[Errno 28] No space left on device\n", "")
+
+
 def test_ranks_keep_one_more(tmp_path):
     """A rank may have written step N when another still writes N - 1, of which N - 2 is the newest complete one."""
     def keeps(**settings):

@@ -2,15 +2,19 @@
 
 MindSpore's thread writes the file and leaves its exceptions to Python, which prints them and goes on; one of ours waits
 for it and brings the file to disk. What makes either fail is kept for telechat_checkpoint_monitor, which decides what a
-failed save means. No MindSpore here.
+failed save means; where the training dies of something else before that, it is told when the process ends. No MindSpore
+here.
 """
+import atexit
 import os
+import sys
 import threading
 from typing import Any, Callable, List, Optional
 
 _WRITER = "asyn_save_ckpt"                     # as MindSpore calls its thread
 _SYNCER = "sync_checkpoint"
 _faults: List[BaseException] = []
+_path = ""                                     # of the file that was begun last
 
 
 def watch() -> None:
@@ -27,6 +31,8 @@ def watch() -> None:
 
     hook.keeps_faults_of_saving = True         # type: ignore[attr-defined]
     threading.excepthook = hook
+    atexit.unregister(_tell)
+    atexit.register(_tell)                     # Python waits for the threads before
 
 
 def sync(path: str) -> None:
@@ -40,6 +46,8 @@ def sync(path: str) -> None:
 
 def sync_behind(path: str) -> None:
     """Bring `path`, which MindSpore's thread has begun to write, to disk as soon as it is whole."""
+    global _path
+    _path = path
     writers = [thread for thread in threading.enumerate() if thread.name == _WRITER]
 
     def work() -> None:
@@ -69,3 +77,10 @@ def take_fault() -> Optional[BaseException]:
     fault = _faults[0] if _faults else None
     _faults.clear()
     return fault
+
+
+def _tell() -> None:
+    """Say what nobody has asked for."""
+    fault = take_fault()
+    if fault is not None:
+        print(f"error: the checkpoint {_path} could not be saved: {fault}", file=sys.stderr, flush=True)
