@@ -201,19 +201,94 @@ def test_disk_that_fails_late_stops_like_a_failed_write(saves, monkeypatch, at_t
     assert ckpt(1) in one.names and one.meta() == ckpt(1)
 
 
-def test_adapter_is_written_behind_its_checkpoint(saves, tmp_path):
+def adapters(folder):
+    """{name: first weight} of the adapters that are written."""
+    files = sorted((folder / "checkpoint_trainable/rank_0").glob("*.ckpt"))
+    return {path.name: float(ms.load_checkpoint(str(path))["w"].asnumpy()[0]) for path in files}
+
+
+def adapter(step):
+    return f"t_rank_0-trainable_params-1_{step}.ckpt"
+
+
+def test_training_goes_on_before_the_adapter_is_written(saves, tmp_path):
+    """It is written behind its checkpoint, with the weights of its step."""
+    one = saves(keep_checkpoint_max=2, save_checkpoint_steps=3, save_trainable_params=True, adapter_config={"r": 4})
+    one.gate.clear()
+    late = threading.Timer(20, one.gate.set)                       # so that a step that waits ends after all
+    late.start()
+    for _ in range(5):
+        one.step()
+    assert not one.gate.is_set() and thread.writing()
+    late.cancel()
+    folder = tmp_path / "checkpoint_trainable/rank_0"
+    assert list(folder.glob("*")) == []
+    one.gate.set()
+    thread.wait()
+    assert list(folder.glob("*")) == []
+    one.params.cur_step_num -= 1
+    one.step()
+    assert adapters(tmp_path) == {adapter(3): 3.0} and json.loads((folder / "adapter_config.json").read_text()) == {
+        "r": 4}
+    one.step()
+    one.monitor.end(one.context)
+    assert adapters(tmp_path) == {adapter(3): 3.0, adapter(6): 6.0}
+    assert one.names == ["meta.json", ckpt(3), ckpt(6)]
+
+
+def test_adapters_are_named_and_kept_as_without_async_save(saves, tmp_path):
     one = saves(keep_checkpoint_max=1, save_trainable_params=True, adapter_config={"r": 4})
     for _ in range(3):
         one.step()
     one.monitor.end(one.context)
     assert one.names == ["meta.json", ckpt(3)]
     folder = tmp_path / "checkpoint_trainable/rank_0"
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json",
-                                                              "t_rank_0-trainable_params-1_3.ckpt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", adapter(3)]
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_no_adapter_without_its_checkpoint(saves, tmp_path, at_the_end):
+    one = saves(keep_checkpoint_max=3, save_checkpoint_steps=2, save_trainable_params=True, adapter_config={"r": 4})
+    for _ in range(3):
+        one.step()
+        thread.wait()
     one.fault = OSError(28, "No space left on device")
-    with pytest.raises(TrainingStopped, match="step 4"):
-        one.step()                                                 # no adapter without its checkpoint
-    assert [path.name for path in folder.glob("*-1_4.*")] == []
+    one.step()
+    with pytest.raises(TrainingStopped, match="step 4: "):
+        one.monitor.end(one.context) if at_the_end else one.step()
+    assert adapters(tmp_path) == {adapter(2): 2.0} and one.names == ["meta.json", ckpt(2)]
+
+
+def test_adapter_that_cannot_be_written_stops_behind_its_checkpoint(saves, tmp_path):
+    one = saves(keep_checkpoint_max=3, save_trainable_params=True, adapter_config={"r": 4})
+    one.step()
+    thread.wait()
+    one.fault = OSError(28, "No space left on device")             # from here on
+    with pytest.raises(TrainingStopped, match=f"step 1: .*No space left on device; the last complete one is {ckpt(1)}"):
+        one.monitor.end(one.context)
+    assert one.meta() == ckpt(1) and list((tmp_path / "checkpoint_trainable/rank_0").iterdir()) == []
+
+
+def test_adapter_that_cannot_be_copied_leaves_the_write_alone(saves, tmp_path, monkeypatch):
+    one = saves(keep_checkpoint_max=3, save_trainable_params=True)
+
+    def fail():
+        raise MemoryError("no room")
+    one.gate.clear()
+    threading.Timer(0.5, one.gate.set).start()
+    monkeypatch.setattr(one.params.network, "trainable_params", fail)
+    with pytest.raises(TrainingStopped, match=f"step 1: .*no room; the last complete one is {ckpt(1)}"):
+        one.step()
+    assert one.names == ["meta.json", ckpt(1)] and adapters(tmp_path) == {}
+
+
+def test_weights_alone_wait_for_their_checkpoint(saves, tmp_path):
+    one = saves(keep_checkpoint_max=1, save_network_params=True)
+    for _ in range(2):
+        one.step()
+    one.monitor.end(one.context)
+    assert one.names == ["meta.json", ckpt(2)]
+    assert [path.name for path in (tmp_path / "checkpoint_network/rank_0").iterdir()] == ["t_rank_0-network-1_2.ckpt"]
 
 
 def test_not_finite_stops_with_a_write_under_way(saves):
@@ -344,6 +419,30 @@ def test_training_goes_on_while_a_checkpoint_is_written(data, unbroken, tmp_path
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert int(re.search(r"steps begun while writing: (\d+)", done.stdout)[1]) >= 6
     equal_results(tmp_path / "out", unbroken)
+
+
+@pytest.mark.slow
+def test_adapters_equal_those_of_a_training_that_saves_between_its_steps(data, tmp_path):
+    """The adapter is trained on while its checkpoint is written, and has the numbers of its step all the same."""
+    adapters = []
+    for name, seconds in (("between", None), ("beside", "0.01")):
+        arguments = training(data, tmp_path / name, epochs=3, beside=bool(seconds),
+                             extra=", save_trainable_params: True")
+        arguments[1] = "research/telechat/finetune_telechat_tiny_lora_cpu.yaml"
+        driver = [str(HERE / "slow_save_driver.py"), seconds] if seconds else [str(ROOT / "run_mindformer.py")]
+        done = subprocess.run([sys.executable, *driver, *arguments], cwd=ROOT, text=True, capture_output=True,
+                              check=False, env={**os.environ, "GLOG_v": "3"}, timeout=600)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert not seconds or int(re.search(r"steps begun while writing: (\d+)", done.stdout)[1]) >= 4
+        folder = tmp_path / name / "checkpoint_trainable/rank_0"
+        adapters.append({path.name: ms.load_checkpoint(str(path)) for path in folder.glob("*.ckpt")})
+        assert (folder / "adapter_config.json").is_file() and len(list(folder.iterdir())) == 3
+    one, two = adapters
+    assert sorted(one) == sorted(two) == [f"t_rank_0-trainable_params-{epoch}_4.ckpt" for epoch in (2, 3)]
+    for name in one:
+        assert one[name].keys() == two[name].keys() and all("mindpet_delta_lora" in key for key in one[name])
+        for key, value in one[name].items():
+            assert np.array_equal(value.asnumpy(), two[name][key].asnumpy()), (name, key)
 
 
 @pytest.mark.slow

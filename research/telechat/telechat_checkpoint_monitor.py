@@ -6,6 +6,7 @@ and counters go on after a resumption as if there had been none; every Nth check
 holds for files that a thread writes beside the training (`async_save`) too: a write counts when it is complete.
 """
 import contextlib
+import copy
 import json
 import os
 import re
@@ -44,6 +45,7 @@ class _Write(NamedTuple):
     path: str
     params: Any                                        # of the step that it holds
     meta: Optional[tuple]                              # what meta.json is to say when it is complete
+    adapter: Optional[tuple] = None                    # what is to be written when it is complete
 
 
 class TelechatCheckpointMonitor(CheckpointMonitor):
@@ -55,7 +57,8 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
         keep_checkpoint_max: the last K checkpoints to keep. At least 2 with several processes (3 with async_save), so
             that there is one that all have.
         async_save: write in a thread while the training goes on, from a copy of all parameters in the host's memory.
-            One checkpoint at a time; the last one is awaited. A failed write is told at the next step.
+            One checkpoint at a time; the last one is awaited. A failed write is told at the next step. An adapter is
+            copied at its step and written between two steps, when its checkpoint is complete.
         keep_every_n_steps: checkpoints whose step is a multiple are never deleted; 0: none.
         on_save_error: "stop" ends the training with one line, "continue" logs the error and tries again next time.
         adapter_config: content of adapter_config.json beside the adapters that `save_trainable_params` saves.
@@ -137,19 +140,27 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
 
     def save_checkpoint_network(self, cb_params: Any) -> None:
         """Save weights or adapter alone where the recipe says so; then delete what is outdated."""
-        if self.saved and (self.save_trainable_params or self.save_network_params):
+        if self.saved and self.save_network_params and not self.save_trainable_params:
             self._settle()                             # they are worth nothing without the checkpoint
         if not self.saved:
             return
         self._guarded(super().save_checkpoint_network, cb_params)
-        if self.saved:
-            if self.save_trainable_params and self.adapter_config:
-                write_text(Path(self.trainable_directory) / CONFIG_NAME, json.dumps(self.adapter_config) + "\n")
-            if not self.beside:
-                self._prune(cb_params.batch_num)
+        if self.saved and not self.beside:
+            self._write_adapter_config()
+            self._prune(cb_params.batch_num)
+
+    def _write_adapter_config(self) -> None:
+        if self.save_trainable_params and self.adapter_config:
+            write_text(Path(self.trainable_directory) / CONFIG_NAME, json.dumps(self.adapter_config) + "\n")
 
     def remove_redundancy(self, network: Any, cur_file: str, append_dict: Any, train_network: Any) -> None:
-        """Write one file (that is what MindFormers' method does), beside the training if the recipe says so."""
+        """Write one file (that is what MindFormers' method does), beside the training if the recipe says so.
+
+        An adapter whose checkpoint is being written is copied only; `network` is then the list of its parameters.
+        """
+        if self._write is not None:
+            self._write = self._write._replace(adapter=(copy.deepcopy(network), cur_file, append_dict, train_network))
+            return
         self._newest = cur_file
         if not self.beside:
             super().remove_redundancy(network, cur_file, append_dict, train_network)
@@ -179,7 +190,8 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
                 thread.sync(self._newest)
             self.saved = True
         except Exception as err:
-            self._report(self._failure(cb_params, err), err)
+            # an adapter: its checkpoint is still being written, and what is half of it is no leftover
+            self._report(self._finish_write() or self._failure(cb_params, err), err)
 
     def _settle(self) -> None:
         """Wait for the write beside the training, if there is one; a failure stops the training or not."""
@@ -194,13 +206,18 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
         write, self._write = self._write, None
         err: Any = thread.take_fault()
         try:
-            if err is None and write.meta:
-                super().record_last_ckpt_to_json(*write.meta)
-        except OSError as fault:
+            if err is None:
+                if write.meta:
+                    super().record_last_ckpt_to_json(*write.meta)
+                logger.info("step %d: %s is complete.", write.params.cur_step_num, write.path)
+                if write.adapter:
+                    super().remove_redundancy(*write.adapter)
+                    thread.sync(write.adapter[1])
+                    self._write_adapter_config()
+        except Exception as fault:
             err = fault
         if err is not None:
             return self._failure(write.params, err)
-        logger.info("step %d: %s is complete.", write.params.cur_step_num, write.path)
         self._prune(write.params.batch_num)
         return None
 
