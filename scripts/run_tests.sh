@@ -3,6 +3,9 @@
 #
 #   bash scripts/run_tests.sh                       all tests
 #   bash scripts/run_tests.sh -m "not slow"         arguments go to pytest
+#   TELECHAT_TEST_WORKERS=4 bash scripts/run_tests.sh
+#                                                   in so many processes, some 6 GB of memory each (default: 2 for all,
+#                                                   0, this one, for chosen files or -k)
 #   TELECHAT_TEST_TORCH=1 bash scripts/run_tests.sh torch and PEFT are installed too, so that tests with them run, and
 #                                                   lm-evaluation-harness, unless TELECHAT_TEST_EVALUATION=0
 set -eu
@@ -26,8 +29,16 @@ fi
 if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("lm_eval") is None)'; then
     echo "lm-eval is not installed: tests with it will skip (TELECHAT_TEST_EVALUATION=1 installs it)."
 fi
+# A file's tests stay in one process, as they share compiled graphs and trained models. For chosen files or names one
+# process is enough.
+case " $* " in *" tests/"* | *" -k "*) workers=0 ;; *) workers=2 ;; esac
+workers=${TELECHAT_TEST_WORKERS:-$workers}
+spread=()
+if [ "$workers" != 0 ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    spread=(-n "$workers" --dist loadfile)
+fi
 tests=0
-"$PYTHON" -m pytest "$@" </dev/null || tests=$?
+"$PYTHON" -m pytest ${spread[@]+"${spread[@]}"} "$@" </dev/null || tests=$?
 if [ "$lint" -ne 0 ] && [ "$tests" -eq 0 ]; then
     echo "error: the tests passed, but ruff found faults (listed before the tests)." >&2
     exit "$lint"

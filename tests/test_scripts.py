@@ -165,6 +165,9 @@ def test_run_tests_reports_lint_and_tests(checkout):
     passed = run(checkout, "bash scripts/run_tests.sh -k some")
     assert passed.returncode == 0 and "ran -m ruff check ." in passed.stdout
     assert passed.stdout.splitlines()[-1] == "ran -m pytest -k some"
+    everything = run(checkout, "bash scripts/run_tests.sh -m 'not slow'", TELECHAT_TEST_WORKERS="3")
+    assert everything.stdout.splitlines()[-1] == "ran -m pytest -n 3 --dist loadfile -m not slow"
+    assert run(checkout, "bash scripts/run_tests.sh").stdout.splitlines()[-1] == "ran -m pytest -n 2 --dist loadfile"
     lint = run(checkout, "bash scripts/run_tests.sh", FAKE_RUFF="1")
     assert "ran -m pytest" in lint.stdout and "ruff found faults" in error_lines(lint)
 
