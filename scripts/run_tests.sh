@@ -35,7 +35,7 @@ case " $* " in *" tests/"* | *" -k "*) workers=0 ;; *) workers=2 ;; esac
 workers=${TELECHAT_TEST_WORKERS:-$workers}
 spread=()
 if [ "$workers" != 0 ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then
-    spread=(-n "$workers" --dist loadfile)
+    spread=(-n "$workers" --dist loadfile --no-loadscope-reorder)
 fi
 tests=0
 "$PYTHON" -m pytest ${spread[@]+"${spread[@]}"} "$@" </dev/null || tests=$?

@@ -17,6 +17,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files that take minutes, longest first: with several processes none of them begins when the others are nearly done.
+LONG = ("test_recipe_walk.py", "test_supervise.py", "test_resume.py", "test_async_save.py", "test_benchmarks.py",
+        "test_quickstart.py", "test_training_records.py", "test_fuzz.py", "test_launcher.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, the others in their order."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _environment():
     """MindFormers leaves variables in the environment, such as RUN_MODE, which processes of later tests would obey."""

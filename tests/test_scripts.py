@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import LONG
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "conversations.jsonl"
@@ -161,13 +162,17 @@ def test_quickstart_starts_in_the_environment(checkout):
     assert "unknown argument --fast" in error_lines(run(checkout, "bash scripts/quickstart.sh --fast"))
 
 
+def test_long_files_exist():
+    assert all((ROOT / "tests" / name).is_file() for name in LONG)
+
+
 def test_run_tests_reports_lint_and_tests(checkout):
     passed = run(checkout, "bash scripts/run_tests.sh -k some")
     assert passed.returncode == 0 and "ran -m ruff check ." in passed.stdout
     assert passed.stdout.splitlines()[-1] == "ran -m pytest -k some"
     everything = run(checkout, "bash scripts/run_tests.sh -m 'not slow'", TELECHAT_TEST_WORKERS="3")
-    assert everything.stdout.splitlines()[-1] == "ran -m pytest -n 3 --dist loadfile -m not slow"
-    assert run(checkout, "bash scripts/run_tests.sh").stdout.splitlines()[-1] == "ran -m pytest -n 2 --dist loadfile"
+    assert everything.stdout.splitlines()[-1] == "ran -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m not slow"
+    assert "ran -m pytest -n 2 --dist loadfile" in run(checkout, "bash scripts/run_tests.sh").stdout
     lint = run(checkout, "bash scripts/run_tests.sh", FAKE_RUFF="1")
     assert "ran -m pytest" in lint.stdout and "ruff found faults" in error_lines(lint)
 
