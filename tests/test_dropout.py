@@ -170,3 +170,14 @@ def test_training_steps_count_and_resume():
         parameter.set_data(value)
     assert [float(cell(x)[0]) for _ in range(2)] == found[2:]
     np.testing.assert_array_equal(other.weight.asnumpy(), network.weight.asnumpy())
+
+
+@pytest.mark.parametrize("wrapper", [nn.MicroBatchInterleaved, nn.PipelineCell])
+def test_micro_batches_do_not_share_masks(wrapper):
+    """Their masks are not a function of the step alone, so MindSpore's kernel stays."""
+    network = Linear()
+    optimizer = nn.SGD(network.trainable_params(), 0.1)
+    TelechatTrainOneStepCell(wrapper(network, 2), optimizer, scale_sense=1.0)
+    assert type(network.dropout) is nn.Dropout
+    TelechatTrainOneStepCell(network, optimizer, scale_sense=1.0)
+    assert type(network.dropout) is CountedDropout

@@ -183,6 +183,11 @@ def test_an_interrupted_update_is_not_trained_on(monkeypatch):
         step(*batch(2))
 
 
+def test_skipping_by_norm_needs_the_norm():
+    with pytest.raises(ConfigError, match=r"runner_wrapper\.use_clip_grad is not, without which there is no norm"):
+        build_step(layers=1, settings={"use_clip_grad": False, "use_skip_data_by_global_norm": True})
+
+
 def test_others_do_not():
     inputs = batch(0)
     assert not goes_by_layer(build_step(layers=DEEP), inputs)
