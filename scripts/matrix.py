@@ -28,7 +28,7 @@ BEGIN, END = "<!-- results: scripts/test_matrix.sh --write -->", "<!-- end of re
 TESTS = ("tests/test_model_reference.py", "tests/test_config.py", "tests/test_recipes.py", "tests/test_training.py",
          "tests/test_lora.py", "tests/test_generate.py", "tests/test_predict_batches.py",
          "tests/test_convert_mindspore.py", "tests/test_optimizer.py", "tests/test_dropout.py",
-         "tests/test_layerwise.py", "tests/test_async_save.py")
+         "tests/test_layerwise.py", "tests/test_async_save.py", "tests/test_async_save_training.py")
 COLUMNS = ("mindformers", "mindspore", "Python", "result", "passed", "failed", "skipped", "minutes", "date")
 
 

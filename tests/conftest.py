@@ -18,8 +18,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Files that take minutes, longest first: with several processes none of them begins when the others are nearly done.
-LONG = ("test_recipe_walk.py", "test_supervise.py", "test_resume.py", "test_async_save.py", "test_benchmarks.py",
-        "test_quickstart.py", "test_training_records.py", "test_fuzz.py", "test_launcher.py")
+LONG = ("test_recipe_walk.py", "test_supervise.py", "test_resume.py", "test_async_save_training.py",
+        "test_benchmarks.py", "test_quickstart.py", "test_training_records.py", "test_fuzz.py", "test_launcher.py")
 
 
 def pytest_collection_modifyitems(items):
