@@ -209,16 +209,22 @@ def measure_steps(rounds: int, steps: int) -> List[Dict[str, float]]:
             for kind in kinds]
 
 
+def figures_of_worker(what: str, *arguments: str) -> List[float]:
+    """The numbers that a fresh process of this file prints behind FIGURES; `what` it measures, for the error."""
+    done = subprocess.run([sys.executable, __file__, "--worker", *arguments], text=True, capture_output=True,
+                          check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
+    if not lines:
+        raise SystemExit(f"{what} failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+    return [float(word) for word in lines[0].split()[1:]]
+
+
 def measure_compile(layers: List[int]) -> List[Dict[str, float]]:
     """Seconds until the end of the first step, building not counted, of small models of so many layers."""
     results = []
     for count in layers:
-        done = subprocess.run([sys.executable, __file__, "--worker", "compile", "--steps", str(count)], text=True,
-                              capture_output=True, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("COMPILE ")]
-        if not lines:
-            raise SystemExit(f"{count} layers failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
-        results.append({"layers": count, "seconds": float(lines[0].split()[1])})
+        (seconds,) = figures_of_worker(f"{count} layers", "compile", "--steps", str(count))
+        results.append({"layers": count, "seconds": seconds})
         print(f"{count:4} layers  {results[-1]['seconds']:7.2f} s to the end of the first step  "
               f"{results[-1]['seconds'] / results[0]['seconds']:5.2f} times", flush=True)
     return results
@@ -228,12 +234,8 @@ def measure_by_layer(layers: int, steps: int) -> List[Dict[str, Any]]:
     """First step, further steps and memory of a model of SHAPE's width in both ways, one after the other."""
     results = []
     for name in ("as a whole", "layer by layer"):
-        done = subprocess.run([sys.executable, __file__, "--worker", name, "--steps", str(steps), "--layers",
-                               str(layers)], text=True, capture_output=True, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("DEEP ")]
-        if not lines:
-            raise SystemExit(f"{layers} layers {name} failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
-        first, further, memory = map(float, lines[0].split()[1:])
+        first, further, memory = figures_of_worker(f"{layers} layers {name}", name, "--steps", str(steps), "--layers",
+                                                   str(layers))
         results.append({"way": name, "layers": layers, "first": first, "seconds": further, "gigabytes": memory})
         print(f"{layers} layers {name:15} first step {first:6.1f} s, further {further:6.2f} s each, memory "
               f"{memory:5.2f} GB", flush=True)
@@ -250,7 +252,7 @@ def deep_worker(by_layer: bool, layers: int, steps: int) -> None:
         step()
         times.append(time.perf_counter() - started)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-    print("DEEP", times[0], statistics.median(times[1:]), memory)
+    print("FIGURES", times[0], statistics.median(times[1:]), memory)
 
 
 def main() -> int:
@@ -272,7 +274,7 @@ def main() -> int:
         step = mindspore_step({**SMALL, "num_layers": args.steps})
         started = time.perf_counter()
         step()
-        print("COMPILE", time.perf_counter() - started)
+        print("FIGURES", time.perf_counter() - started)
         return 0
     if args.worker:
         worker(args.worker, args.steps)

@@ -71,3 +71,16 @@ def vocab_folder(tmp_path_factory):
     train_sentencepiece(folder / "control.model", control=True)
     train_byte_level_bpe(folder / "tokenizer.json")
     return folder
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """The feed-forward cells that MindSpore's parser has looked at."""
+    from research.telechat.telechat_transformer import TelechatFeedForward
+    seen = []
+
+    def look(cell):
+        seen.append(cell)
+        raise AttributeError("cell_init_args")
+    monkeypatch.setattr(TelechatFeedForward, "cell_init_args", property(look), raising=False)
+    return seen

@@ -2,8 +2,6 @@
 import json
 import os
 import re
-import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
-from test_training import ROOT, SEQ, VOCAB, command, read_log, run, write_records
+from test_training import ROOT, SEQ, VOCAB, command, read_log, run, run_killed, run_on_full_disk, write_records
 
 from research.telechat import telechat_resume as resume
 
@@ -95,10 +93,7 @@ def test_killed_while_writing_resumes_from_the_complete_one(data, unbroken, tmp_
     """Killed within the first, the second and the third checkpoint; what is half is never chosen."""
     start = training(data, tmp_path / "out", "--resume_training", "True")
     for number, chosen in ((20, 0), (90, 4), (90, 8)):
-        done = subprocess.run([sys.executable, str(HERE / "kill_driver.py"), "tensor", str(number), *start], cwd=ROOT,
-                              text=True, capture_output=True, env={**os.environ, "GLOG_v": "3"}, check=False,
-                              timeout=600)
-        assert done.returncode == -signal.SIGKILL, done.stdout[-2000:] + done.stderr[-2000:]
+        run_killed("tensor", number, start)
         assert resume.choose(tmp_path / "out/checkpoint", 1).step == chosen
         assert list((tmp_path / "out/checkpoint/rank_0").glob("*.tmp"))
     run(start)
@@ -112,11 +107,8 @@ def test_full_disk_beside_the_training(setting, data, unbroken, tmp_path):
     subprocess.run(["cp", "-r", str(unbroken), str(folder)], check=True)
     before = sorted(path.name for path in (folder / "checkpoint/rank_0").iterdir())
     limit = (folder / "checkpoint/rank_0/t_rank_0-4_4.ckpt").stat().st_size // 2
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run_mindformer.py"),
-         *training(data, folder, "--resume_training", "True", epochs=6, extra=f", on_save_error: {setting}")],
-        cwd=ROOT, text=True, capture_output=True, env={**os.environ, "GLOG_v": "3"}, check=False, timeout=600,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    done = run_on_full_disk(training(data, folder, "--resume_training", "True", epochs=6,
+                                     extra=f", on_save_error: {setting}"), limit)
     output = done.stdout + done.stderr
     assert sorted(path.name for path in (folder / "checkpoint/rank_0").iterdir()) == before
     assert "step 20: the checkpoint could not be saved" in output and "t_rank_0-4_4.ckpt" in output

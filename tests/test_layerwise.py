@@ -7,7 +7,6 @@ from mindformers.pet.pet_config import LoraConfig
 from mindformers.wrapper.wrapper import DataOrderWrapperCell
 from mindspore import Tensor, nn
 from model_fixtures import HF_CONFIGS, build_model, random_official
-from test_reuse import parsed  # noqa: F401 (a fixture)
 
 from research.telechat.telechat_layerwise import DEEP, LayerByLayer, goes_by_layer, obstacle
 from research.telechat.telechat_optimizer import TelechatAdamW
@@ -112,7 +111,7 @@ def test_same_steps_with_tied_embeddings_that_are_trained_and_dropout():
     assert changed == {p.name for p in step.network.get_parameters()}
 
 
-def recompute_and_evaluate(network):
+def recompute_layers(network):
     for layer in network.model.layers:
         layer.recompute()
 
@@ -126,7 +125,7 @@ def evaluate(step, number):
 
 @pytest.mark.slow
 def test_same_steps_with_recomputation_embedding_dropout_evaluation_and_other_batches():
-    compare(family="7b", layers=2, embed_dropout_prob=0.1, hidden_dropout_prob=0.1, prepare=recompute_and_evaluate,
+    compare(family="7b", layers=2, embed_dropout_prob=0.1, hidden_dropout_prob=0.1, prepare=recompute_layers,
             between=evaluate, shapes=[(2, 17), (3, 9)])
 
 
@@ -162,7 +161,7 @@ def test_overflow_and_spikes_are_skipped_alike():
 
 
 @pytest.mark.slow
-def test_deep_models_go_layer_by_layer_and_one_layer_is_parsed(parsed):  # noqa: F811
+def test_deep_models_go_layer_by_layer_and_one_layer_is_parsed(parsed):
     step = build_step(layers=DEEP + 1)
     losses = [step_values(step(*batch(0)))["loss"] for _ in range(2)]
     assert isinstance(step.layer_by_layer, LayerByLayer) and losses[1] < losses[0]

@@ -1,21 +1,15 @@
 """Exact resumption: which checkpoint is chosen and deleted, training killed at random moments, a full disk."""
-import os
 import random
-import resource
-import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
-from test_training import ROOT, SEQ, VOCAB, command, read_log, run, write_records
+from test_training import SEQ, VOCAB, command, read_log, run, run_killed, run_on_full_disk, write_records
 
 from research.telechat import telechat_resume as resume
 from research.telechat.telechat_variants import ConfigError
 
-DRIVER = str(Path(__file__).with_name("kill_driver.py"))
 CALLBACKS = ("[{type: MFLossMonitor}, {type: TelechatTrainingLog}, {type: CheckpointMonitor, prefix: t, "
              "save_checkpoint_steps: 1, keep_checkpoint_max: 3, keep_every_n_steps: 8%s}]")
 EXACT = ("step", "epoch", "loss", "lr", "global_norm")
@@ -112,10 +106,7 @@ def test_ten_kills_at_random_moments_change_nothing(data, unbroken, tmp_path):
     for _ in range(10):
         what = chance.choice(list(ranges))
         number = chance.randint(*ranges[what])
-        done = subprocess.run([sys.executable, DRIVER, what, str(number),
-                               *shuffled(data, tmp_path / "out", "--resume_training", "True")], cwd=ROOT, text=True,
-                              capture_output=True, env={**os.environ, "GLOG_v": "3"}, check=False, timeout=600)
-        assert done.returncode == -signal.SIGKILL, (what, number, done.stdout[-2000:] + done.stderr[-2000:])
+        run_killed(what, number, shuffled(data, tmp_path / "out", "--resume_training", "True"))
         killed.append((what, number))
     last = run(shuffled(data, tmp_path / "out", "--resume_training", "True"))
     assert "the newest complete checkpoint (step" in last.stdout + last.stderr
@@ -147,9 +138,7 @@ def test_adapter_with_dropout_resumes_exactly(by_layer, data, tmp_path):
     done = run(lora(tmp_path / "unbroken"))
     assert ("Training goes layer by layer" in done.stdout + done.stderr) == (by_layer == "True")
     again = lora(tmp_path / "killed", "--resume_training", "True")
-    killed = subprocess.run([sys.executable, DRIVER, "step", "6", *again], cwd=ROOT, text=True, capture_output=True,
-                            env={**os.environ, "GLOG_v": "3"}, check=False, timeout=600)
-    assert killed.returncode == -signal.SIGKILL, killed.stdout[-2000:] + killed.stderr[-2000:]
+    run_killed("step", 6, again)
     run(again)
     expected, found = read_log(tmp_path / "unbroken"), read_log(tmp_path / "killed")
     assert len(expected) == 8
@@ -164,11 +153,8 @@ def test_full_disk(setting, data, unbroken, tmp_path):
     subprocess.run(["cp", "-r", str(unbroken), str(folder)], check=True)
     before = files(folder)
     limit = (folder / "checkpoint/rank_0/t_rank_0-8_4.ckpt").stat().st_size // 2
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run_mindformer.py"),
-         *shuffled(data, folder, "--resume_training", "True", epochs=9, extra=f", on_save_error: {setting}")],
-        cwd=ROOT, text=True, capture_output=True, env={**os.environ, "GLOG_v": "3"}, check=False, timeout=600,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    done = run_on_full_disk(shuffled(data, folder, "--resume_training", "True", epochs=9,
+                                     extra=f", on_save_error: {setting}"), limit)
     output = done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert files(folder) == before

@@ -8,7 +8,7 @@ from model_fixtures import HF_CONFIGS, build_model, random_official
 from research.telechat import telechat_reuse
 from research.telechat.telechat_config import TelechatConfig
 from research.telechat.telechat_reuse import shared_graph_key
-from research.telechat.telechat_transformer import TelechatDecodeLayer, TelechatFeedForward
+from research.telechat.telechat_transformer import TelechatDecodeLayer
 
 HF = {**HF_CONFIGS["12b"], "n_layer": 3}
 
@@ -18,18 +18,6 @@ def layer(training=True, **settings):
     cell = TelechatDecodeLayer(TelechatConfig.from_hf_config(HF, **settings), 0)
     cell.set_train(training)
     return cell
-
-
-@pytest.fixture
-def parsed(monkeypatch):
-    """The feed-forward cells that MindSpore's parser has looked at."""
-    seen = []
-
-    def look(cell):
-        seen.append(cell)
-        raise AttributeError("cell_init_args")
-    monkeypatch.setattr(TelechatFeedForward, "cell_init_args", property(look), raising=False)
-    return seen
 
 
 def loss_and_gradients():

@@ -1,6 +1,8 @@
 """Training through run_mindformer.py and the real Trainer on a CPU: loss, checkpoint, data parallelism, mistakes."""
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +47,20 @@ def run(arguments, cwd=ROOT, **env):
                           capture_output=True, env={**os.environ, "GLOG_v": "3", **env}, check=False, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+def run_on_full_disk(arguments, limit):
+    """run_mindformer.py where no file may exceed `limit` bytes, which stands for a disk that is full in its middle."""
+    return subprocess.run([sys.executable, str(ROOT / "run_mindformer.py"), *arguments], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "GLOG_v": "3"}, check=False, timeout=600,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+
+
+def run_killed(what, number, arguments):
+    """run_mindformer.py, which kill_driver.py must have killed at the `number`th `what`."""
+    done = subprocess.run([sys.executable, str(ROOT / "tests/kill_driver.py"), what, str(number), *arguments], cwd=ROOT,
+                          text=True, capture_output=True, env={**os.environ, "GLOG_v": "3"}, check=False, timeout=600)
+    assert done.returncode == -signal.SIGKILL, (what, number, done.stdout[-2000:] + done.stderr[-2000:])
 
 
 @pytest.fixture(scope="module")

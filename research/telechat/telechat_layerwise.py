@@ -13,7 +13,6 @@ import copy
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import mindspore as ms
-import numpy as np
 from mindformers.tools.logger import logger
 from mindspore import Parameter, Tensor, nn
 
@@ -187,9 +186,8 @@ class LayerByLayer:
         self.embedded = embedding.trainable_params()
         inside = {id(parameter) for layer in self.layers for parameter in layer.trained}
         self.rest = Part([p for p in optimizer._parameters if id(p) not in inside], states)
-        used_by_tail = [*self.embedded, *([] if model.tied else model.lm_head.trainable_params()),
-                        *model.model.norm_out.trainable_params()]
-        self.tail_trained = used_by_tail if model.tied else used_by_tail[len(self.embedded):]
+        self.tail_trained = [*(self.embedded if model.tied else model.lm_head.trainable_params()),
+                             *model.model.norm_out.trainable_params()]
         self.stem = Stem(model).set_train()
         self.tail = LossGradient(Tail(model), self.tail_trained).set_train()
         self.embedding = EmbeddingGradient(embedding, self.embedded) if self.embedded else None
@@ -205,10 +203,11 @@ class LayerByLayer:
         if self.torn:
             raise RuntimeError("the last step was interrupted while it changed the weights: some layers have taken it, "
                                "others not; load the last checkpoint (--resume_training True) into a new process")
-        scale = Tensor(self.scale_sense.asnumpy().reshape(()).astype(np.float32))
+        factor_of_loss = self.scale_sense.asnumpy().item()
+        scale = Tensor(factor_of_loss, ms.float32)
         loss = self.differentiate(scale, *inputs)
         parts = [part for part in (*self.layers, self.rest) if part.trained]
-        squares = self.squares[float(scale.asnumpy()) != 1]
+        squares = self.squares[factor_of_loss != 1]
         overflow, norm, factor, rate = self.verdict(scale, *(squares(scale, *part.gradients) for part in parts))
         spike = self.norm_limit is not None and not float(norm.asnumpy()[0]) < self.norm_limit
         if not bool(overflow.asnumpy()) and not spike:
