@@ -3,7 +3,7 @@
     python run_mindformer.py --config research/telechat/finetune_telechat_7b.yaml --register_path research/telechat \
         --train_dataset DIR --load_checkpoint FILE
 
-Reads the command line and the recipe; what then happens is in research/telechat/telechat_run.py. The command line is
+Reads the command line and the recipe; what then happens is in research/telechat/run/job.py. The command line is
 checked before MindSpore is imported, so that a mistake costs no time.
 """
 import argparse
@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from research.telechat.telechat_recipe import parse_overrides, parse_value, read_recipe, resolve_config, str2bool
-from research.telechat.telechat_variants import ConfigError
-from research.telechat.telechat_versions import fitting_versions
+from research.telechat.common.versions import fitting_versions
+from research.telechat.recipe.read import parse_overrides, parse_value, read_recipe, resolve_config, str2bool
+from research.telechat.spec.variants import ConfigError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,7 +74,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         output_dir = args.output_dir or recipe.get("output_dir") or "./output"
         os.environ.setdefault("LOG_MF_PATH", os.path.join(os.path.abspath(str(output_dir)), "log"))
         with fitting_versions():
-            from research.telechat.telechat_run import run
+            from research.telechat.run.job import run
         run(args, recipe, overrides)
     except ConfigError as err:
         print(f"error: {err}", file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from research.telechat.telechat_checkpoint_write import (
+from research.telechat.checkpoint.writer import (
     OutputFile,
     OutTensor,
     bin_layout,
@@ -34,9 +34,9 @@ from research.telechat.telechat_checkpoint_write import (
     publish,
     safetensors_layout,
 )
-from research.telechat.telechat_hf_config import hf_config
-from research.telechat.telechat_variants import Variant, get_variant
-from research.telechat.telechat_weights import hf_buffers, parameters
+from research.telechat.spec.hf_config import hf_config
+from research.telechat.spec.parameters import hf_buffers, parameters
+from research.telechat.spec.variants import Variant, get_variant
 
 _ROW = ("{model:13} {input:>11} -> {output:11} {gigabytes:5.2f} GB {seconds:6.1f} s | copy {copy_seconds:5.1f} s, "
         "to disk {copy_to_disk_seconds:5.1f} s | ratio {ratio:4.2f} | peak {peak_gigabytes:.2f} GB, largest tensor "

@@ -41,9 +41,9 @@ def build_model(args: argparse.Namespace, use_past: bool = True) -> Any:
     """A model of the sizes in `args` with random weights."""
     import mindspore as ms
 
+    from research.telechat.run.load import quieten
     from research.telechat.telechat import TelechatForCausalLM
     from research.telechat.telechat_config import TelechatConfig
-    from research.telechat.telechat_load import quieten
     quieten()
     ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
     blocks = max(args.batch) * -(-args.context // BLOCK)

@@ -34,10 +34,10 @@ _RAW = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from research.telechat.telechat_encoding import source_formats
-from research.telechat.telechat_records import parse_record
-from research.telechat.telechat_sources import Source, read_chunks
-from research.telechat.telechat_vocab import Vocab
+from research.telechat.data.encoding import source_formats
+from research.telechat.data.records import parse_record
+from research.telechat.data.sources import Source, read_chunks
+from research.telechat.text.vocab import Vocab
 vocab, sources = Vocab.load(sys.argv[3]), [Source(Path(sys.argv[2]))]
 data_format, = source_formats(sources)
 texts = [message.content for chunk in read_chunks(sources) for raw in chunk.records

@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from research.telechat.telechat_flops import CHIPS, flops_per_token
-from research.telechat.telechat_recipe import read_recipe
-from research.telechat.telechat_variants import VARIANTS, Variant
-from research.telechat.telechat_weights import parameters
+from research.telechat.recipe.read import read_recipe
+from research.telechat.spec.flops import CHIPS, flops_per_token
+from research.telechat.spec.parameters import parameters
+from research.telechat.spec.variants import VARIANTS, Variant
 
 CHIP = "Ascend910B3"
 PEAK = CHIPS[CHIP].teraflops * 1e12
@@ -50,7 +50,7 @@ PREDICTION = (Prediction("telechat_7b", 1, 67), Prediction("telechat_12b", 1, 40
 
 
 def training_flops(variant: Variant, seq_length: int) -> float:
-    """Floating-point operations per token of full fine-tuning, without recomputation (telechat_training_report)."""
+    """Floating-point operations per token of full fine-tuning, without recomputation (training/report.py)."""
     matrices = sum(math.prod(param.shape) for param in parameters(variant)
                    if len(param.shape) == 2 and "embedding" not in param.ms_name and "lm_head" not in param.ms_name)
     return flops_per_token(matrices + variant.vocab_size * variant.hidden_size, variant.num_layers,

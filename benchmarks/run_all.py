@@ -137,7 +137,7 @@ def read_results(path: Path) -> Dict[str, Any]:
 
 def make_tokenizer(folder: Path) -> Path:
     """The tokenizer of the quick start, trained on the example conversations."""
-    from research.telechat.telechat_recipe import read_recipe
+    from research.telechat.recipe.read import read_recipe
     from scripts import quickstart
     quickstart.train_tokenizer(folder, read_recipe(quickstart.FINETUNE)["model"]["model_config"]["vocab_size"])
     return folder / "tokenizer.model"
@@ -147,7 +147,7 @@ def tokenizer_text(given: Optional[Path]) -> str:
     """What to say about the tokenizer that was used."""
     if given is None:
         return "that of the quick start"
-    from research.telechat.telechat_vocab import Vocab
+    from research.telechat.text.vocab import Vocab
     return f"of an official checkpoint, {Vocab.load(str(given)).size:,} tokens"
 
 

@@ -41,7 +41,7 @@ def batch_of(shape: Dict[str, int]) -> np.ndarray:
 
 def flops_of_step(shape: Dict[str, int]) -> float:
     """Floating-point operations of the matrix products of one step."""
-    from research.telechat.telechat_flops import flops_per_token
+    from research.telechat.spec.flops import flops_per_token
     hidden, ffn, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_layers"]
     weights = layers * (4 * hidden * hidden + 3 * hidden * ffn) + shape["vocab_size"] * hidden
     return flops_per_token(weights, layers, hidden, shape["seq_length"]) * BATCH * shape["seq_length"]
@@ -66,8 +66,8 @@ def mindspore_step(shape: Dict[str, Any]) -> Callable[[], float]:
 
     from research.telechat.telechat import TelechatForCausalLM
     from research.telechat.telechat_config import TelechatConfig
-    from research.telechat.telechat_optimizer import TelechatAdamW
-    from research.telechat.telechat_train import TelechatTrainOneStepCell
+    from research.telechat.training.optimizer import TelechatAdamW
+    from research.telechat.training.step import TelechatTrainOneStepCell
     ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU", max_call_depth=10000)
     ms.set_seed(0)
     model = TelechatForCausalLM(TelechatConfig(net_name="telechat_12b", amp_level="O0", **shape))

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Callable
 
-from research.telechat.telechat_files import write_text
+from research.telechat.common.files import write_text
 
 END = "<!-- end of table -->"
 

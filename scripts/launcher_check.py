@@ -57,7 +57,7 @@ def recipe_digest(words: List[str]) -> Optional[str]:
         return None
     sys.path.insert(0, str(ROOT))
     try:
-        from research.telechat.telechat_recipe import read_recipe
+        from research.telechat.recipe.read import read_recipe
         recipe = read_recipe(path.resolve())
     except (ImportError, ValueError):              # no yaml here, or a fault that run_mindformer.py names
         return None

@@ -19,16 +19,18 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT)]
 
-from research.telechat.telechat_versions import TESTED
+from research.telechat.common.versions import TESTED
 from scripts.requirements import requirements
 
 DOCUMENT = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- results: scripts/test_matrix.sh --write -->", "<!-- end of results -->"
 # What touches MindFormers, without the longest. None needs files beside the checkout.
-TESTS = ("tests/test_model_reference.py", "tests/test_config.py", "tests/test_recipes.py", "tests/test_training.py",
-         "tests/test_lora.py", "tests/test_generate.py", "tests/test_predict_batches.py",
-         "tests/test_convert_mindspore.py", "tests/test_optimizer.py", "tests/test_dropout.py",
-         "tests/test_layerwise.py", "tests/test_async_save.py", "tests/test_async_save_training.py")
+TESTS = ("tests/model/test_model_reference.py", "tests/recipe/test_config.py", "tests/recipe/test_recipes.py",
+         "tests/training/test_training.py",
+         "tests/checkpoint/test_lora.py", "tests/generation/test_generate.py", "tests/run/test_predict_batches.py",
+         "tests/checkpoint/test_convert_mindspore.py", "tests/training/test_optimizer.py",
+         "tests/model/test_dropout.py", "tests/training/test_layerwise.py", "tests/training/test_async_save.py",
+         "tests/training/test_async_save_training.py")
 COLUMNS = ("mindformers", "mindspore", "Python", "result", "passed", "failed", "skipped", "minutes", "date")
 
 

@@ -1,110 +1,11 @@
-"""Command: base checkpoint + LoRA adapter -> full MindSpore checkpoint, W + lora_alpha / r B A.
-
-    python scripts/merge_lora.py --base BASE.ckpt --adapter output/checkpoint_trainable/rank_0/X.ckpt --output OUT.ckpt
-    python scripts/merge_lora.py --base BASE.ckpt --adapter output/checkpoint_trainable --output OUT.ckpt  # slices
-
-Streams: no more than one block of rows of one weight is in memory. The result has the types of the base. Converting
-adapters to and from PEFT is convert_lora.py. See docs/training.md.
-"""
-import argparse
+"""Command: merge a LoRA adapter into its base weights. See docs/training.md."""
 import sys
 from pathlib import Path
-from typing import Dict, Optional, Sequence
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+if __package__ in (None, ""):            # run by its path: not from this folder, whose rooms have one name only
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
-from tqdm import tqdm
-
-from research.telechat.telechat_checkpoint import Checkpoint, CheckpointError
-from research.telechat.telechat_checkpoint_files import open_mindspore
-from research.telechat.telechat_checkpoint_write import OutputFile, OutTensor, new_file
-from research.telechat.telechat_lora import Adapter, add_to_rows, read_adapter
-from research.telechat.telechat_tensor_cast import ITEM_SIZE, RAW, cast
-
-BLOCK = 64 << 20          # bytes of a weight in memory at a time
-
-
-def base_tensors(base: Checkpoint, adapter: Adapter) -> Dict[str, OutTensor]:
-    """What the result holds: the weights of `base` without optimizer state, counters and adapters.
-
-    CheckpointError where the adapter does not belong to `base`.
-    """
-    tensors = {name: OutTensor(name, info.dtype, info.shape) for name, info in base.tensors.items()
-               if name.startswith(("model.", "lm_head.")) and "_delta_lora_" not in name}
-    for name, (a, b) in adapter.pairs.items():
-        if name not in tensors:
-            raise CheckpointError(f"the adapter has {name}, which {base.files[0]} lacks; give the checkpoint that the "
-                                  "adapter was trained on")
-        if tensors[name].shape != (len(b), a.shape[1]):
-            raise CheckpointError(f"{name}: the adapter is for [{len(b)}, {a.shape[1]}], {base.files[0]} has "
-                                  f"{list(tensors[name].shape)}; give the checkpoint that the adapter was trained on, "
-                                  "and of an adapter that is cut over ranks the folder that holds rank_0, rank_1, ...")
-    strange = next((tensor for tensor in tensors.values() if tensor.dtype not in RAW), None)
-    if strange:
-        raise CheckpointError(f"{base.files[0]}: tensor {strange.name} has the type {strange.dtype}, which cannot be "
-                              f"merged; expected {', '.join(RAW)}")
-    return tensors
-
-
-def merge(base: Checkpoint, adapter: Adapter, output: Path) -> None:
-    """Write the merged checkpoint `output` (.ckpt or .safetensors), or nothing."""
-    tensors = list(base_tensors(base, adapter).values())
-    with new_file(output, tensors, {**base.metadata, "format": "ms"}) as file, \
-            tqdm(total=sum(tensor.nbytes for tensor in tensors), unit="B", unit_scale=True, desc="merge",
-                 dynamic_ncols=True) as bar:
-        for tensor in tensors:
-            merge_tensor(base, adapter, tensor, file, bar)
-
-
-def merge_tensor(base: Checkpoint, adapter: Adapter, tensor: OutTensor, file: OutputFile, bar: tqdm) -> None:
-    """Copy a tensor in blocks of whole rows, adding the adapter where there is one."""
-    row = max(tensor.nbytes // tensor.shape[0], 1) if tensor.shape else tensor.nbytes
-    rows = max(BLOCK // row, 1)
-    pair = adapter.pairs.get(tensor.name)
-    for first in range(0, tensor.shape[0] if tensor.shape else 1, rows):
-        count = min(rows * row, tensor.nbytes - first * row)
-        raw = np.empty(count // ITEM_SIZE[tensor.dtype], RAW[tensor.dtype])
-        base.read_into(tensor.name, first * row, memoryview(raw).cast("B"))
-        if pair:
-            a, b = pair
-            weight = cast(raw, tensor.dtype, "F32").view(np.float32).reshape(-1, tensor.shape[1])
-            merged = add_to_rows(weight, a, b[first:first + len(weight)], adapter.alpha / adapter.rank)
-            raw = cast(np.ascontiguousarray(merged, np.float32).view(np.uint32), "F32", tensor.dtype).reshape(-1)
-        file.write(tensor.name, first * row, memoryview(raw).cast("B"))
-        bar.update(count)
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Entry point; the exit code."""
-    parser = argparse.ArgumentParser(description="Merge a LoRA adapter into the weights it was trained on.")
-    parser.add_argument("--base", type=Path, required=True, help="MindSpore checkpoint: file or folder of shards")
-    parser.add_argument("--adapter", type=Path, required=True, help="file from checkpoint_trainable of a LoRA run; "
-                        "with model parallelism checkpoint_trainable itself, or one rank's file in it")
-    parser.add_argument("--adapter_strategy", type=Path, help="how the ranks cut the adapter, file or folder; "
-                        "default: the folder strategy beside --adapter, if that holds rank_0, rank_1, ...")
-    parser.add_argument("--output", type=Path, required=True, help="the result, .ckpt or .safetensors")
-    parser.add_argument("--lora_alpha", type=float, help="default: from adapter_config.json beside the adapter")
-    args = parser.parse_args(argv)
-    try:
-        adapter = read_adapter(args.adapter, args.lora_alpha, args.adapter_strategy)
-        base = open_mindspore(args.base, "--base")
-        try:
-            if args.output.resolve() in {path.resolve() for path in base.files}:
-                raise CheckpointError(f"--output {args.output} would overwrite the base while it is read; name "
-                                      "another file")
-            merge(base, adapter, args.output)
-        finally:
-            base.close()
-    except (CheckpointError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 1
-    print(f"{args.output}: {len(adapter.pairs)} weights with the adapter (rank {adapter.rank}, lora_alpha "
-          f"{adapter.alpha:g}) added, the others as they were")
-    return 0
-
+from research.telechat.commands.merge_lora import main
 
 if __name__ == "__main__":
     sys.exit(main())

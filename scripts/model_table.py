@@ -16,8 +16,8 @@ if str(ROOT) not in sys.path:
 
 import yaml
 
-from research.telechat.telechat_variants import VARIANTS, Variant
-from research.telechat.telechat_weights import parameters
+from research.telechat.spec.parameters import parameters
+from research.telechat.spec.variants import VARIANTS, Variant
 from scripts import generated
 
 DOCUMENT = ROOT / "docs/models.md"

@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterator, List
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-from research.telechat.telechat_recipe import read_recipe
+from research.telechat.recipe.read import read_recipe
 from scripts.step_runner import StepError, Workspace
 
 OUTPUT = ROOT / "quickstart_output"
@@ -71,9 +71,9 @@ def write_official_checkpoint(folder: Path, model_config: Dict[str, Any]) -> Non
     import numpy as np
     from safetensors.numpy import save_file
 
-    from research.telechat.telechat_hf_config import hf_config
-    from research.telechat.telechat_variants import get_variant
-    from research.telechat.telechat_weights import parameters
+    from research.telechat.spec.hf_config import hf_config
+    from research.telechat.spec.parameters import parameters
+    from research.telechat.spec.variants import get_variant
     sizes = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "vocab_size")
     variant = replace(get_variant(MODEL), **{key: model_config[key] for key in sizes})
     rng = np.random.default_rng(SEED)
@@ -223,7 +223,7 @@ def quickstart(space: Workspace) -> None:
     if expected is None:
         raise StepError(f"{EXAMPLES} lacks the question that is asked at the end: {QUESTIONS[0]}")
     versions = " ".join(metadata.version(name) for name in ("mindspore", "mindformers"))
-    code = [versions, Path(__file__), ROOT / "run_mindformer.py", *sorted(PLUGIN.glob("*.py"))]
+    code = [versions, Path(__file__), ROOT / "run_mindformer.py", *sorted(PLUGIN.rglob("*.py"))]
     bases = sorted((ROOT / "configs" / "telechat").glob("*.yaml"))
     tokenizer, dataset = space.folder / "tokenizer" / "tokenizer.model", space.folder / "dataset"
     official, converted = space.folder / "official_checkpoint", space.folder / "mindspore_checkpoint" / "telechat.ckpt"

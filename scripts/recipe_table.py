@@ -5,7 +5,7 @@
     python scripts/recipe_table.py --check   # exit code 1 if the document is not current
 
 The values come from the recipes and their bases, the meanings from scripts/recipe_keys.yaml and, for model_config, from
-research/telechat/telechat_config_fields.py. A key without explanation is an error; so is an explanation without key.
+research/telechat/recipe/fields.py. A key without explanation is an error; so is an explanation without key.
 """
 import sys
 from pathlib import Path
@@ -17,8 +17,8 @@ if str(ROOT) not in sys.path:
 
 import yaml
 
-from research.telechat.telechat_config_fields import COMPUTED, FIELDS, GROUPS, LEGACY, RENAMED
-from research.telechat.telechat_variants import get_variant, variant_fields
+from research.telechat.recipe.fields import COMPUTED, FIELDS, GROUPS, LEGACY, RENAMED
+from research.telechat.spec.variants import get_variant, variant_fields
 from scripts import generated
 
 DOCUMENT = ROOT / "docs/recipes.md"
@@ -97,7 +97,7 @@ def explanations() -> Dict[str, Entry]:
 def faults(keys: Dict[str, Dict[str, Any]], entries: Dict[str, Entry]) -> List[str]:
     """Keys without explanation and explanations without key, one line each."""
     lines = [f"{key}, set by {', '.join(keys[key])}, is not explained: add it to scripts/{EXPLANATIONS.name}"
-             + (", or to FIELDS in telechat_config_fields.py" if key.startswith(MODEL) else "")
+             + (", or to FIELDS in recipe/fields.py" if key.startswith(MODEL) else "")
              for key in keys if key not in entries]
     return lines + [f"{key} is explained in scripts/{EXPLANATIONS.name}, but no recipe sets it: remove it there, or "
                     "mark it as optional" for key, entry in entries.items() if key not in keys and not entry.optional]

@@ -1,16 +1,11 @@
 """Test-wide settings: the repository root is importable, MindSpore runs graphs on the CPU and keeps quiet."""
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-for path in (str(ROOT), str(ROOT / "tests")):
-    if path not in sys.path:
-        sys.path.insert(0, path)
-
 os.environ.setdefault("GLOG_v", "3")                      # MindSpore: errors only
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A shell starts background jobs with Ctrl-C ignored, which processes started by tests would inherit.
@@ -57,7 +52,7 @@ def vocab_files(tmp_path_factory):
 @pytest.fixture(scope="session")
 def vocabs(vocab_files):
     """The same, loaded."""
-    from research.telechat.telechat_vocab import Vocab
+    from research.telechat.text.vocab import Vocab
     return {name: Vocab.load(path) for name, path in vocab_files.items()}
 
 

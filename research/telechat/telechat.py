@@ -6,19 +6,18 @@ from mindformers.models.modeling_utils import PreTrainedModel
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
 
-from research.telechat import telechat_checkpoint_monitor, telechat_optimizer, telechat_training_log  # noqa: F401 (recipes name them)
-from research.telechat import telechat_kernels as kernels
-from research.telechat import telechat_sharding as sharding
-from research.telechat.telechat_compat import LayerSetting, MindFormerModuleType, lazy_inline, plugin_class
+from research.telechat.bridge.compat import LayerSetting, MindFormerModuleType, lazy_inline, plugin_class
+from research.telechat.generation.generate import TelechatGenerationMixin
+from research.telechat.model import kernels, sharding
+from research.telechat.model.kv_cache import GenerationStep, RotaryTables
+from research.telechat.model.loss import CrossEntropyLoss
+from research.telechat.model.mask import AttentionMask, Documents
+from research.telechat.model.rows import RowsToTokens, TokensToRows
+from research.telechat.spec.rope import rule_is_constant
 from research.telechat.telechat_config import TelechatConfig
-from research.telechat.telechat_generation import TelechatGenerationMixin
-from research.telechat.telechat_kv_cache import GenerationStep, RotaryTables
 from research.telechat.telechat_layer import RMSNorm, TelechatEmbedding, TelechatLinear
-from research.telechat.telechat_loss import CrossEntropyLoss
-from research.telechat.telechat_mask import AttentionMask, Documents
-from research.telechat.telechat_rope import rule_is_constant
-from research.telechat.telechat_rows import RowsToTokens, TokensToRows
 from research.telechat.telechat_transformer import TelechatDecodeLayer
+from research.telechat.training import log, optimizer, saving  # noqa: F401 (recipes name them)
 
 __all__ = ["TelechatForCausalLM", "TelechatModel"]
 
@@ -59,10 +58,10 @@ class TelechatModel(TelechatPreTrainedModel):
     def construct(self, tokens: Tensor, attention_mask: Optional[Tensor] = None,
                   actual_seq_len: Optional[Tensor] = None, lengths: Optional[Tensor] = None,
                   block_tables: Optional[Tensor] = None, slot_mapping: Optional[Tensor] = None) -> Tensor:
-        """tokens: [B, S] int32 -> hidden states after the final norm, rows [B S, H] (telechat_rows).
+        """tokens: [B, S] int32 -> hidden states after the final norm, rows [B S, H] (model/rows.py).
 
         attention_mask: [B, S], 0 where nothing may look; actual_seq_len: [B, K], ends of packed conversations.
-        Generation only: lengths [B], tokens of each sequence; block_tables and slot_mapping as in telechat_kv_cache.
+        Generation only: lengths [B], tokens of each sequence; block_tables and slot_mapping as in model/kv_cache.py.
         """
         cached = None
         if self.use_past and lengths is not None:
@@ -186,7 +185,7 @@ class TelechatForCausalLM(TelechatGenerationMixin, TelechatPreTrainedModel):
                    block_tables: Optional[Tensor], slot_mapping: Optional[Tensor]) -> Tensor:
         """One step of generation: logits behind the last token of each sequence, [B, V] float32.
 
-        lengths: [1, B] or [B]; the other arguments as in telechat_kv_cache.
+        lengths: [1, B] or [B]; the other arguments as in model/kv_cache.py.
         """
         lengths = self.reshape(lengths, (-1,))
         rows = self.model(tokens, attention_mask, None, lengths, block_tables, slot_mapping)

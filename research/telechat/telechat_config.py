@@ -1,6 +1,6 @@
 """`TelechatConfig`: every setting of a TeleChat model, checked before anything is built.
 
-The keys stand in telechat_config_fields, the variants in telechat_variants; telechat_settings resolves them.
+The keys stand in recipe/fields.py, the variants in spec/variants.py; recipe/settings.py resolves them.
 """
 import math
 from pathlib import Path
@@ -11,11 +11,11 @@ from mindformers.models.configuration_utils import PretrainedConfig
 from mindformers.modules.transformer.transformer import TransformerOpParallelConfig, default_transformer_config
 from mindformers.tools.logger import logger
 
-from research.telechat.telechat_compat import MindFormerModuleType, plugin_class
-from research.telechat.telechat_config_fields import DTYPES, FIELDS, FRAMEWORK
-from research.telechat.telechat_rope import RopeRule
-from research.telechat.telechat_settings import dtype_name, not_needed, resolve
-from research.telechat.telechat_variants import (
+from research.telechat.bridge.compat import MindFormerModuleType, plugin_class
+from research.telechat.recipe.fields import DTYPES, FIELDS, FRAMEWORK
+from research.telechat.recipe.settings import dtype_name, not_needed, resolve
+from research.telechat.spec.rope import RopeRule
+from research.telechat.spec.variants import (
     ConfigError,
     Variant,
     get_variant,
@@ -29,10 +29,10 @@ _MSTYPES = {name: getattr(mstype, name) for name in DTYPES}
 
 @plugin_class(MindFormerModuleType.CONFIG)
 class TelechatConfig(PretrainedConfig):
-    """Settings of a TeleChat model: the keys of `model_config` in a recipe (telechat_config_fields lists them).
+    """Settings of a TeleChat model: the keys of `model_config` in a recipe (recipe/fields.py lists them).
 
     Args:
-        **kwargs: keys of telechat_config_fields: of its own, of earlier TeleChat YAMLs, of MindFormers.
+        **kwargs: keys of recipe/fields.py: of its own, of earlier TeleChat YAMLs, of MindFormers.
 
     Raises:
         ConfigError: unknown key (the nearest known one is named), wrong type or value, sizes that do not fit.
@@ -103,7 +103,7 @@ class TelechatConfig(PretrainedConfig):
             table_dtype=dtype_name(self.rotary_dtype))
 
     def to_variant(self) -> Variant:
-        """Sizes and capabilities as a Variant, which names and shapes of parameters follow from (telechat_weights)."""
+        """Sizes and capabilities as a Variant, which names and shapes of parameters follow from."""
         dense = "telechat_tied" if self.tie_word_embeddings else "telechat"
         layout = "telechat_mup" if self.fused_projections else dense
         fields = {key: getattr(self, key) for key in variant_fields(get_variant("telechat_12b")) if hasattr(self, key)}

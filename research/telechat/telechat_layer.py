@@ -1,6 +1,6 @@
 """The small cells of TeleChat: linear layer, RMSNorm, embedding, rotary embedding, feed-forward.
 
-Each takes the config and reads like its formula. How it is split over devices stands in telechat_sharding.
+Each takes the config and reads like its formula. How it is split over devices stands in model/sharding.py.
 """
 from typing import Any, Tuple
 
@@ -12,9 +12,8 @@ from mindspore.ops import operations as P
 from mindspore.ops.auto_generate import SiLU
 from mindspore.ops.primitive import constexpr
 
-from research.telechat import telechat_kernels as kernels
-from research.telechat import telechat_sharding as sharding
-from research.telechat.telechat_rope import RopeRule, rope_table
+from research.telechat.model import kernels, sharding
+from research.telechat.spec.rope import RopeRule, rope_table
 
 
 class TelechatLinear(Linear):

@@ -1,8 +1,8 @@
 """`TelechatTokenizer`: the vocabulary of a TeleChat model as a MindFormers tokenizer, for YAML and the text generator.
 
-Thin: what a text's ids are, and what ids mean, is decided in telechat_vocab; this file adds what MindFormers expects of
+Thin: what a text's ids are, and what ids mean, is decided in text/vocab.py; this file adds what MindFormers expects of
 a tokenizer (batches, padding, special token properties, saving). Encoding a text here takes the markers in it as
-tokens; where a user's text must not be able to hold any, telechat_conversation renders the conversation, as
+tokens; where a user's text must not be able to hold any, text/renderer.py renders the conversation, as
 `apply_chat_template` does.
 """
 import shutil
@@ -12,11 +12,11 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
 
-from research.telechat.telechat_compat import MindFormerModuleType, plugin_class
-from research.telechat.telechat_conversation import Renderer, detect_template
-from research.telechat.telechat_files import whole
-from research.telechat.telechat_vocab import Vocab, VocabError
-from research.telechat.telechat_vocab_files import JSON_FILE, MODEL_FILE
+from research.telechat.bridge.compat import MindFormerModuleType, plugin_class
+from research.telechat.common.files import whole
+from research.telechat.text.renderer import Renderer, detect_template
+from research.telechat.text.vocab import Vocab, VocabError
+from research.telechat.text.vocab_files import JSON_FILE, MODEL_FILE
 
 _ROLES = ("unk", "bos", "eos", "pad")
 

@@ -6,10 +6,10 @@ library tokenizers encodes. It has no offset mapping, so that MindFormers takes 
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
-from research.telechat.telechat_compat import MindFormerModuleType, plugin_class
+from research.telechat.bridge.compat import MindFormerModuleType, plugin_class
 from research.telechat.telechat_tokenizer import TelechatTokenizer
-from research.telechat.telechat_vocab import VocabError
-from research.telechat.telechat_vocab_files import JSON_FILE
+from research.telechat.text.vocab import VocabError
+from research.telechat.text.vocab_files import JSON_FILE
 
 
 @plugin_class(MindFormerModuleType.TOKENIZER)

@@ -1,15 +1,14 @@
-"""Attention and the decoder layer of TeleChat. How they are split over devices stands in telechat_sharding."""
+"""Attention and the decoder layer of TeleChat. How they are split over devices stands in model/sharding.py."""
 from typing import Any, Optional, Tuple
 
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
 
-from research.telechat import telechat_kernels as kernels
-from research.telechat import telechat_sharding as sharding
-from research.telechat.telechat_kv_cache import ComposedCache, PagedCache
+from research.telechat.model import kernels, sharding
+from research.telechat.model.graph_sharing import SharedGraph
+from research.telechat.model.kv_cache import ComposedCache, PagedCache
+from research.telechat.model.rows import HeadsToRows, RowsToHeads
 from research.telechat.telechat_layer import RMSNorm, RotaryEmbedding, TelechatFeedForward, TelechatLinear
-from research.telechat.telechat_reuse import SharedGraph
-from research.telechat.telechat_rows import HeadsToRows, RowsToHeads
 
 
 class DotProductAttention(nn.Cell):
@@ -91,7 +90,7 @@ class TelechatAttention(nn.Cell):
         """x: rows [B S, H] -> [B S, H].
 
         shape: (B, S); rope: cos and sin (telechat_layer.RotaryEmbedding); mask: as the kernel takes it; cached: what
-        `telechat_kv_cache.GenerationStep` says of the cache, where there is one.
+        `model.kv_cache.GenerationStep` says of the cache, where there is one.
         """
         query, key, value = self.project(x, shape)
         cos, sin = rope

@@ -1,0 +1,1 @@
+"""What MindFormers asks of a plugin, and how its versions differ."""

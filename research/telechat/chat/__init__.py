@@ -1,0 +1,1 @@
+"""Holding a conversation: history, terminal, interruption."""

@@ -1,0 +1,149 @@
+"""Chat with a TeleChat model: `chat` as in the official README, generation_config.json, checks of the tokenizer.
+
+    answer, history = chat(model, tokenizer, "生抽与老抽的区别？", history=[], generation_config="path/to/model_dir")
+    for piece, history in chat(model, tokenizer, "为什么？", history, generation_config, stream=True):
+        print(piece, end="", flush=True)
+
+The parts that need no model are in chat/session.py, the choice of tokens in generation/generate.py.
+"""
+import difflib
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
+from mindformers.generation.generation_config import GenerationConfig
+from mindformers.tools.logger import logger
+
+from research.telechat.chat.session import History, Session, bot_message, parse_tool_calls, tool_result, with_question
+from research.telechat.spec.variants import ConfigError, read_json_object
+from research.telechat.text.renderer import Renderer, detect_template
+
+GENERATION_FILE = "generation_config.json"
+_READ = ("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
+         "min_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "user_token_id", "bot_token_id")
+_SPARE_ROWS = 2048                   # official models have up to this many more rows than their vocabulary has tokens
+
+
+def read_generation_config(source: Union[str, Path, Dict[str, Any], GenerationConfig, None]) -> GenerationConfig:
+    """Settings of generation with the official defaults.
+
+    Args:
+        source: generation_config.json, the folder that holds it, its content, or a GenerationConfig, taken as it is.
+
+    Raises:
+        ConfigError: the file is missing or no JSON object.
+    """
+    if isinstance(source, GenerationConfig):
+        return source
+    values = dict(source) if isinstance(source, dict) else {}
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        values = read_json_object(path / GENERATION_FILE if path.is_dir() else path, "generation config")
+    known = {key: values[key] for key in _READ if values.get(key) is not None}
+    return GenerationConfig(**known)
+
+
+def check_tokenizer(tokenizer: Any, config: Any) -> Any:
+    """The vocabulary of `tokenizer` (a TelechatTokenizer, or a Vocab), compared with a model's config.
+
+    Raises:
+        ConfigError: there is no tokenizer, or it belongs to another model.
+    """
+    if tokenizer is None:
+        raise ConfigError("there is no tokenizer; name tokenizer.model or tokenizer.json of the official checkpoint")
+    vocab = getattr(tokenizer, "vocab", tokenizer)
+    if not hasattr(vocab, "markers"):
+        raise ConfigError(f"the tokenizer is {type(tokenizer).__name__}; expected TelechatTokenizer, "
+                          "TelechatTokenizerFast or a Vocab")
+    other = f"{vocab.path} is the tokenizer of another model"
+    if vocab.size > config.vocab_size:
+        raise ConfigError(f"{other}: it has {vocab.size} tokens, the model {config.vocab_size}; name the tokenizer in "
+                          "the folder of the model's official checkpoint")
+    if config.vocab_size - vocab.size > _SPARE_ROWS:
+        logger.warning("%s has %s tokens, the model %s: check that it belongs to the model.", vocab.path, vocab.size,
+                       config.vocab_size)
+    return vocab
+
+
+def make_session(model: Any, tokenizer: Any, generation_config: Any = None, stop: Sequence[str] = (),
+                 renderer: Optional[Renderer] = None, **changes: Any) -> Session:
+    """A `Session` with `model`. `changes`: fields of the generation config that win over it; see `chat`."""
+    vocab = check_tokenizer(tokenizer, model.config)
+    if generation_config is None:
+        config = GenerationConfig.from_model_config(model.config)
+    else:
+        config = read_generation_config(generation_config)
+    for key in changes:
+        if key not in _READ:
+            near = difflib.get_close_matches(key, _READ, n=1)
+            raise ConfigError(f"{key} is no setting of generation" + (f"; did you mean {near[0]}?" if near else
+                                                                      f"; known are {', '.join(_READ)}"))
+    settings = {key: getattr(config, key, None) for key in _READ}
+    settings.update(changes)
+    renderer = renderer or Renderer(detect_template(vocab), vocab)
+    sampling = {key: settings[key] for key in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
+                                               "min_new_tokens")}
+
+    def next_tokens(ids: List[int], limits: Dict[str, Any]) -> Iterator[int]:
+        return model.stream(ids, **{**sampling, **limits, "eos_token_id": [*limits["eos_token_id"], *_ids(settings)]})
+
+    session = Session(renderer, next_tokens, model.config.seq_length, settings["max_new_tokens"],
+                      settings["max_length"], stop)
+    session.ends.update(_ids(settings))
+    return session
+
+
+def _ids(settings: Dict[str, Any]) -> List[int]:
+    eos = settings.get("eos_token_id")
+    return [] if eos is None else [int(eos)] if isinstance(eos, int) else [int(token) for token in eos]
+
+
+def chat(model: Any, tokenizer: Any, question: Optional[str] = "", history: Optional[Sequence[Dict[str, Any]]] = None,
+         generation_config: Any = None, stream: bool = False, *, system: Optional[str] = None,
+         tools: Optional[Any] = None, stop: Sequence[str] = (), seed: Optional[int] = None,
+         renderer: Optional[Renderer] = None, **changes: Any
+         ) -> Union[Tuple[str, History], Iterator[Tuple[str, History]]]:
+    """Answer a question.
+
+    Args:
+        model: TelechatForCausalLM.
+        tokenizer: its tokenizer.
+        question: text; empty where `history` ends with the results of tools.
+        history: earlier messages, {"role": "user" | "bot" | "tool" | "system", "content": text}. It is not changed.
+        generation_config: GenerationConfig, a dict, generation_config.json or the folder that holds it; None: the
+            settings of the model's config.
+        stream: return an iterator of (piece of the answer, history so far); stop iterating to stop the answer.
+        system: system prompt, kept when the history is cut; None: that of the history, if any.
+        tools: descriptions of tools that the model may call (TeleChat2).
+        stop: texts that end the answer.
+        seed: of sampling; the same seed gives the same answer.
+        renderer: writes the conversation; None: as the vocabulary's family does.
+        **changes: fields of the generation config that win over it.
+
+    Returns:
+        (answer, history with question and answer), or the iterator. Turns that do not fit the context are left out of
+        the prompt, the oldest first; the history keeps them.
+
+    Raises:
+        ConfigError: no or another model's tokenizer, no question, a senseless setting.
+        ConversationError: roles out of order, a system prompt that leaves no room, or one the family cannot take.
+    """
+    session = make_session(model, tokenizer, generation_config, stop, renderer, **changes)
+    messages, rendered = with_question(history, question, system)
+    pieces = _growing(session.answer(rendered, tools, seed), messages)
+    if stream:
+        return pieces
+    for _ in pieces:
+        pass
+    return messages[-1]["content"], messages
+
+
+def _growing(pieces: Iterator[str], history: History) -> Iterator[Tuple[str, History]]:
+    """Pieces with the history, whose last message is the answer so far."""
+    history.append(bot_message(""))
+    for piece in pieces:
+        history.update(bot_message(history[-1]["content"] + piece))
+        yield piece, history
+
+
+__all__ = ["History", "chat", "check_tokenizer", "make_session", "parse_tool_calls", "read_generation_config",
+           "tool_result"]

@@ -1,0 +1,270 @@
+"""Holding a conversation: history, what fits the context, text from a stream of tokens, stop strings, tool calls.
+
+Works with anything that yields token ids, so that it starts without MindSpore. How messages become ids is in
+text/renderer.py; `chat` for a model is in telechat_predict_utils.
+"""
+import ast
+import contextlib
+import copy
+import json
+import re
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+from research.telechat.spec.variants import ConfigError
+from research.telechat.text.renderer import BOT, TOOL, USER, Renderer
+from research.telechat.text.vocab import IncrementalDecoder
+
+_ANSWER_SHARE = 4                    # without max_new_tokens, a quarter of the context is kept for the answer
+
+
+class History(list):
+    """The messages of a conversation, dicts with `role` (system, user, bot, tool) and `content`, oldest first.
+
+    A list with the methods of the official class of this name; `tokenizer` is taken as that one takes it, and not used.
+    """
+
+    def __init__(self, tokenizer: Any = None, history: Optional[Iterable[Dict[str, Any]]] = None):
+        if history is None and isinstance(tokenizer, (list, tuple)):
+            tokenizer, history = None, tokenizer
+        super().__init__(dict(message) for message in history or ())
+        self.tokenizer = tokenizer
+
+    def append_left(self, message: Dict[str, Any]) -> None:
+        """Put `message` before all others."""
+        self.insert(0, message)
+
+    def pop_left(self) -> Dict[str, Any]:
+        """Remove the oldest message."""
+        return self.pop(0)
+
+    def update(self, message: Dict[str, Any]) -> None:
+        """Replace the newest message."""
+        self[-1] = message
+
+    def __copy__(self) -> "History":
+        return History(self.tokenizer, self)
+
+    def __deepcopy__(self, memo: dict) -> "History":
+        return History(self.tokenizer, copy.deepcopy(list(self), memo))
+
+
+class Budget(NamedTuple):
+    """How the context is divided, in tokens."""
+
+    prompt: int                      # at most so many for the prompt
+    answer: Optional[int]            # max_new_tokens; None: what the prompt leaves of `total`
+    total: int                       # prompt and answer together
+
+
+def divide_context(context: int, max_new_tokens: Optional[int], max_length: Optional[int]) -> Budget:
+    """Room for prompt and answer in a context of `context` tokens. Both fit, whatever the settings say.
+
+    With max_new_tokens the answer has that much, at most three quarters of the context. With max_length alone, prompt
+    and answer together have that much, at least a quarter of it for the answer.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("max_length", max_length)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
+            raise ConfigError(f"{name}: expected a positive whole number, found {value!r}")
+    if max_new_tokens is not None:
+        answer = min(max_new_tokens, max(context - context // _ANSWER_SHARE, 1))
+        return Budget(context - answer, answer, context)
+    total = min(max_length or context, context)
+    return Budget(total - max(total // _ANSWER_SHARE, 1), None, total)
+
+
+class StopFilter:
+    """Lets text through up to the stop string that is complete first, the same however the text is cut."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """What may be shown now. What could be the beginning of a stop string is held back."""
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in self._held]
+        if found:
+            end, size = min(found)
+            self.stopped = True
+            shown, self._held = self._held[:end + size], ""
+            return shown
+        keep = max((size for stop in self._stops for size in range(1, len(stop))
+                    if self._held.endswith(stop[:size])), default=0)
+        shown, self._held = self._held[:len(self._held) - keep], self._held[len(self._held) - keep:]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, when no more text comes."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+@dataclass
+class Report:
+    """What an answer took. `finish`: end (the model ended it), stop (a stop string), length, or interrupted."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    first_token_seconds: float = 0.0
+    seconds: float = 0.0
+    dropped_turns: int = 0           # oldest turns of the history that did not fit
+    cut_tokens: int = 0              # tokens missing at the beginning of the question
+    finish: str = "interrupted"
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens over the whole time."""
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> Dict[str, Any]:
+        """For a JSON line."""
+        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items()}
+        return {**rounded, "tokens_per_second": round(self.tokens_per_second, 2)}
+
+
+class Session:
+    """Answers to conversations, from a function that yields tokens.
+
+    Attributes: `report`, of the last answer.
+    """
+
+    def __init__(self, renderer: Renderer, next_tokens: Callable[[List[int], Dict[str, Any]], Iterator[int]],
+                 context: int, max_new_tokens: Optional[int] = None, max_length: Optional[int] = None,
+                 stop: Sequence[str] = ()):
+        """
+        Args:
+            renderer: writes conversations for the model's vocabulary.
+            next_tokens: (prompt ids, {max_new_tokens, eos_token_id, seed}) -> ids of the answer, one by one, the end
+                token included.
+            context: tokens that the model takes.
+            max_new_tokens, max_length: as generation_config.json means them, see `divide_context`.
+            stop: texts that end an answer and are not part of it.
+        """
+        self.renderer, self.next_tokens = renderer, next_tokens
+        self.budget = divide_context(context, max_new_tokens, max_length)
+        self.stop = [*([stop] if isinstance(stop, str) else stop)]
+        if renderer.as_text:             # these markers come as ordinary text
+            self.stop += [renderer.template.text_end, renderer.template.user]
+        self.ends = {renderer.end_id, *([renderer.user_id] if renderer.user_id is not None else [])}
+        self.report = Report()
+
+    def answer(self, messages: Sequence[Dict[str, Any]], tools: Optional[Any] = None,
+               seed: Optional[int] = None) -> Iterator[str]:
+        """The answer to the last of `messages`, piece by piece, never half a character.
+
+        Raises ConversationError: roles out of order, or a system prompt that leaves no room.
+        """
+        prompt = self.renderer.fit_prompt(messages, tools, self.budget.prompt)
+        room = self.budget.answer or self.budget.total - len(prompt.ids)
+        settings = {"max_new_tokens": room, "eos_token_id": sorted(self.ends), "seed": seed}
+        self.report = Report(len(prompt.ids), dropped_turns=prompt.dropped_turns, cut_tokens=prompt.cut_tokens)
+        return self._pieces(prompt.ids, settings, self.report)
+
+    def _pieces(self, ids: List[int], settings: Dict[str, Any], report: Report) -> Iterator[str]:
+        decoder = IncrementalDecoder(self.renderer.vocab, skip_special_tokens=True)
+        stops = StopFilter(self.stop)
+        started = time.perf_counter()
+        tokens = self.next_tokens(ids, settings)
+        try:
+            for token in tokens:
+                report.new_tokens += 1
+                report.seconds = time.perf_counter() - started
+                report.first_token_seconds = report.first_token_seconds or report.seconds
+                if token in self.ends:
+                    report.finish = "end"
+                    break
+                text = stops.feed(decoder.feed(token))
+                if text:
+                    yield text
+                if stops.stopped:
+                    report.finish = "stop"
+                    break
+            else:
+                report.finish = "length"
+            text = stops.feed(decoder.flush()) + stops.flush()
+            if text:
+                yield text
+        finally:
+            close = getattr(tokens, "close", None)
+            if close is not None:
+                close()
+
+
+_TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+
+
+class ToolCalls(NamedTuple):
+    """What an answer of TeleChat2 asks for."""
+
+    text: str                        # the answer without its calls
+    calls: List[Dict[str, Any]]      # name and arguments of each, in order
+    faults: List[str]                # calls that are no JSON object with name and arguments, and why
+
+
+def parse_tool_calls(answer: str) -> ToolCalls:
+    """The calls in an answer: objects with name and arguments between <tool_call> and </tool_call>.
+
+    They are JSON or, as in a sixth of the official examples, Python literals; arguments may be text that holds either.
+    """
+    calls, faults = [], []
+    for number, match in enumerate(_TOOL_CALL.finditer(answer), 1):
+        body = match.group(1).strip()
+        if not match.group(0).endswith("</tool_call>"):
+            faults.append(f"call {number} has no </tool_call>: the answer was cut")
+            continue
+        call = _literal(body)
+        if not isinstance(call, dict):
+            faults.append(f"call {number} is no JSON object: {body[:80]}")
+            continue
+        if not isinstance(call.get("name"), str):
+            faults.append(f"call {number} has no name: {body[:80]}")
+            continue
+        arguments = call.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _literal(arguments)
+        if not isinstance(arguments, dict):
+            faults.append(f"call {number}: its arguments are no JSON object: {body[:80]}")
+            continue
+        calls.append({"name": call["name"].strip(), "arguments": arguments})
+    return ToolCalls(_TOOL_CALL.sub("", answer).strip(), calls, faults)
+
+
+def _literal(text: str) -> Any:
+    """The value of a JSON text or of a Python literal; None for anything else. Nothing is executed."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return read(text)
+    return None
+
+
+def tool_result(result: Any) -> Dict[str, str]:
+    """The message that brings the result of a call back: text as it is, anything else as JSON."""
+    return {"role": TOOL, "content": result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)}
+
+
+def with_question(history: Optional[Iterable[Dict[str, Any]]], question: Optional[str],
+                  system: Optional[str] = None) -> Tuple[History, List[Dict[str, Any]]]:
+    """The history with `question` at its end, as a new History, and the messages to render (with `system` first).
+
+    Without a question the history must end with a question or the results of tools.
+    """
+    messages = History(getattr(history, "tokenizer", None), history)
+    if question:
+        messages.append({"role": USER, "content": question})
+    elif not messages or messages[-1]["role"] not in (USER, TOOL):
+        raise ConfigError("the question is empty; give a text, or a history that ends with a question or the results "
+                          "of tools")
+    rendered = [{"role": message["role"], "content": message["content"]} for message in messages]
+    if system is not None:
+        rendered = [{"role": "system", "content": system}] + [m for m in rendered if m["role"] != "system"]
+    return messages, rendered
+
+
+def bot_message(content: str) -> Dict[str, str]:
+    """The message of an answer."""
+    return {"role": BOT, "content": content}

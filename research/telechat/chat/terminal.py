@@ -1,0 +1,125 @@
+"""A chat in the terminal: answers appear as they are generated, Ctrl-C stops the answer and not the program.
+
+Knows no model: it talks to a function that answers messages (chat.session.Session.answer).
+"""
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, TextIO
+
+from research.telechat.chat.session import History, bot_message, with_question
+from research.telechat.common.files import write_text
+from research.telechat.spec.variants import ConfigError
+from research.telechat.text.renderer import ConversationError
+
+HELP = """/clear          forget the conversation
+/system TEXT    set the system prompt; without TEXT, remove it
+/retry          answer the last question again
+/history        show the conversation
+/save FILE      write the conversation as one JSON line, in the form that telechat_preprocess.py reads
+/help           this list
+/exit           leave (Ctrl-D too); Ctrl-C stops an answer"""
+
+
+class Terminal:
+    """One conversation. `answer(messages, seed)` yields pieces of text; `report()` says what the last answer took."""
+
+    def __init__(self, answer: Callable[[List[Dict[str, Any]], Optional[int]], Iterator[str]],
+                 report: Callable[[], Any], output: TextIO, system: Optional[str] = None, seed: Optional[int] = None):
+        self.answer, self.report, self.output = answer, report, output
+        self.system, self.seed = system, seed
+        self.history = History()
+        self._answers = 0
+
+    def run(self, read: Callable[[str], str] = input) -> None:
+        """Read questions and commands until /exit or the end of the input."""
+        self._say("Ask a question; /help lists the commands.")
+        while True:
+            try:
+                line = read("\n> ").strip()
+            except EOFError:
+                self._say("")
+                return
+            except KeyboardInterrupt:
+                self._say("\n(Ctrl-D or /exit leaves)")
+                continue
+            if line in ("/exit", "/quit"):
+                return
+            try:
+                self.handle(line)
+            except (ConfigError, ConversationError, OSError) as err:
+                self._say(f"error: {err}")
+
+    def handle(self, line: str) -> None:
+        """One question or command. Raises ConfigError, ConversationError, OSError; the history is as before then."""
+        if not line:
+            return
+        if not line.startswith("/"):
+            self._ask(line)
+            return
+        command, _, rest = line.partition(" ")
+        actions = {"/clear": self._clear, "/system": self._set_system, "/retry": self._retry, "/save": self._save,
+                   "/history": self._show, "/help": lambda _: self._say(HELP)}
+        if command not in actions:
+            raise ConfigError(f"unknown command {command}; /help lists the commands")
+        actions[command](rest.strip())
+
+    def _ask(self, question: str) -> None:
+        """Answer `question`. What came before Ctrl-C is kept as the answer."""
+        messages, rendered = with_question(self.history, question, self.system)
+        seed = None if self.seed is None else self.seed + self._answers
+        pieces = self.answer(rendered, seed)
+        self._answers += 1
+        content = ""
+        try:
+            for piece in pieces:
+                content += piece
+                self.output.write(piece)
+                self.output.flush()
+        except KeyboardInterrupt:
+            self.output.write(" (stopped)")
+        finally:
+            pieces.close()
+        messages.append(bot_message(content))
+        self.history = messages
+        report = self.report()
+        dropped = f", {report.dropped_turns} oldest turns left out" if report.dropped_turns else ""
+        dropped += f", beginning of the question cut by {report.cut_tokens} tokens" if report.cut_tokens else ""
+        self._say(f"\n[{report.new_tokens} tokens, {report.tokens_per_second:.1f} per second{dropped}]")
+
+    def _clear(self, _rest: str) -> None:
+        self.history = History()
+        self._say("The conversation is forgotten.")
+
+    def _set_system(self, rest: str) -> None:
+        self.system = rest or None
+        self._say("The system prompt is set." if rest else "There is no system prompt.")
+
+    def _retry(self, _rest: str) -> None:
+        earlier = self.history
+        while self.history and self.history[-1]["role"] != "user":
+            self.history = History(history=self.history[:-1])
+        if not self.history:
+            self.history = earlier
+            raise ConfigError("there is no question to answer again; ask one first")
+        question = self.history.pop()["content"]
+        try:
+            self._ask(question)
+        except BaseException:
+            self.history = earlier
+            raise
+
+    def _save(self, rest: str) -> None:
+        if not rest:
+            raise ConfigError("/save needs the name of a file, such as /save talk.jsonl")
+        record = {**({"system": self.system} if self.system else {}), "dialog": list(self.history)}
+        path = Path(rest)
+        write_text(path, json.dumps(record, ensure_ascii=False) + "\n")
+        self._say(f"{len(self.history)} messages written to {path}")
+
+    def _show(self, _rest: str) -> None:
+        for message in self.history:
+            self._say(f"{message['role']}: {message['content']}")
+
+    def _say(self, text: str) -> None:
+        self.output.write(text + "\n")
+        self.output.flush()

@@ -1,0 +1,1 @@
+"""Reading, writing, converting, cutting and choosing checkpoints."""

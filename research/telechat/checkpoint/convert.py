@@ -1,0 +1,345 @@
+"""Conversion of checkpoints: checks, plan, run, resume, verification, report. Both directions, one code.
+
+The commands convert_weight_torch_to_ms.py and convert_weight_ms_to_torch.py are thin fronts of `convert`. Names and row
+orders come from spec/parameters.py, files from checkpoint/reader.py, the moving of bytes from checkpoint/stream.py.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from research.telechat.checkpoint.convert_check import check_model, check_source_mp, check_tied_head
+from research.telechat.checkpoint.dtypes import CODES, ITEM_SIZE, NAMES, cast
+from research.telechat.checkpoint.folder import open_files
+from research.telechat.checkpoint.reader import Checkpoint, CheckpointError
+from research.telechat.checkpoint.stream import Stream, Transfer
+from research.telechat.checkpoint.writer import (
+    Journal,
+    Layout,
+    OutputFile,
+    OutTensor,
+    check_free_space,
+    partial_path,
+    publish,
+    remove,
+)
+from research.telechat.common.files import write_text
+from research.telechat.spec.parameters import Match, grouped_order, hf_buffers, parameters, source_groups
+from research.telechat.spec.variants import Variant
+
+JOURNAL_BYTES = 1 << 30          # bytes written between two entries of the journal: what an interruption can cost
+
+
+class Source(NamedTuple):
+    """The input: an open checkpoint, what is in it, and whether it is an official one."""
+
+    checkpoint: Checkpoint
+    variant: Variant
+    match: Match
+    official: bool
+    source_mp: Optional[int] = None      # tensor-parallel degree of an earlier converter, MindSpore checkpoints only
+
+
+class Target(NamedTuple):
+    """The result: its files, and texts that are written beside them at the end."""
+
+    layouts: List[Layout]
+    texts: Dict[Path, str]
+    journal: Path
+    official: bool
+    folder_is_model: bool = False        # the folder is loaded as a whole, so that no other weights may lie in it
+
+
+@dataclass
+class Report:
+    """What a conversion did; numbers of tensors, bytes and seconds."""
+
+    tensors: int = 0
+    parameters: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    resumed_tensors: int = 0
+    verified_tensors: Optional[int] = None
+    found: Dict[str, Dict[str, int]] = field(default_factory=dict)   # tensor of the input -> nan, inf, overflow
+    notes: List[str] = field(default_factory=list)
+
+
+class Options(NamedTuple):
+    """How to convert."""
+
+    dtype: Optional[str] = None          # "float16", "bfloat16", "float32"; None: as it is
+    verify: bool = False
+    strict: bool = False                 # read the input once beforehand; NaN or infinity stops the conversion
+    workers: Optional[int] = None        # threads
+
+
+def open_source(checkpoint: Checkpoint, variant: Variant, official: bool, source_mp: Optional[int] = None) -> Source:
+    """Check that a checkpoint holds exactly the parameters of `variant`, in their shapes."""
+    params = parameters(variant)
+    for param in params:
+        source_groups(param, variant, source_mp)
+    return Source(checkpoint, variant, check_model(checkpoint, params, official), official, source_mp)
+
+
+def plan_tensors(source: Source, dtype: Optional[str], official: bool) -> Dict[str, Transfer]:
+    """The transfers that make the result (official or MindSpore), by the name of the tensor in the result."""
+    transfers: Dict[str, Transfer] = {}
+    for param in parameters(source.variant):
+        name = source.match.found[param.ms_name]
+        code = source.checkpoint.tensors[name].dtype
+        groups_in = 1 if source.official else source_groups(param, source.variant, source.source_mp)
+        groups_out = 1 if official else param.groups
+        order = None
+        if groups_in != groups_out:
+            rows = param.shape[0]
+            inverse = np.argsort(grouped_order(rows, param.parts, groups_in))
+            order = inverse[grouped_order(rows, param.parts, groups_out)]
+        out = OutTensor(param.hf_name if official else param.ms_name, CODES[dtype] if dtype else code,
+                        param.hf_shape if official else param.shape)
+        transfers[out.name] = Transfer(out, name, code, order, source.official and param.transposed,
+                                       official and param.transposed)
+    if official:
+        code = next(iter(transfers.values())).out.dtype
+        raw = {"F32": np.float32}.get(code, np.float16)
+        for name, value in hf_buffers(source.variant).items():
+            data = np.array(value, np.float32).reshape(1).view(np.uint32)
+            data = data if raw is np.float32 else cast(data, "F32", code)
+            transfers[name] = Transfer(OutTensor(name, code, ()), constant=data.tobytes())
+    return transfers
+
+
+def convert(source: Source, target: Target, transfers: Dict[str, Transfer], options: Options,
+            say: Callable[[str], None] = print) -> Report:
+    """Run the conversion. Raises CheckpointError (nothing that looks finished is left then) or OSError."""
+    report = Report(tensors=len(transfers), parameters=sum(map(_elements, transfers.values())))
+    started = time.monotonic()
+    _check_paths(source, target)
+    journal = Journal(target.journal, _digest(source, target, options), target.layouts)
+    report.resumed_tensors = sum(journal.done.values())
+    kept = sum(tensor.nbytes for layout in target.layouts for tensor in layout.tensors[:journal.done[layout.path.name]])
+    check_free_space(target.journal.parent, sum(layout.size for layout in target.layouts), kept)
+    with Stream(options.workers) as stream:
+        if source.match.tied_head:
+            check_tied_head(source.checkpoint, source.match)
+        if not source.official:
+            check_source_mp(source.checkpoint, source.variant, source.match, source.source_mp)
+        if options.strict:
+            _scan(stream, source)
+        if report.resumed_tensors:
+            say(f"continuing an interrupted conversion: {report.resumed_tensors} of {report.tensors} tensors, "
+                f"{kept / 1e9:.2f} GB, are there already")
+        target.journal.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(stream, source, target, transfers, journal, report)
+            if options.verify:
+                report.verified_tensors = _verify(stream, source, target, transfers)
+        except CheckpointError:                       # faulty input or disk: continuing later would not mend it
+            for layout in target.layouts:
+                remove(partial_path(layout.path))
+            journal.remove()
+            raise
+    publish(target.layouts)
+    for path, text in target.texts.items():
+        write_text(path, text)
+    journal.remove()
+    report.bytes_written = sum(layout.size for layout in target.layouts)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _elements(transfer: Transfer) -> int:
+    return transfer.out.nbytes // ITEM_SIZE[transfer.out.dtype] if transfer.source else 0
+
+
+def _check_paths(source: Source, target: Target) -> None:
+    """The result must not overwrite its input, nor mix with shards of another checkpoint."""
+    inputs = {path.resolve() for path in source.checkpoint.files}
+    outputs = {layout.path.resolve() for layout in target.layouts}
+    if inputs & outputs:
+        raise CheckpointError(f"{sorted(inputs & outputs)[0]} would be overwritten while it is read; "
+                              "give another place for the result")
+    folder = target.journal.parent
+    if target.folder_is_model and folder.is_dir():
+        ours = outputs | {path.resolve() for path in target.texts}
+        strangers = sorted(path.name for path in folder.iterdir() if path.resolve() not in ours
+                           and (path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")))
+        if strangers:
+            raise CheckpointError(f"{folder} already holds other weights, which would be loaded with the new ones or "
+                                  f"instead: {', '.join(strangers)}; remove them or give another folder")
+
+
+def _digest(source: Source, target: Target, options: Options) -> str:
+    """What makes two runs the same conversion."""
+    inputs = []
+    for path in source.checkpoint.files:
+        stat = path.stat()
+        inputs.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    outputs = [[layout.path.name, layout.size, [tensor._asdict() for tensor in layout.tensors]]
+               for layout in target.layouts]
+    plan = [1, inputs, outputs, target.official, source.source_mp, options.dtype, repr(source.variant)]
+    return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+
+
+def _bar(total: int, what: str) -> Any:
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, mininterval=0.3)
+
+
+def _scan(stream: Stream, source: Source) -> None:
+    """CheckpointError if anything that will be converted has NaN or infinity."""
+    names = list(source.match.found.values())
+    with _bar(sum(source.checkpoint.tensors[name].nbytes for name in names), "check") as bar:
+        found = stream.scan(source.checkpoint, names, bar.update)
+    if found:
+        raise CheckpointError(f"{_nonfinite(found)}; stopped, because --strict is given; nothing was written")
+
+
+def _nonfinite(found: Dict[str, Dict[str, int]]) -> str:
+    """How many NaN and infinite values there are, and where, by name (threads find them in any order); or ""."""
+    total = {kind: sum(counts[kind] for counts in found.values()) for kind in ("nan", "inf")}
+    where = [f"{name} ({counts['nan']} NaN, {counts['inf']} infinite)"
+             for name, counts in sorted(found.items()) if counts["nan"] or counts["inf"]]
+    return (f"{total['nan']} NaN and {total['inf']} infinite values in {len(where)} tensors of the input: "
+            f"{', '.join(where)}") if where else ""
+
+
+def _write(stream: Stream, source: Source, target: Target, transfers: Dict[str, Transfer], journal: Journal,
+           report: Report) -> None:
+    """Write every file that is not complete yet, and count what is odd in the numbers that pass by."""
+    lock = threading.Lock()
+
+    def tally(transfer: Transfer, counts: Dict[str, int]) -> None:
+        with lock:
+            entry = report.found.setdefault(transfer.source, {"nan": 0, "inf": 0, "overflow": 0})
+            for kind, count in counts.items():
+                entry[kind] += count
+
+    with _bar(sum(transfer.source_bytes for transfer in transfers.values()), "convert") as bar:
+        for layout in target.layouts:
+            done = journal.done[layout.path.name]
+            ordered = [transfers[tensor.name] for tensor in layout.tensors]
+            bar.update(sum(transfer.source_bytes for transfer in ordered[:done]))
+            report.found.update((transfer.source, journal.found[transfer.source]) for transfer in ordered[:done]
+                                if transfer.source in journal.found)
+            if done == len(ordered):
+                continue
+            output = OutputFile(layout, done)
+            tracker = _Tracker(output, journal, ordered, done, report.found)
+            try:
+                stream.move(source.checkpoint, ordered[done:], output.write, bar.update, tracker.finished, tally)
+                output.finish()
+                journal.record(layout.path.name, len(ordered), report.found)
+            except BaseException:
+                stream.stop()
+                with contextlib.suppress(OSError):     # a full disk: what could not be saved is written again
+                    tracker.save()
+                raise
+            finally:
+                output.close()
+
+
+class _Tracker:
+    """Tells the journal from time to time how many tensors of a file are complete and on disk."""
+
+    def __init__(self, output: OutputFile, journal: Journal, ordered: Sequence[Transfer], done: int,
+                 found: Dict[str, Dict[str, int]]) -> None:
+        self._output, self._journal, self._ordered, self._found = output, journal, ordered, found
+        self._offset = self._prefix = done
+        self._complete: set = set()
+        self._unsaved = 0
+        self._lock = threading.Lock()
+
+    def finished(self, number: int) -> None:
+        """Tensor `number` of this run is written."""
+        with self._lock:
+            self._complete.add(number + self._offset)
+            while self._prefix in self._complete:
+                self._unsaved += self._ordered[self._prefix].out.nbytes
+                self._prefix += 1
+            due = self._unsaved >= JOURNAL_BYTES
+            if due:
+                self._unsaved = 0
+        if due:
+            self.save()                # by the thread that completed it; the others go on meanwhile
+
+    def save(self) -> None:
+        """Bring the complete tensors to disk and say so. A .bin file counts only as a whole."""
+        with self._lock:
+            prefix = self._prefix
+        if self._output.layout.kind != "bin" and prefix:
+            self._output.sync()
+            self._journal.record(self._output.layout.path.name, prefix, dict(self._found))
+
+
+def _verify(stream: Stream, source: Source, target: Target, transfers: Dict[str, Transfer]) -> int:
+    """Read the result from disk and compare every tensor with what the input gives; the number of tensors compared."""
+    wrong: Dict[str, int] = {}
+    lock = threading.Lock()
+    with _bar(sum(transfer.source_bytes for transfer in transfers.values()), "verify") as bar:
+        for layout in target.layouts:
+            partial = partial_path(layout.path)
+            _drop_cache(partial)
+            result = open_files([partial], layout.kind)
+
+            def compare(name: str, start: int, view: memoryview, result: Checkpoint = result) -> None:
+                found = np.empty(view.nbytes, np.uint8)
+                result.read_into(name, start, memoryview(found))
+                if not np.array_equal(found, np.frombuffer(view, np.uint8)):
+                    with lock:
+                        wrong[name] = wrong.get(name, 0) + 1
+
+            try:
+                if {name: info[:2] for name, info in result.tensors.items()} != {
+                        tensor.name: (tensor.dtype, tensor.shape) for tensor in layout.tensors}:
+                    raise CheckpointError(f"{partial}: names, types or shapes read back differ from those written; the "
+                                          "disk is faulty, give another place for the result")
+                stream.move(source.checkpoint, [transfers[tensor.name] for tensor in layout.tensors], compare,
+                            bar.update)
+            finally:
+                result.close()
+    if wrong:
+        raise CheckpointError(f"{len(wrong)} tensors read back from {target.journal.parent} differ from what was "
+                              f"written: {', '.join(wrong)}; the disk is faulty, or the input changed; the result was "
+                              "deleted")
+    return len(transfers)
+
+
+def _drop_cache(path: Path) -> None:
+    """Let the next read come from the disk, not from memory, where the system can do that."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def summary(report: Report, target: Target, dtypes: Sequence[str]) -> List[str]:
+    """The last lines for the user."""
+    lines = [*report.notes]
+    if _nonfinite(report.found):
+        lines.append(f"WARNING: {_nonfinite(report.found)}")
+    overflowed = {name: counts["overflow"] for name, counts in sorted(report.found.items()) if counts["overflow"]}
+    if overflowed:
+        lines.append(f"WARNING: {sum(overflowed.values())} numbers were too large for {dtypes[0]} and became infinite, "
+                     f"in {', '.join(overflowed)}")
+    if report.verified_tensors is not None:
+        lines.append(f"verified: {report.verified_tensors} of {report.tensors} tensors read back and compared, all "
+                     "equal")
+    size, rate = report.bytes_written / 1e9, report.bytes_written / 1e9 / max(report.seconds, 1e-9)
+    place = target.layouts[0].path if len(target.layouts) == 1 else target.journal.parent
+    lines.append(f"done: {report.parameters:,} parameters in {report.tensors} tensors ({', '.join(dtypes)}), "
+                 f"{len(target.layouts)} file(s), {size:.2f} GB in {report.seconds:.1f} s ({rate:.2f} GB/s): {place}")
+    return lines
+
+
+def dtype_names(transfers: Dict[str, Transfer]) -> List[str]:
+    """The dtypes of the result, as users write them."""
+    return sorted({NAMES[transfer.out.dtype] for transfer in transfers.values()})

@@ -1,0 +1,133 @@
+"""Checks of a checkpoint before it is converted: names, shapes, types, a tied head, the grouping of fused weights.
+
+They read headers, and of the contents only what they need.
+"""
+from typing import Dict, List, Optional, Sequence
+
+import numpy as np
+
+from research.telechat.checkpoint.dtypes import ITEM_SIZE, NAMES, RAW, cast
+from research.telechat.checkpoint.reader import Checkpoint, CheckpointError
+from research.telechat.spec.parameters import (
+    Match,
+    Param,
+    explained_by_groups,
+    match_mindspore,
+    match_official,
+    parameters,
+    summarise,
+)
+from research.telechat.spec.variants import Variant
+
+_SAMPLED_LAYERS = 4              # fused weights read to tell how they are grouped
+_EXPLAINED = 0.02                # share of variance that a grouping must explain at least to count as recognised
+_CHUNK = 32 << 20
+
+
+def check_model(checkpoint: Checkpoint, params: Sequence[Param], official: bool) -> Match:
+    """Match the checkpoint with the parameters; CheckpointError lists everything that does not fit."""
+    where = checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.files[0].parent
+    match = (match_official if official else match_mindspore)(params, checkpoint.tensors)
+    faults: List[str] = []
+    if match.missing:
+        faults.append(f"{len(match.missing)} parameters are missing: {summarise(match.missing)}")
+    if match.unknown:
+        hint = " (merge LoRA adapters first)" if any("lora" in name for name in match.unknown) else ""
+        faults.append(f"{len(match.unknown)} are unknown: {summarise(match.unknown)}{hint}")
+    if match.duplicate:
+        faults.append(f"{len(match.duplicate)} stand twice under two names: {summarise(match.duplicate)}")
+    misfits: Dict[str, List[str]] = {}                     # what is wrong -> the tensors
+    for param in params:
+        name = match.found.get(param.ms_name)
+        if name is None:
+            continue
+        info, shape = checkpoint.tensors[name], param.hf_shape if official else param.shape
+        if info.shape != shape:
+            misfits.setdefault(f"shape {list(info.shape)}, expected {list(shape)}", []).append(name)
+        elif info.dtype not in ITEM_SIZE:
+            misfits.setdefault(f"type {info.dtype}, expected {', '.join(NAMES.values())}", []).append(name)
+    faults += [f"{summarise(names)}: {what}" for what, names in misfits.items()]
+    if match.tied_head and checkpoint.tensors[match.tied_head][:2] != checkpoint.tensors[
+            match.found.get(params[0].ms_name, match.tied_head)][:2]:
+        faults.append(f"{match.tied_head} does not have shape and type of the embeddings it is tied to")
+    if faults:
+        raise CheckpointError(f"{where} does not fit the model: {'; '.join(faults)}. Is it complete, and are "
+                              "--model_name and config.json those of this checkpoint?")
+    if match.ignored:
+        state: Dict[str, int] = {}                         # of the optimizer: "adam_m.<parameter>" and the like
+        names = {param.ms_name for param in params}
+        rest = []
+        for name in match.ignored:
+            prefix, _, parameter = name.partition(".")
+            if parameter in names:
+                state[prefix] = state.get(prefix, 0) + 1
+            else:
+                rest.append(name)
+        parts = [f"{count} of optimizer state {prefix}" for prefix, count in state.items()]
+        checkpoint.notes.append(f"left out, because they hold no weights: {len(match.ignored)} entries, "
+                                + ", ".join(parts + ([summarise(rest)] if rest else [])))
+    return match
+
+
+def check_tied_head(checkpoint: Checkpoint, match: Match) -> None:
+    """A head beside tied embeddings may only be dropped if it is the same matrix."""
+    embedding = next(iter(match.found.values()))
+    size = checkpoint.tensors[embedding].nbytes
+    for start in range(0, size, _CHUNK):
+        parts = [bytearray(min(_CHUNK, size - start)) for _ in range(2)]
+        for name, part in zip((embedding, match.tied_head), parts):
+            checkpoint.read_into(name, start, memoryview(part))
+        if parts[0] != parts[1]:
+            raise CheckpointError(f"{match.tied_head} differs from {embedding}, but this model ties the two; is "
+                                  "--model_name right? (a model with a head of its own is telechat_12b)")
+    checkpoint.notes.append(f"left out: {match.tied_head}, equal to {embedding} and tied to it")
+
+
+def check_source_mp(checkpoint: Checkpoint, variant: Variant, match: Match, source_mp: Optional[int]) -> None:
+    """Tell from the weights themselves whether fused ones are grouped as said; CheckpointError if surely not.
+
+    Works where the projections differ in the size of their rows, as those of trained models do; where no grouping
+    stands out nothing is said.
+    """
+    fused = [param for param in parameters(variant) if param.parts == 3]
+    if not fused:
+        if source_mp is not None:
+            raise CheckpointError("--source_mp is for models with fused projections (52B); this one has none, leave it "
+                                  "out")
+        return
+    if source_mp is not None and checkpoint.metadata.get("telechat_groups") == "per_head":
+        raise CheckpointError("this checkpoint was written by this converter, in an order that does not depend on the "
+                              "tensor-parallel degree; leave --source_mp out")
+    step = max(1, len(fused) // _SAMPLED_LAYERS)
+    sample = [_row_norms(checkpoint, match.found[param.ms_name]) for param in fused[::step][:_SAMPLED_LAYERS]]
+    own = fused[0].groups
+    degrees = [n for n in range(1, own + 1) if not own % n and (n == own or not variant.intermediate_size % n)]
+    scores = {n: float(np.mean([explained_by_groups(norms, 3, n) for norms in sample])) for n in degrees}
+    given = own if source_mp is None else source_mp
+    best = max(degrees, key=lambda n: (scores[n], n == given))
+    recognised = max(_EXPLAINED, 20 / len(sample[0]))      # ten times what chance explains of so many rows
+    if scores[best] > recognised and scores[best] > 2 * scores[given]:
+        looks = ("this project's order, without --source_mp" if best == own else f"--source_mp {best}")
+        said = ("no --source_mp was given" if source_mp is None else f"--source_mp {source_mp} was given")
+        raise CheckpointError(f"{said}, but the rows of {match.found[fused[0].ms_name]} and others are ordered as for "
+                              f"{looks}: that order explains {scores[best]:.0%} of the variance of the row sizes, the "
+                              f"given one {scores[given]:.0%}; convert {'without' if best == own else 'with'} "
+                              f"--source_mp{'' if best == own else f' {best}'}")
+    if source_mp is not None and scores[best] <= recognised:
+        checkpoint.notes.append(f"--source_mp {source_mp} could not be confirmed: the rows of q, k and v do not differ "
+                                "in size (as in an untrained model)")
+
+
+def _row_norms(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """Euclidean norm of every row of a matrix: [rows] float32."""
+    info = checkpoint.tensors[name]
+    rows, columns = info.shape
+    item, norms = ITEM_SIZE[info.dtype], np.empty(rows, np.float32)
+    band = max(1, _CHUNK // (columns * item))
+    for first in range(0, rows, band):
+        count = min(band, rows - first)
+        buffer = np.empty(count * columns * item, np.uint8)
+        checkpoint.read_into(name, first * columns * item, memoryview(buffer))
+        values = cast(buffer.view(RAW[info.dtype]), info.dtype, "F32").view(np.float32).reshape(count, columns)
+        norms[first:first + count] = np.sqrt(np.einsum("ij,ij->i", values, values))
+    return norms

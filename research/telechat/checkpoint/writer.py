@@ -1,0 +1,278 @@
+"""Writing checkpoints piece by piece: layouts of safetensors and .ckpt files, shards, partial files, resume journal.
+
+The place of every byte is known before the first is written, so that any thread can write any part of any tensor.
+Everything is written to `<name>.partial` beside its final place and renamed when all of it is complete and on disk; a
+journal remembers how far an interrupted run came. Which tensors, and what is in them, is checkpoint/convert.py's job.
+"""
+import contextlib
+import json
+import math
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+
+import numpy as np
+
+from research.telechat.checkpoint.dtypes import ITEM_SIZE
+from research.telechat.checkpoint.reader import CheckpointError
+from research.telechat.common.files import write_text
+
+SLICE = 512 << 20                        # bytes of a tensor in one message of a .ckpt, as save_checkpoint cuts
+_CKPT_TYPES = {"F16": "Float16", "BF16": "BFloat16", "F32": "Float32"}
+
+
+class OutTensor(NamedTuple):
+    """A tensor of the result; dtype is a safetensors code."""
+
+    name: str
+    dtype: str
+    shape: Tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+class Layout(NamedTuple):
+    """What stands where in one file of the result. `places`: name -> runs (offset in the file, length), in order."""
+
+    path: Path
+    kind: str                                        # "safetensors", "ckpt" or "bin"
+    tensors: List[OutTensor]
+    size: int                                        # bytes of the file; for .bin those of the tensors
+    literals: List[Tuple[int, bytes]]                # headers: offset, bytes
+    places: Dict[str, List[Tuple[int, int]]]
+
+
+def safetensors_layout(path: Path, tensors: Sequence[OutTensor], metadata: Dict[str, str]) -> Layout:
+    """Layout of a safetensors file. Wider types come first, so that every tensor is aligned; the header names them in
+    the order of their offsets, which MindSpore's reader demands."""
+    ordered = sorted(tensors, key=lambda tensor: -ITEM_SIZE[tensor.dtype])
+    header: Dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for tensor in ordered:
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape),
+                               "data_offsets": [position, position + tensor.nbytes]}
+        position += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    places = {name: [(base + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])]
+              for name, entry in header.items() if name != "__metadata__"}
+    return Layout(path, "safetensors", ordered, base + position, [(0, len(text).to_bytes(8, "little") + text)], places)
+
+
+def ckpt_layout(path: Path, tensors: Sequence[OutTensor]) -> Layout:
+    """Layout of a MindSpore .ckpt file: protobuf messages Checkpoint with one value each, contents cut into slices."""
+    literals, places, position = [], {}, 0
+    for tensor in tensors:
+        name, dtype = tensor.name.encode(), _CKPT_TYPES[tensor.dtype].encode()
+        fields = b"".join(b"\x08" + _varint(size) for size in tensor.shape) + b"\x12" + _varint(len(dtype)) + dtype
+        runs = []
+        for start in range(0, tensor.nbytes, SLICE):
+            length = min(SLICE, tensor.nbytes - start)
+            proto = fields + b"\x1a" + _varint(length)                               # TensorProto, but for the contents
+            value = b"\x0a" + _varint(len(name)) + name + b"\x12" + _varint(len(proto) + length) + proto
+            head = b"\x0a" + _varint(len(value) + length) + value
+            literals.append((position, head))
+            runs.append((position + len(head), length))
+            position += len(head) + length
+        places[tensor.name] = runs
+    return Layout(path, "ckpt", list(tensors), position, literals, places)
+
+
+def _varint(value: int) -> bytes:
+    groups = bytearray()
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    groups.append(value)
+    return bytes(groups)
+
+
+def bin_layout(path: Path, tensors: Sequence[OutTensor]) -> Layout:
+    """Layout of a .bin file, which torch writes: only its tensors are known."""
+    return Layout(path, "bin", list(tensors), sum(tensor.nbytes for tensor in tensors), [], {})
+
+
+def cut_shards(tensors: Sequence[OutTensor], limit: int) -> List[List[OutTensor]]:
+    """Tensors in order, as few files as possible without exceeding `limit` bytes (a larger tensor has its own)."""
+    shards: List[List[OutTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file stands until it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+class OutputFile:
+    """A file of the result while it is written. `done` tensors of it are kept from an interrupted run."""
+
+    def __init__(self, layout: Layout, done: int) -> None:
+        self.layout = layout
+        self._buffers: Dict[str, np.ndarray] = {}
+        self._descriptor = -1
+        self._lock = threading.Lock()
+        if layout.kind == "bin":
+            if not done:
+                self._buffers = {tensor.name: np.empty(tensor.nbytes, np.uint8) for tensor in layout.tensors}
+            return
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | (0 if done else os.O_TRUNC)
+        self._descriptor = os.open(partial_path(layout.path), flags, 0o644)
+        os.ftruncate(self._descriptor, layout.size)
+        if not done:
+            for offset, data in layout.literals:
+                self._pwrite(offset, memoryview(data))
+
+    def write(self, name: str, start: int, view: memoryview) -> None:
+        """Write bytes of a tensor from byte `start` of it on. Thread-safe."""
+        if self._buffers:
+            self._buffers[name][start:start + view.nbytes] = np.frombuffer(view, np.uint8)
+            return
+        for offset, length in self.layout.places[name]:
+            if not view.nbytes:
+                return
+            if start < length:
+                count = min(length - start, view.nbytes)
+                self._pwrite(offset + start, view[:count])
+                view, start = view[count:], 0
+            else:
+                start -= length
+
+    def _pwrite(self, offset: int, view: memoryview) -> None:
+        while view.nbytes:
+            if hasattr(os, "pwrite"):
+                count = os.pwrite(self._descriptor, view, offset)
+            else:
+                with self._lock:
+                    os.lseek(self._descriptor, offset, os.SEEK_SET)
+                    count = os.write(self._descriptor, view)
+            offset, view = offset + count, view[count:]
+
+    def sync(self) -> None:
+        """Wait until what was written is on disk."""
+        if self._descriptor >= 0:
+            os.fsync(self._descriptor)
+
+    def finish(self) -> None:
+        """All tensors are written: bring the file to disk and close it."""
+        if self._buffers:
+            from research.telechat.checkpoint.torch_bin import save_bin
+            tensors = self.layout.tensors
+            save_bin(partial_path(self.layout.path), self._buffers, {tensor.name: tensor.dtype for tensor in tensors},
+                     {tensor.name: tensor.shape for tensor in tensors})
+            self._buffers = {}
+            self._descriptor = os.open(partial_path(self.layout.path), os.O_RDWR | getattr(os, "O_BINARY", 0))
+        self.sync()
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, complete or not."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class Journal:
+    """How far a conversion came: for every file of the result the number of its tensors that are on disk, and what was
+    `found` in them (any JSON object).
+
+    It belongs to one plan (a digest of inputs and options); a run with another plan starts anew.
+    """
+
+    def __init__(self, path: Path, digest: str, layouts: Sequence[Layout]) -> None:
+        self.path, self._digest = path, digest
+        self._lock = threading.Lock()
+        self.done: Dict[str, int] = {layout.path.name: 0 for layout in layouts}
+        self.found: Dict[str, Any] = {}
+        old = self._read()
+        if old.get("plan") == digest:
+            self.found = old["found"]
+            for layout in layouts:
+                partial = partial_path(layout.path)
+                if partial.is_file() and (layout.kind == "bin" or partial.stat().st_size == layout.size):
+                    self.done[layout.path.name] = min(old["done"].get(layout.path.name, 0), len(layout.tensors))
+        else:
+            for name in old.get("done", {}):
+                if Path(name).name == name:
+                    remove(partial_path(path.with_name(name)))
+
+    def _read(self) -> Dict[str, Any]:
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        sound = (isinstance(data, dict) and isinstance(data.get("done"), dict) and isinstance(data.get("found"), dict)
+                 and all(isinstance(count, int) for count in data["done"].values()))
+        return data if sound else {}
+
+    def record(self, name: str, tensors: int, found: Dict[str, Any]) -> None:
+        """`tensors` tensors of the file `name` are on disk."""
+        with self._lock:
+            self.done[name] = max(tensors, self.done[name])
+            write_text(self.path, json.dumps({"plan": self._digest, "done": self.done, "found": found}))
+
+    def remove(self) -> None:
+        """The conversion is complete."""
+        remove(self.path)
+
+
+def publish(layouts: Sequence[Layout]) -> None:
+    """Give complete files their names."""
+    for layout in layouts:
+        os.replace(partial_path(layout.path), layout.path)
+
+
+@contextlib.contextmanager
+def new_file(path: Path, tensors: Sequence[OutTensor], metadata: Dict[str, str]) -> Iterator[OutputFile]:
+    """A checkpoint to write into, .ckpt or .safetensors; it gets its name when the block ends, and is gone if it fails.
+
+    Raises CheckpointError: another suffix, or no room for it.
+    """
+    if path.suffix not in (".ckpt", ".safetensors"):
+        raise CheckpointError(f"{path} must end in .ckpt or .safetensors; give the result another name")
+    layout = ckpt_layout(path, tensors) if path.suffix == ".ckpt" else safetensors_layout(path, tensors, metadata)
+    check_free_space(path.parent, layout.size, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = OutputFile(layout, 0)
+    try:
+        yield file
+        file.finish()
+        publish([layout])
+    except BaseException:
+        file.close()
+        remove(partial_path(path))
+        raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+
+
+def index_text(layouts: Sequence[Layout]) -> str:
+    """The index of a sharded checkpoint, as transformers and MindSpore read it."""
+    weight_map = {tensor.name: layout.path.name for layout in layouts for tensor in layout.tensors}
+    total = sum(tensor.nbytes for layout in layouts for tensor in layout.tensors)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def check_free_space(folder: Path, needed: int, kept: int) -> None:
+    """CheckpointError if `folder`, which need not exist, cannot take `needed` bytes, of which `kept` are there."""
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed - kept > free:
+        raise CheckpointError(f"{folder} has {free / 1e9:.2f} GB free, the result needs {(needed - kept) / 1e9:.2f} "
+                              "GB; free some or choose another place")

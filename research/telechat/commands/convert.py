@@ -1,0 +1,235 @@
+"""What the two conversion commands share: options, where the sizes come from, names of the result, errors as one line.
+
+The conversion itself is checkpoint/convert.py.
+"""
+import argparse
+import contextlib
+import errno
+import json
+import re
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+from research.telechat import __version__
+from research.telechat.checkpoint.convert import Options, Source, Target, convert, dtype_names, plan_tensors, summary
+from research.telechat.checkpoint.dtypes import CODES
+from research.telechat.checkpoint.reader import BIN_INDEX_NAME, INDEX_NAMES, Checkpoint, CheckpointError
+from research.telechat.checkpoint.writer import (
+    Layout,
+    OutTensor,
+    bin_layout,
+    ckpt_layout,
+    cut_shards,
+    index_text,
+    partial_path,
+    safetensors_layout,
+)
+from research.telechat.spec.hf_config import hf_config
+from research.telechat.spec.variants import (
+    VARIANTS,
+    ConfigError,
+    Variant,
+    get_variant,
+    read_hf_config,
+    variant_from_hf,
+)
+
+_DTYPES = {**{name: name for name in CODES}, "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_BIN_SHARD = 10**9               # bytes; torch writes a .bin from memory, so that its size is memory
+
+
+class Sizes(NamedTuple):
+    """Sizes of a model, and the official config they come from (None: from the table of variants)."""
+
+    variant: Variant
+    config: Optional[Dict[str, Any]]
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write for example 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that both commands have."""
+    parser.add_argument("--model_name", choices=list(VARIANTS), metavar="NAME",
+                        help=f"one of {', '.join(VARIANTS)}; may be left out where a config.json tells")
+    parser.add_argument("--config", type=Path, metavar="CONFIG.JSON",
+                        help="official config.json with the sizes (default: the one beside the input)")
+    parser.add_argument("--dtype", choices=list(_DTYPES), help="type of the result (default: as it is)")
+    parser.add_argument("--max_shard_size", type=_size, metavar="SIZE",
+                        help="largest file of a folder of shards, such as 5GB (default: 5GB; 1GB for .bin)")
+    parser.add_argument("--verify", action="store_true", help="read the result back and compare every tensor")
+    parser.add_argument("--strict", action="store_true",
+                        help="read the input once beforehand and stop if it has NaN or infinity (otherwise they are "
+                             "counted on the way)")
+    parser.add_argument("--workers", type=_positive, metavar="N", help="threads (default: number of cores, 2 to 4)")
+    parser.add_argument("--source_mp", type=_positive, metavar="N",
+                        help="52B: the MindSpore checkpoint comes from an earlier converter run with --mp N")
+    parser.add_argument("--mp", type=_positive, metavar="N",
+                        help="accepted from earlier commands and not needed: the result fits every degree")
+
+
+def sizes_for(args: argparse.Namespace, folder: Path) -> Optional[Sizes]:
+    """Sizes from --config or from config.json in `folder`; without either None."""
+    path = args.config or folder / "config.json"
+    if args.config is None and not path.is_file():
+        return None
+    config = read_hf_config(path)
+    try:
+        return Sizes(variant_from_hf(config, args.model_name), config)
+    except ConfigError as err:
+        raise ConfigError(f"{path / 'config.json' if path.is_dir() else path}: {err}") from err
+
+
+def sizes_from_table(args: argparse.Namespace, folder: Path) -> Sizes:
+    """Sizes of --model_name as published."""
+    if args.model_name is None:
+        raise ConfigError(f"--model_name is needed, because {folder} holds no config.json; "
+                          f"one of {', '.join(VARIANTS)}")
+    return Sizes(get_variant(args.model_name), None)
+
+
+def sizes_from_shapes(args: argparse.Namespace, checkpoint: Checkpoint, folder: Path) -> Sizes:
+    """Sizes for a MindSpore checkpoint without config: its metadata, or the table, with the layers, vocabulary and
+    feed-forward width that the shapes show (the number of heads cannot be seen in them)."""
+    text = checkpoint.metadata.get("telechat_config")
+    if text:
+        try:
+            config = json.loads(text)
+            return Sizes(variant_from_hf(config, args.model_name), config)
+        except (ValueError, AttributeError, TypeError) as err:
+            raise ConfigError(f"{checkpoint.files[0]}: the config in its metadata is unusable: {err}; give the "
+                              "config.json of this model with --config") from err
+    sizes = sizes_from_table(args, folder)
+    variant = sizes.variant
+    embedding = checkpoint.tensors.get("model.tok_embeddings.embedding_weight")
+    down = checkpoint.tensors.get("model.layers.0.feed_forward.w2.weight")
+    if embedding is None or down is None or len(embedding.shape) != 2 or len(down.shape) != 2:
+        return sizes                                       # the check of names says what is wrong
+    if embedding.shape[1] != variant.hidden_size:
+        raise ConfigError(f"{checkpoint.files[0]} has hidden size {embedding.shape[1]}, {args.model_name} has "
+                          f"{variant.hidden_size}; give the config.json of this model with --config")
+    layers = {int(match[1]) for match in map(re.compile(r"model\.layers\.(\d+)\.").match, checkpoint.tensors) if match}
+    return Sizes(replace(variant, num_layers=max(layers) + 1, vocab_size=embedding.shape[0],
+                         intermediate_size=down.shape[1]), None)
+
+
+def mindspore_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: Sizes, shard: Optional[int]) -> Target:
+    """Names of a MindSpore result: one file, or, in a folder, mindspore.ckpt or shards with an index."""
+    metadata = {"format": "ms", "telechat_version": __version__}
+    if sizes.variant.fused_projections:
+        metadata["telechat_groups"] = "per_head"
+    if sizes.config is not None:
+        metadata["telechat_config"] = json.dumps(sizes.config, separators=(",", ":"))
+    if path.suffix in (".ckpt", ".safetensors") and not path.is_dir():
+        layout = (ckpt_layout(path, tensors) if path.suffix == ".ckpt"
+                  else safetensors_layout(path, tensors, metadata))
+        return Target([layout], {}, _journal(path), False)
+    if path.suffix in (".bin", ".pt", ".pth") and not path.is_dir():
+        raise CheckpointError(f"--mindspore_path {path} must end in .ckpt or .safetensors, or be a folder")
+    texts = _config_text(path, sizes) if sizes.config is not None else {}
+    if kind == "ckpt":
+        return Target([ckpt_layout(path / "mindspore.ckpt", tensors)], texts, _journal(path / "mindspore.ckpt"), False)
+    layouts = _shards(path, "model", ".safetensors", tensors, shard or 5 * 10**9,
+                      lambda file, part: safetensors_layout(file, part, metadata))
+    for name in INDEX_NAMES:
+        texts[path / name] = index_text(layouts)
+    return Target(layouts, texts, _journal(path / "conversion"), False, True)
+
+
+def official_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: Sizes, shard: Optional[int]) -> Target:
+    """Names of an official result: one file, or a folder with shards, index and config.json."""
+    if path.suffix in (".bin", ".pth", ".pt", ".safetensors") and not path.is_dir():
+        layout = (safetensors_layout(path, tensors, {"format": "pt"}) if path.suffix == ".safetensors"
+                  else bin_layout(path, tensors))
+        return Target([layout], {}, _journal(path), True)
+    texts = _config_text(path, sizes)
+    if kind == "bin":
+        layouts = _shards(path, "pytorch_model", ".bin", tensors, shard or _BIN_SHARD, bin_layout)
+        index = BIN_INDEX_NAME
+    else:
+        layouts = _shards(path, "model", ".safetensors", tensors, shard or 5 * 10**9,
+                          lambda file, part: safetensors_layout(file, part, {"format": "pt"}))
+        index = INDEX_NAMES[0]
+    if len(layouts) > 1:
+        texts[path / index] = index_text(layouts)
+    return Target(layouts, texts, _journal(path / "conversion"), True, True)
+
+
+def _config_text(folder: Path, sizes: Sizes) -> Dict[Path, str]:
+    """The config.json to write into `folder`; none where the one that is there says the same."""
+    path = folder / "config.json"
+    if path.is_file():
+        if variant_from_hf(read_hf_config(path)) == variant_from_hf(sizes.config or hf_config(sizes.variant)):
+            return {}
+        raise ConfigError(f"{path} describes another model; remove it or give another folder")
+    return {path: json.dumps(sizes.config or hf_config(sizes.variant), indent=2) + "\n"}
+
+
+def _journal(path: Path) -> Path:
+    return partial_path(path).with_name(partial_path(path).name + ".json")
+
+
+def _shards(folder: Path, stem: str, suffix: str, tensors: Sequence[OutTensor], limit: int,
+            layout: Callable[[Path, List[OutTensor]], Layout]) -> List[Layout]:
+    shards = cut_shards(tensors, limit)
+    names = ([f"{stem}{suffix}"] if len(shards) == 1 else
+             [f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}" for number in range(1, len(shards) + 1)])
+    return [layout(folder / name, part) for name, part in zip(names, shards)]
+
+
+def run_conversion(args: argparse.Namespace, source: Source, sizes: Sizes, out: Path, official: bool) -> None:
+    """Plan and run a conversion whose input is open, and print what happened."""
+    dtype = _DTYPES[args.dtype] if args.dtype else None
+    transfers = plan_tensors(source, dtype, official)
+    target = (official_target if official else mindspore_target)(
+        out, args.format, [transfer.out for transfer in transfers.values()], sizes, args.max_shard_size)
+    for note in source.checkpoint.notes:
+        print(note)
+    shown = len(source.checkpoint.notes)
+    report = convert(source, target, transfers, Options(dtype, args.verify, args.strict, args.workers))
+    report.notes.extend(source.checkpoint.notes[shown:])
+    print("\n".join(summary(report, target, dtype_names(transfers))))
+
+
+def run_command(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser,
+                argv: Optional[Sequence[str]]) -> int:
+    """Parse, run, and turn every expected fault into one line; the exit code."""
+    args = parser.parse_args(argv)
+    again = "what is complete is kept: the same command continues there"
+    with contextlib.suppress(ValueError):                  # not the main thread: signals are someone else's
+        signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if args.mp is not None:
+            print(f"--mp {args.mp}: accepted and not needed; the order of the rows fits every tensor-parallel degree "
+                  "that divides the heads")
+        main(args)
+        return 0
+    except (CheckpointError, ConfigError) as err:
+        print(f"error: {err}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"interrupted; {again}", file=sys.stderr)
+        return 130
+    except OSError as err:
+        full = err.errno in (errno.ENOSPC, errno.EDQUOT)
+        print(f"error: the disk is full; free some space; {again}" if full else f"error: {err}", file=sys.stderr)
+    except MemoryError:
+        print("error: not enough memory; give fewer threads (--workers 1) or close other programs", file=sys.stderr)
+    return 1
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

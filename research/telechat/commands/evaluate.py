@@ -1,0 +1,248 @@
+"""Evaluate a converted checkpoint: tasks of lm-evaluation-harness, or the perplexity of texts.
+
+    python scripts/evaluate.py --config research/telechat/predict_telechat_12b.yaml --load_checkpoint CKPT \
+        --tokenizer DIR --tasks ceval-valid,gsm8k --num_fewshot 5 --output output/evaluation.json
+
+Prints a table; writes a JSON report and, beside it, a bar chart. Names, data and checkpoint are checked before the
+model is loaded. On several cards: scripts/msrun_launcher.sh, with --use_parallel True; every process gets the same
+requests, the first one writes. See docs/evaluation.md.
+"""
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+ROOT = Path(__file__).resolve().parents[3]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from research.telechat.evaluation.report import (
+    draw_bars,
+    result_rows,
+    samples_path,
+    table,
+    versions,
+    write_results,
+)
+from research.telechat.evaluation.tasks import count_documents, harness_version, load_tasks, set_shots
+from research.telechat.spec.variants import ConfigError
+from run_mindformer import read_recipe, resolve_config, str2bool
+
+TEXT_KEYS = ("text", "content", "data")                  # of a record in --perplexity FILE.jsonl; the first it has
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options."""
+    parser = argparse.ArgumentParser(description="Evaluate a TeleChat checkpoint.", allow_abbrev=False,
+                                     epilog="Keys of the recipe can be set as in run_mindformer.py: "
+                                            "--model.model_config.seq_length 4096.")
+    add = parser.add_argument
+    add("--config", default="", help="predict recipe, e.g. research/telechat/predict_telechat_12b.yaml")
+    add("--load_checkpoint", default="", help="converted checkpoint; default: that of the recipe")
+    add("--tokenizer", default="", help="tokenizer.model, tokenizer.json or the folder that holds it; default: that "
+                                        "of the recipe")
+    add("--tasks", default="", help="names of tasks, separated by commas, e.g. ceval-valid,cmmlu,mmlu,gsm8k,bbh")
+    add("--perplexity", default="", help="instead of tasks: .jsonl (text, content or data of each record) or .txt")
+    add("--num_fewshot", type=int, help="solved examples in front of each question; default: the task's own")
+    add("--limit", type=float, help="questions of each task; under 1: the share of them")
+    add("--batch_size", type=int, default=8, help="requests computed together")
+    add("--include_path", help="folder with task files (YAML) of your own")
+    add("--data", help="folder with data sets as files, used instead of the hub")
+    add("--data_only", action="store_true", help="load the data of the tasks, count the questions, and stop")
+    add("--apply_chat_template", action="store_true", help="ask as in a chat, with the markers of the model's family")
+    add("--system", help="system prompt, with --apply_chat_template")
+    add("--seed", type=int, default=1234, help="of the choice of examples, and of sampling")
+    add("--output", default="output/evaluation.json", help="report; the chart gets the same name with .png")
+    add("--samples", action="store_true", help="write every question with its answer, too")
+    add("--use_parallel", type=str2bool, help="run as one of several processes (msrun)")
+    add("--auto_trans_ckpt", type=str2bool, help="cut a complete checkpoint for the parallel plan")
+    add("--output_dir", help="folder of logs")
+    return parser
+
+
+def check(args: argparse.Namespace) -> List[str]:
+    """The names of the tasks. Raises ConfigError for what can be told from the command line alone."""
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if bool(names) == bool(args.perplexity):
+        raise ConfigError("give either --tasks NAME,NAME or --perplexity FILE"
+                          + ("" if names else "; tasks are, for example, ceval-valid, cmmlu, mmlu, gsm8k and bbh"))
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise ConfigError(f"--num_fewshot: expected 0 or more, found {args.num_fewshot}")
+    if args.limit is not None and args.limit <= 0:
+        raise ConfigError(f"--limit: expected a number over 0, found {args.limit:g}")
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch_size: expected a whole number over 0, found {args.batch_size}")
+    if not 0 <= args.seed < 2 ** 31:
+        raise ConfigError(f"--seed: expected a whole number from 0 to 2^31 - 1, found {args.seed}")
+    if args.system and not args.apply_chat_template:
+        raise ConfigError("--system needs --apply_chat_template: without it there is no place for a system prompt")
+    output = Path(args.output)
+    if output.is_dir() or output.suffix != ".json":
+        raise ConfigError(f"--output: expected the name of a .json file, found {args.output}")
+    if args.data_only:
+        return names
+    if not args.config:
+        raise ConfigError("--config is missing; give a predict recipe, e.g. "
+                          "research/telechat/predict_telechat_12b.yaml")
+    checkpoint = args.load_checkpoint or read_recipe(resolve_config(args.config)).get("load_checkpoint")
+    if not checkpoint:
+        raise ConfigError("--load_checkpoint is missing, and the recipe names no checkpoint either; give one made by "
+                          "research/telechat/convert_weight_torch_to_ms.py")
+    if args.load_checkpoint and not Path(args.load_checkpoint).exists():
+        raise ConfigError(f"--load_checkpoint: {args.load_checkpoint} does not exist; convert the official weights "
+                          "first (research/telechat/convert_weight_torch_to_ms.py)")
+    return names
+
+
+def read_texts(path: Path) -> List[str]:
+    """The texts of --perplexity: each record of a .jsonl file, or a whole .txt file. Raises ConfigError."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"--perplexity: {path} cannot be read as UTF-8 text: {err}") from err
+    if path.suffix != ".jsonl":
+        texts = [content]
+    else:
+        texts = [_text(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ConfigError(f"--perplexity: {path} holds no text")
+    return texts
+
+
+def _text(path: Path, number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as err:
+        raise ConfigError(f"--perplexity: {path}, line {number}: not valid JSON ({err})") from err
+    values = [record[key] for key in TEXT_KEYS if key in record] if isinstance(record, dict) else []
+    if not values or not isinstance(values[0], str):
+        raise ConfigError(f"--perplexity: {path}, line {number}: expected an object with a text under "
+                          f"{', '.join(TEXT_KEYS)}, found {line[:80]}")
+    return values[0]
+
+
+def open_model(args: argparse.Namespace, rest: List[str]) -> Any:
+    """(model, tokenizer, complete recipe). Raises ConfigError."""
+    from research.telechat.run.load import load_model, prepare_prediction, quieten
+    arguments = ["--config", args.config, "--register_path", str(ROOT / "research/telechat")]
+    for option in ("load_checkpoint", "use_parallel", "auto_trans_ckpt", "output_dir"):
+        value = getattr(args, option)
+        if value not in (None, ""):
+            arguments += [f"--{option}", str(value)]
+    config, tokenizer = prepare_prediction([*arguments, *rest], args.tokenizer)
+    quieten()
+    return load_model(config), tokenizer, config
+
+
+def run_tasks(model: Any, tokenizer: Any, loaded: Any, args: argparse.Namespace, first: bool) -> Dict[str, Any]:
+    """The harness's result, with `notes`: what had to be cut."""
+    import numpy as np
+    from lm_eval.evaluator import evaluate
+
+    from research.telechat.evaluation.harness import TelechatLM
+    kept = set_shots(loaded, args.num_fewshot, args.seed)
+    if kept and first:
+        print(f"--num_fewshot does not apply to {len(kept)} tasks that bring their own examples: {', '.join(kept[:5])}"
+              + (", ..." if len(kept) > 5 else ""), flush=True)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")      # bootstrapping in forked processes would hang beside MindSpore
+    lm = TelechatLM(model, tokenizer, args.batch_size, args.seed, progress=first)
+    limit = int(args.limit) if args.limit is not None and args.limit >= 1 else args.limit
+    result = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=args.samples, bootstrap_iters=1000,
+                      system_instruction=args.system, apply_chat_template=args.apply_chat_template,
+                      fewshot_as_multiturn=args.apply_chat_template)
+    return {**result, "notes": dict(lm.counts), "chat_template": lm.chat_template(args.apply_chat_template)}
+
+
+def run_perplexity(model: Any, tokenizer: Any, texts: List[str], args: argparse.Namespace, first: bool
+                   ) -> Dict[str, Any]:
+    """Counts, loss per token, perplexity, bits per byte."""
+    from research.telechat.evaluation.score import Scorer, perplexity
+    bos = tokenizer.bos_token_id
+    prefix = tokenizer.eos_token_id if bos is None else bos
+    return perplexity(Scorer(model, args.batch_size, first), tokenizer.vocab, texts, prefix).as_dict()
+
+
+def run(args: argparse.Namespace, rest: List[str]) -> int:
+    """Evaluate; returns the exit code. Raises ConfigError."""
+    names = check(args)
+    texts = read_texts(Path(args.perplexity)) if args.perplexity else []
+    loaded = None
+    if names:
+        print(f"loading {', '.join(names)} with lm-evaluation-harness {harness_version()}", flush=True)
+        loaded = load_tasks(names, args.include_path, args.data)
+    if args.data_only:
+        for name, count in count_documents(loaded).items():
+            print(f"{name}: {count} questions")
+        return 0
+    started = time.time()
+    model, tokenizer, config = open_model(args, rest)
+    from research.telechat.run.load import local_rank
+    first = local_rank() == 0
+    report: Dict[str, Any] = {
+        "recipe": args.config, "changes": rest, "checkpoint": str(config.load_checkpoint),
+        "tokenizer": str(tokenizer.vocab.path), "tokenizer_sha256": tokenizer.vocab.fingerprint, "tasks": names,
+        "seq_length": model.config.seq_length, "compute_dtype": str(model.config.compute_dtype),
+        "device": config.context.device_target, "batch_size": args.batch_size, "num_fewshot": args.num_fewshot,
+        "limit": args.limit, "system": args.system, "seed": args.seed, "packages": versions()}
+    samples = None
+    if names:
+        result = run_tasks(model, tokenizer, loaded, args, first)
+        samples = result.pop("samples", None)
+        rows = result_rows(result)
+        report.update(result)
+        text = table(rows)
+    else:
+        report.update(perplexity_of=args.perplexity, **run_perplexity(model, tokenizer, texts, args, first))
+        rows = []
+        text = "\n".join(f"{key}: {report[key]:.6g}" for key in ("texts", "tokens", "loss_per_token", "perplexity",
+                                                                 "bits_per_byte"))
+    if not first:
+        return 0
+    report["seconds"] = round(time.time() - started, 1)
+    print(text, flush=True)
+    for note, count in report.get("notes", {}).items():
+        print(f"note: {count} {note}")
+    written = write(Path(args.output), report, rows, samples)
+    print("written: " + ", ".join(map(str, written)), flush=True)
+    return 0
+
+
+def write(output: Path, report: Dict[str, Any], rows: List[Any], samples: Optional[Dict[str, Any]]) -> List[Path]:
+    """Write report, samples and chart; returns their paths. Raises ConfigError."""
+    chart = output.with_suffix(".png")
+    written = [output] if samples is None else [output, samples_path(output)]
+    try:
+        write_results(output, report, samples)
+        if draw_bars(rows, chart):
+            written.append(chart)
+    except OSError as err:
+        raise ConfigError(f"--output: {output} cannot be written: {err.strerror or err}") from err
+    except ImportError:
+        print("no chart: matplotlib is not installed")
+    return written
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run; returns the exit code. A fault of the user's making is one line on stderr and exit code 1."""
+    args, rest = build_parser().parse_known_args(argv)
+    os.environ.setdefault("GLOG_v", "3")                     # of MindSpore's messages, errors only
+    os.environ.setdefault("LOG_MF_PATH", os.path.join(os.path.abspath(args.output_dir or "./output"), "log"))
+    try:
+        return run(args, rest)
+    except ConfigError as err:
+        print(f"error: {err}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Plan a training or prediction job before anyone books a cluster: check it, count what it costs, compile it.
+
+    python scripts/plan.py --config research/telechat/finetune_telechat2_115b.yaml --ranks 64
+    python scripts/plan.py --config ... --ranks 64 --rank 63 --compile       # by MindSpore's own compiler, minutes
+    python scripts/plan.py --config ... --ranks 64 --check                   # faults only
+    python scripts/plan.py --command "python run_mindformer.py ..." --ranks 64 --check         # for launchers
+    python scripts/plan.py --config ... --ranks 64 --parallel_config.micro_batch_num 32 --picture plan.png
+
+Keys of the recipe are set as run_mindformer.py takes them. The exit code is 1 if the plan cannot run. Nothing is
+executed: compiling ends with the graph of one rank, and activations are estimated (docs/parallel.md).
+"""
+import argparse
+import copy
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[0] = str(ROOT)
+
+from research.telechat.common.files import write_text
+from research.telechat.plan.cost import cost_of
+from research.telechat.plan.plan import Plan, find_faults, read_plan
+from research.telechat.plan.report import as_json, compared, draw, table, text
+from research.telechat.recipe.legacy import translate
+from research.telechat.recipe.read import parse_overrides, read_recipe, resolve_config, set_key
+from research.telechat.spec.variants import ConfigError
+from run_mindformer import build_parser as build_run_parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Any key of the recipe can be set as well: --parallel_config.model_parallel 8")
+    add = parser.add_argument
+    add("--config", help="recipe")
+    add("--command", help="instead of --config: the command that is to run; checked if it is run_mindformer.py's")
+    add("--ranks", type=int, help="cards of the job; without it, those that the recipe is for")
+    add("--rank", type=int, default=0, help="the card whose communication is shown and that is compiled for")
+    add("--check", action="store_true", help="only look for faults; nothing is printed if there are none")
+    add("--compile", action="store_true", help="compile for Ascend with a simulated runtime, and compare")
+    add("--layers", type=int, help="plan and compile with so many decoder layers; one per stage is quick")
+    add("--micro_batches", type=int, help="plan and compile with so many micro-batches")
+    add("--mfu", type=float, default=0.4, help="model FLOPs utilisation that tokens per second are given for")
+    add("--json", type=Path, help="file to write everything to")
+    add("--picture", type=Path, help="PNG file to draw the memory of each stage to")
+    add("--keep", type=Path, help="with --compile: folder that keeps log, graph and strategy files")
+    add("--timeout", type=float, default=3600, help="with --compile: seconds")
+    add("--options", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the recipe to set")
+    return parser
+
+
+def complete_recipe(args: argparse.Namespace, overrides: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    """The recipe with everything from the command line. Raises ConfigError."""
+    recipe = copy.deepcopy(read_recipe(resolve_config(args.config)))
+    if args.layers:
+        overrides = [*overrides, ("model.model_config.num_layers", args.layers), ("model.model_config.offset", 0)]
+    if args.micro_batches:
+        overrides = [*overrides, ("parallel_config.micro_batch_num", args.micro_batches)]
+    for dotted, value in overrides:
+        set_key(recipe, dotted, value)
+    translate(recipe)                    # keys of earlier recipes; run_mindformer.py says what it changes
+    return recipe
+
+
+def read_command(command: str) -> Optional[Tuple[str, List[Tuple[str, Any]]]]:
+    """Recipe and overrides of a run_mindformer.py command; None for another command. Raises ConfigError."""
+    words = shlex.split(command)
+    script = next((number for number, word in enumerate(words) if Path(word).name == "run_mindformer.py"), None)
+    if script is None:
+        return None
+    try:
+        args, rest = build_run_parser().parse_known_args(words[script + 1:])
+    except SystemExit:
+        raise ConfigError(f"run_mindformer.py does not take this command (why stands above): {command}") from None
+    options = {"run_mode": args.run_mode, "use_parallel": args.use_parallel,
+               "runner_config.batch_size": args.batch_size, "context.device_target": args.device_target,
+               "runner_config.gradient_accumulation_steps": args.gradient_accumulation_steps}
+    given = [(key, value) for key, value in options.items() if value is not None]
+    return args.config, given + parse_overrides(args.options, rest)
+
+
+def write(path: Path, content: str) -> None:
+    """Write a text file, beside and then in place. Raises ConfigError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, content)
+    except OSError as err:
+        raise ConfigError(f"{path} cannot be written: {err}; name another file") from err
+
+
+def compile_and_compare(plan: Plan, recipe: Dict[str, Any], args: argparse.Namespace) -> Dict[str, Any]:
+    """Compile, print what the graph holds beside the arithmetic; returns the report."""
+    from tqdm import tqdm
+
+    from research.telechat.ascend_sim.account import Mesh
+    from research.telechat.ascend_sim.compile import compile_plan
+    from research.telechat.ascend_sim.runtime import SimulationError
+    doing = f"compiling rank {args.rank} of {plan.ranks}"
+    with tqdm(total=None, desc=doing, bar_format="{desc}: {elapsed}", disable=None, leave=False) as bar:
+        try:
+            report = compile_plan(recipe, Mesh(plan.pp, plan.dp, plan.cp, plan.mp), args.rank,
+                                  plan.model["seq_length"] + 1, args.keep, args.timeout, lambda _: bar.refresh())
+        except SimulationError as err:
+            raise ConfigError(str(err)) from err
+    if not report["ok"]:
+        for line in report["details"] or report["error"].splitlines()[:12]:
+            print(line)
+        raise ConfigError(f"the plan does not compile (mindspore {report.get('versions', {}).get('mindspore', '?')}); "
+                          f"the compiler's first words: {report['error'].splitlines()[0][:300]}; all of them: "
+                          f"{report['folder']}/worker.log")
+    cost = cost_of(plan, args.rank)
+    print(f"\nCompiled by mindspore {report['versions']['mindspore']} in {report['seconds']['compile']:.0f} s "
+          f"({report['compiler_memory_mb'] / 1000:.1f} GB).")
+    for name, graph in report["graphs"].items():
+        print(f"\nGraph {name}: {graph['nodes']} operators; " + ", ".join(
+            f"{operator} {sum(phases.values())}" for operator, phases in graph["operators"].items()))
+        communication = graph["communication"]
+        print("sent in MB by phase: " + ", ".join(f"{phase} {size / 1e6:.2f}"
+                                                  for phase, size in communication["by_phase"].items()))
+        rows = [["MB", "times", "operator", "over", "phase", "for", "place"]]
+        rows += [[place["bytes"] / 1e6, place["calls"], place["operator"], place["axes"], place["phase"],
+                  place["purpose"], place["place"] or "-"] for place in communication["places"][:12]]
+        if len(rows) > 1:
+            print(table(rows))
+        print("\n" + table([["MB", "arithmetic", "compiled", "difference"],
+                            *compared(cost, {**graph, "name": name})]))
+    return report
+
+
+def run(args: argparse.Namespace, rest: List[str]) -> int:
+    """Carry out the command; returns the exit code. Raises ConfigError."""
+    overrides = parse_overrides(args.options, rest)
+    if args.command:
+        found = read_command(args.command)
+        if found is None:
+            return 0
+        args.config, overrides = found[0], found[1] + overrides
+    if not args.config:
+        raise ConfigError("--config is missing; name the recipe to plan, e.g. "
+                          "research/telechat/finetune_telechat2_115b.yaml")
+    if not 0 < args.mfu <= 1:
+        raise ConfigError(f"--mfu: expected a share over 0, at most 1, found {args.mfu:g}")
+    recipe = complete_recipe(args, overrides)
+    plan = read_plan(recipe)
+    faults = find_faults(plan, args.ranks)
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    if not 0 <= args.rank < plan.ranks:
+        raise ConfigError(f"--rank {args.rank}: the plan has the ranks 0 to {plan.ranks - 1}")
+    if faults or args.check:
+        return 1 if faults else 0
+    print(text(plan, args.rank, args.mfu))
+    result = as_json(plan, args.rank, args.mfu)
+    if args.compile:
+        result["compiled"] = compile_and_compare(plan, recipe, args)
+    if args.json:
+        write(args.json, json.dumps(result, indent=1) + "\n")
+    if args.picture:
+        try:
+            args.picture.parent.mkdir(parents=True, exist_ok=True)
+            draw(plan, args.picture)
+        except (OSError, ValueError) as err:
+            raise ConfigError(f"--picture {args.picture} cannot be drawn: {err}; name a .png file elsewhere") from err
+    return 0
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Command line; a fault of the user's making is one line on stderr and exit code 1."""
+    args, rest = build_parser().parse_known_args(argv)
+    try:
+        return run(args, rest)
+    except ConfigError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:                      # the reader of the table has seen enough
+        sys.stdout = None
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Conversations to a MindRecord data set for fine-tuning: the command. What it does stands in the modules it joins.
+
+    python research/telechat/telechat_preprocess.py --input_dataset_file data.jsonl --output_path OUT \
+        --vocab_file_path tokenizer.model --max_length 2048
+
+See docs/data.md for formats, options and what comes out. It needs no NPU, and MindSpore only for writing.
+"""
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Iterator, List, Optional, Sequence
+
+_STARTED = time.perf_counter()
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
+
+import numpy as np
+from tqdm import tqdm
+
+from research.telechat.data.encoding import Encoded, Encoder, source_formats
+from research.telechat.data.packing import LONG_MODES, FirstFitPacker, ShuffleBuffer, pack_all, to_record
+from research.telechat.data.records import FORMATS
+from research.telechat.data.report import Report, format_report
+from research.telechat.data.sources import Source, find_sources, read_chunks, total_bytes
+from research.telechat.data.workers import WorkerError, ordered_map
+from research.telechat.data.writer import DatasetWriter
+from research.telechat.spec.variants import VARIANTS, ConfigError, get_variant
+from research.telechat.text.renderer import Renderer, detect_template, get_template
+from research.telechat.text.templates import TEMPLATES
+from research.telechat.text.vocab import Vocab
+
+_SHORTEST = 8                                # --max_length; below, no question and answer fit
+_CHUNK_BYTES = 1 << 19
+
+
+def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """The options; see `--help`."""
+    parser = argparse.ArgumentParser(description="Make a MindRecord data set for fine-tuning from conversations.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--input_dataset_file", nargs="+", required=True, metavar="PATH",
+        help="files (.jsonl, .json, also .gz or .zst), folders of them, or a JSON file that lists files (with weights)")
+    add("--output_path", required=True, metavar="DIR", help="folder for the data set and the report")
+    add("--vocab_file_path", required=True, metavar="FILE", help="tokenizer.model or tokenizer.json of the model")
+    add("--max_length", type=int, default=2048, help="seq_length of the recipe; records are one token longer")
+    add("--seed", type=int, default=2024, help="for the order of the conversations")
+    add("--model_name", choices=list(VARIANTS), help="model whose template is used; default: told by the vocabulary")
+    add("--template", choices=list(TEMPLATES), help="template by its own name, instead of --model_name")
+    for role in ("start", "user", "bot", "end", "pad"):
+        add(f"--{role}_token", help="marker in front of each conversation; default: none" if role == "start" else
+            "another marker than the template's")
+    add("--format", choices=["auto", *FORMATS], default="auto", help="of the records; auto: told per file")
+    add("--long", choices=LONG_MODES, default="split", help="what to do with conversations longer than a record")
+    add("--system_prompt", choices=["ignore", "prepend", "error"], default="ignore",
+        help="where the template has no place for one: leave out and count, put before the first question, or refuse")
+    add("--padding_side", choices=["left", "right"], help="default: as the family's official code")
+    add("--document_boundaries", action="store_true",
+        help="store where each conversation ends (column actual_seq_len), so that they do not attend to each other")
+    add("--max_documents", type=int, default=128, help="length of that column: most documents in a record, padding too")
+    add("--max_errors", type=int, default=100, help="stop at that many unusable records; -1: never")
+    add("--shuffle_buffer", type=int, default=8192, help="conversations among which the next is chosen; 0: keep order")
+    add("--pack_window", type=int, default=256, help="records that are filled at the same time")
+    add("--file_megabytes", type=int, default=2048, help="begin another file at that many megabytes of tokens")
+    add("--num_workers", type=int, default=None, help="processes that tokenise; default: one per core")
+    args = parser.parse_args(argv)
+    args.num_workers = _cores() if args.num_workers is None else args.num_workers
+    for name, least in (("max_length", _SHORTEST), ("num_workers", 0), ("max_errors", -1), ("shuffle_buffer", 0),
+                        ("pack_window", 1), ("file_megabytes", 1), ("max_documents", 2)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name} is {getattr(args, name)}; the least is {least}")
+    if args.model_name and args.template not in (None, get_variant(args.model_name).chat_template):
+        raise ConfigError(f"--model_name {args.model_name} has another template than --template {args.template}; name "
+                          "only one of them")
+    return args
+
+
+def make_renderer(args: argparse.Namespace) -> Renderer:
+    """The renderer that the options describe. Raises ConfigError."""
+    vocab = Vocab.load(args.vocab_file_path)
+    name = args.template or (get_variant(args.model_name).chat_template if args.model_name else None)
+    return Renderer(get_template(name) if name else detect_template(vocab), vocab, start_token=args.start_token,
+                    user_token=args.user_token, bot_token=args.bot_token, end_token=args.end_token,
+                    pad_token=args.pad_token, system_policy=args.system_prompt)
+
+
+def preprocess(args: argparse.Namespace, started: Optional[float] = None) -> dict:
+    """Make the data set; returns the report. Raises ConfigError and WorkerError, and then leaves nothing behind.
+
+    `started`: from when the time counts, in seconds of time.perf_counter; default: now.
+    """
+    started = time.perf_counter() if started is None else started
+    sources = find_sources(args.input_dataset_file)
+    renderer = make_renderer(args)
+    formats = source_formats(sources, None if args.format == "auto" else args.format)
+    length = args.max_length + 1
+    slots = args.max_documents if args.document_boundaries else 0
+    side = args.padding_side or renderer.template.padding_side
+    columns = {"input_ids": length, "labels": length, **({"actual_seq_len": slots} if slots else {})}
+    encoder = Encoder(renderer, formats, length, args.long)
+    report = Report(length)
+    packer = FirstFitPacker(length, args.pack_window, slots - 1 if slots else length, args.seed)
+    shuffle = ShuffleBuffer(args.shuffle_buffer, args.seed)
+    with DatasetWriter(Path(args.output_path), columns, args.file_megabytes << 20) as writer:
+        chunks = read_chunks(sources, args.seed, _CHUNK_BYTES)
+        results = ordered_map(partial(_itself, encoder), chunks, args.num_workers)
+        for pack in pack_all(_pieces(results, sources, report, args.max_errors), shuffle, packer):
+            writer.add(to_record(pack, length, renderer.pad_id, side, slots))
+        if not writer.records:
+            raise ConfigError(_nothing(sources, report))
+        summary = report.summary(writer.records, time.perf_counter() - started)
+        extra = {"lengths.png": report.histogram_png()}
+        files = writer.finish(_meta(args, renderer, side, summary), extra)
+    summary = report.summary(writer.records, time.perf_counter() - started)
+    report_file = Path(args.output_path) / "report.json"
+    report_file.write_text(json.dumps(summary, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    return {**summary, "files": [str(file) for file in files]}
+
+
+def _itself(encoder: Encoder) -> Encoder:
+    return encoder
+
+
+def _pieces(results: Iterator[Encoded], sources: List[Source], report: Report, max_errors: int) -> Iterator[np.ndarray]:
+    """The pieces of all chunks; counts, shows progress, and stops at too many unusable records."""
+    with tqdm(total=total_bytes(sources), unit="B", unit_scale=True, desc="preprocess", mininterval=0.5) as bar:
+        for encoded in results:
+            report.add(encoded.counts, encoded.lengths)
+            bar.update(encoded.progress)
+            for number, error in encoded.errors:
+                named = f"{sources[encoded.source].path}:{number}: {error}"
+                if report.add_error(named):
+                    tqdm.write(named, file=sys.stderr)
+                if max_errors >= 0 and report.unusable >= max(max_errors, 1):
+                    raise ConfigError(f"stopped at {report.unusable} records that cannot be used, named above; correct "
+                                      "them, name the right --format, or allow more with --max_errors")
+            yield from encoded.pieces()
+
+
+def _nothing(sources: List[Source], report: Report) -> str:
+    reasons = "; ".join(report.errors[:1]) or ", ".join(
+        name for name in report.counts if name.startswith("dropped: ")) or "the files hold no records"
+    return f"no usable conversation in {sources[0].path}{' and others' if len(sources) > 1 else ''}: {reasons}"
+
+
+def _meta(args: argparse.Namespace, renderer: Renderer, side: str, summary: dict) -> dict:
+    """What training has to know; the same for the same input and options, wherever and whenever it is made."""
+    markers = {role: getattr(renderer, f"{role}_id") for role in ("start", "user", "bot", "system", "end", "pad")}
+    return {
+        "template": renderer.template.name, "markers_as_text": renderer.as_text,
+        "seq_length": args.max_length, "record_length": args.max_length + 1,
+        "tokenizer": renderer.vocab.path.name, "tokenizer_sha256": renderer.vocab.fingerprint,
+        "vocab_size": renderer.vocab.size, "marker_ids": markers, "pad_token_id": renderer.pad_id,
+        "padding_side": side, "long": args.long, "seed": args.seed, "system_prompt": args.system_prompt,
+        "conversations": summary["conversations"], "tokens": summary["tokens"],
+        "conversation_length": summary["conversation_length"],
+    }
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command; returns the exit code."""
+    try:
+        summary = preprocess(parse_arguments(argv), None if argv else _STARTED)
+    except (ConfigError, WorkerError) as err:
+        print(f"telechat_preprocess: error: {err}", file=sys.stderr)
+        return 1
+    except OSError as err:
+        print(f"telechat_preprocess: error: {err.filename or 'writing'}: {err.strerror or err}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("telechat_preprocess: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    unnamed = sum(summary["conversations"]["unusable_records"].values()) - len(summary["unusable_first"])
+    if unnamed:
+        print(f"... and {unnamed} more records that cannot be used", file=sys.stderr)
+    print(format_report(summary))
+    print(f"data set   {', '.join(summary['files'])}")
+    print(f"details    {Path(summary['files'][0]).parent}: meta.json, report.json, lengths.png")
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)        # as Ctrl-C: clean up
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Which MindFormers and MindSpore belong together, and the check of those installed. Imports neither of them.
+
+The import of a version that does not fit ends in the middle of a long traceback; the check says the same in one line,
+within milliseconds. How the versions differ in code is in bridge/compat.py.
+"""
+import contextlib
+import os
+import re
+import sys
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Dict, Iterator, List, Optional, Tuple
+
+from research.telechat.spec.variants import ConfigError
+
+# mindformers -> the mindspore versions it is tested with by scripts/test_matrix.sh, first the one its own docs name
+TESTED: Dict[str, Tuple[str, ...]] = {
+    "1.6.0": ("2.7.0", "2.7.2"),
+    "1.7.0": ("2.7.1",),
+    "1.8.0": ("2.7.2",),
+    "1.9.0": ("2.9.0",),
+}
+OLDEST_PYTHON = (3, 9)
+ANYWAY = "TELECHAT_ANY_VERSION"            # environment variable: go on where the check would stop
+
+
+class OldVersionError(ConfigError):
+    """A version older than any that is supported."""
+
+
+def release(version: str) -> Tuple[int, ...]:
+    """(major, minor) of a version text such as 2.7.1.post1 or 2.9.0rc1; () where it does not begin with them."""
+    match = re.match(r"v?(\d+)\.(\d+)", version)
+    return tuple(int(number) for number in match.groups()) if match else ()
+
+
+def installed_version(package: str) -> Optional[str]:
+    """Version of an installed package; "" if it has none to read, None if it is not there. Nothing is imported."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        pass
+    spec = find_spec(package)                     # a checkout of the sources on the path has no metadata
+    if spec is None:
+        return None
+    for folder in spec.submodule_search_locations or ():
+        for name in ("__init__.py", "version.py"):
+            file = Path(folder) / name
+            if file.is_file():
+                match = re.search(r"^__version__\s*=\s*[\"']([^\"']+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+                if match:
+                    return match.group(1)
+    return ""
+
+
+def install_line(mindformers: Optional[str] = None, mindspore: Optional[str] = None) -> str:
+    """The pip command for the release of `mindformers`, else for what fits `mindspore`, else for the newest pair.
+
+    An Ascend machine's driver decides the version of MindSpore, so that one which is there stays where it can.
+    """
+    chosen, partner = max(((key, value[0]) for key, value in TESTED.items()), key=lambda pair: release(pair[0]))
+    for key, value in TESTED.items():
+        if mindspore in value and not mindformers:
+            chosen, partner = key, mindspore
+        if mindformers and release(key) == release(mindformers):
+            chosen, partner = key, mindspore if mindspore in value else value[0]
+    return f"pip install mindspore=={partner} mindformers=={chosen}"
+
+
+def check_pair(mindformers: Optional[str], mindspore: Optional[str],
+               python: Tuple[int, ...] = tuple(sys.version_info[:2])) -> List[str]:
+    """Warnings about a pair of versions (as `installed_version` gives them); none for tested pairs.
+
+    A patch release counts as the release it mends. Raises ConfigError: a package is missing; OldVersionError.
+    """
+    if tuple(python) < OLDEST_PYTHON:
+        raise ConfigError(f"this is Python {'.'.join(map(str, python))}; Python 3.9 to 3.12 is needed")
+    for name, found in (("mindspore", mindspore), ("mindformers", mindformers)):
+        if found is None:
+            raise ConfigError(f"{name} is not installed in {sys.executable}; activate the environment that has it, or "
+                              f"{install_line(mindformers, mindspore)}")
+    formers, spores = release(mindformers), release(mindspore)
+    partners = {release(key): sorted({release(each) for each in value}) for key, value in TESTED.items()}
+    oldest = min(partners), min(each for value in partners.values() for each in value)
+    for name, found, known, least in (("mindformers", mindformers, formers, oldest[0]),
+                                      ("mindspore", mindspore, spores, oldest[1])):
+        if known and known < least:
+            raise OldVersionError(f"{name} {found} is too old: the oldest supported is {'.'.join(map(str, least))}.0; "
+                                  f"{install_line()} ({ANYWAY}=1 tries it all the same)")
+    pair = f"mindformers {mindformers or 'of unknown version'} with mindspore {mindspore or 'of unknown version'}"
+    if formers not in partners:
+        return [f"{pair} was never tested (tested: mindformers {', '.join(TESTED)}); if anything fails, "
+                f"{install_line()}"]
+    if spores not in partners[formers]:
+        fitting = next(key for key in TESTED if release(key) == formers)
+        return [f"{pair} do not belong together: mindformers {fitting} is tested with mindspore "
+                f"{' and '.join(TESTED[fitting])}; if anything fails, {install_line(fitting)}"]
+    return []
+
+
+def check_versions() -> None:
+    """Check what is installed: warnings on stderr (once per job), ConfigError where it cannot work."""
+    try:
+        warnings = check_pair(installed_version("mindformers"), installed_version("mindspore"))
+    except OldVersionError as err:
+        if os.environ.get(ANYWAY) != "1":
+            raise
+        warnings = [str(err)]
+    if os.environ.get("RANK_ID", "0") == "0":
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def fitting_versions() -> Iterator[None]:
+    """Put around the imports of MindFormers and what stands on it: `check_versions`, and one line where they fail.
+
+    Raises ConfigError, with what to install.
+    """
+    check_versions()
+    try:
+        yield
+    except (ImportError, AttributeError, OSError) as err:      # OSError: a shared library that is missing
+        if str(getattr(err, "name", None)).startswith("research"):
+            raise ConfigError(f"this plugin is incomplete ({err}); copy all of its files again") from err
+        formers, spores = installed_version("mindformers"), installed_version("mindspore")
+        raise ConfigError(f"mindformers {formers} with mindspore {spores} in {sys.executable} cannot be imported "
+                          f"({type(err).__name__}: {' '.join(str(err).split())}); "
+                          f"{install_line(formers, spores)}") from err

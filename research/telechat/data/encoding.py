@@ -1,0 +1,111 @@
+"""Raw records to pieces of token ids: the work of one worker process of preprocessing.
+
+Joins the steps that data/records.py, text/renderer.py and data/packing.py define, for one chunk of records, with
+one call of the vocabulary for all their texts, and counts what happens to them.
+"""
+from collections import Counter
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from research.telechat.data.packing import Cut, cut, marked_ids
+from research.telechat.data.records import RecordError, detect_format, parse_record
+from research.telechat.data.sources import Chunk, Source, peek_records
+from research.telechat.spec.variants import ConfigError
+from research.telechat.text.renderer import ConversationError, Renderer
+
+
+class Encoded(NamedTuple):
+    """A chunk of records as pieces. `counts`: totals by name; `errors`: (line, why it cannot be used)."""
+
+    source: int
+    tokens: np.ndarray                       # int32, all pieces in a row, as data/packing.py writes them
+    sizes: np.ndarray                        # int32, tokens of each piece
+    lengths: np.ndarray                      # int32, tokens of each conversation before it was cut
+    counts: Dict[str, int]
+    errors: List[Tuple[int, str]]
+    progress: int
+
+    def pieces(self) -> List[np.ndarray]:
+        """The pieces, each an array of its own, so that keeping one does not keep the whole chunk."""
+        ends = np.cumsum(self.sizes)
+        return [self.tokens[end - size:end].copy() for end, size in zip(ends.tolist(), self.sizes.tolist())]
+
+
+class Encoder:
+    """Encodes chunks. Picklable, for worker processes.
+
+    Args:
+        renderer: writes the conversations.
+        formats: the data format of each source (see `source_formats`).
+        limit: tokens of one record, N + 1.
+        long: what to do with longer conversations (data.packing.LONG_MODES).
+    """
+
+    def __init__(self, renderer: Renderer, formats: Sequence[str], limit: int, long: str = "split"):
+        self.renderer, self.formats, self.limit, self.long = renderer, list(formats), limit, long
+
+    def __call__(self, chunk: Chunk) -> Encoded:
+        counts: Counter[str] = Counter(records=len(chunk.records))
+        errors: List[Tuple[int, str]] = []
+        plans = []
+        data_format = self.formats[chunk.source]
+        for number, raw in zip(chunk.numbers, chunk.records):
+            counts["bytes"] += len(raw)
+            try:
+                conversation = parse_record(raw, data_format)
+                plans.append(self.renderer.plan(conversation.messages, conversation.tools))
+            except RecordError as err:
+                counts[f"unusable: {err.kind}"] += 1
+                errors.append((number, str(err)))
+                continue
+            except ConversationError as err:
+                counts["unusable: order or kind of messages"] += 1
+                errors.append((number, str(err)))
+                continue
+            counts.update(f"note: {note}" for note in conversation.notes)
+            if conversation.messages[0].role == "system" and self.renderer.system_id is None:
+                counts[f"note: system prompt, policy {self.renderer.system_policy!r}"] += 1
+        encoded = iter(self.renderer.vocab.encode_batch([text for plan in plans for text in plan.texts], num_threads=1))
+        conversations = [self.renderer.assemble(plan, encoded) for plan in plans]
+        pieces: List[np.ndarray] = []
+        for rendered, marked in zip(conversations, marked_ids(conversations)):
+            result = cut(rendered, marked, self.limit, self.long)
+            pieces += result.pieces
+            _count(counts, result, len(marked))
+        tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+        counts["answer tokens"] = int((tokens >= 0).sum())
+        sizes = np.array([len(piece) for piece in pieces], np.int32)
+        lengths = np.array([len(rendered.ids) for rendered in conversations], np.int32)
+        return Encoded(chunk.source, tokens, sizes, lengths, dict(counts), errors, chunk.progress)
+
+
+def _count(counts: Counter[str], result: Cut, tokens: int) -> None:
+    counts["conversations"] += 1
+    counts["tokens"] += tokens
+    counts["tokens kept"] += result.kept
+    counts["tokens dropped"] += result.dropped
+    counts["tokens repeated"] += result.repeated
+    counts["pieces"] += len(result.pieces)
+    counts[result.fate if result.pieces else f"dropped: {result.fate}"] += 1
+
+
+def source_formats(sources: Sequence[Source], named: Optional[str] = None) -> List[str]:
+    """The data format of each source: `named`, or told from its first usable record. Raises ConfigError."""
+    if named:
+        return [named] * len(sources)
+    return [_detect(source) for source in sources]
+
+
+def _detect(source: Source) -> str:
+    first = None
+    for raw in peek_records(source):
+        found = detect_format(raw)
+        if found:
+            return found
+        first = first or raw
+    if first is None:
+        return "input_output"                    # an empty file: any format reads nothing from it
+    start = first[:60].decode("utf-8", "replace").strip()
+    raise ConfigError(f"the format of {source.path} cannot be told from its first records ({start!r}...); name it "
+                      "with --format")

@@ -1,0 +1,128 @@
+"""meta.json, which preprocessing writes beside a MindRecord data set, and the checks against it before training.
+
+No data is read here; data/scan.py does that where there is no meta.json.
+"""
+import json
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Union
+
+from research.telechat import __version__
+from research.telechat.spec.variants import ConfigError, read_json_object
+
+META_FILE = "meta.json"
+FORMAT_VERSION = 1
+_DATA_SUFFIX = ".mindrecord"
+
+
+def write_meta(folder: Union[str, Path], meta: Dict[str, Any]) -> None:
+    """Write meta.json into `folder`: the same bytes for the same contents."""
+    content = json.dumps({"format_version": FORMAT_VERSION, "telechat_version": __version__, **meta},
+                         ensure_ascii=False, indent=1)
+    (Path(folder) / META_FILE).write_text(content + "\n", encoding="utf-8")
+
+
+def read_meta(dataset: Union[str, Path]) -> Optional[Dict[str, Any]]:
+    """meta.json of a data set (its folder, or a MindRecord file in it); None if there is none. Raises ConfigError."""
+    path = _folder(Path(dataset)) / META_FILE
+    return read_json_object(path, "data set's meta file") if path.exists() else None
+
+
+def check_dataset_meta(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq_length: int,
+                       pad_token_id: Optional[int] = None, document_boundaries: bool = False) -> Optional[str]:
+    """Compare a data set with the recipe, from its meta.json alone. To be called before the first step.
+
+    Args:
+        dataset_dir_or_file: what the recipe names as the data set.
+        vocab_size, seq_length, pad_token_id: of the model; `pad_token_id` None is not compared.
+        document_boundaries: whether the recipe reads the column actual_seq_len.
+
+    Returns:
+        None where all fits, or a warning for the log, such as that there is no meta.json.
+
+    Raises:
+        ConfigError: one line on what does not fit, what was found and what to do.
+    """
+    dataset = Path(dataset_dir_or_file)
+    if not dataset.exists():
+        raise ConfigError(f"data set not found: {dataset}; name the file or folder that telechat_preprocess.py wrote")
+    files = data_files(dataset)
+    if not files:
+        raise ConfigError(f"data set {dataset} holds no {_DATA_SUFFIX} file; make one with telechat_preprocess.py")
+    meta = read_meta(dataset)
+    if meta is None:
+        return (f"data set {dataset} has no {META_FILE}: whether its tokenizer and padding fit the recipe is unknown; "
+                "data sets made by telechat_preprocess.py have it")
+    _check_meta(dataset, meta, vocab_size, seq_length, pad_token_id, document_boundaries)
+    return _check_files(dataset, meta)
+
+
+def reason(err: Exception) -> str:
+    """The line of a MindSpore error that says what is wrong; its text is a page long."""
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    return next((line for line in lines if line.startswith("[ERROR]")), lines[0] if lines else type(err).__name__)
+
+
+def data_files(dataset: Path) -> List[Path]:
+    """The MindRecord files that training reads from `dataset`, a file or a folder."""
+    if dataset.is_dir():
+        return sorted(path for path in dataset.rglob(f"*{_DATA_SUFFIX}*")
+                      if path.name.rstrip("0123456789").endswith(_DATA_SUFFIX))
+    return [dataset] if dataset.exists() else []
+
+
+def _folder(dataset: Path) -> Path:
+    return dataset if dataset.is_dir() else dataset.parent
+
+
+def _check_meta(dataset: Path, meta: Dict[str, Any], vocab_size: int, seq_length: int, pad_token_id: Optional[int],
+                document_boundaries: bool) -> None:
+    version = meta.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ConfigError(f"data set {dataset}: {META_FILE} has format version {version!r}, expected {FORMAT_VERSION}; "
+                          "make the data set again with this version's telechat_preprocess.py")
+    if not meta.get("records"):
+        raise ConfigError(f"data set {dataset} is empty (records: {meta.get('records')}); preprocess again, and read "
+                          "what the command reports")
+    check_length(dataset, meta.get("record_length"), seq_length)
+    greatest = meta.get("max_token_id")
+    if not isinstance(greatest, int) or greatest >= vocab_size:
+        raise ConfigError(vocabulary_fault(dataset, greatest, vocab_size)
+                          + f" (its tokenizer: {meta.get('tokenizer')}, {meta.get('vocab_size')} ids)")
+    pad = meta.get("pad_token_id")
+    if pad_token_id is not None and pad != pad_token_id:
+        raise ConfigError(f"data set {dataset} is padded with id {pad}, the recipe's pad_token_id is {pad_token_id}; "
+                          "correct the recipe, or preprocess with the --pad_token of the model")
+    if document_boundaries and "actual_seq_len" not in meta.get("columns", ()):
+        raise ConfigError(f"data set {dataset} has no column actual_seq_len, which the recipe's document boundaries "
+                          "need; preprocess with --document_boundaries, or switch them off in the recipe")
+
+
+def _check_files(dataset: Path, meta: Dict[str, Any]) -> Optional[str]:
+    sizes = meta.get("files") or {}
+    for name, size in sizes.items():
+        path = _folder(dataset) / name
+        found = path.stat().st_size if path.exists() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found}"
+            raise ConfigError(f"data set {dataset}: the file {name} should have {size} bytes and {state}; copy it "
+                              "again, or preprocess again")
+    others = [name for name in sizes if name.endswith(_DATA_SUFFIX)]
+    if dataset.is_file() and len(others) > 1:
+        return (f"{dataset} is one of {len(others)} files of its data set; name the folder {dataset.parent} to train "
+                "on all of them")
+    return None
+
+
+def check_length(dataset: Path, found: Any, seq_length: int) -> None:
+    """ConfigError where records of `found` tokens are not those of the recipe's seq_length."""
+    if found != seq_length + 1:
+        made = f"--max_length {found - 1}" if isinstance(found, int) else "another length"
+        raise ConfigError(f"data set {dataset} has records of {found} tokens, the recipe's seq_length {seq_length} "
+                          f"needs {seq_length + 1}; it was made with {made}: preprocess with --max_length "
+                          f"{seq_length}, or set seq_length to it")
+
+
+def vocabulary_fault(dataset: Path, greatest: Any, vocab_size: int) -> str:
+    """The message about an id that the model has no embedding for."""
+    return (f"data set {dataset} holds token id {greatest}, the recipe's vocab_size is {vocab_size}; preprocess with "
+            "the tokenizer of the model, or correct the recipe")

@@ -1,0 +1,261 @@
+"""Cutting long conversations and packing short ones, so that records of one exact length lose and pad little.
+
+Pure Python and NumPy over token ids: no text, no files. A piece is an int32 array in which an id that carries no loss
+is stored as its bitwise complement (~id, negative): one array holds the tokens and the mask.
+"""
+import random
+from itertools import chain
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
+
+import numpy as np
+
+from research.telechat.text.renderer import Rendered
+
+LONG_MODES = ("split", "truncate", "drop")
+IGNORED = -100                               # label without loss
+HELD_TOKENS = 1 << 25                        # in the shuffle buffer, and in the batch that is packed: 128 MiB each
+_CONTEXT_SHARE = 0.5                         # of the length, at most, repeats what an earlier part has trained already
+_LEAST_ANSWER = 16                           # answer tokens for which a question keeps its beginning
+
+
+class Cut(NamedTuple):
+    """What became of one conversation. kept + dropped == len(rendered.ids)."""
+
+    pieces: List[np.ndarray]
+    kept: int                                # tokens of the conversation that are in a piece
+    dropped: int                             # tokens that are in none
+    repeated: int                            # tokens in later pieces that repeat earlier ones, as context without loss
+    fate: str                                # "whole", "split", "truncated", or why it was dropped
+
+
+def marked_ids(conversations: Sequence[Rendered]) -> List[np.ndarray]:
+    """The ids of each conversation as int32, complemented where they carry no loss. One pass for all: it is faster."""
+    sizes = [len(rendered.ids) for rendered in conversations]
+    ids = np.fromiter(chain.from_iterable(rendered.ids for rendered in conversations), np.int32, sum(sizes))
+    runs = np.array([run for rendered in conversations for run in rendered.loss], np.int32).reshape(-1, 2)
+    flip = np.repeat(runs[:, 1] - 1, runs[:, 0])             # 0 where the loss counts, else -1: x ^ -1 == ~x
+    return np.split(ids ^ flip, np.cumsum(sizes[:-1]))
+
+
+def cut(rendered: Rendered, marked: np.ndarray, limit: int, long: str = "split") -> Cut:
+    """A conversation in pieces of at most `limit` tokens.
+
+    Args:
+        rendered: the conversation.
+        marked: its ids as `marked_ids` gives them.
+        limit: tokens of one record.
+        long: what to do with a longer one. "split": parts at the borders between turns. Every part has what stands in
+            front of the first turn (start marker, system prompt), as many new turns as fit, and in front of them, as
+            context without loss, earlier turns: up to half of the length, and what the new turns leave free. A turn
+            that is too long by itself continues in the next part with the tokens before it as context. "truncate": the
+            first part only. "drop": nothing.
+    """
+    if not (marked[1:] >= 0).any():
+        return Cut([], 0, len(marked), 0, "no answer")
+    if len(marked) <= limit:
+        return Cut([marked], len(marked), 0, 0, "whole")
+    if long == "drop":
+        return Cut([], 0, len(marked), 0, "longer than the length")
+    head = rendered.turns[0]
+    if limit - head < min(2 * _LEAST_ANSWER, limit // 2):
+        return Cut([], 0, len(marked), 0, "system prompt fills the length")
+    spans = _spans(rendered)
+    windows = _windows(spans, marked, limit - head, rendered.opening)
+    if long == "truncate":
+        windows = windows[:1]
+    pieces, covered, length = [], np.zeros(len(marked), bool), 0
+    covered[:head] = True
+    for parts, new in windows:
+        body = np.concatenate([_without_loss(marked[start:end], max(new - start, 0)) for start, end in parts])
+        pieces.append(np.concatenate([marked[:head], body]))
+        length += len(pieces[-1])
+        for start, end in parts:
+            covered[start:end] = True
+    kept = int(covered.sum())
+    return Cut(pieces, kept, len(marked) - kept, length - kept, "truncated" if long == "truncate" else "split")
+
+
+def _without_loss(marked: np.ndarray, count: int) -> np.ndarray:
+    """The same piece, where the first `count` tokens carry no loss."""
+    if count <= 0:
+        return marked
+    front = marked[:count]
+    return np.concatenate([np.where(front >= 0, ~front, front), marked[count:]])
+
+
+def _spans(rendered: Rendered) -> List[Tuple[int, int]]:
+    """(start, end) of each turn, without the separators between them."""
+    ends = [start - rendered.separator for start in rendered.turns[1:]] + [len(rendered.ids)]
+    return list(zip(rendered.turns, ends))
+
+
+Window = Tuple[List[Tuple[int, int]], int]       # parts (start, end) to be joined; position from which tokens are new
+
+
+def _windows(spans: List[Tuple[int, int]], marked: np.ndarray, room: int, opening: int) -> List[Window]:
+    """Which tokens go into which piece, beside the head; `room`: tokens in a piece beside the head."""
+    windows: List[Window] = []
+    starts, ends = zip(*spans)
+    number = 0
+    while number < len(spans):
+        if ends[number] - starts[number] > room:
+            windows += _turn_windows(*spans[number], marked, room, opening)
+            number += 1
+            continue
+        first = last = number
+        budget = min(int(room * _CONTEXT_SHARE), room - (ends[number] - starts[number]))
+        while first > 0 and starts[number] - starts[first - 1] <= budget:
+            first -= 1
+        while last + 1 < len(spans) and ends[last + 1] - starts[first] <= room:
+            last += 1
+        while first > 0 and ends[last] - starts[first - 1] <= room:
+            first -= 1
+        windows.append(([(starts[first], ends[last])], starts[number]))
+        number = last + 1
+    return windows
+
+
+def _turn_windows(start: int, end: int, marked: np.ndarray, room: int, opening: int) -> Iterator[Window]:
+    """One turn that is too long by itself: windows over its tokens, each beginning with some tokens of the one before.
+
+    Only where the question alone fills a window does the question lose its beginning behind the marker, as in a chat.
+    """
+    answer = start + int(np.argmax(marked[start:end] >= 0))
+    least = min(_LEAST_ANSWER, room // 2, end - answer)
+    if answer - start + least > room:
+        front = min(opening, room // 4)
+        tail = answer - room // 2 + front
+        done = min(tail + room - front, end)
+        yield [(start, start + front), (tail, done)], start
+    else:
+        done = start + room
+        yield [(start, done)], start
+    context = int(room * _CONTEXT_SHARE)
+    while done < end:
+        first = done - context
+        new, done = done, min(first + room, end)
+        yield [(first, done)], new
+
+
+class ShuffleBuffer:
+    """Shuffles a stream of pieces within a bounded window, reproducibly.
+
+    What goes out is chosen among `size` pieces, or fewer where these have more than `max_tokens`; 0 keeps the order.
+    """
+
+    def __init__(self, size: int, seed: int, max_tokens: int = HELD_TOKENS):
+        self._size, self._max_tokens, self._rng = size, max_tokens, random.Random(seed)
+        self._items: List[np.ndarray] = []
+        self._tokens = 0
+
+    def add(self, item: np.ndarray) -> Iterator[np.ndarray]:
+        """Put a piece in; yields those that have to leave."""
+        self._items.append(item)
+        self._tokens += len(item)
+        while len(self._items) > self._size or self._tokens > self._max_tokens:
+            index = self._rng.randrange(len(self._items))
+            self._items[index], self._items[-1] = self._items[-1], self._items[index]
+            self._tokens -= len(self._items[-1])
+            yield self._items.pop()
+
+    def flush(self) -> Iterator[np.ndarray]:
+        """What is left, shuffled."""
+        self._rng.shuffle(self._items)
+        yield from self._items
+        self._items, self._tokens = [], 0
+
+
+class FirstFitPacker:
+    """Puts pieces into packs of at most `capacity` tokens: the long ones of a batch first, each into the first pack.
+
+    Pieces are taken in batches of 4 * `window`, or of `max_tokens`; after a batch the `window` emptiest packs stay open
+    for the next one. So memory is bounded, and padding is small as long as some pieces are short. The packs of a batch
+    leave in shuffled order, which would otherwise go from long to short pieces.
+    """
+
+    def __init__(self, capacity: int, window: int = 256, max_pieces: int = 1 << 30, seed: int = 0,
+                 max_tokens: int = HELD_TOKENS):
+        self._capacity, self._max_pieces, self._max_tokens = capacity, max_pieces, max_tokens
+        self._window = max(min(window, max_tokens // capacity), 1)
+        self._batch_size = 4 * window
+        self._batch: List[np.ndarray] = []
+        self._tokens = 0
+        self._packs: List[List[np.ndarray]] = []             # the open ones
+        self._room = np.zeros(self._batch_size + window, np.int64)
+        self._rng = random.Random(seed)
+
+    def add(self, piece: np.ndarray) -> Iterator[List[np.ndarray]]:
+        """Put a piece in; yields the packs that are finished thereby."""
+        self._batch.append(piece)
+        self._tokens += len(piece)
+        if len(self._batch) == self._batch_size or self._tokens >= self._max_tokens:
+            yield from self._pack_batch(self._window)
+
+    def flush(self) -> Iterator[List[np.ndarray]]:
+        """The packs that are still open: the last ones are written, too."""
+        yield from self._pack_batch(0)
+
+    def _pack_batch(self, keep: int) -> List[List[np.ndarray]]:
+        for piece in sorted(self._batch, key=len, reverse=True):
+            count = len(self._packs)
+            index = int(np.argmax(self._room[:count] >= len(piece))) if count else 0
+            if not count or self._room[index] < len(piece):
+                index = count
+                self._packs.append([])
+                self._room[index] = self._capacity
+            self._packs[index].append(piece)
+            self._room[index] -= len(piece)
+            if len(self._packs[index]) >= self._max_pieces:
+                self._room[index] = 0
+        self._batch.clear()
+        self._tokens = 0
+        order = np.argsort(-self._room[:len(self._packs)], kind="stable").tolist()
+        open_packs = [index for index in order[:keep] if self._room[index] > 0]
+        finished = [self._packs[index] for index in order[len(open_packs):]]
+        self._room[:len(open_packs)] = self._room[open_packs]
+        self._packs = [self._packs[index] for index in open_packs]
+        self._rng.shuffle(finished)
+        return finished
+
+
+def to_record(pack: List[np.ndarray], length: int, pad_id: int, padding_side: str = "right",
+              slots: int = 0) -> Dict[str, np.ndarray]:
+    """The columns of one record.
+
+    Args:
+        pack: pieces, together at most `length` tokens.
+        length: N + 1, as the model is trained on input_ids[:-1] with labels[1:].
+        pad_id: fills input_ids.
+        padding_side: "left" or "right".
+        slots: length of the column actual_seq_len; 0: no such column. At least len(pack) + 1.
+
+    Returns:
+        int32 arrays: input_ids [length]; labels [length], the id where the loss counts, else -100; with `slots`
+        actual_seq_len [slots]: the position behind each piece (padding is one, too) among the N training positions,
+        ascending, the rest filled with N.
+    """
+    tokens = np.concatenate(pack)
+    padding = length - len(tokens)
+    offset = padding if padding_side == "left" else 0
+    input_ids = np.full(length, pad_id, np.int32)
+    labels = np.full(length, IGNORED, np.int32)
+    input_ids[offset:offset + len(tokens)] = np.where(tokens < 0, ~tokens, tokens)
+    labels[offset:offset + len(tokens)] = np.where(tokens < 0, IGNORED, tokens)
+    record = {"input_ids": input_ids, "labels": labels}
+    if slots:
+        sizes = ([offset] if offset else []) + [len(piece) for piece in pack]
+        ends = np.full(slots, length - 1, np.int32)
+        ends[:len(sizes)] = np.minimum(np.cumsum(sizes), length - 1)
+        record["actual_seq_len"] = ends
+    return record
+
+
+def pack_all(pieces: Iterable[np.ndarray], shuffle: ShuffleBuffer,
+             packer: FirstFitPacker) -> Iterator[List[np.ndarray]]:
+    """Packs of a stream of pieces, shuffled; nothing is left behind."""
+    for piece in pieces:
+        for shuffled in shuffle.add(piece):
+            yield from packer.add(shuffled)
+    for shuffled in shuffle.flush():
+        yield from packer.add(shuffled)
+    yield from packer.flush()

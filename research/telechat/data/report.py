@@ -1,0 +1,140 @@
+"""What preprocessing did: totals, the printed report, report.json and the histogram of lengths. No tokens, no files."""
+import io
+from collections import Counter
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+
+_BINS = 4096                                 # resolution of the lengths that are kept in memory
+SHOWN_ERRORS = 100                           # unusable records that are named one by one
+
+
+class Report:
+    """Collects the counts of all chunks (data.encoding.Encoded), in bounded memory."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.counts: Counter[str] = Counter()
+        self.errors: List[str] = []          # the first SHOWN_ERRORS, as they were found
+        self.unusable = 0                    # records that could not be used
+        self._width = max(limit // 256, 1)   # tokens per bin
+        self._lengths = np.zeros(_BINS + 1, np.int64)
+        self._longest = 0
+
+    def add(self, counts: Dict[str, int], lengths: np.ndarray) -> None:
+        """Add one chunk."""
+        self.counts.update(counts)
+        if len(lengths):
+            self._lengths += np.bincount(np.minimum(lengths // self._width, _BINS), minlength=_BINS + 1)
+            self._longest = max(self._longest, int(lengths.max()))
+
+    def add_error(self, error: str) -> bool:
+        """Count a record that cannot be used; tells whether it is to be named on the terminal."""
+        self.unusable += 1
+        if self.unusable > SHOWN_ERRORS:
+            return False
+        self.errors.append(error)
+        return True
+
+    def summary(self, records: int, seconds: float) -> Dict[str, Any]:
+        """The report as it goes into report.json. `records`: rows written; `seconds`: wall time so far."""
+        counts = self.counts
+        slots = records * self.limit
+        written = counts["tokens kept"] + counts["tokens repeated"]
+        return {
+            "records_read": counts["records"],
+            "conversations": {
+                "read": counts["conversations"],
+                "kept_whole": counts["whole"],
+                "split": counts["split"],
+                "truncated": counts["truncated"],
+                "dropped": self._group("dropped: "),
+                "unusable_records": self._group("unusable: "),
+                "notes": self._group("note: "),
+            },
+            "tokens": {
+                "read": counts["tokens"],
+                "kept": counts["tokens kept"],
+                "dropped": counts["tokens dropped"],
+                "repeated_as_context": counts["tokens repeated"],
+                "answer": counts["answer tokens"],
+                "written": written,
+                "padding": slots - written,
+            },
+            "padding_share": round((slots - written) / slots, 6) if slots else 0.0,
+            "records_written": records,
+            "pieces_per_record": round(counts["pieces"] / records, 3) if records else 0.0,
+            "conversation_length": self._length_summary(),
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(counts["tokens"] / seconds) if seconds > 0 else 0,
+            "megabytes_per_second": round(counts["bytes"] / seconds / 1e6, 3) if seconds > 0 else 0,
+            "unusable_first": self.errors,
+        }
+
+    def _group(self, prefix: str) -> Dict[str, int]:
+        return {name[len(prefix):]: count for name, count in sorted(self.counts.items()) if name.startswith(prefix)}
+
+    def _length_summary(self) -> Dict[str, int]:
+        """Mean, quantiles and maximum; quantiles to within the width of a bin."""
+        total = int(self._lengths.sum())
+        if not total:
+            return {}
+        behind = np.cumsum(self._lengths)
+        bins = {share: int(np.searchsorted(behind, total * share / 100)) + 1 for share in (50, 90, 99)}
+        quantiles = {f"p{share}": min(number * self._width, self._longest) for share, number in bins.items()}
+        return {"mean": round(self.counts["tokens"] / total), **quantiles, "max": self._longest}
+
+    def histogram_png(self) -> Optional[bytes]:
+        """The histogram of the conversations' lengths as a PNG; None if there are none, or no matplotlib."""
+        used = np.flatnonzero(self._lengths)
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError:
+            return None
+        if not len(used):
+            return None
+
+        per_bar = -(-int(used[-1] + 1) // 100)               # at most 100 bars
+        counts = np.add.reduceat(self._lengths[:used[-1] + 1], np.arange(0, used[-1] + 1, per_bar))
+        width = per_bar * self._width
+        figure = Figure(figsize=(7, 4), dpi=110)
+        axes = figure.add_subplot()
+        axes.bar(np.arange(len(counts)) * width, counts, width=width, align="edge", color="#3b6ea5")
+        if self.limit <= len(counts) * width:
+            axes.axvline(self.limit, color="#c0392b", linewidth=1, label=f"length of a record: {self.limit}")
+            axes.legend()
+        axes.set_xlabel("tokens in a conversation" + (f" (last bar: {_BINS * self._width} or more)"
+                                                      if self._lengths[-1] else ""))
+        axes.set_ylabel("conversations")
+        figure.tight_layout()
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer)
+        return buffer.getvalue()
+
+
+def format_report(summary: Dict[str, Any]) -> str:
+    """The report for the terminal."""
+    conversations, tokens = summary["conversations"], summary["tokens"]
+    dropped, unusable = conversations["dropped"], conversations["unusable_records"]
+    lines = [
+        f"read       {summary['records_read']:,} records, {conversations['read']:,} conversations, "
+        f"{tokens['read']:,} tokens",
+        f"kept       {conversations['kept_whole']:,} whole, {conversations['split']:,} split, "
+        f"{conversations['truncated']:,} truncated; {tokens['kept']:,} tokens "
+        f"({tokens['answer']:,} of them answers), {tokens['repeated_as_context']:,} repeated as context",
+        f"dropped    {sum(dropped.values()):,} conversations{_reasons(dropped)}; {tokens['dropped']:,} tokens",
+        f"unusable   {sum(unusable.values()):,} records{_reasons(unusable)}",
+    ]
+    lines += [f"note       {count:,} x {note}" for note, count in conversations["notes"].items()]
+    lines += [
+        f"written    {summary['records_written']:,} records of {summary['pieces_per_record']} conversations or parts, "
+        f"padding {summary['padding_share']:.2%}",
+        f"time       {summary['seconds']:.1f} s, {summary['tokens_per_second']:,} tokens/s, "
+        f"{summary['megabytes_per_second']:.1f} MB/s",
+    ]
+    return "\n".join(lines)
+
+
+def _reasons(counts: Dict[str, int]) -> str:
+    return f" ({', '.join(f'{reason}: {count:,}' for reason, count in counts.items())})" if counts else ""

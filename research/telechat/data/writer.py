@@ -1,0 +1,190 @@
+"""Writes a data set of MindRecord files, whole or not at all.
+
+Everything is written into a hidden folder beside the result and moved into place at the end, meta.json last. MindSpore,
+whose import takes seconds, is imported in a thread while the first records are still being made.
+"""
+import contextlib
+import os
+import re
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import numpy as np
+
+from research.telechat.common.versions import install_line, installed_version
+from research.telechat.data.meta import META_FILE, reason, write_meta
+from research.telechat.spec.variants import ConfigError
+
+DATASET_NAME = "new_dataset.mindrecord"
+_TEMPORARY = ".unfinished-"
+_BATCH_BYTES = 1 << 19                       # of records handed over at once; part of the file's layout
+_HELD_BYTES = 32 << 20                       # held back until the size of a small data set is known
+_PAGE = (1 << 15, 1 << 22)                   # least and usual size of a MindRecord page
+_MOST_PAGE, _MOST_HEADER = 256 << 20, 128 << 20              # MindRecord's limits
+_ENTRY = 256                                 # bytes in the header for each page and each batch, generously
+
+
+class DatasetWriter:
+    """Writes records of int32 columns as `new_dataset.mindrecord`, `new_dataset_1.mindrecord`, ... in `folder`.
+
+    Use it as a context manager: without `finish`, nothing of what it wrote stays.
+    """
+
+    def __init__(self, folder: Path, columns: Dict[str, int], file_bytes: int = 2 << 30):
+        """
+        Args:
+            folder: where the data set goes; made if missing.
+            columns: name and length of each column.
+            file_bytes: when a file has that many bytes of tokens, another one is begun.
+        """
+        self.folder = Path(folder)
+        self.columns = dict(columns)
+        self.records = 0
+        self.max_id = 0
+        self._record_bytes = 4 * sum(columns.values())
+        self._batch = max(_BATCH_BYTES // self._record_bytes, 1)
+        self._file_records = max(file_bytes // self._record_bytes // self._batch, 1) * self._batch
+        if self._record_bytes > _MOST_PAGE // 2:
+            raise ConfigError(f"records of {self._record_bytes} bytes are more than MindRecord takes "
+                              f"({_MOST_PAGE // 2}); choose a smaller length")
+        self._held: List[Dict[str, np.ndarray]] = []
+        self._writer: Optional[Any] = None
+        self._layout: Optional[Tuple[int, int]] = None
+        self._names: List[str] = []
+        self._import: Optional[threading.Thread] = None
+        self._temporary = self.folder / f"{_TEMPORARY}{os.getpid()}"
+
+    def __enter__(self) -> "DatasetWriter":
+        if installed_version("mindspore") is None:         # not only when the first records are written
+            raise ConfigError(f"mindspore, which writes the data set, is not installed in {sys.executable}; activate "
+                              f"the environment that has it, or {install_line()}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(f"{_TEMPORARY}*"):
+                if not _alive(left.name[len(_TEMPORARY):]):
+                    shutil.rmtree(left, ignore_errors=True)          # of a run that was killed
+            self._temporary.mkdir()
+        except OSError as err:
+            raise ConfigError(f"output folder {self.folder} cannot be written: {err.strerror or err}; name another "
+                              "--output_path, or change its permissions") from err
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._writer = None
+        if self._import is not None:
+            self._import.join()                  # an interpreter that ends within an import may crash
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def add(self, record: Dict[str, np.ndarray]) -> None:
+        """Append one record."""
+        if self._import is None:
+            self._import = threading.Thread(target=_import_mindrecord, daemon=True)
+            self._import.start()
+        self._held.append(record)
+        self.records += 1
+        self.max_id = max(self.max_id, int(record["input_ids"].max()))
+        if self._writer is None and len(self._held) * self._record_bytes < _HELD_BYTES:
+            return
+        if len(self._held) >= self._batch:
+            self._write_held(whole_batches=True)
+
+    def finish(self, meta: Dict[str, Any], extra: Optional[Dict[str, Optional[bytes]]] = None) -> List[Path]:
+        """Complete the files, put the data set into place, and return the files' paths.
+
+        Args:
+            meta: goes into meta.json, together with the columns, the number of records and the sizes of the files.
+            extra: other files beside them, name to content (None: no such file).
+        """
+        self._write_held(whole_batches=False)
+        self._close_file()
+        extra = {name: content for name, content in (extra or {}).items() if content is not None}
+        for name, content in extra.items():
+            (self._temporary / name).write_bytes(content)
+        names = [part for name in self._names for part in (name, f"{name}.db")]
+        sizes = {name: (self._temporary / name).stat().st_size for name in names}
+        write_meta(self._temporary, {**meta, "columns": list(self.columns), "records": self.records,
+                                     "max_token_id": self.max_id, "files": sizes})
+        (self.folder / META_FILE).unlink(missing_ok=True)
+        for old in self.folder.iterdir():
+            if re.fullmatch(r"new_dataset(_\d+)?\.mindrecord(\.db)?", old.name):
+                old.unlink()
+        for name in [*extra, *names, META_FILE]:
+            os.replace(self._temporary / name, self.folder / name)
+        return [self.folder / name for name in self._names]
+
+    def _write_held(self, whole_batches: bool) -> None:
+        while self._held:
+            if self._writer is None:
+                self._open_file()
+            count = min(self._batch, len(self._held))
+            if count < self._batch and whole_batches:
+                return
+            batch, self._held = self._held[:count], self._held[count:]
+            self._call(self._writer.write_raw_data, batch)
+            self._room -= count
+            if self._room <= 0:
+                self._close_file()
+
+    def _open_file(self) -> None:
+        self._import.join()
+        try:
+            from mindspore.mindrecord import FileWriter
+        except ImportError as err:
+            raise ConfigError(f"MindSpore cannot be imported, which writes the data set: {err}; activate the "
+                              "environment that has it") from err
+
+        stem, suffix = DATASET_NAME.split(".")
+        name = f"{stem}_{len(self._names)}.{suffix}" if self._names else DATASET_NAME
+        self._names.append(name)
+        self._room = self._file_records
+        self._writer = FileWriter(str(self._temporary / name), 1, overwrite=True)
+        if self._layout is None:
+            self._layout = self._page_and_header()
+        self._writer.set_page_size(self._layout[0])
+        self._writer.set_header_size(self._layout[1])
+        self._writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in self.columns}, "telechat")
+
+    def _page_and_header(self) -> Tuple[int, int]:
+        """Bytes of a page and of the header, the same for all files: MindDataset reads no files that differ in them."""
+        # Each page is written whole, however little is in it: small data sets get small pages.
+        known = len(self._held) * self._record_bytes
+        large = known >= _HELD_BYTES
+        page = _power_of_two(max(_PAGE[0], self._record_bytes + 4096, _PAGE[1] if large else known // 16))
+        size = self._file_records * self._record_bytes if large else known
+        entries = size // page + size // (self._batch * self._record_bytes) + 16
+        return page, min(_power_of_two((1 << 15) + _ENTRY * entries), _MOST_HEADER)
+
+    def _close_file(self) -> None:
+        if self._writer is not None:
+            self._call(self._writer.commit)
+            self._writer = None
+
+    def _call(self, method: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            method(*arguments)
+        except RuntimeError as err:
+            raise ConfigError(f"MindRecord file {self.folder / self._names[-1]} cannot be written (is the disk full?): "
+                              f"{reason(err)}; free some space, or name another --output_path") from err
+
+
+def _import_mindrecord() -> None:
+    os.environ.setdefault("GLOG_v", "4")         # its errors arrive as exceptions
+    with contextlib.suppress(ImportError):       # which is reported where it is needed
+        import mindspore.mindrecord  # noqa: F401
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return int(pid) != os.getpid()

@@ -1,0 +1,232 @@
+"""`TelechatLM`: a TeleChat model as lm-evaluation-harness sees one. scripts/evaluate.py is the command.
+
+What a task asks, and how answers are judged, is the harness's matter (https://github.com/EleutherAI/
+lm-evaluation-harness); how tokens are scored stands in evaluation/score.py, how answers are generated in
+generation/generate.py. Importing this file needs the package lm-eval, the extra `evaluation` of setup.cfg.
+"""
+import contextlib
+import json
+from collections import Counter
+from functools import lru_cache
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from mindformers.tools.logger import logger
+from tqdm import tqdm
+
+from research.telechat.chat.session import divide_context
+from research.telechat.evaluation.answers import AllStopped, Answers, read_settings
+from research.telechat.evaluation.batches import fit
+from research.telechat.evaluation.score import Scorer
+from research.telechat.text.renderer import BOT, Renderer, detect_template, to_message
+
+
+class TelechatLM(TemplateLM):
+    """Log-likelihoods and generation for lm-evaluation-harness.
+
+    Every rank of a parallel run makes one of its own and gets all requests, since a model that is cut over cards needs
+    all of them for each; for the harness there is one process.
+
+    Attributes: `counts`, what had to be cut, for the report: requests by kind.
+
+    Args:
+        model: TelechatForCausalLM with its weights.
+        tokenizer: its TelechatTokenizer.
+        batch_size: requests computed together.
+        seed: of sampling, for tasks that sample.
+        progress: show progress bars.
+
+    Raises:
+        ConfigError: see `Scorer`; markers of the chat template that the vocabulary lacks.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 8, seed: int = 0, progress: bool = True):
+        super().__init__()
+        self.scorer = Scorer(model, batch_size, progress)
+        self.model, self.tokenizer, self.vocab = model, tokenizer, tokenizer.vocab
+        self.batch_size, self.seed, self.progress = batch_size, seed, progress
+        # A task's instruction comes as a system prompt, which some families have no place for: it must not get lost.
+        self.renderer = Renderer(detect_template(self.vocab), self.vocab, system_policy="prepend")
+        self.counts: Counter = Counter()
+        self._encode = lru_cache(maxsize=4)(self.vocab.encode_with_specials)    # the choices of a question share it
+        self._rendered: Dict[str, List[int]] = {}          # prompts of the chat template, with the ids they stand for
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest input."""
+        return self.scorer.limit
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends an answer."""
+        return self.renderer.end_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: the start token, or the end token where there is none."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the vocabulary, for caches of the harness."""
+        return f"telechat-{self.vocab.fingerprint[:16]}"
+
+    # Text to tokens
+
+    def tok_encode(self, string: str, add_special_tokens: Optional[bool] = None, **_kwargs: Any) -> List[int]:
+        """Ids of a text; markers written in it are single tokens, as the tokenizer reads them."""
+        known = self._known_prompt(string)
+        if known is not None:
+            ids, rest = known
+            return ids + (self.vocab.encode(rest) if rest else [])
+        ids = list(self._encode(string))
+        add = self.tokenizer.add_bos_token if add_special_tokens is None else add_special_tokens
+        bos = self.tokenizer.bos_token_id
+        return [bos, *ids] if add and bos is not None and ids[:1] != [bos] else ids
+
+    def chat_template(self, chat_template: Any = False) -> Optional[str]:
+        """Name of the renderer's template, for the report."""
+        return self.renderer.template.name if chat_template else None
+
+    def apply_chat_template(self, chat_history: Sequence[dict], add_generation_prompt: bool = True) -> str:
+        """The prompt of a conversation as text. Its ids are kept: text that looks like a marker would become one.
+
+        Without `add_generation_prompt` the last message is the beginning of the answer.
+        """
+        messages = list(chat_history)
+        begun = ""
+        if not add_generation_prompt and messages and to_message(messages[-1], len(messages)).role == BOT:
+            begun = messages.pop()["content"]
+        ids = self.renderer.prompt(messages)
+        text = self.vocab.decode(ids)
+        self._rendered[text] = ids
+        return text + begun
+
+    def _known_prompt(self, text: str) -> Optional[Tuple[List[int], str]]:
+        """(ids of the rendered prompt that `text` begins with, the rest of the text), or None."""
+        if not self._rendered:
+            return None
+        marker = self.renderer.template.bot if self.renderer.as_text else self.vocab.decode([self.renderer.bot_id])
+        end = len(text)
+        while end >= 0:
+            end = text.rfind(marker, 0, end)
+            if end >= 0 and text[:end + len(marker)] in self._rendered:
+                return self._rendered[text[:end + len(marker)]], text[end + len(marker):]
+        return None
+
+    # What the harness asks
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> List[Tuple[float, bool]]:
+        """(log-likelihood, greedy) of the continuation of each request, given its context."""
+        bar = tqdm(requests, desc="tokens", unit="text", disable=not self.progress)
+        return self._loglikelihood_tokens((request.args, *self._encode_pair(*request.args)) for request in bar)
+
+    def _encode_pair(self, context: str, continuation: str) -> Tuple[List[int], List[int]]:
+        """Both as ids, encoded together as the harness does it; without a context, behind the start token."""
+        if context:
+            return super()._encode_pair(context, continuation)
+        return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+
+    def _loglikelihood_tokens(self, requests: Iterable[Tuple[Tuple[str, str], List[int], List[int]]],
+                              disable_tqdm: bool = False, **_kwargs: Any) -> List[Tuple[float, bool]]:
+        """(log-likelihood, greedy) of each continuation, given its context, both as ids.
+
+        Of each request only an array is kept: lists of ids take nine times the memory.
+        """
+        texts, scored, lost = [], [], Counter()
+        for pair, context, continuation in requests:
+            fitted = fit(context or [self.prefix_token_id], continuation, self.max_length)
+            texts.append(pair)
+            scored.append(fitted.scored._replace(ids=np.array(fitted.scored.ids, np.int32)))
+            lost["requests lost the beginning of their context"] += fitted.lost_context > 0
+            lost["requests lost the beginning of the text to score"] += fitted.lost_target > 0
+            lost["requests have no token to score (log-likelihood 0)"] += not fitted.scored.count
+        for what, count in lost.items():
+            self._report(what, count, len(scored))
+        results = self.scorer.score(scored, "log-likelihoods")
+        for pair, result in zip(texts, results):
+            self.cache_hook.add_partial("loglikelihood", pair, result)
+        return results
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> List[float]:
+        """Log-likelihood of each whole text, longer than the context or not."""
+        texts = [request.args[0] for request in requests]
+        encoded = [self.tok_encode(text, add_special_tokens=False) for text in texts]
+        results = self.scorer.rolling(encoded, self.prefix_token_id, "log-likelihoods of texts")
+        for text, result in zip(texts, results):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), result)
+        return results
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> List[str]:
+        """The answer to each prompt, up to the first of its stop strings, an end token, or the limit of tokens."""
+        prompts = [_Prompt(number, self.tok_encode(request.args[0]) or [self.prefix_token_id],
+                           read_settings(request.args[1])) for number, request in enumerate(requests)]
+        answers = [""] * len(prompts)
+        groups: Dict[str, List[_Prompt]] = {}
+        for prompt in sorted(prompts, key=lambda prompt: -len(prompt.ids)):
+            groups.setdefault(json.dumps(prompt.settings, sort_keys=True), []).append(prompt)
+        with tqdm(total=len(prompts), desc="answers", unit="text", disable=not self.progress) as bar:
+            for group in groups.values():
+                self._answer_group(group, answers, bar)
+        for request, answer in zip(requests, answers):
+            self.cache_hook.add_partial("generate_until", request.args, answer)
+        return answers
+
+    def _answer_group(self, group: List["_Prompt"], answers: List[str], bar: tqdm) -> None:
+        """Answer prompts that have the same settings."""
+        settings = dict(group[0].settings)
+        wanted, until = settings.pop("max_new_tokens"), settings.pop("until")
+        unknown = settings.pop("unknown")
+        budget = divide_context(self.max_length, wanted, None)
+        self._report(f"answers are limited to {budget.answer} tokens instead of {wanted}",
+                     len(group) * (budget.answer < wanted), len(group))
+        self._report("prompts lost their beginning", sum(len(each.ids) > budget.prompt for each in group),
+                     len(group))
+        if unknown:
+            self._report(f"prompts have settings that are not known: {', '.join(unknown)}", len(group), len(group))
+        size = min(self._batch_that_fits(budget.answer, group, budget.prompt), len(group))
+        for start in range(0, len(group), size):
+            part = group[start:start + size]
+            ids = [each.ids[-budget.prompt:] for each in part]
+            filled = ids + ids[-1:] * (size - len(ids))               # another batch size would compile anew
+            texts = self._answer(filled, {**settings, "max_new_tokens": budget.answer}, until, start)
+            for each, text in zip(part, texts):
+                answers[each.number] = text
+            bar.update(len(part))
+
+    def _batch_that_fits(self, new: int, group: List["_Prompt"], most: int) -> int:
+        """Prompts at once for which the KV cache has room; the first of the group is the longest."""
+        config = self.model.config
+        if not self.model.use_past:
+            return self.batch_size
+        blocks = -(-(min(len(group[0].ids), most) + new) // config.block_size)
+        return max(min(self.batch_size, config.num_blocks // blocks), 1)
+
+    def _answer(self, prompts: List[List[int]], settings: Dict[str, Any], until: List[str], place: int) -> List[str]:
+        renderer = self.renderer
+        ends = {renderer.end_id, *_ids(self.model.config.eos_token_id),
+                *([renderer.user_id] if renderer.user_id is not None else [])}
+        stops = until + ([renderer.template.text_end, renderer.template.user] if renderer.as_text else [])
+        answers = Answers(self.vocab, prompts, ends, stops)
+        with contextlib.suppress(AllStopped):
+            self.model.generate(prompts, streamer=answers, seed=self.seed + place, eos_token_id=sorted(ends),
+                                pad_token_id=None, **settings)
+        return answers.texts
+
+    def _report(self, what: str, count: int, of: int) -> None:
+        """Say once for each call what had to be left out, and keep the count."""
+        if count:
+            self.counts[what] += count
+            logger.warning("evaluation: %d of %d %s; model_config.seq_length is %d.", count, of, what, self.max_length)
+
+
+class _Prompt(NamedTuple):
+    number: int
+    ids: List[int]
+    settings: Dict[str, Any]
+
+
+def _ids(eos: Any) -> List[int]:
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)

@@ -1,0 +1,124 @@
+"""The result of an evaluation: a table for the terminal, a JSON report, a bar chart. No model and no MindSpore here."""
+import json
+import math
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+from research.telechat.common.files import whole
+from research.telechat.training.report import write_report
+
+ACCURACIES = ("acc", "acc_norm", "exact_match")          # what the chart shows; the rest is in table and report
+PACKAGES = ("mindspore", "mindformers", "lm_eval", "datasets", "numpy", "sentencepiece", "tokenizers")
+
+
+class Row(NamedTuple):
+    """One metric of one task or group."""
+
+    task: str
+    metric: str
+    filter: str                      # how the answer was found in the text, "" where there is one way only
+    shots: Optional[int]
+    documents: Optional[int]
+    value: float
+    error: Optional[float]           # standard error of the mean; None: not known
+
+
+def result_rows(results: Dict[str, Any]) -> List[Row]:
+    """Rows of a result of the harness: groups first, then tasks that belong to none of them."""
+    inside = {name for names in results.get("group_subtasks", {}).values() for name in names}
+    groups = results.get("groups", {})
+    sizes = results.get("n-samples", {})
+    rows = []
+    for name in [*groups, *(name for name in results["results"] if name not in groups and name not in inside)]:
+        values = groups[name] if name in groups else results["results"][name]
+        documents = sum(sizes[task]["effective"] for task in leaves(name, results) if task in sizes)
+        for key, value in values.items():
+            metric, comma, filter_name = key.partition(",")
+            if not comma or metric.endswith("_stderr") or isinstance(value, str):
+                continue
+            error = values.get(f"{metric}_stderr,{filter_name}")
+            rows.append(Row(name, metric, "" if filter_name == "none" else filter_name, results["n-shot"].get(name),
+                            documents or None, value, error if isinstance(error, (int, float)) else None))
+    return rows
+
+
+def leaves(name: str, results: Dict[str, Any]) -> List[str]:
+    """The tasks below a group, or the task itself."""
+    children = results.get("group_subtasks", {}).get(name)
+    return [leaf for child in children for leaf in leaves(child, results)] if children else [name]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as text in columns."""
+    cells = [("task", "metric", "shots", "questions", "value", "+-")]
+    for row in rows:
+        metric = row.metric + (f" ({row.filter})" if row.filter else "")
+        cells.append((row.task, metric, _text(row.shots), _text(row.documents), f"{row.value:.4f}",
+                      "" if row.error is None or math.isnan(row.error) else f"{row.error:.4f}"))
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)
+                       for column, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in cells]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _text(value: Optional[int]) -> str:
+    return "" if value is None else str(value)
+
+
+def versions() -> Dict[str, str]:
+    """Versions of Python and of the packages that decide the result, where they are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_results(path: Path, report: Dict[str, Any], samples: Optional[Dict[str, List[Dict[str, Any]]]] = None
+                  ) -> None:
+    """`report` as JSON; `samples`, each question with its answer, as JSON lines beside it. Both whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if samples is not None:
+        lines = (json.dumps({"task": task, **entry}, ensure_ascii=False, default=str)
+                 for task, entries in samples.items() for entry in entries)
+        with whole(samples_path(path)) as beside, beside.open("w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    write_report(path, report)
+
+
+def samples_path(path: Path) -> Path:
+    """Where the samples of report `path` stand."""
+    return path.with_name(f"{path.stem}.samples.jsonl")
+
+
+def draw_bars(rows: Sequence[Row], path: Path) -> bool:
+    """Accuracies as horizontal bars with their standard errors, as a PNG; whether there was anything to draw.
+
+    Raises ImportError without matplotlib.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    shown = [row for row in rows if row.metric in ACCURACIES][::-1]
+    if not shown:
+        return False
+    figure, axis = pyplot.subplots(figsize=(8, 1.2 + 0.35 * len(shown)), dpi=110)
+    names = [f"{row.task}  {row.metric}" + (f" ({row.filter})" if row.filter else "")
+             + ("" if row.shots is None else f", {row.shots}-shot") for row in shown]
+    errors = [0.0 if row.error is None or math.isnan(row.error) else 100 * row.error for row in shown]
+    bars = axis.barh(range(len(shown)), [100 * row.value for row in shown], xerr=errors, color="#1f5aa6",
+                     error_kw={"ecolor": "#555555", "capsize": 2})
+    axis.bar_label(bars, labels=[f"{100 * row.value:.1f}" for row in shown], padding=4, fontsize=8)
+    axis.set_yticks(range(len(shown)), names, fontsize=8)
+    axis.set_xlim(0, 108)
+    axis.set_xlabel("correct, %")
+    axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    with whole(path) as beside:
+        figure.savefig(beside, format="png")
+    pyplot.close(figure)
+    return True

@@ -1,0 +1,141 @@
+"""Log-likelihoods of tokens under a model: `Scorer`, and the perplexity of texts.
+
+The loss of a token is the one of training (model/loss.py), so that held-out perplexity and evaluation agree. Only the
+rows that are asked for go through the head, and only their two numbers leave the device: the logits of eight texts of
+1024 tokens would be 5 GB. lm-evaluation-harness is not known here (evaluation/harness.py is its adapter).
+"""
+import math
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+from tqdm import tqdm
+
+from research.telechat.evaluation.batches import Scored, count_texts, rolling_windows, score_batches
+from research.telechat.model import kernels
+from research.telechat.model.kv_cache import RotaryTables
+from research.telechat.spec.variants import ConfigError
+
+
+class _ScoreGraph(nn.Cell):
+    """The model without its KV cache, its head on some rows, and the loss of their labels."""
+
+    def __init__(self, model: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.model = model
+        # Where the rotary rule depends on the length of a text, padding must not count. And a model with a cache whose
+        # batch is cut expects tables for each text.
+        config = model.config
+        own = model.model.by_length or (config.use_past and config.parallel_config.data_parallel > 1)
+        self.tables = RotaryTables(config) if own else None
+        self.set_train(False)
+
+    def construct(self, tokens: Tensor, lengths: Tensor, rows: Tensor, targets: Tensor) -> Tuple[Tensor, Tensor]:
+        """tokens: [B, S], lengths: [B], rows and targets: [C, K] -> log-likelihoods [C K] float32, likeliest ids."""
+        hidden = self.hidden(tokens, lengths)                                      # [B S, H]
+        losses, likeliest = (), ()
+        for chunk in range(rows.shape[0]):                                         # a whole [C K, V] would be too large
+            logits = self.model.logits(self.model.gather_rows(hidden, rows[chunk], 0))
+            loss, _ = self.model.loss.token_losses(logits, targets[chunk])         # [K]
+            losses += (loss,)
+            likeliest += (kernels.argmax(logits, -1),)
+        return -ops.concat(losses, 0), ops.concat(likeliest, 0)
+
+    def hidden(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Hidden states after the final norm, rows [B S, H]."""
+        decoder = self.model.model
+        if self.tables is None:
+            return decoder(tokens, None, None)
+        hidden, _, mask = decoder.prepare(tokens, None, None)
+        rope = self.tables.all_positions(tokens, lengths)
+        for layer in decoder.layers:
+            hidden = layer(hidden, tokens.shape, rope, mask, None)
+        return decoder.norm_out(hidden)
+
+
+class Scorer:
+    """Scores requests with a model. `limit`: tokens of the longest input, the model's seq_length.
+
+    Args:
+        model: TelechatForCausalLM with its weights, with or without a KV cache.
+        batch_size: texts computed together; with data parallelism, a multiple of its degree.
+        progress: show a progress bar.
+
+    Raises:
+        ConfigError: a parallel plan that cannot score, or a batch size that it cannot divide.
+    """
+
+    def __init__(self, model: Any, batch_size: int = 8, progress: bool = True):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"--batch_size: expected a whole number over 0, found {batch_size!r}")
+        plan = model.config.parallel_config
+        if plan.context_parallel > 1 or plan.pipeline_stage > 1:
+            raise ConfigError(f"evaluation runs with data and model parallelism only; the recipe has context_parallel "
+                              f"{plan.context_parallel} and pipeline_stage {plan.pipeline_stage}: set both to 1")
+        if batch_size % plan.data_parallel:
+            raise ConfigError(f"--batch_size: expected a multiple of parallel_config.data_parallel "
+                              f"({plan.data_parallel}), found {batch_size}")
+        self.model, self.batch_size, self.progress = model, batch_size, progress
+        self.limit = model.config.seq_length
+        self._graph: Optional[_ScoreGraph] = None
+
+    def score(self, requests: Sequence[Scored], what: str = "scoring") -> List[Tuple[float, bool]]:
+        """(log-likelihood, whether every scored token is the likeliest one) of each request; (0, True) for nothing.
+
+        The sum over the tokens is taken in float64, of float32 log-likelihoods.
+        """
+        config = self.model.config
+        totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
+        batches = score_batches(requests, self.batch_size, self.limit, config.pad_token_id or 0,
+                                config.ignore_token_id)
+        self.model.set_train(False)
+        if self._graph is None:
+            self._graph = _ScoreGraph(self.model)
+        with tqdm(total=count_texts(requests), desc=what, unit="text", disable=not self.progress) as bar:
+            for batch in batches:
+                arrays = (batch.tokens, batch.lengths, batch.rows, batch.targets)
+                values, likeliest = self._graph(*(Tensor(array) for array in arrays))
+                count = len(batch.requests)
+                np.add.at(totals, batch.requests, values.asnumpy()[:count].astype(np.float64))
+                right = likeliest.asnumpy()[:count] == batch.targets.reshape(-1)[:count]
+                np.logical_and.at(greedy, batch.requests, right)
+                bar.update(batch.texts)
+        return list(zip(totals.tolist(), greedy.tolist()))
+
+    def rolling(self, texts: Sequence[Sequence[int]], prefix: int, what: str = "scoring") -> List[float]:
+        """Log-likelihood of all tokens of each text (ids), the first given the token `prefix`."""
+        windows: List[Scored] = []
+        owners: List[int] = []
+        for number, ids in enumerate(texts):
+            mine = rolling_windows(ids, prefix, self.limit)
+            windows += mine
+            owners += [number] * len(mine)
+        totals = [0.0] * len(texts)
+        for owner, (value, _) in zip(owners, self.score(windows, what)):
+            totals[owner] += value
+        return totals
+
+
+class Perplexity(NamedTuple):
+    """How well a model predicts texts."""
+
+    texts: int
+    tokens: int
+    characters: int
+    bytes: int                     # in UTF-8
+    log_likelihood: float          # natural logarithm, of all tokens together
+
+    def as_dict(self) -> Dict[str, Any]:
+        """The counts, and: perplexity for each token, bits for each byte (comparable between tokenizers)."""
+        loss = -self.log_likelihood / max(self.tokens, 1)
+        return {**self._asdict(), "loss_per_token": loss, "perplexity": math.exp(min(loss, 700.0)),
+                "bits_per_byte": -self.log_likelihood / math.log(2) / max(self.bytes, 1)}
+
+
+def perplexity(scorer: Scorer, vocab: Any, texts: Iterable[str], prefix: int) -> Perplexity:
+    """Of texts, each on its own, markers in them taken as ordinary characters."""
+    texts = list(texts)
+    encoded = vocab.encode_batch(texts)
+    total = sum(scorer.rolling(encoded, prefix, "perplexity"))
+    return Perplexity(len(texts), sum(map(len, encoded)), sum(map(len, texts)),
+                      sum(len(text.encode()) for text in texts), total)

@@ -1,0 +1,108 @@
+"""From logits to the next token: repetition penalty, temperature, top-k, top-p, minimal length. NumPy only.
+
+Meaning and order are those of the official code, which uses transformers' processors: repetition penalty over prompt
+and answer (Keskar et al., 2019), then, when sampling, temperature, top-k and top-p (Holtzman et al., 2020).
+"""
+from dataclasses import dataclass
+from typing import Any, Iterable, Optional, Tuple
+
+import numpy as np
+
+from research.telechat.spec.variants import ConfigError
+
+CANDIDATES = 1024            # so many tokens are sorted for top-p before all of them are
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Raises:
+        ConfigError: a value that makes no sense; the message names it.
+    """
+
+    do_sample: bool = False              # draw by probability; else the likeliest token
+    temperature: float = 1.0             # divides the logits; only when sampling
+    top_k: Optional[int] = None          # only the k likeliest; None, 0: all; only when sampling
+    top_p: Optional[float] = None        # only the likeliest that hold this share of probability; None, 1: all
+    repetition_penalty: float = 1.0      # over 1: tokens seen before become less likely
+    min_new_tokens: int = 0              # so many tokens before an answer may end
+
+    def __post_init__(self) -> None:
+        checks = (("temperature", self.temperature, "a number over 0 (for the likeliest token, set do_sample to False)",
+                   _number(self.temperature) and self.temperature > 0),
+                  ("top_k", self.top_k, "a whole number, 0 for all tokens",
+                   self.top_k is None or (isinstance(self.top_k, (int, np.integer)) and self.top_k >= 0)),
+                  ("top_p", self.top_p, "a number over 0, at most 1",
+                   self.top_p is None or (_number(self.top_p) and 0 < self.top_p <= 1)),
+                  ("repetition_penalty", self.repetition_penalty, "a number over 0 (1: none)",
+                   _number(self.repetition_penalty) and self.repetition_penalty > 0))
+        for name, value, expected, good in checks:
+            if not good:
+                raise ConfigError(f"{name}: expected {expected}, found {value!r}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token of the untouched logits is the choice."""
+        return not self.do_sample and self.repetition_penalty == 1.0 and self.min_new_tokens == 0
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and np.isfinite(value)
+
+
+def adjust(logits: np.ndarray, seen: np.ndarray, new_tokens: int, eos: Iterable[int], sampling: Sampling) -> np.ndarray:
+    """Repetition penalty and minimal length, for both greedy and sampled choice.
+
+    logits: [V] float32; seen: ids of prompt and answer so far, `new_tokens` of them the answer's -> new array [V].
+    """
+    logits = logits.astype(np.float32)
+    if sampling.repetition_penalty != 1.0:
+        ids = np.unique(seen)
+        scores = logits[ids]
+        penalty = np.float32(sampling.repetition_penalty)
+        logits[ids] = np.where(scores < 0, scores * penalty, scores / penalty)
+    if new_tokens < sampling.min_new_tokens:
+        logits[[token for token in eos if 0 <= token < len(logits)]] = -np.inf
+    return logits
+
+
+def candidates(logits: np.ndarray, sampling: Sampling) -> Tuple[np.ndarray, np.ndarray]:
+    """Tokens that may be drawn, in order of their id, and their probabilities, which add up to 1.
+
+    logits: [V] float32, after `adjust`. The token that crosses top_p still counts; ties at the k-th place all count.
+    """
+    scores = logits.astype(np.float64) / sampling.temperature
+    ids = np.arange(len(scores))
+    if sampling.top_k and sampling.top_k < len(scores):
+        kth = np.partition(scores, -sampling.top_k)[-sampling.top_k]
+        ids = np.flatnonzero(scores >= kth)
+    weights = np.exp(scores[ids] - scores.max())
+    weights /= weights.sum()
+    if sampling.top_p is not None and sampling.top_p < 1:
+        chosen = np.sort(_nucleus(weights, sampling.top_p))
+        ids, weights = ids[chosen], weights[chosen]
+        weights = weights / weights.sum()
+    return ids, weights
+
+
+def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """Indices of the smallest set of the largest weights (which add up to 1) that add up to top_p at least."""
+    order = None
+    if len(weights) > 2 * CANDIDATES:
+        order = np.argpartition(-weights, CANDIDATES)[:CANDIDATES]
+        if weights[order].sum() < top_p:
+            order = None
+    if order is None:
+        order = np.arange(len(weights))
+    order = order[np.argsort(-weights[order], kind="stable")]
+    return order[:int(np.searchsorted(np.cumsum(weights[order]), top_p)) + 1]
+
+
+def choose(logits: np.ndarray, sampling: Sampling, rng: Any) -> int:
+    """The next token for logits [V] after `adjust`. rng: has NumPy's `random_sample`; drawn from once when sampling."""
+    if not sampling.do_sample:
+        return int(np.argmax(logits))
+    ids, weights = candidates(logits, sampling)
+    place = int(np.searchsorted(np.cumsum(weights), rng.random_sample(), side="right"))
+    return int(ids[min(place, len(ids) - 1)])

@@ -1,0 +1,206 @@
+"""Which kernel computes what on which device: fused ones on Ascend, composed ones on the CPU.
+
+The only module that asks for the device. Each factory or cell below hides one such choice; the layers do not know it.
+"""
+from typing import Any, Optional
+
+import mindspore as ms
+import mindspore.common.dtype as mstype
+import numpy as np
+from mindformers.modules.flash_attention import FlashAttention
+from mindformers.tools.logger import logger
+from mindspore import Tensor, nn
+from mindspore.ops import operations as P
+from mindspore.ops.operations.nn_ops import FlashAttentionScore
+
+from research.telechat.bridge.compat import on_cpu
+from research.telechat.model import sharding
+
+NO_LIMIT = 2**31 - 1                     # of the attention kernel's window
+
+
+def matmul_dtype(dtype: Any) -> Any:
+    """`dtype`, or float32 for bfloat16 on the CPU, which has no bfloat16 matrix multiplication."""
+    if dtype == mstype.bfloat16 and on_cpu():
+        logger.info("The CPU has no bfloat16 matrix multiplication: float32 is used instead.")
+        return mstype.float32
+    return dtype
+
+
+def use_flash_attention(config: Any) -> bool:
+    """Whether attention runs in the flash attention kernel: asked for, and the device has it."""
+    return bool(config.use_flash_attention) and not on_cpu()
+
+
+def use_paged_attention() -> bool:
+    """Whether the device has the fused kernels of the KV cache."""
+    return not on_cpu()
+
+
+def gather_labels() -> bool:
+    """Whether the logit of a label is picked by a gather (CPU), not by a product with a one-hot matrix.
+
+    On Ascend the vocabulary is cut over model-parallel ranks, where a gather along it would first collect the logits.
+    """
+    return on_cpu()
+
+
+def gradient_kernels_of_cpu() -> bool:
+    """Whether gradients are clipped and checked by kernels of the CPU (training/optimizer.py), which has no overflow
+    flags, and not as MindFormers does."""
+    return on_cpu()
+
+
+def dropout_by_step() -> bool:
+    """Whether dropout masks follow from the training step (model/dropout.py), and not from the generator of a kernel.
+
+    Not on Ascend: there the kernel is faster, flash attention takes no other mask, and a step may have micro-batches.
+    """
+    return on_cpu()
+
+
+def argmax(logits: Tensor, axis: int = -1) -> Tensor:
+    """Index of the largest logit along `axis`; unlike mint.argmax, it exists on every device."""
+    return ms.ops.argmax(logits, axis)
+
+
+class Softmax(nn.Cell):
+    """softmax over the last axis of [B, N, S, T]. For training on the CPU over that of the matrix [B N S, T], whose
+    sums, which the gradient needs, are several times faster there."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.flat = on_cpu() and not config.use_past
+        self.softmax = P.Softmax(-1)
+        self.reshape = P.Reshape()
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x: [B, N, S, T] -> as x."""
+        if self.flat:
+            return self.reshape(self.softmax(self.reshape(x, (-1, x.shape[-1]))), x.shape)
+        return self.softmax(x)
+
+    def shard(self, strategy: tuple) -> None:
+        """`strategy`: how x is cut; the last axis is never cut."""
+        if not self.flat:
+            self.softmax.shard((strategy,))
+
+
+class RowMax(nn.Cell):
+    """Largest number of each row, [N, V] -> [N, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_index = on_cpu()               # the CPU finds a maximum with its index faster than without
+        self.max = P.ArgMaxWithValue(axis=-1, keep_dims=True) if self.by_index else P.ReduceMax(keep_dims=True)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x: [N, V] float32 -> [N, 1]."""
+        if self.by_index:
+            return self.max(x)[1]
+        return self.max(x, -1)
+
+    def shard(self, strategy: tuple) -> None:
+        """`strategy`: how x is cut."""
+        self.max.shard((strategy,))
+
+
+class RMSNormKernel(nn.Cell):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.fused = not on_cpu()
+        self.eps = eps
+        if self.fused:
+            self.norm = P.RmsNorm(eps)
+        else:
+            self.square = P.Square()
+            self.mean = P.ReduceMean(keep_dims=True)
+            self.add = P.Add()
+            self.rsqrt = P.Rsqrt()
+            self.scale = P.Mul()
+            self.mul = P.Mul()
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x: [..., H] and weight: [H] of one dtype -> [..., H]."""
+        if self.fused:
+            return self.norm(x, weight)[0]
+        inverse = self.rsqrt(self.add(self.mean(self.square(x), -1), self.eps))  # [..., 1]
+        return self.mul(self.scale(x, inverse), weight)
+
+    def shard(self, strategy: tuple) -> None:
+        """`strategy`: how x [..., H] is cut; the last axis is never cut."""
+        if self.fused:
+            self.norm.shard((strategy, (1,)))
+            return
+        self.square.shard((strategy,))
+        self.mean.shard((strategy,))
+        self.add.shard((strategy, ()))
+        self.rsqrt.shard((strategy,))
+        self.scale.shard((strategy, strategy))
+        self.mul.shard((strategy, (1,)))
+
+
+def per_sequence_mask(config: Any) -> bool:
+    """Whether every sequence has a mask of its own, for padding or packed documents."""
+    return config.mask_pad_tokens or config.document_boundaries
+
+
+class CausalFlashAttention(nn.Cell):
+    """Causal attention in the fused kernel (Dao et al., 2022), which never stores the scores.
+
+    Its mask is a 2048 x 2048 triangle that the kernel repeats (sparse mode 2), a full one (mode 0), [B, 1, S, S] where
+    sequences differ and else [S, S], or none with ring attention, which masks by itself.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.ring = config.use_ring_attention and config.parallel_config.context_parallel > 1
+        self.mask_form = ("sequence" if per_sequence_mask(config) else
+                          "triangle" if config.use_attn_mask_compression else "full")
+        self.has_dropout = config.attention_dropout_prob > 0
+        keep = 1.0 - config.attention_dropout_prob
+        self.kernel = FlashAttentionScore(
+            head_num=config.num_heads, keep_prob=keep, scale_value=config.head_dim ** -0.5, pre_tokens=NO_LIMIT,
+            next_tokens=0, inner_precise=0, input_layout="BNSD",
+            sparse_mode=2 if self.mask_form == "triangle" and not self.ring else 0)
+        if self.ring:
+            self.kernel.add_prim_attr("enable_ring_attention", True)
+            self.kernel.add_prim_attr("enable_ra_send_recv", True)
+        self.draw_dropout = P.DropoutGenMask()
+        self.keep = Tensor(keep, mstype.float16)
+        self.reshape = P.Reshape()
+        sharding.flash_attention(self, sharding.Mesh(config))
+
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor]) -> Tensor:
+        """query: [B, N, S, D]; key, value: [B, N_kv, T, D]; mask: uint8, 1 where a query may not look -> as query."""
+        drop = None
+        if self.has_dropout:                                           # one bit per score
+            batch, heads, seq, _ = query.shape
+            keys = key.shape[2]
+            drop = self.draw_dropout((batch, heads, seq, keys), self.keep)
+            drop = self.reshape(drop, (batch, heads, seq, keys // 8))
+        return self.kernel(query, key, value, None, drop, None, mask, None, None, None)[3]
+
+
+class FlatFlashAttention(nn.Cell):
+    """Causal flash attention over prompts that stand back to back, for generation with is_dynamic."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.kernel = FlashAttention(head_num=config.num_heads, pre_tokens=NO_LIMIT, next_tokens=0,
+                                     scale_value=config.head_dim ** -0.5, input_layout="TH", use_attention_mask=True)
+        self.kernel.shard(config.parallel_config)
+        # The kernel repeats this triangle; what stands in it depends on the type (MindFormers' inference attention).
+        forbidden = 1.0 if config.compute_dtype == mstype.bfloat16 else -10000.0
+        self.mask = Tensor(np.triu(np.full((128, 128), forbidden, np.float32), 1), config.compute_dtype)
+        self.reshape = P.Reshape()
+
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+        """query: [1, T, N * D]; key, value: [1, T, N_kv * D]; lengths: [B], tokens of each prompt -> as query."""
+        query = self.reshape(query, (-1, query.shape[-1]))
+        key = self.reshape(key, (-1, key.shape[-1]))
+        value = self.reshape(value, (-1, value.shape[-1]))
+        context = self.kernel(query, key, value, self.mask, None, None, None, lengths, lengths)
+        return self.reshape(context, (1, -1, context.shape[-1]))

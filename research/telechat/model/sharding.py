@@ -1,0 +1,248 @@
+"""How the model is split over devices: the strategy of every operator. What the model computes stands elsewhere.
+
+The ranks of one pipeline stage form a mesh dp x cp x mp, mp neighbours side by side. Three forms of tensors occur:
+
+- rows [T, H], T = B S tokens: the residual stream, norms, linear layers, head and loss. Rows lie over dp and cp; with
+  sequence parallelism, outside attention and feed-forward, over mp as well (Korthikanti et al., 2022). Rows of one
+  device are side by side (model/rows.py), so that passing from one form to another never communicates.
+- heads [B, N, S, D]: attention. The batch lies over dp, heads over mp, the sequence over cp.
+- weights [out, in]: columns of the output (wq, wk_v, w1, w3, head) or of the input (wo, w2) over mp.
+
+A strategy is a tuple per input, with the number of pieces per axis. Every cell calls its function here once, at the end
+of its constructor. In modes other than semi_auto_parallel MindSpore ignores all of it.
+"""
+from typing import Any, Tuple
+
+from mindspore.parallel import Layout
+
+
+class Mesh:
+    """Degrees of parallelism, and how many pieces the recurring axes are cut into."""
+
+    def __init__(self, config: Any):
+        plan = config.parallel_config
+        self.dp, self.cp, self.mp = plan.data_parallel, plan.context_parallel, plan.model_parallel
+        self.ulysses = plan.get_ulysses_cp_num()          # part of cp that cuts heads instead of the sequence
+        self.sequence_parallel = plan.use_seq_parallel and self.mp > 1
+        self.rows = self.dp * self.cp                     # rows where the features are cut over mp
+        self.stream = self.rows * self.mp if self.sequence_parallel else self.rows   # rows of the residual stream
+        self.vocab = 1 if plan.vocab_emb_dp or config.vocab_size % self.mp else self.mp
+        # Where the vocabulary is whole on every device, mp shares the rows of the head instead of repeating them.
+        self.head_rows = self.rows if self.vocab > 1 or config.use_past else self.rows * self.mp
+        # Whether results of communication over mp are kept for the backward pass of a recomputed layer.
+        self.keep_results = not getattr(plan.recompute, "mp_comm_recompute", True)
+        self.documents = config.document_boundaries       # then masks and rotary tables differ between sequences
+        self.tables = "dp" if self.documents or config.use_past else "None"
+
+    @property
+    def layout(self) -> Layout:
+        """Names for the mesh axes, for operators whose axes are not cut in the order dp, cp, mp."""
+        return Layout((self.dp, self.cp, self.mp), ("dp", "cp", "mp"))
+
+
+def dropout(cell: Any, strategy: Tuple[int, ...]) -> None:
+    """An nn.Dropout whose input is cut by `strategy`."""
+    cell.dropout.shard((strategy,))
+
+
+def column_linear(linear: Any, mesh: Mesh) -> None:
+    """Outputs over mp; rows arrive whole, gathered where the stream is cut over mp."""
+    linear.shard(((mesh.rows, 1), (mesh.mp, 1)), strategy_bias=((mesh.rows, mesh.mp), (mesh.mp,)))
+
+
+def row_linear(linear: Any, mesh: Mesh) -> None:
+    """Inputs over mp; the partial sums are reduced, with sequence parallelism only to the rows that a device keeps.
+
+    That scattered sum is small, so it is kept instead of computed and communicated again when a layer is recomputed.
+    """
+    scatter = ((mesh.stream, 1),) if mesh.sequence_parallel else None
+    linear.shard(((mesh.rows, mesh.mp), (1, mesh.mp)), strategy_bias=((mesh.stream, 1), (1,)),
+                 out_strategy_matmul=scatter)
+    if scatter or mesh.keep_results:
+        linear.matmul.add_prim_attr("recompute_comm_op", False)
+
+
+def tokens_to_rows(cell: Any, mesh: Mesh) -> None:
+    """Token ids and labels."""
+    cell.by_device.shard(((mesh.dp, 1, mesh.cp, 1),))
+
+
+def rows_to_tokens(cell: Any, mesh: Mesh) -> None:
+    """Logits."""
+    cell.by_device.shard(((mesh.dp, mesh.cp, 1, 1, mesh.vocab),))
+
+
+def rows_to_heads(cell: Any, mesh: Mesh) -> None:
+    """Projections, heads over mp."""
+    cell.transpose.shard(((mesh.dp, mesh.cp, mesh.mp, 1),))
+    cell.by_device.shard(((mesh.dp, mesh.cp, 1, 1, mesh.mp, 1),))
+
+
+def heads_to_rows(cell: Any, mesh: Mesh) -> None:
+    """The result of attention, heads over mp."""
+    layout = mesh.layout
+    cell.transpose.shard((layout("dp", "mp", "cp", "None"),))
+    cell.by_device.shard((layout("dp", "None", "mp", "cp", "None", "None"),))
+
+
+def norm(cell: Any, mesh: Mesh) -> None:
+    """RMSNorm of the residual stream."""
+    cell.kernel.shard((mesh.stream, 1))
+    if mesh.keep_results and mesh.sequence_parallel:
+        cell.kernel.norm.add_prim_attr("recompute_comm_op", False)           # belongs to the gather behind it
+
+
+def embedding(cell: Any, mesh: Mesh) -> None:
+    """The table is cut by rows over mp, or whole on every device with vocab_emb_dp."""
+    if mesh.vocab > 1:
+        cell.gather.shard(((mesh.vocab, 1), (mesh.rows,)), ((mesh.stream, 1),) if mesh.sequence_parallel else None)
+    else:
+        cell.gather.shard(((1, 1), (mesh.stream,)))
+    cell.scale.shard(((mesh.stream, 1), ()))
+    dropout(cell.dropout, (mesh.stream, 1))
+
+
+def rotary(cell: Any, mesh: Mesh) -> None:
+    """Queries and keys [B, N, S, D]."""
+    layout = mesh.layout
+    x = layout("dp", "mp", "cp", "None")
+    table = layout(mesh.tables, "None", "cp", "None")
+    cell.halves.shard((x,))
+    cell.neg.shard((x,))
+    cell.concat.add_prim_attr("self_define_shard", True)       # the only way for it to take a layout
+    cell.concat.shard(((x, x),), (x,))
+    cell.mul_cos.shard((x, table))
+    cell.mul_sin.shard((x, table))
+    cell.add.shard((x, x))
+    cell.gather.shard(((1, 1), (mesh.dp, mesh.cp)))
+
+
+def dot_product_attention(cell: Any, mesh: Mesh) -> None:
+    """Heads over mp. No context parallelism: that needs the flash attention kernel."""
+    x = (mesh.dp, mesh.mp, 1, 1)
+    cell.scale_query.shard((x, ()))
+    cell.scores.shard((x, x))
+    cell.add_mask.shard((x, (mesh.dp if cell.mask_per_sequence else 1, 1, 1, 1)))
+    cell.softmax.shard(x)
+    dropout(cell.dropout, x)
+    cell.context.shard((x, x))
+
+
+def flash_attention(cell: Any, mesh: Mesh) -> None:
+    """Heads over mp. Context parallelism: ulysses exchanges the cut of the sequence for one of the heads, over all of
+    cp or a part of it; over the rest ring attention passes keys and values around, or they are gathered."""
+    layout = Layout((mesh.dp, mesh.cp // mesh.ulysses, mesh.ulysses, mesh.mp), ("dp", "cp", "ulysses", "mp"))
+    heads, seq = ("mp", "ulysses"), "cp"
+    query = layout("dp", heads, seq, "None")
+    key = query if cell.ring else layout("dp", heads, "None", "None")
+    strategy = [query, key, key]
+    if cell.has_dropout:
+        strategy.append(query)
+    if not cell.ring:
+        strategy.append({"sequence": layout("dp", "None", seq, "None"), "full": layout(seq, "None"),
+                         "triangle": layout("None", "None")}[cell.mask_form])
+    cell.kernel.shard(tuple(strategy))
+
+
+def attention(cell: Any, mesh: Mesh) -> None:
+    """Heads over mp."""
+    for linear in (cell.w_qkv,) if cell.fused else (cell.wq, cell.wk_v):
+        column_linear(linear, mesh)
+    row_linear(cell.wo, mesh)
+    cell.split.shard((mesh.layout("dp", "mp", "cp", "None"),))
+
+
+def feed_forward(cell: Any, mesh: Mesh) -> None:
+    """The inner features over mp; of fused projections whole groups."""
+    inner = (mesh.rows, mesh.mp)
+    if cell.fused:
+        column_linear(cell.w_gate_hidden, mesh)
+        inner = (mesh.rows, mesh.mp, 1)
+        cell.split.shard((inner,))
+    else:
+        column_linear(cell.w1, mesh)
+        column_linear(cell.w3, mesh)
+    cell.silu.shard((inner,))
+    cell.mul.shard((inner, inner))
+    row_linear(cell.w2, mesh)
+
+
+def decode_layer(cell: Any, mesh: Mesh) -> None:
+    """The sums of the residual stream."""
+    x = (mesh.stream, 1)
+    cell.add.shard((x, x))
+    dropout(cell.dropout, x)
+
+
+def mask(cell: Any, mesh: Mesh) -> None:
+    """Sequences over dp, queries over cp."""
+    row, column, square = (mesh.dp, 1, mesh.cp, 1), (mesh.dp, 1, 1, 1), (mesh.dp, 1, mesh.cp, 1)
+    causal = (1, 1, mesh.cp, 1)
+    cell.other_document.shard((row, column))
+    cell.is_equal.shard((column, ()))
+    cell.or_other_document.shard((causal, square))
+    cell.or_padding.shard((square if mesh.documents else causal, column))
+    cell.mul.shard((square if cell.per_sequence else causal, ()))
+
+
+def documents(cell: Any, mesh: Mesh) -> None:
+    """Sequences over dp."""
+    ends, index = (mesh.dp, 1, 1), (1, 1, 1)
+    cell.reached.shard((ends, index))
+    cell.count.shard((ends,))
+    cell.last.shard((ends,))
+    cell.select.shard((ends, ends))
+    cell.sub.shard(((1, 1), (mesh.dp, 1)))
+
+
+def head(cell: Any, mesh: Mesh) -> None:
+    """Columns of the logits over mp, or rows where the vocabulary is whole."""
+    cell.matmul.shard(((mesh.head_rows, 1), (mesh.vocab, 1)))
+    cell.mul.shard(((mesh.head_rows, mesh.vocab), ()))
+
+
+def loss(cell: Any, mesh: Mesh) -> None:
+    """As the logits are cut."""
+    logits, column, row = (mesh.head_rows, mesh.vocab), (mesh.head_rows, 1), (mesh.head_rows,)
+    cell.max.shard(logits)
+    cell.sub.shard((logits, column))
+    cell.exp.shard((logits,))
+    cell.sum.shard((logits,))
+    cell.log.shard((column,))
+    cell.one_hot.shard((logits, (), ()))
+    cell.one_hot_mul.shard((logits, logits))
+    cell.not_equal.shard((row, ()))
+    cell.select_label.shard((row, row))
+    cell.token_loss.shard((column, column))
+    cell.masked.shard((row, row))
+    cell.total.shard((row,))
+
+
+def pipeline(model: Any, plan: Any) -> None:
+    """Stages and gradient fusion groups of what is not a decoder layer; layers are set by MindFormers' LayerSetting.
+
+    Between stages the residual stream travels in the 16 bits of the matrix multiplications.
+    """
+    stages = [layer.pipeline_stage for layer in model.layers]
+    for layer, stage, following in zip(model.layers, stages, stages[1:]):
+        if stage != following:
+            layer.out_dtype = layer.attention.wo.dtype
+    last = plan.pipeline_stage - 1
+    model.tok_embeddings.pipeline_stage = 0
+    model.norm_out.pipeline_stage = last
+    group = 2 if last > 0 else plan.gradient_aggregation_group
+    model.tok_embeddings.set_comm_fusion(group)
+    model.norm_out.set_comm_fusion(group)
+
+
+def causal_lm(cell: Any, plan: Any) -> None:
+    """The inputs over dp; head and loss on the last pipeline stage."""
+    cell.slice.shard(((plan.data_parallel, 1),))
+    last = plan.pipeline_stage - 1
+    if last > 0:
+        cell.head.pipeline_stage = last
+        cell.loss.pipeline_stage = last
+        if cell.tied:
+            cell.model.tok_embeddings.embedding_weight.add_pipeline_stage(last)
+        else:
+            cell.lm_head.pipeline_stage = last

@@ -1,0 +1,1 @@
+"""Whether a parallel plan can run, and what it costs."""

@@ -1,0 +1,210 @@
+"""From a recipe and a command line to a running Trainer: what run_mindformer.py does once its arguments are read.
+
+Sets the recipe's keys, adapts it to the device, checks what can be checked before anything is built, and starts
+MindFormers' Trainer. It computes nothing itself.
+"""
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from mindformers.core.context import build_context
+from mindformers.tools.logger import logger
+from mindformers.tools.register import MindFormerConfig
+from mindformers.tools.utils import get_real_rank
+from mindformers.trainer import Trainer
+
+from research.telechat import telechat, telechat_tokenizer, telechat_tokenizer_fast
+from research.telechat.bridge.compat import apply_template, prepare_cpu, set_output_path
+from research.telechat.recipe.legacy import translate
+from research.telechat.recipe.read import set_key
+from research.telechat.run.preflight import check_checkpoint, check_dataset, model_config
+from research.telechat.run.prompts import (
+    check_length,
+    first_answers,
+    load_tokenizer,
+    print_answers,
+    read_texts,
+    to_prompts,
+    visible,
+    write_results,
+)
+from research.telechat.run.training_setup import prepare_training
+from research.telechat.spec.variants import ConfigError
+from research.telechat.training import step
+
+# Classes that MindFormers must not copy and execute once more: importing their modules has registered them.
+_REGISTERED = {cls.__name__ for cls in (telechat.TelechatForCausalLM, telechat.TelechatConfig,
+                                        telechat_tokenizer.TelechatTokenizer,
+                                        telechat_tokenizer_fast.TelechatTokenizerFast,
+                                        step.TelechatTrainOneStepCell)}
+
+# command line option -> key of the recipe
+_OPTION_KEYS = {
+    "run_mode": "run_mode", "load_checkpoint": "load_checkpoint", "output_dir": "output_dir", "seed": "seed",
+    "src_strategy_path_or_dir": "src_strategy_path_or_dir", "auto_trans_ckpt": "auto_trans_ckpt",
+    "transform_process_num": "transform_process_num", "only_save_strategy": "only_save_strategy",
+    "strategy_load_checkpoint": "parallel.strategy_ckpt_load_file", "resume_training": "resume_training",
+    "use_parallel": "use_parallel", "mode": "context.mode", "device_id": "context.device_id",
+    "device_target": "context.device_target", "do_eval": "do_eval", "profile": "profile",
+    "remote_save_url": "remote_save_url", "epochs": "runner_config.epochs", "batch_size": "runner_config.batch_size",
+    "gradient_accumulation_steps": "runner_config.gradient_accumulation_steps",
+    "sink_mode": "runner_config.sink_mode", "train_dataset": "train_dataset.data_loader.dataset_dir",
+    "eval_dataset": "eval_dataset.data_loader.dataset_dir", "num_samples": "train_dataset.data_loader.num_samples",
+    "predict_batch_size": "predict_batch_size", "adapter_id": "adapter_id",
+}
+
+
+def complete_recipe(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> MindFormerConfig:
+    """The recipe with the command line applied."""
+    config = MindFormerConfig(**recipe)
+    for option, key in _OPTION_KEYS.items():
+        value = getattr(args, option)
+        if value is not None:
+            set_key(config, key, value)
+    for key, value in overrides:
+        set_key(config, key, value)
+    if config.run_mode not in ("train", "finetune", "eval", "predict"):
+        raise ConfigError(f"run_mode: expected train, finetune, eval or predict, found {config.run_mode!r}; "
+                          "set it in the recipe or with --run_mode")
+    return config
+
+
+def forget_auto_register(config: Any) -> None:
+    """Remove `auto_register` of classes that are registered already, so that nothing is copied and executed twice."""
+    if isinstance(config, dict):
+        reference = config.get("auto_register")
+        if isinstance(reference, str) and reference.rsplit(".", 1)[-1] in _REGISTERED:
+            config.pop("auto_register")
+        for value in config.values():
+            forget_auto_register(value)
+    elif isinstance(config, list):
+        for value in config:
+            forget_auto_register(value)
+
+
+def translate_old_keys(config: MindFormerConfig) -> None:
+    """Today's keys for those of earlier TeleChat recipes; the log says what has changed."""
+    for line in translate(config):
+        logger.info("%s.", line)
+
+
+def adapt_to_cpu(config: MindFormerConfig) -> None:
+    """Settings that only an Ascend has give way to those of a CPU; a plan that needs several cards is refused."""
+    if config.context.device_target != "CPU":
+        return
+    plan = config.get("parallel_config") or {}
+    for key in ("model_parallel", "pipeline_stage", "context_parallel"):
+        if plan.get(key, 1) > 1:
+            raise ConfigError(f"parallel_config.{key} is {plan[key]}: a CPU runs data parallelism only; set it to 1 "
+                              "or run on Ascend")
+    workers = int(os.environ.get("MS_WORKER_NUM", "1"))
+    if config.use_parallel and workers == 1:
+        logger.info("use_parallel is set, but this is a single process: it runs alone.")
+        config.use_parallel = False
+    plan["data_parallel"] = workers if config.use_parallel else 1
+    parallel = config.setdefault("parallel", MindFormerConfig())
+    parallel.update(parallel_mode=0, full_batch=False, gradients_mean=True, enable_parallel_optimizer=False)
+    config.context.pop("jit_config", None)
+    if config.get("runner_config"):
+        config.runner_config.sink_mode = False
+    wrapper = config.get("runner_wrapper")
+    if wrapper and wrapper.type == "MFTrainOneStepCell":
+        wrapper.type = "TelechatTrainOneStepCell"
+    optimizer = config.get("optimizer")
+    if optimizer and optimizer.type == "AdamW" and not optimizer.get("use_fused"):
+        optimizer.type = "TelechatAdamW"
+
+
+def limit_readers(config: MindFormerConfig) -> None:
+    """No more threads that read data than there are cores: MindSpore refuses more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for name in ("train_dataset", "eval_dataset"):
+        section = config.get(name) or {}
+        if int(section.get("num_parallel_workers") or 1) > cores:
+            logger.info("%s.num_parallel_workers is %s, and there are %d cores: %d are used.", name,
+                        section["num_parallel_workers"], cores, cores)
+            section["num_parallel_workers"] = cores
+
+
+def detect_checkpoint_format(config: MindFormerConfig) -> None:
+    """Set `load_ckpt_format` from what --load_checkpoint names, as MindFormers does not look itself."""
+    if not config.load_checkpoint:
+        return
+    path = Path(str(config.load_checkpoint))
+    if path.suffix in (".ckpt", ".safetensors"):
+        config.load_ckpt_format = path.suffix[1:]
+    elif path.is_dir():
+        for suffix in ("ckpt", "safetensors"):
+            if next(path.rglob(f"*.{suffix}"), None) is not None:
+                config.load_ckpt_format = suffix
+                break
+
+
+def prepare_recipe(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> MindFormerConfig:
+    """The recipe with the command line applied, today's keys, and the settings of the device. Raises ConfigError."""
+    config = complete_recipe(args, recipe, overrides)
+    translate_old_keys(config)
+    forget_auto_register(config)
+    adapt_to_cpu(config)
+    detect_checkpoint_format(config)
+    return config
+
+
+def read_prompts(args: Any, config: MindFormerConfig) -> Tuple[Any, List[str]]:
+    """(tokenizer, prompts) of a prediction, checked against the model. Raises ConfigError."""
+    model = model_config(config)
+    tokenizer = load_tokenizer(config, model.vocab_size)
+    prompts = to_prompts(read_texts(args.predict_data or config.get("input_data")), tokenizer, args.raw)
+    check_length(prompts, tokenizer, model.seq_length)
+    return tokenizer, prompts
+
+
+def predict(config: MindFormerConfig, tokenizer: Any, prompts: List[str]) -> None:
+    """Answer the prompts; the answers are printed and lie in text_generation_result.txt in the output folder."""
+    config.save_file = os.path.join(config.output_dir, "text_generation_result.txt")
+    batch = config.get("predict_batch_size") or 1
+    filled = prompts + prompts[-1:] * (-len(prompts) % batch)      # MindFormers takes whole batches only
+    results = Trainer(config, tokenizer=tokenizer).predict(
+        predict_checkpoint=config.load_checkpoint, input_data=filled, batch_size=config.get("predict_batch_size"),
+        adapter_id=config.get("adapter_id"))
+    if len(filled) > len(prompts):
+        results = first_answers(results, len(prompts))
+        write_results(config.save_file, results)
+    if get_real_rank() == 0:
+        print_answers(prompts, results, visible(prompts, tokenizer))
+
+
+def run(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> None:
+    """Carry out `recipe` with the command line `args` and `overrides`.
+
+    Raises:
+        ConfigError: anything about recipe, checkpoint or data that can be told before the model is built.
+    """
+    config = prepare_recipe(args, recipe, overrides)
+    limit_readers(config)
+    training = config.run_mode in ("train", "finetune")
+    if training:
+        check_dataset(config, "train_dataset")
+        if config.get("do_eval"):
+            check_dataset(config, "eval_dataset")
+        if not prepare_training(config):
+            return
+    if config.load_checkpoint and not config.get("resume_training"):
+        check_checkpoint(config)
+    if config.run_mode == "eval":
+        check_dataset(config, "eval_dataset")
+    if config.run_mode == "predict":
+        tokenizer, prompts = read_prompts(args, config)
+    os.environ["RUN_MODE"] = config.run_mode         # MindFormers reads it; one left over from elsewhere would win
+    if args.register_path:
+        os.environ["REGISTER_PATH"] = os.path.abspath(args.register_path)
+    config = apply_template(config)
+    set_output_path(config.output_dir)
+    build_context(config)
+    prepare_cpu()
+    if training:
+        Trainer(config).train()
+    elif config.run_mode == "eval":
+        Trainer(config).evaluate(eval_checkpoint=config.load_checkpoint)
+    else:
+        predict(config, tokenizer, prompts)

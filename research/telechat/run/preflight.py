@@ -1,0 +1,138 @@
+"""Checks of recipe, checkpoint and data before a model is built: each fault is one clear line within seconds.
+
+Nothing is loaded: only headers of checkpoints and the description beside a data set are read; a data set without one is
+read once (data/scan.py).
+"""
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from mindformers.tools.logger import logger
+
+from research.telechat.checkpoint.folder import open_mindspore
+from research.telechat.checkpoint.reader import CheckpointError
+from research.telechat.data.meta import data_files
+from research.telechat.data.scan import check_dataset as check_files
+from research.telechat.spec.parameters import parameters
+from research.telechat.spec.variants import ConfigError
+from research.telechat.telechat_config import TelechatConfig
+
+DATASET_CHECKS = "dataset_checks.json"     # in the output folder: what was read of data sets without meta.json
+_SHOWN = 8                                 # faults listed in full; the rest are counted
+
+
+def model_config(config: Any) -> TelechatConfig:
+    """The model config of a recipe, checked; ConfigError names the key at fault."""
+    section = (config.get("model") or {}).get("model_config")
+    if not section:
+        raise ConfigError("the recipe has no section model.model_config; begin from a recipe in research/telechat")
+    keys = {key: value for key, value in section.items() if key not in ("type", "auto_register", "auto_map")}
+    return TelechatConfig(**keys)
+
+
+def _listed(lines: List[str]) -> str:
+    rest = len(lines) - _SHOWN
+    return "; ".join(lines[:_SHOWN]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def checkpoint_faults(expected: Dict[str, Tuple[int, ...]], found: Dict[str, Tuple[int, ...]]) -> List[str]:
+    """What differs between the shapes of the model's parameters and those of a checkpoint, one text each."""
+    other = [f"{name}: the recipe has {list(shape)}, the checkpoint {list(found[name])}"
+             for name, shape in expected.items() if name in found and tuple(found[name]) != tuple(shape)]
+    missing = [f"{name}: missing in the checkpoint" for name in expected if name not in found]
+    return other + missing
+
+
+def check_checkpoint(config: Any) -> None:
+    """Compare the complete checkpoint that `load_checkpoint` names with the recipe's sizes, by its headers.
+
+    Checkpoints that are cut already (folders rank_N) are left to MindFormers. Raises ConfigError.
+    """
+    path = Path(str(config.load_checkpoint))
+    if not path.exists():
+        raise ConfigError(f"load_checkpoint: {path} does not exist; name a checkpoint's file or folder with "
+                          "--load_checkpoint")
+    if path.is_dir() and any(re.match(r"rank_\d+$", entry.name) for entry in path.iterdir()):
+        return
+    try:
+        checkpoint = open_mindspore(path)
+    except CheckpointError as err:
+        raise ConfigError(f"load_checkpoint: {err}") from err
+    found = {name: info.shape for name, info in checkpoint.tensors.items()}
+    checkpoint.close()
+    expected = {param.ms_name: param.shape for param in parameters(model_config(config).to_variant())}
+    faults = checkpoint_faults(expected, found)
+    if faults:
+        raise ConfigError(f"load_checkpoint: {path} is not a checkpoint of this recipe's model ({len(faults)} of "
+                          f"{len(expected)} parameters differ): {_listed(faults)}. Choose the recipe of the model that "
+                          "the checkpoint belongs to")
+    extra = [name for name in found if re.match(r"(model\.|lm_head\.)", name) and name not in expected]
+    if extra:
+        logger.warning("load_checkpoint: %s holds %d parameters that the model does not have; they are not loaded: %s",
+                       path, len(extra), _listed(extra))
+
+
+def check_dataset(config: Any, section: str) -> None:
+    """Check that the data set of `section` (train_dataset, eval_dataset) exists and fits the recipe's model.
+
+    Raises ConfigError: no path, nothing there, records of another length, token ids beyond the vocabulary, no record.
+    """
+    loader = (config.get(section) or {}).get("data_loader")
+    if not loader:
+        raise ConfigError(f"the recipe has no section {section}.data_loader; inherit it (base_config: "
+                          "../../configs/telechat/finetune.yaml)")
+    if loader.get("type") != "MindDataset":
+        return
+    path = loader.get("dataset_dir") or loader.get("dataset_files")
+    if not path:
+        raise ConfigError(f"{section}: no data set is named; give --{section} FILE_OR_FOLDER (made by "
+                          "research/telechat/telechat_preprocess.py)")
+    model = model_config(config)
+    columns = ["input_ids", "labels", *(["actual_seq_len"] if model.document_boundaries else [])]
+    if config[section].get("input_columns") != columns:
+        logger.info("%s.input_columns: %s, as model_config.document_boundaries is %s.", section, columns,
+                    model.document_boundaries)
+        config[section]["input_columns"] = columns
+    if model.document_boundaries:            # MindFormers passes columns by name; the model calls the third so
+        config[section]["construct_args_key"] = ["input_ids", "labels", "input_position"]
+    for each in path if isinstance(path, (list, tuple)) else [path]:
+        note = check_files(each, vocab_size=model.vocab_size, seq_length=model.seq_length,
+                           pad_token_id=model.pad_token_id, document_boundaries=model.document_boundaries,
+                           remember=Path(str(config.get("output_dir") or "output")) / DATASET_CHECKS)
+        if note:
+            logger.warning("%s: %s", section, note)
+    if section == "train_dataset":
+        _check_enough_records(config, path)
+
+
+def training_files(config: Any) -> List[str]:
+    """The MindRecord files that the recipe trains on; none where it reads another kind of data."""
+    loader = (config.get("train_dataset") or {}).get("data_loader") or {}
+    paths = loader.get("dataset_dir") or loader.get("dataset_files")
+    if loader.get("type") != "MindDataset" or not paths:
+        return []
+    return [str(file) for path in (paths if isinstance(paths, (list, tuple)) else [paths])
+            for file in data_files(Path(path))]
+
+
+def record_count(files: List[str]) -> int:
+    """Records in MindRecord files."""
+    from mindspore.dataset import MindDataset
+    return MindDataset(files, shuffle=False).get_dataset_size()
+
+
+def sequences_per_step(config: Any) -> int:
+    """Sequences of one step over all cards."""
+    runner, plan = config.get("runner_config") or {}, config.get("parallel_config") or {}
+    micro = plan.get("micro_batch_num", 1) if plan.get("pipeline_stage", 1) > 1 else 1
+    return (runner.get("batch_size", 1) * plan.get("data_parallel", 1) * micro
+            * (runner.get("gradient_accumulation_steps") or 1) * (config.get("micro_batch_interleave_num") or 1))
+
+
+def _check_enough_records(config: Any, path: Any) -> None:
+    """ConfigError where the data set holds less than one batch: training would end at once without a step."""
+    records, batch = record_count(training_files(config)), sequences_per_step(config)
+    if records < batch:
+        raise ConfigError(f"train_dataset: {path} holds {records} records, fewer than one step's batch of {batch} "
+                          "(batch_size * data_parallel * micro-batches * accumulation); lower runner_config.batch_size "
+                          "or use more data")

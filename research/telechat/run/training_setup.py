@@ -1,0 +1,150 @@
+"""What happens between the recipe and the Trainer when training: adapters, resumption, and what callbacks must know.
+
+Called by run/job.py before anything is built; every fault is a ConfigError.
+"""
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
+
+from mindformers.tools.logger import logger
+from mindformers.tools.register import MindFormerConfig
+
+from research.telechat.checkpoint.lora import check_pet_config, target_params
+from research.telechat.checkpoint.resume import Choice, Name, choose, fault_of, parse, step_of
+from research.telechat.run.preflight import model_config, record_count, sequences_per_step, training_files
+from research.telechat.spec.flops import flops_per_token
+from research.telechat.spec.variants import ConfigError
+
+_TRUE = (True, "True", "true")
+
+
+def worker_count(config: Any) -> int:
+    """Processes of the job."""
+    return int(os.environ.get("MS_WORKER_NUM", "1")) if config.get("use_parallel") else 1
+
+
+def prepare_training(config: Any) -> bool:
+    """Check `pet_config`, choose the checkpoint to resume from, and complete the callbacks of `config` in place.
+
+    False: the chosen checkpoint is the end of the training, so that there is nothing to do.
+    """
+    pet_config = (config.get("model") or {}).get("model_config", {}).get("pet_config")
+    if pet_config:
+        for warning in check_pet_config(pet_config, model_config(config).to_variant()):
+            logger.warning("%s", warning)
+    recipe = json.loads(json.dumps(config.to_dict(), default=str))
+    chosen, step = prepare_resume(config)
+    if chosen is not None and step >= total_steps(config) > 0:
+        logger.info("resume_training: training is complete already: the checkpoint has step %d of %d. Raise "
+                    "runner_config.epochs to go on.", step, total_steps(config))
+        return False
+    for callback in config.get("callbacks") or []:
+        if callback.get("type") == "CheckpointMonitor":
+            complete_monitor(callback, config, pet_config, chosen)
+        elif callback.get("type") == "TelechatTrainingLog":
+            callback["run_info"] = MindFormerConfig(**run_info(config, recipe, step))
+    return True
+
+
+def total_steps(config: Any) -> int:
+    """Steps of the whole training; 0 where the number of records is not known."""
+    files = training_files(config)
+    if not files:
+        return 0
+    records = record_count(files)
+    records = min(records, config.train_dataset.data_loader.get("num_samples") or records)
+    return records // sequences_per_step(config) * int((config.get("runner_config") or {}).get("epochs", 1))
+
+
+def prepare_resume(config: Any) -> Tuple[Optional[Name], int]:
+    """Turn `resume_training` into the file that MindFormers loads; (its name, its step), or (None, 0).
+
+    True: the newest complete checkpoint in load_checkpoint, where that has folders rank_N, else in
+    output_dir/checkpoint; without one, training starts at its beginning. A file name: that checkpoint.
+    """
+    wish = config.get("resume_training")
+    if not wish:
+        return None, 0
+    given = Path(str(config.get("load_checkpoint") or ""))
+    if config.get("load_checkpoint") and given.is_file() and wish in _TRUE:
+        fault = fault_of(given)
+        if fault is None:                                # a training checkpoint: resume from this very file
+            logger.info("resume_training: continuing from %s, as load_checkpoint names it.", given)
+            return (parse(given.name) or (None, 0))[0], step_of(given)
+    has_ranks = bool(config.get("load_checkpoint")) and (given / "rank_0").is_dir()
+    root = given if has_ranks else Path(str(config.output_dir)) / "checkpoint"
+    ranks = worker_count(config)
+    choice = choose(root, ranks) if wish in _TRUE else _named(root, str(wish), ranks)
+    for note in choice.notes:
+        logger.warning("resume_training: %s", note)
+    if choice.name is None:
+        if has_ranks:
+            raise ConfigError(f"resume_training: {root} holds no complete checkpoint"
+                              + (f" ({choice.notes[0]})" if choice.notes else "")
+                              + "; name another --load_checkpoint, or leave --resume_training out")
+        logger.info("resume_training: there is no complete checkpoint in %s; training starts at its beginning.", root)
+        config.resume_training = False
+        return None, 0
+    logger.info("resume_training: continuing from %s, the newest complete checkpoint (step %d).",
+                root / "rank_0" / choice.name.file(0), choice.step)
+    config.load_checkpoint = str(root.resolve())
+    config.resume_training = choice.name.file(0)
+    config.load_ckpt_format = choice.name.suffix
+    return choice.name, choice.step
+
+
+def _named(root: Path, wish: str, ranks: int) -> Choice:
+    """The checkpoint that the user names, with or without its suffix, by any rank's file."""
+    names = [wish] if re.search(r"\.(ckpt|safetensors)$", wish) else [f"{wish}.ckpt", f"{wish}.safetensors"]
+    for file_name in names:
+        parsed = parse(file_name)
+        if parsed and (root / "rank_0" / parsed[0].file(0)).is_file():
+            for rank in range(ranks):
+                fault = fault_of(root / f"rank_{rank}" / parsed[0].file(rank))
+                if fault:
+                    raise ConfigError(f"resume_training: {fault}")
+            return Choice(parsed[0], step_of(root / "rank_0" / parsed[0].file(0)), [])
+    raise ConfigError(f"resume_training: there is no checkpoint {wish} in {root / 'rank_0'}; give True for the newest, "
+                      "or the name of a file there, such as telechat_rank_0-2_100.ckpt")
+
+
+def complete_monitor(callback: Any, config: Any, pet_config: Any, chosen: Optional[Name]) -> None:
+    """What training/saving.py needs to know beside MindFormers' own arguments."""
+    if callback.get("on_save_error", "stop") not in ("stop", "continue"):
+        raise ConfigError(f"callbacks: CheckpointMonitor.on_save_error must be stop or continue, found "
+                          f"{callback['on_save_error']!r}")
+    for key, least in (("keep_checkpoint_max", 1), ("keep_every_n_steps", 0)):
+        value = callback.get(key, least)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"callbacks: CheckpointMonitor.{key} must be a whole number from {least}, found "
+                              f"{value!r}")
+    wish = callback.get("async_save", False)
+    if wish not in (True, False, "thread", "process"):
+        raise ConfigError(f"callbacks: CheckpointMonitor.async_save must be True or False, found {wish!r}")
+    if wish == "process":
+        logger.warning("callbacks: CheckpointMonitor.async_save: a thread writes the checkpoints instead of a process, "
+                       "which would be forked among MindSpore's threads and might never end.")
+    callback["async_save"] = bool(wish)
+    callback["ranks"] = worker_count(config)
+    if pet_config:
+        callback["adapter_config"] = MindFormerConfig(
+            peft_type="LORA", r=pet_config.get("lora_rank", 8), lora_alpha=pet_config.get("lora_alpha", 16),
+            target_modules=pet_config.target_modules, net_name=config.model.model_config.get("net_name"))
+    if chosen is not None:
+        callback["continue_run"] = chosen.stem(int(os.environ.get("RANK_ID", "0")) if callback["ranks"] > 1 else 0)
+
+
+def run_info(config: Any, recipe: Dict[str, Any], first_step: int) -> Dict[str, Any]:
+    """What the training log needs: sizes of a step, floating-point operations, data, recipe."""
+    model, cards = model_config(config), worker_count(config)
+    weights = sum(param.shape[0] * param.shape[1] for param in target_params(model.to_variant()))
+    weights += model.vocab_size * model.hidden_size                                # the head, tied or not
+    frozen = bool(config.model.model_config.get("pet_config"))
+    monitor = config.get("monitor_config") or {}
+    limit = monitor.get("global_norm_spike_threshold", 3.0) if config.get("use_skip_data_by_global_norm") else None
+    return {"tokens_per_step_per_card": sequences_per_step(config) * model.seq_length / cards, "cards": cards,
+            "flops_per_token": flops_per_token(weights, model.num_layers, model.hidden_size, model.seq_length, frozen),
+            "seed": config.get("seed"), "first_step": first_step, "norm_limit": limit,
+            "data_files": training_files(config), "recipe": recipe}

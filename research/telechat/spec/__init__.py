@@ -1,0 +1,1 @@
+"""What a TeleChat model is: variants, parameters, rotary rule, operations."""

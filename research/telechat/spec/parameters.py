@@ -1,0 +1,240 @@
+"""The one table of parameter names, shapes and row orders, official (PyTorch) <-> MindSpore, for every variant.
+
+Pure Python and NumPy; it opens no file (checkpoint/reader.py does) and converts nothing (checkpoint/convert.py does).
+
+Every linear weight of the MindSpore model is [out, in]. The official code agrees, but for 52B, whose Conv1D weights are
+[in, out]. Fused weights of 52B hold several projections in one matrix. The official order is projection after
+projection, [q | k | v]; here the rows are grouped, group after group [q_g | k_g | v_g], so that any tensor-parallel
+degree that divides the number of groups cuts between whole groups and finds its own q, k and v together:
+
+* w_qkv: one group for each head, head_dim rows of q, then of k, then of v;
+* w_gate_hidden: gcd(num_heads, intermediate_size) groups, each of intermediate_size / groups rows of gate, then of up.
+
+Earlier MindFormers converters grouped by the tensor-parallel degree N named on their command line: the same rule with
+N groups, which is how `source_groups` imports them.
+"""
+import math
+import re
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from research.telechat.spec.variants import ConfigError, Variant
+
+
+class Param(NamedTuple):
+    """One parameter of a model. `shape` is that in MindSpore; the official one is `hf_shape`."""
+
+    ms_name: str
+    hf_name: str
+    shape: Tuple[int, ...]
+    transposed: bool = False     # official [in, out], MindSpore [out, in]
+    parts: int = 1               # projections fused into it (3: q, k, v; 2: gate, up)
+    groups: int = 1              # groups of rows in MindSpore, each with a run of every part
+
+    @property
+    def hf_shape(self) -> Tuple[int, ...]:
+        """Shape in the official checkpoint."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+
+# (MindSpore name, official name, shape, fused parts). Shapes in the words of _sizes; layers stand below their prefixes.
+_EMBEDDING, _NORM_OUT, _HEAD = "model.tok_embeddings.embedding_weight", "model.norm_out.weight", "lm_head.weight"
+_DENSE_LAYER = (
+    ("attention_norm.weight", "input_layernorm.weight", "hidden", 1),
+    ("attention.wq.weight", "self_attention.query.weight", "hidden hidden", 1),
+    ("attention.wk_v.weight", "self_attention.key_value.weight", "kv hidden", 1),
+    ("attention.wo.weight", "self_attention.dense.weight", "hidden hidden", 1),
+    ("attention.wo.bias", "self_attention.dense.bias", "hidden", 1),
+    ("ffn_norm.weight", "post_attention_layernorm.weight", "hidden", 1),
+    ("feed_forward.w1.weight", "mlp.gate_proj.weight", "ffn hidden", 1),
+    ("feed_forward.w3.weight", "mlp.up_proj.weight", "ffn hidden", 1),
+    ("feed_forward.w2.weight", "mlp.down_proj.weight", "hidden ffn", 1),
+    ("feed_forward.w2.bias", "mlp.down_proj.bias", "hidden", 1),
+)
+_MUP_LAYER = (
+    ("attention_norm.weight", "ln_1.weight", "hidden", 1),
+    ("attention.w_qkv.weight", "attn.c_attn.weight", "qkv hidden", 3),
+    ("attention.wo.weight", "attn.c_proj.weight", "hidden hidden", 1),
+    ("ffn_norm.weight", "ln_2.weight", "hidden", 1),
+    ("feed_forward.w_gate_hidden.weight", "mlp.c_fc.weight", "gate_up hidden", 2),
+    ("feed_forward.w2.weight", "mlp.c_proj.weight", "hidden ffn", 1),
+)
+
+
+class _Layout(NamedTuple):
+    prefix: str                                    # before every official name but the head's
+    embedding: str
+    layer: Tuple[Tuple[str, str, str, int], ...]
+    conv1d: bool = False                           # matrices of the layers are [in, out]
+    buffers: Tuple[Tuple[str, float], ...] = ()    # constants that official checkpoints hold for every layer
+
+
+_LAYOUTS: Dict[str, _Layout] = {
+    "telechat_tied": _Layout("", "word_embeddings.weight", _DENSE_LAYER),
+    "telechat": _Layout("transformer.", "word_embeddings.weight", _DENSE_LAYER),
+    "telechat2": _Layout("transformer.", "word_embeddings.weight", _DENSE_LAYER),
+    "telechat_mup": _Layout("transformer.", "wte.weight", _MUP_LAYER, True, (("attn.masked_bias", -10000.0),)),
+}
+# Official entries without weights: causal masks and rotary tables that the code computes anew.
+_NO_WEIGHT = re.compile(r"(attn\.(masked_)?bias|rotary_emb\.(inv_freq|cos_cached|sin_cached))$")
+# Entries of MindSpore training checkpoints that are not weights: "adam_m.<parameter>" and these scalars and others.
+_TRAINING = re.compile(
+    r"^(global_step|global_batch_size|epoch_num|step_num|current_iterator_step|last_overflow_iterator_step|loss_scale|"
+    r"scale_sense|learning_rate|weight_decay|beta1_power|beta2_power|accu_.*|data_parallel_.*|.*\.learning_rate)$")
+
+
+def gate_up_groups(variant: Variant) -> int:
+    """Groups of rows in w_gate_hidden: the largest number that divides both the heads and intermediate_size."""
+    return math.gcd(variant.num_heads, variant.intermediate_size)
+
+
+def parameters(variant: Variant) -> List[Param]:
+    """Every parameter of a model, in the order of the model."""
+    layout = _LAYOUTS[variant.hf_layout]
+    hidden, ffn, vocab = variant.hidden_size, variant.intermediate_size, variant.vocab_size
+    sizes = {"hidden": hidden, "ffn": ffn, "kv": 2 * variant.kv_heads * variant.head_dim, "qkv": 3 * hidden,
+             "gate_up": 2 * ffn}
+    groups = {1: 1, 2: gate_up_groups(variant), 3: variant.num_heads}
+    params = [Param(_EMBEDDING, layout.prefix + layout.embedding, (vocab, hidden))]
+    for layer in range(variant.num_layers):
+        for ms_name, hf_name, shape, parts in layout.layer:
+            if ms_name.endswith(".bias") and not variant.out_proj_has_bias:
+                continue
+            dims = tuple(sizes[word] for word in shape.split())
+            params.append(Param(f"model.layers.{layer}.{ms_name}", f"{layout.prefix}h.{layer}.{hf_name}", dims,
+                                layout.conv1d and len(dims) == 2, parts, groups[parts]))
+    params.append(Param(_NORM_OUT, layout.prefix + "ln_f.weight", (hidden,)))
+    if not variant.tie_word_embeddings:
+        params.append(Param(_HEAD, "lm_head.weight", (vocab, hidden)))
+    return params
+
+
+def hf_buffers(variant: Variant) -> Dict[str, float]:
+    """Scalars that the official checkpoint holds beside the parameters: name -> value."""
+    layout = _LAYOUTS[variant.hf_layout]
+    return {f"{layout.prefix}h.{layer}.{name}": value
+            for layer in range(variant.num_layers) for name, value in layout.buffers}
+
+
+class Match(NamedTuple):
+    """How the entries of a checkpoint fit a model. All lists hold names as the checkpoint writes them."""
+
+    found: Dict[str, str]        # MindSpore name of a parameter -> its entry
+    missing: List[str]           # parameters without an entry, by the name they should have
+    unknown: List[str]           # entries that belong to no parameter
+    duplicate: List[str]         # entries for a parameter that already has one
+    ignored: List[str]           # entries that hold no weights
+    tied_head: Optional[str]     # a head beside tied embeddings: must equal them, and is then dropped
+
+
+def match_official(params: Sequence[Param], names: Iterable[str]) -> Match:
+    """Find each parameter in an official checkpoint. Names count with and without the prefix `transformer.`, as
+    `save_pretrained` of some versions of the official code adds or drops it."""
+    wanted = {_bare(param.hf_name): param.ms_name for param in params}
+    result = Match({}, [], [], [], [], None)
+    for name in names:
+        ms_name = wanted.get(_bare(name))
+        if ms_name in result.found:
+            result.duplicate.append(name)
+        elif ms_name is not None:
+            result.found[ms_name] = name
+        elif name == _HEAD:
+            result = result._replace(tied_head=name)
+        else:
+            (result.ignored if _NO_WEIGHT.search(name) else result.unknown).append(name)
+    result.missing.extend(param.hf_name for param in params if param.ms_name not in result.found)
+    return result
+
+
+def match_mindspore(params: Sequence[Param], names: Iterable[str]) -> Match:
+    """Find each parameter in a MindSpore checkpoint; optimizer state and training counters are `ignored`."""
+    wanted = {param.ms_name for param in params}
+    result = Match({}, [], [], [], [], None)
+    for name in names:
+        if name in wanted:
+            result.found[name] = name
+        elif name == _HEAD:
+            result = result._replace(tied_head=name)
+        elif _TRAINING.match(name) or name.partition(".")[2] in wanted:
+            result.ignored.append(name)
+        else:
+            result.unknown.append(name)
+    result.missing.extend(param.ms_name for param in params if param.ms_name not in result.found)
+    return result
+
+
+def _bare(name: str) -> str:
+    return name[len("transformer."):] if name.startswith("transformer.") else name
+
+
+def summarise(names: Iterable[str]) -> str:
+    """All `names`, on one line: names that differ in the layer only become one, `model.layers.{0-3,7}.wq.weight`."""
+    families: Dict[Tuple[str, str], List[int]] = {}
+    for name in names:
+        match = re.match(r"^(.*?\b(?:layers|h)\.)(\d+)(\..*)$", name)
+        families.setdefault((match[1], match[3]) if match else (name, ""), []).append(int(match[2]) if match else -1)
+    return ", ".join(head if layers == [-1] * len(layers) else f"{head}{_ranges(layers)}{tail}"
+                     for (head, tail), layers in families.items())
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    runs: List[List[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    return texts[0] if texts == [str(runs[0][0])] else "{" + ",".join(texts) + "}"
+
+
+def grouped_order(rows: int, parts: int, groups: int) -> np.ndarray:
+    """Row order of a grouped matrix: grouped[i] == official[order[i]]. [rows] int64."""
+    return group_rows(np.arange(rows), parts, groups)
+
+
+def check_groups(rows: int, parts: int, groups: int) -> None:
+    """ConfigError unless `rows` rows of `parts` projections divide into `groups` groups."""
+    if groups < 1 or rows % (parts * groups):
+        raise ConfigError(f"{rows} rows of {parts} fused projections cannot be cut into {groups} groups; "
+                          "check --source_mp and the sizes in config.json")
+
+
+def group_rows(matrix: np.ndarray, parts: int, groups: int) -> np.ndarray:
+    """Official row order -> grouped. matrix: [parts * n, ...]; the result is a new array of the same shape."""
+    check_groups(len(matrix), parts, groups)
+    blocks = matrix.reshape(parts, groups, -1, *matrix.shape[1:])        # [parts, groups, run, ...]
+    return np.ascontiguousarray(blocks.swapaxes(0, 1)).reshape(matrix.shape)
+
+
+def ungroup_rows(matrix: np.ndarray, parts: int, groups: int) -> np.ndarray:
+    """Grouped row order -> official. The inverse of `group_rows`."""
+    check_groups(len(matrix), parts, groups)
+    blocks = matrix.reshape(groups, parts, -1, *matrix.shape[1:])        # [groups, parts, run, ...]
+    return np.ascontiguousarray(blocks.swapaxes(0, 1)).reshape(matrix.shape)
+
+
+def source_groups(param: Param, variant: Variant, source_mp: Optional[int]) -> int:
+    """Groups of a fused weight in a checkpoint: this project's (`source_mp` None) or those of an earlier converter run
+    with `--mp source_mp`. ConfigError where that degree does not divide the heads and intermediate_size."""
+    if source_mp is None or param.parts == 1:
+        return param.groups
+    if source_mp < 1 or variant.num_heads % source_mp or variant.intermediate_size % source_mp:
+        raise ConfigError(f"--source_mp {source_mp} does not divide both num_heads {variant.num_heads} and "
+                          f"intermediate_size {variant.intermediate_size}; no earlier converter can have used it")
+    return source_mp
+
+
+def explained_by_groups(row_norms: np.ndarray, parts: int, groups: int) -> float:
+    """Share (0 to 1) of the variance of log row norms that the parts explain if the rows are grouped like this.
+
+    Projections of a trained model differ in the size of their rows, v from q and k above all, so that the share is
+    largest for the grouping that the matrix really has: a wrong one mixes the projections. Freshly initialised
+    weights give about (parts - 1) / rows for every grouping. row_norms: [rows], not negative; NaN and infinity count
+    as very small and very large.
+    """
+    logs = np.log(np.clip(np.nan_to_num(row_norms.astype(np.float64), nan=0.0), 1e-30, 1e30))
+    by_part = ungroup_rows(logs, parts, groups).reshape(parts, -1)       # [parts, rows / parts]
+    total = logs.var()
+    return float(by_part.mean(axis=1).var() / total) if total > 0 else 0.0

@@ -1,0 +1,1 @@
+"""A conversation as token ids: vocabularies, templates, the renderer."""

@@ -1,0 +1,229 @@
+"""The two kinds of vocabulary files, with their markers switched off in plain text. Not a public interface.
+
+`SentencePieceFile` (``tokenizer.model``) and `ByteLevelBpeFile` (``tokenizer.json``) have the same attributes and
+methods, of which `research.telechat.text.vocab.Vocab` is made: `size`, `markers` (piece to id), `special_ids`,
+`own_tokens` (role to piece), `dummy_prefix` (whether a leading space of each stretch of text is the encoder's own),
+`encode`, `encode_batch`, `token_to_id`, `id_to_token`, `pieces` (piece to id), and `token_bytes` (the UTF-8 bytes that
+each id stands for).
+"""
+import json
+import re
+from pathlib import Path
+from typing import Dict, Iterable, List, Optional, Tuple
+
+from research.telechat.spec.variants import ConfigError
+
+MODEL_FILE = "tokenizer.model"
+JSON_FILE = "tokenizer.json"
+_MARKER_SHAPE = re.compile(r"<[^<>\s]+>")        # how TeleChat writes markers: <_user>, <reserve1>, </s>, <pad>
+_SPACE = "\u2581"                                # SentencePiece writes a space as this character
+
+
+class VocabError(ConfigError):
+    """A vocabulary file, token or text that cannot be used; one line that says which and what to do."""
+
+
+class SentencePieceFile:
+    """A SentencePiece model whose markers are switched off in plain text.
+
+    SentencePiece finds user-defined symbols inside any text (in the 12B model ``<_user>`` and ``<_bot>`` are such), but
+    never control symbols. So the markers among the former are loaded as the latter: the same ids, and text is encoded
+    by the library alone, at its full speed.
+    """
+
+    def __init__(self, path: Path, data: bytes, named: Iterable[str]):
+        import sentencepiece
+
+        symbols, self.dummy_prefix = _read_symbols(path, data)
+        named = set(named)
+        self.markers: Dict[str, int] = {}
+        self.special_ids = set()
+        patched = bytearray(data)
+        for piece, token_id, kind, kind_at in symbols:
+            if kind == _USER_DEFINED:
+                if not (_MARKER_SHAPE.fullmatch(piece) or (piece in named and len(piece) > 1)):
+                    continue                             # such as digits and line ends: ordinary text
+                patched[kind_at] = _CONTROL
+            self.markers[piece] = token_id
+            if kind != _USER_DEFINED or piece in named:
+                self.special_ids.add(token_id)
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=bytes(patched))
+        except (RuntimeError, ValueError, TypeError) as err:
+            raise VocabError(f"vocabulary file {path} is not a usable SentencePiece model: {err}; copy it again from "
+                             "the official model's folder") from err
+        self.size = self._model.get_piece_size()
+        self._unknown_id = self._model.unk_id()
+        roles = {"unk": self._unknown_id, "bos": self._model.bos_id(), "eos": self._model.eos_id(),
+                 "pad": self._model.pad_id()}
+        self.own_tokens = {role: self._model.id_to_piece(i) for role, i in roles.items() if i >= 0}
+
+    def encode(self, text: str) -> List[int]:
+        if not isinstance(text, str):
+            raise TypeError("not a str")
+        return self._model.encode(text)
+
+    def encode_batch(self, texts: List[str], num_threads: Optional[int]) -> List[List[int]]:
+        return self._model.encode(texts, num_threads=-1 if num_threads is None else num_threads)
+
+    def token_to_id(self, piece: str) -> Optional[int]:
+        token_id = self._model.piece_to_id(piece)
+        if token_id == self._unknown_id and piece != self._model.id_to_piece(token_id):
+            return None
+        return token_id
+
+    def id_to_token(self, token_id: int) -> Optional[str]:
+        return self._model.id_to_piece(int(token_id))
+
+    def pieces(self) -> Dict[str, int]:
+        return {piece: i for i, piece in enumerate(self._model.id_to_piece(list(range(self.size))))}
+
+    def token_bytes(self) -> List[bytes]:
+        pieces = self._model.id_to_piece(list(range(self.size)))
+        return [bytes([int(piece[3:5], 16)]) if self._model.is_byte(i) else piece.replace(_SPACE, " ").encode()
+                for i, piece in enumerate(pieces)]
+
+
+class ByteLevelBpeFile:
+    """A tokenizer.json with its markers taken out of the list of added tokens, which are found inside any text."""
+
+    dummy_prefix = False
+    own_tokens: Dict[str, str] = {}                      # noqa: RUF012 (the file names none)
+
+    def __init__(self, path: Path, data: bytes, named: Iterable[str]):
+        import tokenizers
+
+        try:
+            content = json.loads(data)
+            added = {token["content"]: token for token in content["added_tokens"]}
+            decoder = (content.get("decoder") or {}).get("type")
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
+            raise VocabError(f"vocabulary file {path} is not valid JSON (truncated?): {err}; copy it again from the "
+                             "official model's folder") from err
+        except (KeyError, TypeError, AttributeError) as err:
+            raise VocabError(f"vocabulary file {path} is JSON, but not a tokenizer.json of Hugging Face tokenizers "
+                             f"(no list added_tokens); name {JSON_FILE} itself, not another file beside it") from err
+        if decoder != "ByteLevel":
+            raise VocabError(f"vocabulary file {path}: its decoder is {decoder}, expected ByteLevel (byte-level BPE, "
+                             f"as TeleChat-7B has); use the model's {MODEL_FILE} if there is one")
+        named = set(named)
+        self.markers = {piece: token["id"] for piece, token in added.items()
+                        if token.get("special") or piece in named or _MARKER_SHAPE.fullmatch(piece)}
+        self.special_ids = {token_id for piece, token_id in self.markers.items()
+                            if added[piece].get("special") or piece in named}
+        content["added_tokens"] = [token for token in added.values() if token["content"] not in self.markers]
+        content["truncation"] = content["padding"] = None
+        self._literal = {token["id"]: piece for piece, token in added.items()}
+        try:
+            self._model = tokenizers.Tokenizer.from_str(json.dumps(content))
+        except Exception as err:                         # the library raises plain Exception
+            raise VocabError(f"vocabulary file {path} is refused by the library tokenizers: {err}; copy it again from "
+                             "the official model's folder, or install newer tokenizers") from err
+        self._ids = {**self._model.get_vocab(with_added_tokens=True), **self.markers}
+        self._pieces = {token_id: piece for piece, token_id in self._ids.items()}
+        self.size = max(self._pieces, default=-1) + 1
+
+    def encode(self, text: str) -> List[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: List[str], num_threads: Optional[int]) -> List[List[int]]:
+        if num_threads == 1:
+            return [self.encode(text) for text in texts]
+        return [one.ids for one in self._model.encode_batch(texts, add_special_tokens=False)]
+
+    def token_to_id(self, piece: str) -> Optional[int]:
+        return self._ids.get(piece)
+
+    def id_to_token(self, token_id: int) -> Optional[str]:
+        return self._pieces.get(int(token_id))
+
+    def pieces(self) -> Dict[str, int]:
+        return dict(self._ids)
+
+    def token_bytes(self) -> List[bytes]:
+        values = _byte_level_alphabet()
+        table = ["\ufffd".encode()] * self.size          # ids that the file leaves out
+        for token_id, piece in self._pieces.items():
+            literal = token_id in self._literal or any(char not in values for char in piece)
+            table[token_id] = piece.encode() if literal else bytes(values[char] for char in piece)
+        return table
+
+
+def _byte_level_alphabet() -> Dict[str, int]:
+    """Character to byte of byte-level BPE: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{chr(byte): byte for byte in printable}, **{chr(256 + n): byte for n, byte in enumerate(others)}}
+
+
+# The wire format of sentencepiece's ModelProto. It is read here by hand because the generated protobuf module can exist
+# only once in a process, and MindFormers and transformers bring copies of their own.
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4              # values of ModelProto.SentencePiece.Type
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5         # protobuf wire types
+
+
+def _read_symbols(path: Path, data: bytes) -> Tuple[List[Tuple[str, int, int, int]], bool]:
+    """Symbols that are not learnt pieces: (piece, id, type, where the byte of the type lies); and add_dummy_prefix."""
+    symbols = []
+    token_id = 0
+    seen = set()
+    dummy_prefix = True                                  # the format's default
+    try:
+        for field, start, end in _fields(data, 0, len(data)):
+            seen.add(field)
+            if field == 1:                               # repeated SentencePiece pieces
+                # A learnt piece is its text and a score of five bytes, nothing else. To see just that, rather than
+                # look at every field, keeps the reading of 100 000 pieces short.
+                if data[start] == 0x0A and start + data[start + 1] + 7 == end:
+                    kind = kind_at = 0
+                else:
+                    parts = {number: (a, b) for number, a, b in _fields(data, start, end)}
+                    kind_at = parts[3][0] if 3 in parts else 0
+                    kind = data[kind_at] if kind_at else 0
+                if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
+                    a, b = parts[1]
+                    symbols.append((data[a:b].decode(), token_id, kind, kind_at))
+                token_id += 1
+            elif field == 3:                             # NormalizerSpec
+                for number, a, _ in _fields(data, start, end):
+                    if number == 3:                      # add_dummy_prefix
+                        dummy_prefix = bool(data[a])
+        if not token_id:
+            raise ValueError("no pieces")
+    except (IndexError, ValueError, KeyError) as err:
+        raise VocabError(f"vocabulary file {path} is neither a SentencePiece model nor a {JSON_FILE}, or it is "
+                         "truncated; copy it again from the official model's folder and compare its size") from err
+    if not {2, 3} <= seen:
+        raise VocabError(f"vocabulary file {path} ends after {token_id} pieces, without the model's settings: it is "
+                         "truncated; copy it again from the official model's folder and compare its size")
+    return symbols, dummy_prefix
+
+
+def _fields(data: bytes, pos: int, end: int) -> Iterable[Tuple[int, int, int]]:
+    """(field number, start, end) of each field of the protobuf message data[pos:end]; IndexError, ValueError if bad."""
+    while pos < end:
+        tag, pos = _varint(data, pos)
+        wire = tag & 7
+        if wire == _BYTES:
+            length, pos = _varint(data, pos)
+        elif wire == _VARINT:
+            length = _varint(data, pos)[1] - pos
+        elif wire in (_FIXED32, _FIXED64):
+            length = 4 if wire == _FIXED32 else 8
+        else:
+            raise ValueError("unknown wire type")
+        if pos + length > end:
+            raise IndexError("field past the end")
+        yield tag >> 3, pos, pos + length
+        pos += length
+
+
+def _varint(data: bytes, pos: int) -> Tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[pos]
+        pos += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, pos
+        shift += 7

@@ -1,0 +1,160 @@
+"""AdamW and gradient clipping from the kernels that a CPU has. On Ascend, MindFormers' own are used.
+
+MindFormers composes both of small operators, which Ascend's compiler fuses and a CPU runs one by one.
+"""
+from typing import Any, Sequence, Tuple
+
+import mindspore.common.dtype as mstype
+import numpy as np
+from mindformers.core.optim.adamw import AdamW
+from mindspore import Parameter, ParameterTuple, Tensor, nn
+from mindspore.ops import composite as C
+from mindspore.ops import functional as F
+from mindspore.ops import operations as P
+
+from research.telechat.bridge.compat import MindFormerModuleType, plugin_class
+
+_update = C.MultitypeFuncGraph("telechat_adamw")
+_square_sum = C.MultitypeFuncGraph("telechat_square_sum")
+_scaled = C.MultitypeFuncGraph("telechat_scaled")
+_fused_update = P.AdamWeightDecay()
+_product = P.MatMul(transpose_b=True)
+
+
+@_update.register("Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor",
+                  "Bool")
+def _update_parameter(beta1: Tensor, beta2: Tensor, eps: Tensor, rate: Tensor, shrink: Tensor,
+                      weight_decay: Tensor, parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor,
+                      trained: bool) -> bool:
+    """One parameter's update; see TelechatAdamW."""
+    if trained:
+        _fused_update(parameter, mean, square, rate, beta1, beta2, eps, weight_decay * shrink,
+                      F.cast(gradient, mstype.float32))
+    return True
+
+
+@plugin_class(MindFormerModuleType.OPTIMIZER)
+class TelechatAdamW(AdamW):
+    """MindFormers' AdamW (Loshchilov and Hutter, 2019) with one kernel per parameter; same state, same arguments.
+
+    The kernel has no bias correction: m, v <- moments; p <- p - a (m / (sqrt(v) + e) + d p). With c1 = 1 - beta1^t and
+    c2 = 1 - beta2^t, AdamW's p - lr d p - lr (m / c1) / (sqrt(v / c2) + eps) is that of a = lr sqrt(c2) / c1,
+    e = eps sqrt(c2) and d' = d c1 / sqrt(c2). Parameters or groups that the kernel does not know (not float32, learning
+    rates by group) are updated as MindFormers does.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.fused = not self.is_group_lr and all(p.dtype == mstype.float32 for p in self.parameters)
+        self.pow, self.sqrt, self.reshape = P.Pow(), P.Sqrt(), P.Reshape()
+
+    def construct(self, gradients: Tuple[Tensor, ...]) -> Any:
+        """gradients: one for each parameter, of its shape."""
+        if not self.fused:
+            return super().construct(gradients)
+        weight_decay = self.get_weight_decay()
+        beta1, beta2, eps, rate, shrink = self.rates()
+        if self.is_group:
+            return self.hyper_map(F.partial(_update, beta1, beta2, eps, rate, shrink), weight_decay, self._parameters,
+                                  gradients, self.exp_avg, self.exp_avg_sq, self.optim_filter)
+        return self.hyper_map(F.partial(_update, beta1, beta2, eps, rate, shrink, weight_decay), self._parameters,
+                              gradients, self.exp_avg, self.exp_avg_sq, self.optim_filter)
+
+    def rates(self) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """beta1, beta2, e, a, c1 / sqrt(c2) of the next step, each [] float32; counts the step."""
+        lr = self.get_lr()
+        self.assignadd(self.global_step, self.global_step_increase_tensor)
+        correction1 = 1 - self.pow(self.beta1, self.global_step)                   # [1]
+        root = self.sqrt(1 - self.pow(self.beta2, self.global_step))
+        return (self.scalar(self.beta1), self.scalar(self.beta2), self.scalar(self.eps * root),
+                self.scalar(lr * root / correction1), self.scalar(correction1 / root))
+
+    def scalar(self, x: Tensor) -> Tensor:
+        """[1] or [] -> []."""
+        return self.reshape(x, ())
+
+
+@_square_sum.register("Tensor")
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """Sum of squares, [1, 1] float32, as a product of the vector with itself: one operator, which rounds little."""
+    row = F.reshape(F.cast(x, mstype.float32), (1, -1))
+    return _product(row, row)
+
+
+@_scaled.register("Tensor", "Tensor")
+def _times(factor: Tensor, x: Tensor) -> Tensor:
+    """x * factor in x's type."""
+    return F.cast(F.cast(x, mstype.float32) * factor, F.dtype(x))
+
+
+class SquareSum(nn.Cell):
+    """Sum of the squares of some gradients, [1] float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.hyper_map = C.HyperMap()
+
+    def construct(self, *gradients: Tensor) -> Tensor:
+        """gradients: of any shape and floating-point type -> [1]; infinity or NaN where a gradient is."""
+        return F.reshape(F.addn(self.hyper_map(_square_sum, gradients)), (1,))
+
+
+class GradientsTimes(nn.Cell):
+    """Gradients times a number, in their own types."""
+
+    def __init__(self):
+        super().__init__()
+        self.hyper_map = C.HyperMap()
+
+    def construct(self, factor: Tensor, gradients: Tuple[Tensor, ...]) -> Tuple[Tensor, ...]:
+        """factor: [1] or [] float32."""
+        return self.hyper_map(F.partial(_scaled, factor), gradients)
+
+
+def clip_factor(norm: Tensor, max_norm: Tensor) -> Tensor:
+    """min(1, max_norm / norm), both [1] float32."""
+    return F.minimum(max_norm / (F.maximum(norm, max_norm) + 1e-6), 1.0)
+
+
+class ClipGradNorm(nn.Cell):
+    """Gradients times min(1, max_norm / norm), norm being that of all of them together; as MindFormers' cell."""
+
+    def __init__(self, max_norm: float):
+        super().__init__()
+        self.max_norm = Tensor(np.array([max_norm], np.float32))
+        self.times = GradientsTimes()
+        self.square_sum = SquareSum()
+
+    def norm(self, gradients: Tuple[Tensor, ...]) -> Tensor:
+        """[1] float32; infinity or NaN where a gradient is."""
+        return F.sqrt(self.square_sum(*gradients))
+
+    def construct(self, gradients: Tuple[Tensor, ...]) -> Tuple[Tuple[Tensor, ...], Tensor]:
+        """(clipped gradients, norm before clipping [1])."""
+        norm = self.norm(gradients)
+        return self.times(clip_factor(norm, self.max_norm), gradients), norm
+
+
+class AdamWPart(nn.Cell):
+    """The update of some of the parameters of a TelechatAdamW, whose rates are given."""
+
+    def __init__(self, parameters: Sequence[Parameter], means: Sequence[Parameter], squares: Sequence[Parameter],
+                 decays: Sequence[float]):
+        super().__init__(auto_prefix=False)
+        self.parameters = ParameterTuple(parameters)
+        self.means, self.squares = ParameterTuple(means), ParameterTuple(squares)
+        self.decays = tuple(Tensor(decay, mstype.float32) for decay in decays)
+        self.all = (True,) * len(decays)
+        self.hyper_map, self.times = C.HyperMap(), GradientsTimes()
+
+    def construct(self, factor: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, rate: Tensor, shrink: Tensor,
+                  *gradients: Tensor) -> Any:
+        """factor: [1], what the gradients are to be multiplied by; then the rates of the step, and the gradients."""
+        gradients = self.times(factor, gradients)
+        return self.hyper_map(F.partial(_update, beta1, beta2, eps, rate, shrink), self.decays, self.parameters,
+                              gradients, self.means, self.squares, self.all)
+
+
+def is_overflow(norm: Tensor) -> Tensor:
+    """Whether the norm of all gradients is infinite or NaN, [] bool: then one of them is."""
+    return F.logical_not(F.isfinite(F.reshape(norm, ())))

@@ -1,0 +1,72 @@
+"""Adapters in the format of Hugging Face PEFT, loaded and saved by PEFT itself. Skipped where it is not installed."""
+import json
+
+import numpy as np
+import pytest
+from model_fixtures import HF_CONFIGS, random_official
+from test_lora import convert_lora, random_adapter, save_adapter
+
+from research.telechat.checkpoint import lora as lora
+from research.telechat.spec.variants import variant_from_hf
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+
+def module_name(param):
+    """Path of the module in the official model, whose decoder is `transformer` even where the files leave that out."""
+    name = param.hf_name[:-len(".weight")]
+    return name if name.startswith(("transformer.", "lm_head")) else f"transformer.{name}"
+
+
+def official_modules(family):
+    """A PyTorch module with the linear layers of the official model under their official names; no forward pass."""
+    from transformers.pytorch_utils import Conv1D
+    model = torch.nn.Module()
+    model.config = {"model_type": "telechat"}
+    model.prepare_inputs_for_generation = None                       # PEFT looks for it in causal language models
+    weights = random_official(HF_CONFIGS[family])
+    for param in lora.parameters(variant_from_hf(HF_CONFIGS[family])):
+        value = torch.from_numpy(weights[param.hf_name].copy())
+        if value.ndim != 2 or not param.hf_name.endswith(".weight"):
+            continue
+        *path, name = module_name(param).split(".")
+        place = model
+        for part in path:
+            if not hasattr(place, part):
+                place.add_module(part, torch.nn.Module())
+            place = getattr(place, part)
+        rows, columns = value.shape
+        layer = Conv1D(columns, rows) if param.transposed else torch.nn.Linear(columns, rows, bias=False)
+        layer.weight = torch.nn.Parameter(value)
+        place.add_module(name, layer)
+    return model, weights
+
+
+@pytest.mark.parametrize("family", HF_CONFIGS)
+def test_peft_loads_an_exported_adapter_and_its_own_comes_back(family, tmp_path):
+    hf, adapter = HF_CONFIGS[family], random_adapter(family)
+    variant = variant_from_hf(hf)
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    save_adapter(tmp_path / "a.ckpt", adapter)
+    sizes = ["--config", str(tmp_path / "config.json")]
+    assert convert_lora.main(["export", "--adapter", str(tmp_path / "a.ckpt"), "--peft_dir", str(tmp_path / "peft"),
+                              *sizes]) == 0
+    model, weights = official_modules(family)
+    tuned = peft.PeftModel.from_pretrained(model, str(tmp_path / "peft"))
+    tuned.save_pretrained(str(tmp_path / "saved"))
+    tensors, config = lora.to_peft(adapter, variant, tmp_path)
+    merged = {name: value.numpy() for name, value in tuned.merge_and_unload().state_dict().items()}
+    targets = lora.target_params(variant)
+    assert len(targets) == len(adapter.pairs)
+    for param in targets:
+        stem = f"base_model.model.{module_name(param)}"
+        delta = config["lora_alpha"] / config["r"] * tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
+        expected = weights[param.hf_name] + (delta.T if param.transposed else delta)
+        np.testing.assert_allclose(merged[f"{module_name(param)}.weight"], expected, atol=1e-5)
+    assert convert_lora.main(["import", "--adapter", str(tmp_path / "b.ckpt"), "--peft_dir", str(tmp_path / "saved"),
+                              *sizes]) == 0
+    back = lora.read_adapter(tmp_path / "b.ckpt")
+    assert back.alpha == adapter.alpha and back.pairs.keys() == adapter.pairs.keys()
+    for name, pair in adapter.pairs.items():
+        assert all(np.array_equal(*both) for both in zip(pair, back.pairs[name])), name

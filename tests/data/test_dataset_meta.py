@@ -1,0 +1,173 @@
+"""The check of a data set against the recipe, before the first step of training."""
+import json
+
+import numpy as np
+import pytest
+
+from research.telechat import __version__
+from research.telechat.data import scan as scan
+from research.telechat.data import writer as dataset_writer
+from research.telechat.data.meta import check_dataset_meta, read_meta, write_meta
+from research.telechat.data.scan import check_dataset, check_records
+from research.telechat.data.writer import DATASET_NAME, DatasetWriter
+from research.telechat.spec.variants import ConfigError
+
+
+def data_set(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    (folder / DATASET_NAME).write_bytes(b"12345")
+    write_meta(folder, {"records": 3, "record_length": 65, "max_token_id": 99, "pad_token_id": 3, "vocab_size": 100,
+                        "tokenizer": "t.model", "columns": ["input_ids", "labels"], "files": {DATASET_NAME: 5},
+                        **changes})
+    return folder
+
+
+FITS = {"vocab_size": 100, "seq_length": 64, "pad_token_id": 3}
+
+
+def test_data_set_that_fits(tmp_path):
+    folder = data_set(tmp_path / "d")
+    assert check_dataset_meta(folder, **FITS) is None
+    assert read_meta(folder)["telechat_version"] == __version__
+    assert check_dataset_meta(folder / DATASET_NAME, **{**FITS, "pad_token_id": None}) is None
+
+
+@pytest.mark.parametrize("recipe,changes,words", [
+    ({"vocab_size": 99}, {}, "holds token id 99, the recipe's vocab_size is 99"),
+    ({"seq_length": 128}, {}, "records of 65 tokens, the recipe's seq_length 128 needs 129; it was made with --max"),
+    ({"pad_token_id": 0}, {}, "padded with id 3, the recipe's pad_token_id is 0"),
+    ({}, {"records": 0}, "is empty"),
+    ({}, {"format_version": 99}, "format version 99"),
+    ({"document_boundaries": True}, {}, "no column actual_seq_len"),
+    ({}, {"files": {DATASET_NAME: 6}}, f"the file {DATASET_NAME} should have 6 bytes and has 5"),
+    ({}, {"files": {"new_dataset_1.mindrecord": 6}}, "is missing"),
+])
+def test_data_set_that_does_not_fit(tmp_path, recipe, changes, words):
+    folder = data_set(tmp_path / "d", **changes)
+    with pytest.raises(ConfigError, match=words) as caught:
+        check_dataset_meta(folder, **{**FITS, **recipe})
+    assert "\n" not in str(caught.value)
+
+
+def test_data_set_without_meta(tmp_path):
+    out = tmp_path / "out"
+    row = np.arange(535, 600, dtype=np.int32)
+    with DatasetWriter(out, {"input_ids": 65, "labels": 65}) as writer:
+        writer.add({"input_ids": row, "labels": row})
+        writer.finish({})
+    (out / "meta.json").unlink()
+    assert "has no meta.json" in check_dataset(out, vocab_size=600, seq_length=64)
+    with pytest.raises(ConfigError, match="records of 65 tokens, the recipe's seq_length 32"):
+        check_dataset(out, vocab_size=600, seq_length=32)
+    with pytest.raises(ConfigError, match="the recipe's vocab_size is 100"):
+        check_records(out / DATASET_NAME, vocab_size=100, seq_length=64)
+    (out / DATASET_NAME).write_bytes(b"nonsense")
+    with pytest.raises(ConfigError, match="is not a readable MindRecord file"):
+        check_records(out, vocab_size=600, seq_length=64)
+
+
+def without_meta(out, count=2100, changed=None, value=0, column="input_ids", length=65):
+    """A data set of `count` records with ids up to 599 and no meta.json; record `changed` holds `value` in `column`."""
+    with DatasetWriter(out, {"input_ids": length, "labels": length}, file_bytes=1 << 17) as writer:
+        for number in range(count):
+            row = np.arange(600 - length, 600, dtype=np.int32)
+            record = {"input_ids": row, "labels": row.copy()}
+            if number == changed:
+                record[column] = np.where(row == row[7], value, row).astype(np.int32)
+            writer.add(record)
+        writer.finish({})
+    (out / "meta.json").unlink()
+    return out
+
+
+@pytest.mark.parametrize(("changed", "value", "column", "words"), [
+    (2099, 600, "input_ids", "holds token id 600, the recipe's vocab_size is 600"),
+    (300, 70000, "labels", "holds token id 70000"),
+    (2099, -5, "input_ids", "holds token id -5 in input_ids; ids begin with 0"),
+])
+def test_one_wrong_id_anywhere_is_found(tmp_path, changed, value, column, words):
+    out = without_meta(tmp_path / "out", changed=changed, value=value, column=column)
+    with pytest.raises(ConfigError, match=words):
+        check_records(out, vocab_size=600, seq_length=64)
+
+
+def test_ignored_labels_may_be_negative(tmp_path):
+    out = without_meta(tmp_path / "out", 20, changed=3, value=-100, column="labels")
+    assert check_records(out, vocab_size=600, seq_length=64) == "All 20 records were read: token ids 535 to 599"
+
+
+def test_reading_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
+    out, remember = without_meta(tmp_path / "out"), tmp_path / "output" / "checks.json"
+    text = check_records(out, vocab_size=600, seq_length=64, remember=remember)
+    assert text == "All 2,100 records were read: token ids 535 to 599" and len(list(out.glob("*.mindrecord"))) > 1
+
+    def again(*_):
+        raise AssertionError("read again")
+    monkeypatch.setattr(scan, "_read", again)
+    assert check_records(out, vocab_size=600, seq_length=64, remember=remember) == text
+    with pytest.raises(ConfigError, match="the recipe's vocab_size is 599"):
+        check_records(out, vocab_size=599, seq_length=64, remember=remember)
+    monkeypatch.undo()
+    without_meta(out, changed=500, value=700)
+    with pytest.raises(ConfigError, match="holds token id 700"):
+        check_records(out, vocab_size=600, seq_length=64, remember=remember)
+    for content in ("{", "[]", '{"x": 1, "y": {"records": "many"}}'):
+        remember.write_text(content)
+        with pytest.raises(ConfigError, match="holds token id 700"):
+            check_records(out, vocab_size=600, seq_length=64, remember=remember)
+    without_meta(out)
+    remember.unlink()
+    remember.mkdir()                                          # cannot be written: only slower next time
+    assert check_records(out, vocab_size=600, seq_length=64, remember=remember) == text
+
+
+def test_of_a_large_data_set_evenly_spread_parts_are_read(tmp_path):
+    out, remember = without_meta(tmp_path / "out", changed=2099, value=600), tmp_path / "checks.json"
+    bound = 64 * 8 * 65
+    with pytest.raises(ConfigError, match="holds token id 600"):          # the last record is among the parts
+        check_records(out, vocab_size=600, seq_length=64, most_bytes=bound)
+    assert check_records(out, vocab_size=601, seq_length=64, most_bytes=bound, remember=remember) == (
+        "64 of 2,100 records were read: token ids 535 to 600")
+    (found,) = json.loads(remember.read_text()).values()
+    assert found == {"records": 2100, "read": 64, "lowest": 535, "highest": 600}
+    assert "2 of 2,100" in check_records(out, vocab_size=601, seq_length=64, most_bytes=2 * 8 * 65)
+
+
+def test_only_rank_0_reads_all(tmp_path, monkeypatch):
+    out = without_meta(tmp_path / "out", changed=500, value=700)
+    monkeypatch.setenv("RANK_ID", "1")
+    assert check_records(out, vocab_size=600, seq_length=64) == "Rank 0 reads its records"
+    with pytest.raises(ConfigError, match="records of 65 tokens"):
+        check_records(out, vocab_size=600, seq_length=32)
+
+
+def test_records_that_differ_in_length(tmp_path):
+    out = tmp_path / "out"
+    with DatasetWriter(out, {"input_ids": 65, "labels": 65}) as writer:
+        for length in (65, 65, 70):
+            writer.add(dict.fromkeys(("input_ids", "labels"), np.zeros(length, np.int32)))
+        writer.finish({})
+    (out / "meta.json").unlink()
+    with pytest.raises(ConfigError, match="its records differ in length") as caught:
+        check_records(out, vocab_size=600, seq_length=64)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("held", [1 << 18, 32 << 20])
+def test_several_files_are_read_as_one_data_set(tmp_path, monkeypatch, held):
+    """Also where the last file is begun with few records left: MindDataset wants all files of one layout."""
+    from mindspore.dataset import MindDataset
+    monkeypatch.setattr(dataset_writer, "_HELD_BYTES", held)
+    out = without_meta(tmp_path / "out", 3 * 1008 + 5)
+    files = sorted(map(str, out.glob("*.mindrecord")))
+    assert len(files) == 4 and MindDataset(files, shuffle=False).get_dataset_size() == 3 * 1008 + 5
+
+
+def test_data_set_that_is_not_there(tmp_path):
+    for path, words in ((tmp_path / "gone", "data set not found"), (tmp_path, "holds no .mindrecord file")):
+        with pytest.raises(ConfigError, match=words):
+            check_dataset_meta(path, **FITS)
+    folder = data_set(tmp_path / "d")
+    (folder / "meta.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        check_dataset_meta(folder, **FITS)

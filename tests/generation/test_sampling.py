@@ -1,0 +1,120 @@
+"""The choice of tokens against a plain re-statement of the official rules, and the bookkeeping of batches."""
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research.telechat.generation.batch import Batch, Blocks, read_prompts
+from research.telechat.generation.sampling import Sampling, adjust, candidates, choose
+from research.telechat.spec.variants import ConfigError
+
+
+def official_probabilities(logits, temperature, top_k, top_p):
+    """transformers' TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper and softmax, restated on all tokens."""
+    scores = logits.astype(np.float64) / temperature
+    if top_k:
+        scores = np.where(scores < np.sort(scores)[-min(top_k, len(scores))], -np.inf, scores)
+    if top_p is not None and top_p < 1:
+        order = np.argsort(scores, kind="stable")                   # ascending, as transformers sorts
+        probs = np.exp(scores[order] - scores.max())
+        removed = np.cumsum(probs / probs.sum()) <= 1 - top_p
+        removed[-1] = False
+        scores[order[removed]] = -np.inf
+    probs = np.exp(scores - scores.max())
+    return probs / probs.sum()
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 10 ** 6), size=st.sampled_from([2, 7, 300, 3000]), temperature=st.floats(0.05, 5),
+       top_k=st.sampled_from([None, 0, 1, 5, 50, 5000]), top_p=st.sampled_from([None, 1.0, 0.01, 0.3, 0.85, 0.999]))
+def test_candidates_are_the_official_ones(seed, size, temperature, top_k, top_p):
+    logits = np.random.RandomState(seed).normal(0, 3, size).astype(np.float32)
+    ids, weights = candidates(logits, Sampling(True, temperature, top_k, top_p))
+    want = official_probabilities(logits, temperature, top_k, top_p)
+    got = np.zeros(size)
+    got[ids] = weights
+    np.testing.assert_allclose(got, want, atol=1e-12)
+    assert list(ids) == sorted(ids)
+
+
+def test_draws_follow_the_probabilities():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    rng = np.random.RandomState(0)
+    drawn = np.bincount([choose(logits, Sampling(True), rng) for _ in range(20000)], minlength=4) / 20000
+    np.testing.assert_allclose(drawn, [0.5, 0.3, 0.15, 0.05], atol=0.01)
+    assert choose(logits, Sampling(), rng) == 0
+
+
+def test_repetition_penalty_counts_each_token_once():
+    logits = np.array([2.0, -2.0, 1.0, 0.5], np.float32)
+    result = adjust(logits, np.array([0, 1, 0, 1, 0]), 0, [], Sampling(repetition_penalty=2.0))
+    np.testing.assert_allclose(result, [1.0, -4.0, 1.0, 0.5])
+    np.testing.assert_allclose(logits, [2.0, -2.0, 1.0, 0.5])
+
+
+def test_minimal_length_forbids_the_end():
+    sampling = Sampling(min_new_tokens=2)
+    assert np.argmax(adjust(np.array([1.0, 5.0], np.float32), np.array([0]), 1, [1], sampling)) == 0
+    assert np.argmax(adjust(np.array([1.0, 5.0], np.float32), np.array([0]), 2, [1], sampling)) == 1
+
+
+@pytest.mark.parametrize(("field", "value"), [("temperature", 0), ("temperature", -1.0), ("temperature", float("nan")),
+                                              ("top_k", -1), ("top_k", 2.5), ("top_p", 0.0), ("top_p", 1.5),
+                                              ("repetition_penalty", 0), ("repetition_penalty", "1")])
+def test_senseless_settings_are_named(field, value):
+    with pytest.raises(ConfigError, match=f"^{field}: expected "):
+        Sampling(**{"do_sample": True, field: value})
+
+
+def test_prompts_lose_their_padding():
+    prompts = read_prompts([[5, 6, 3, 3], [3, 7, 8, 9]], 3, 10)
+    assert [list(prompt) for prompt in prompts] == [[5, 6], [3, 7, 8, 9]]
+    assert [list(prompt) for prompt in read_prompts([[5], [6, 7]], 3, 10)] == [[5], [6, 7]]
+    assert [list(prompt) for prompt in read_prompts(np.array([4, 5]), None, 10)] == [[4, 5]]
+
+
+@pytest.mark.parametrize(("ids", "message"), [([], "empty"), ([[3, 3]], "prompt 0 is empty"), ([[1], []], "prompt 1"),
+                                              ([5, 10], "token 10.*10 tokens.*another model"), ([-1], "token -1"),
+                                              (["a"], "expected a list of token ids"), ([1.5], "token ids")])
+def test_prompts_that_cannot_be(ids, message):
+    with pytest.raises(ConfigError, match=message):
+        read_prompts(ids, 3, 10)
+
+
+def test_batch_ends_at_end_tokens_and_limits():
+    batch = Batch([np.array([5, 6], np.int32), np.array([7], np.int32)], [4, 3], 3, 16)
+    batch.append([8, 9], {2})
+    assert not batch.finished.any()
+    batch.append([2, 9], {2})
+    assert batch.finished.all()
+    assert [list(batch.sequence(row)) for row in (0, 1)] == [[5, 6, 8, 2], [7, 9, 9]]
+    batch.append([1, 1], {2})
+    assert [list(batch.sequence(row)) for row in (0, 1)] == [[5, 6, 8, 2], [7, 9, 9]]
+
+
+def test_prompt_without_room_is_refused():
+    prompt = np.arange(8, dtype=np.int32)
+    with pytest.raises(ConfigError, match="has 8 tokens, but the model's seq_length is 8"):
+        Batch([prompt], [9], 3, 8)
+    with pytest.raises(ConfigError, match="has 8 tokens, but max_length is 8"):
+        Batch([prompt], [8], 3, 16)
+
+
+@settings(max_examples=100, deadline=None)
+@given(limits=st.lists(st.integers(1, 40), min_size=1, max_size=6), block_size=st.integers(1, 16))
+def test_sequences_never_share_a_slot(limits, block_size):
+    limits = np.array(limits)
+    blocks = Blocks(limits, 1000, block_size, -(-40 // block_size))
+    slots = np.concatenate([blocks.slots(row, limit) for row, limit in enumerate(limits)])
+    assert len(set(slots)) == limits.sum()
+    assert list(blocks.newest(limits)) == [blocks.slots(row, limit)[-1] for row, limit in enumerate(limits)]
+    for row, limit in enumerate(limits):            # as the kernels compute slots from the tables
+        positions = np.arange(limit)
+        expected = blocks.tables[row, positions // block_size] * block_size + positions % block_size
+        assert list(expected) == list(blocks.slots(row, limit))
+    assert blocks.used(int(limits.max())).shape[1] == -(-limits.max() // block_size)
+
+
+def test_small_cache_is_refused():
+    with pytest.raises(ConfigError, match=r"2 sequences of up to 33 tokens need 6 blocks.*num_blocks is 5"):
+        Blocks(np.array([33, 33]), 5, 16, 3)

@@ -1,0 +1,103 @@
+"""TelechatConfig: variants, presets, official configs, and one clear line for every mistake.
+
+Keys of earlier recipes: test_old_recipes.
+"""
+import json
+import math
+
+import mindspore.common.dtype as mstype
+import pytest
+from golden import SHARED, needs_shared
+from model_fixtures import HF_CONFIGS
+
+from research.telechat.spec.parameters import parameters
+from research.telechat.spec.variants import VARIANTS, read_hf_config, variant_from_hf
+from research.telechat.telechat_config import ConfigError, TelechatConfig
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_net_name_brings_sizes_and_conventions(name):
+    config, variant = TelechatConfig(net_name=name), VARIANTS[name]
+    assert (config.num_layers, config.hidden_size, config.vocab_size) == (
+        variant.num_layers, variant.hidden_size, variant.vocab_size)
+    assert config.tie_word_embeddings == variant.tie_word_embeddings and config.n_kv_heads == variant.kv_heads
+    assert TelechatConfig(net_name=name, num_layers=2).num_layers == 2
+    named = [(param.ms_name, param.shape) for param in parameters(config.to_variant())]
+    assert named == [(param.ms_name, param.shape) for param in parameters(variant)]
+
+
+@pytest.mark.parametrize(("keys", "words"), [
+    ({"hiden_size": 3}, ["hiden_size", "hidden_size"]),
+    ({"num_heads": 7}, ["hidden_size", "4096", "num_heads", "7"]),
+    ({"n_kv_heads": 5}, ["num_heads", "n_kv_heads", "5"]),
+    ({"compute_dtype": "fp8"}, ["compute_dtype", "fp8", "bfloat16"]),
+    ({"seq_length": "long"}, ["seq_length", "whole number", "long"]),
+    ({"seq_length": 0}, ["seq_length", "positive", "0"]),
+    ({"seq_length": True}, ["seq_length", "True"]),
+    ({"hidden_dropout_prob": 1.5}, ["hidden_dropout_prob", "1.5"]),
+    ({"extend_method": "YARN"}, ["extend_method", "YARN", "NTK"]),
+    ({"net_name": "telechat_13b"}, ["telechat_13b", "telechat_12b"]),
+    ({"rms_norm_eps": math.nan}, ["rms_norm_eps"]),
+    ({"ffn_dim_multiplier": "wide"}, ["ffn_dim_multiplier", "positive", "wide"]),
+    ({"use_mup": True, "mup_scale_factor": 0}, ["mup_scale_factor", "positive", "0"]),
+    ({"fused_projections": True, "n_kv_heads": 8}, ["fused_projections", "n_kv_heads"]),
+    ({"hidden_size": 4064, "num_heads": 32}, ["even"]),
+    ({"parallel_config": {"model_parallel": 3}}, ["num_heads", "model_parallel", "3"]),
+    ({"parallel_config": {"pipeline_stage": 40}, "num_layers": 32}, ["pipeline_stage", "40"]),
+])
+def test_mistakes_are_named(keys, words):
+    with pytest.raises(ConfigError) as err:
+        TelechatConfig(**keys)
+    assert "\n" not in str(err.value)
+    for word in words:
+        assert word in str(err.value)
+
+
+def test_amp_presets():
+    o1 = TelechatConfig(amp_level="O1")
+    assert (o1.compute_dtype, o1.param_init_type, o1.res_dtype) == (mstype.float16, mstype.float32, mstype.float32)
+    o2 = TelechatConfig(amp_level="O2", compute_dtype="bfloat16", res_dtype="float32")
+    assert (o2.compute_dtype, o2.param_init_type, o2.res_dtype) == (mstype.bfloat16, mstype.bfloat16, mstype.float32)
+    assert TelechatConfig(amp_level="O0").compute_dtype == mstype.float32
+
+
+def test_numbers_that_yaml_reads_as_text():
+    assert TelechatConfig(rms_norm_eps="1e-6").rms_norm_eps == 1e-6
+
+
+def test_missing_ffn_width_follows_the_earlier_rule():
+    assert TelechatConfig(hidden_size=4096).intermediate_size == 11008
+    assert TelechatConfig(hidden_size=4096, multiple_of=512).intermediate_size == 11264
+    assert TelechatConfig(hidden_size=4096, ffn_dim_multiplier=1.5).intermediate_size == 16384
+    assert TelechatConfig(hidden_size=4096, ffn_dim_multiplier=12288).intermediate_size == 12288    # a width
+
+
+@pytest.mark.parametrize("name", HF_CONFIGS)
+def test_from_hf_config(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIGS[name]))
+    config = TelechatConfig.from_hf_config(tmp_path, seq_length=48)
+    assert config.seq_length == 48 and config.compute_dtype == mstype.float32
+    assert config.tie_word_embeddings == (name == "7b") and config.fused_projections == (name == "52b")
+    assert config.rotary_dtype == (mstype.float32 if name == "52b" else mstype.float16)
+    assert config.logits_scale == (0.125 if name == "52b" else 1.0)
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ("{", ["not valid JSON"]), ("[]", ["object"]), ("{}", ["n_layer", "missing"]),
+    ('{"n_layer": -1, "hidden_size": 8, "ffn_hidden_size": 8, "n_head": 2, "vocab_size": 9}', ["n_layer", "positive"]),
+])
+def test_bad_hf_config(content, words, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as err:
+        TelechatConfig.from_hf_config(path)
+    for word in words:
+        assert word in str(err.value)
+    with pytest.raises(ConfigError, match=r"missing\.json"):
+        TelechatConfig.from_hf_config(tmp_path / "missing.json")
+
+
+@needs_shared
+@pytest.mark.parametrize("folder", ["telechat-7b", "telechat-12b", "telechat-52b", "telechat2-115b"])
+def test_table_equals_official_configs(folder):
+    assert variant_from_hf(read_hf_config(SHARED / "data" / folder)) == VARIANTS[folder.replace("-", "_")]

@@ -1,0 +1,154 @@
+"""Every recipe of research/telechat loads, builds its config, can be planned, and compiles for its number of cards.
+
+The walk goes over the files, so that a new recipe is in it from the day it exists. Recipes for Ascend compile with the
+simulated runtime (ascend_sim), as the last rank of their plan (with pipeline parallelism the one that has the head),
+and must send and hold what the planner says; those for a CPU compile on the CPU. Nothing is executed.
+
+Made small, so that a compilation takes about ten seconds: width, length and vocabulary, the layers (two; with more
+pipeline stages one per stage, the fewest that the planner permits), and micro-batches (one per stage). The plan, the
+variant's conventions, precision, recomputation, adapters, cache and everything else stay as the recipe has them.
+"""
+import copy
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from test_sharding_compile import NO_PLUGIN, agree
+
+import run_mindformer
+from research.telechat.ascend_sim.account import Mesh
+from research.telechat.ascend_sim.compile import compile_plan
+from research.telechat.commands import plan as plan_command
+from research.telechat.plan.cost import cost_of
+from research.telechat.plan.plan import find_faults, find_notes, read_plan
+from research.telechat.plan.report import memory_notes, stages
+from research.telechat.telechat_config import TelechatConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "research/telechat").glob("*.yaml"))
+EACH = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "n_kv_heads", "vocab_size", "seq_length")
+
+
+def shrunk(recipe):
+    """The recipe with small sizes. Groups of query heads, and whether the vocabulary can be cut, stay as they are."""
+    small, plan = copy.deepcopy(recipe), read_plan(recipe)
+    kv_heads = max(2, plan.mp * plan.ulysses)
+    heads = kv_heads * (plan.model["num_heads"] // plan.model["n_kv_heads"])
+    values = (max(2, plan.pp), 32 * heads, 96 * heads, heads, kv_heads,
+              4096 + (plan.model["vocab_size"] % plan.mp > 0), 256 * plan.cp)
+    small["model"]["model_config"].update(zip(SIZES, values))
+    if plan.pp > 1:
+        small["parallel_config"]["micro_batch_num"] = plan.pp
+    return small
+
+
+@EACH
+def test_recipe_passes_the_planner(path, capsys):
+    """No fault, no note, and an estimate of memory below the limit, on the cards that the recipe is for."""
+    plan = read_plan(run_mindformer.read_recipe(path))
+    assert find_faults(plan, plan.ranks) == []
+    assert find_notes(plan) == []
+    assert memory_notes(plan, stages(plan)) == []
+    assert plan_command.main(["--config", str(path), "--ranks", str(plan.ranks), "--check"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@EACH
+def test_small_recipe_differs_in_sizes_only(path):
+    """The walk compiles the recipe's own plan: what is made small changes no degree and no setting."""
+    recipe = run_mindformer.read_recipe(path)
+    before, after = read_plan(recipe), read_plan(shrunk(recipe))
+    differ = {key for key in before.model if before.model[key] != after.model[key]}
+    assert differ <= set(SIZES) and find_faults(after, after.ranks) == []
+    other = {key for key, value in vars(before).items() if key != "model" and value != getattr(after, key)}
+    assert other <= {"micro_batches"}
+    config = {key: value for key, value in shrunk(recipe)["model"]["model_config"].items()
+              if key not in ("type", "auto_register")}
+    assert TelechatConfig(parallel_config=recipe["parallel_config"], **config).num_layers == max(2, before.pp)
+
+
+def compile_on_cpu(recipe, folder):
+    """The worker's report of compiling `recipe` on the CPU of this machine."""
+    job = {"folder": str(folder), "report": str(folder / "report.json"), "recipe": recipe, "config": "recipe",
+           "columns": ["input_ids", "labels"], "length": recipe["model"]["model_config"]["seq_length"] + 1, "rows": 8,
+           "ranks": 1}
+    (folder / "job.json").write_text(json.dumps(job))
+    env = {**os.environ, "LOG_MF_PATH": str(folder / "log"), "GLOG_v": "3", "OMP_NUM_THREADS": "1"}
+    worker = ROOT / "research/telechat/ascend_sim/worker.py"
+    done = subprocess.run([sys.executable, str(worker), str(folder / "job.json")], cwd=folder,
+                          env=env, capture_output=True, text=True, check=False, timeout=600)
+    assert (folder / "report.json").is_file(), done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads((folder / "report.json").read_text())
+
+
+def compile_small(path, folder):
+    """(plan, the worker's report) of the recipe made small; no report where MindSpore has no Ascend plug-in."""
+    recipe = shrunk(run_mindformer.read_recipe(path))
+    plan = read_plan(recipe)
+    if plan.device == "CPU":
+        return plan, compile_on_cpu(recipe, folder)
+    if NO_PLUGIN:
+        return plan, None
+    mesh = Mesh(plan.pp, plan.dp, plan.cp, plan.mp)
+    return plan, compile_plan(recipe, mesh, plan.ranks - 1, plan.model["seq_length"] + 1, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def compilations(request, tmp_path_factory):
+    """Recipe -> future of its compilation, of the recipes whose test was chosen; two at a time, each a process."""
+    chosen = [item.callspec.params["path"] for item in request.session.items
+              if getattr(item, "originalname", "") == "test_recipe_compiles"]
+    pool = ThreadPoolExecutor(2)
+    yield {path: pool.submit(compile_small, path, tmp_path_factory.mktemp(path.stem)) for path in chosen}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.slow
+@EACH
+def test_recipe_compiles(path, compilations):
+    plan, report = compilations[path].result()
+    if report is None:
+        pytest.skip(NO_PLUGIN)
+    assert report["ok"], report["error"] + "\n".join(report.get("details") or [])
+    assert list(report["graphs"]) == (["step"] if plan.training else ["prefill", "decode"])
+    if plan.device == "CPU":
+        return
+    rank = plan.ranks - 1
+    if plan.training:
+        agree(plan, rank, report["graphs"]["step"])
+        check_training(plan, rank, report["graphs"]["step"])
+    else:
+        check_prediction(plan, rank, report["graphs"])
+
+
+def check_training(plan, rank, graph):
+    """What the recipe asks for is in the graph."""
+    operators, found = graph["operators"], graph["communication"]
+    axes = {axis for names in found["by_axes"] for axis in names.split("+")}
+    degrees = {"mp": plan.mp, "cp": plan.cp, "pp": plan.pp, "dp": plan.dp}
+    assert axes - {""} == {axis for axis, degree in degrees.items() if degree > 1}
+    attention = operators["FlashAttentionScore"]
+    assert attention["forward"] >= sum(cost_of(plan, rank).layers)
+    assert ("recompute" in attention) == bool(plan.recompute)
+    assert ("AlltoAll" in found["by_operator"]) == (plan.ulysses > 1)
+    if plan.sequence_parallel:
+        assert found["by_operator"]["ReduceScatter"] > 0
+    if plan.model["use_ring_attention"]:
+        sends = [place for place in found["places"] if place["operator"] == "Send" and place["purpose"] == "attention"]
+        assert {place["axes"] for place in sends} == {"cp"}
+
+
+def check_prediction(plan, rank, graphs):
+    """The cache is there, a prompt is read by flash attention, and a token is made from the paged cache."""
+    memory = cost_of(plan, rank).memory
+    for graph in graphs.values():
+        assert graph["memory"]["parameters"]["bytes"] == memory.parameters
+        assert graph["memory"]["kv_cache"]["bytes"] == memory.kv_cache
+    layers = plan.model["num_layers"]
+    assert graphs["prefill"]["operators"]["FlashAttentionScore"] == {"forward": layers}
+    assert graphs["decode"]["operators"]["PagedAttention"] == {"forward": layers}

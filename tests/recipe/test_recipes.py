@@ -1,0 +1,118 @@
+"""Every recipe and base loads, builds its config, and says only what makes it different."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from recipe_classes import unknown_arguments
+
+import run_mindformer
+from research.telechat.spec.variants import VARIANTS
+from research.telechat.telechat_config import TelechatConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "research/telechat").glob("*.yaml"))
+CARDS = {"telechat_7b": 8, "telechat_12b": 8, "telechat_52b": 16, "telechat2_3b": 8, "telechat2_7b": 8,
+         "telechat2_35b": 16, "telechat2_115b": 64}
+PREDICT_CARDS = {"telechat_52b": 4, "telechat2_35b": 2, "telechat2_115b": 8}
+
+
+def config_of(recipe):
+    keys = {key: value for key, value in recipe["model"]["model_config"].items()
+            if key not in ("type", "auto_register")}
+    plan = {key: value for key, value in recipe["parallel_config"].items() if key != "seq_split_num"}
+    return TelechatConfig(parallel_config=plan, **keys)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_builds_its_config(path):
+    recipe = run_mindformer.read_recipe(path)
+    config = config_of(recipe)
+    assert recipe["run_mode"] == path.stem.split("_")[0]
+    assert recipe["trainer"]["model_name"] == recipe["model"]["model_config"]["net_name"]
+    if "tiny" in path.stem:
+        return
+    name = path.stem.split("_", 1)[1]
+    variant = VARIANTS[config.net_name]
+    assert name == config.net_name or name.startswith(f"{config.net_name}_")
+    assert (config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads, config.n_kv_heads) == (
+        variant.num_layers, variant.hidden_size, variant.intermediate_size, variant.num_heads, variant.kv_heads)
+    assert config.extend_method == "TELECHAT"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_classes_take_the_keys_of_their_sections(path):
+    """MindFormers finds a misspelt key of an optimizer, a schedule or a callback only when it builds it, if at all."""
+    assert unknown_arguments(run_mindformer.read_recipe(path)) == []
+
+
+def test_misspelt_key_of_a_section_is_found():
+    recipe = run_mindformer.read_recipe(ROOT / "configs/telechat/finetune.yaml")
+    recipe["lr_schedule"]["warmup_rat"] = 1
+    recipe["callbacks"][2]["keep_max"] = 1
+    assert unknown_arguments(recipe) == ["lr_schedule.warmup_rat", "callbacks.keep_max"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_has_recipes_for_the_cards_that_users_know(name):
+    for stem, cards in ((f"finetune_{name}", CARDS[name]), (f"predict_{name}", PREDICT_CARDS.get(name, 1))):
+        plan = run_mindformer.read_recipe(ROOT / f"research/telechat/{stem}.yaml")["parallel_config"]
+        found = plan["data_parallel"] * plan["model_parallel"] * plan["pipeline_stage"] * plan["context_parallel"]
+        assert found == cards, stem
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_short_and_repeats_nothing(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 45 and text.startswith("# ")
+    own = yaml.safe_load(text)
+    base = run_mindformer.read_recipe((path.parent / own.pop("base_config")).resolve())
+
+    def repeated(over, under, prefix=""):
+        for key, value in over.items():
+            if isinstance(value, dict) and isinstance(under.get(key), dict):
+                yield from repeated(value, under[key], f"{prefix}{key}.")
+            elif key in under and under[key] == value:
+                yield prefix + key
+    assert list(repeated(own, base)) == []
+
+
+def test_bases_merge_key_by_key(tmp_path):
+    (tmp_path / "a.yaml").write_text("x: {p: 1, q: [1, 2]}\ny: 1\n")
+    (tmp_path / "b.yaml").write_text("x: {r: 3}\n")
+    (tmp_path / "c.yaml").write_text("base_config: [a.yaml, b.yaml]\nx: {q: [3]}\n")
+    assert run_mindformer.read_recipe(tmp_path / "c.yaml") == {"x": {"p": 1, "q": [3], "r": 3}, "y": 1}
+
+
+def test_old_command_finds_the_recipe_below_research():
+    assert run_mindformer.resolve_config("telechat/finetune_telechat_52b.yaml").is_file()
+
+
+@pytest.mark.slow
+def test_classes_exist_once_when_mindformers_copies_the_files(tmp_path):
+    """MindFormers' auto_register, as its own run_mindformer.py uses it on these recipes, yields the real classes."""
+    script = """
+import json, os, sys
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+for reference, kind in (("telechat_config.TelechatConfig", "config"), ("telechat.TelechatForCausalLM", "models"),
+                        ("telechat_tokenizer.TelechatTokenizer", "tokenizer"),
+                        ("telechat_tokenizer_fast.TelechatTokenizerFast", "tokenizer")):
+    MindFormerRegister.auto_register(reference, module_type=kind)
+from research.telechat.telechat import TelechatForCausalLM
+from research.telechat.telechat_config import TelechatConfig
+from research.telechat.telechat_tokenizer import TelechatTokenizer
+found = [MindFormerRegister.get_cls("config", "TelechatConfig") is TelechatConfig,
+         MindFormerRegister.get_cls("models", "TelechatForCausalLM") is TelechatForCausalLM,
+         MindFormerRegister.get_cls("tokenizer", "TelechatTokenizer") is TelechatTokenizer]
+print("RESULT", json.dumps(found))
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "REGISTER_PATH": str(ROOT / "research/telechat"), "GLOG_v": "3",
+           "LOG_MF_PATH": str(tmp_path / "log"), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, text=True, capture_output=True,
+                          check=False, timeout=300)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines, done.stdout[-2000:] + done.stderr[-2000:]
+    assert json.loads(lines[0].split(" ", 1)[1]) == [True, True, True]

@@ -1,0 +1,44 @@
+"""run_mindformer.py that kills itself with SIGKILL: `python kill_driver.py WHAT N ARGUMENTS...`.
+
+WHAT: step (beginning of the Nth step), tensor (Nth tensor written to a checkpoint), rename (before the Nth checkpoint
+gets its name), replace (before the Nth meta.json), stop (SIGSTOP at the Nth step). RANK_ID must be KILL_RANK if set.
+Not a test itself.
+"""
+import os
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import run_mindformer
+
+
+def main() -> int:
+    what, number, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+    calls = [0]
+
+    def deadly(function):
+        def wrapped(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == number:
+                os.kill(os.getpid(), signal.SIGSTOP if what == "stop" else signal.SIGKILL)
+            return function(*args, **kwargs)
+        return wrapped
+
+    if os.environ.get("KILL_RANK", os.environ.get("RANK_ID")) == os.environ.get("RANK_ID"):
+        import mindspore.train.serialization as saving
+
+        from research.telechat.training.log import TelechatTrainingLog
+        if what in ("step", "stop"):
+            TelechatTrainingLog.on_train_step_begin = deadly(TelechatTrainingLog.on_train_step_begin)
+        elif what == "tensor":
+            for name in ("_write_parameter_data", "_write_parameter_bytes_data"):
+                setattr(saving, name, deadly(getattr(saving, name)))
+        else:
+            setattr(os, what, deadly(getattr(os, what)))
+    return run_mindformer.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Models for tests: random official checkpoints of every family, and their loading into the MindSpore model."""
+from typing import Any, Dict
+
+import numpy as np
+
+from research.telechat.spec.parameters import group_rows, match_official, parameters
+from research.telechat.spec.variants import variant_from_hf
+
+_COMMON = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "vocab_size": 97}
+_DENSE = {**_COMMON, "hidden_size": 32, "n_layer": 2, "n_head": 4, "ffn_hidden_size": 48, "seq_length": 64,
+          "layer_norm_epsilon": 1e-5, "training_seqlen": 64, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+# Official config.json keys of each family at tiny sizes; base_seqlen < training_seqlen makes alpha > 1 for TeleChat2.
+HF_CONFIGS: Dict[str, Dict[str, Any]] = {
+    "7b": {**_DENSE},
+    "12b": {**_DENSE, "tie_word_embeddings": False},
+    "52b": {**_COMMON, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64, "use_mup": True,
+            "layer_norm_epsilon": 1e-5, "mup_scale_factor": 8.0, "output_mult": 1.0, "input_mult": 1.0},
+    "telechat2_mha": {**_DENSE, "tie_word_embeddings": False, "base_seqlen": 16, "layer_norm_epsilon": 1e-8},
+    "telechat2_gqa": {**_DENSE, "tie_word_embeddings": False, "base_seqlen": 16, "num_key_value_heads": 2,
+                      "training_seqlen": 16, "layer_norm_epsilon": 1e-8},
+}
+
+
+def random_official(hf_config: Dict[str, Any], seed: int = 0) -> Dict[str, np.ndarray]:
+    """Random float32 weights under the official names and shapes, large enough that attention is peaked."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for param in parameters(variant_from_hf(hf_config)):
+        std = 1.0 if "norm" in param.ms_name else 0.3
+        value = rng.normal(0, std, param.hf_shape)
+        weights[param.hf_name] = (1 + 0.2 * value if "norm" in param.ms_name else value).astype(np.float32)
+    return weights
+
+
+def to_mindspore(hf_config: Dict[str, Any], weights: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
+    """Official weights under MindSpore names, in MindSpore's layout, float32."""
+    params = parameters(variant_from_hf(hf_config))
+    match = match_official(params, weights)
+    assert not match.missing and not match.unknown and not match.duplicate
+    result = {}
+    for param in params:
+        value = weights[match.found[param.ms_name]].astype(np.float32)
+        value = value.T if param.transposed else value
+        result[param.ms_name] = group_rows(value, param.parts, param.groups) if param.parts > 1 else value.copy()
+        assert result[param.ms_name].shape == param.shape
+    return result
+
+
+def build_model(hf_config: Dict[str, Any], weights: Dict[str, np.ndarray], **overrides: Any) -> Any:
+    """TelechatForCausalLM in evaluation mode with the official weights; every parameter must be there."""
+    import mindspore as ms
+
+    from research.telechat.telechat import TelechatForCausalLM
+    from research.telechat.telechat_config import TelechatConfig
+
+    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+    model = TelechatForCausalLM(TelechatConfig.from_hf_config(hf_config, **overrides))
+    values = to_mindspore(hf_config, weights)
+    found = {param.name: param for param in model.get_parameters() if "_cache" not in param.name}
+    assert sorted(found) == sorted(values)
+    for name, value in values.items():
+        assert tuple(found[name].shape) == value.shape, name
+        found[name].set_data(ms.Tensor(value))
+    model.set_train(False)
+    return model
+
+
+def logits_of(model: Any, input_ids: np.ndarray, **kwargs: Any) -> np.ndarray:
+    """Logits [B, S, V] float32 of the model for [B, S] token ids."""
+    import mindspore as ms
+    result = model(ms.Tensor(np.asarray(input_ids, np.int32)), **kwargs)
+    result = result[0] if isinstance(result, tuple) else result
+    return result.asnumpy()
