@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.common.versions import fitting_versions
 from research.telechat.recipe.read import parse_overrides, parse_value, read_recipe, resolve_config, str2bool
-from research.telechat.spec.variants import ConfigError
 
 
 def build_parser() -> argparse.ArgumentParser:

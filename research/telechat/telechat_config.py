@@ -12,17 +12,11 @@ from mindformers.modules.transformer.transformer import TransformerOpParallelCon
 from mindformers.tools.logger import logger
 
 from research.telechat.bridge.compat import MindFormerModuleType, plugin_class
+from research.telechat.common.errors import ConfigError
 from research.telechat.recipe.fields import DTYPES, FIELDS, FRAMEWORK
 from research.telechat.recipe.settings import dtype_name, not_needed, resolve
 from research.telechat.spec.rope import RopeRule
-from research.telechat.spec.variants import (
-    ConfigError,
-    Variant,
-    get_variant,
-    read_hf_config,
-    variant_fields,
-    variant_from_hf,
-)
+from research.telechat.spec.variants import Variant, get_variant, read_hf_config, variant_fields, variant_from_hf
 
 _MSTYPES = {name: getattr(mstype, name) for name in DTYPES}
 

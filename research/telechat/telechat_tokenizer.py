@@ -13,9 +13,10 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
 
 from research.telechat.bridge.compat import MindFormerModuleType, plugin_class
+from research.telechat.common.errors import VocabError
 from research.telechat.common.files import whole
 from research.telechat.text.renderer import Renderer, detect_template
-from research.telechat.text.vocab import Vocab, VocabError
+from research.telechat.text.vocab import Vocab
 from research.telechat.text.vocab_files import JSON_FILE, MODEL_FILE
 
 _ROLES = ("unk", "bos", "eos", "pad")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 from research.telechat.bridge.compat import MindFormerModuleType, plugin_class
+from research.telechat.common.errors import VocabError
 from research.telechat.telechat_tokenizer import TelechatTokenizer
-from research.telechat.text.vocab import VocabError
 from research.telechat.text.vocab_files import JSON_FILE
 
 

@@ -14,9 +14,10 @@ ms = pytest.importorskip("mindspore")
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.register import MindFormerConfig
 
+from research.telechat.common.errors import VocabError
 from research.telechat.telechat_tokenizer import TelechatTokenizer
 from research.telechat.telechat_tokenizer_fast import TelechatTokenizerFast
-from research.telechat.text.vocab import Vocab, VocabError
+from research.telechat.text.vocab import Vocab
 
 # The special tokens as earlier TeleChat recipes name them; the 12B model has no piece <unk>.
 YAML_TOKENS = {"12B": dict(unk_token="<unk>", bos_token="<_start>", eos_token="<_end>", pad_token="<_pad>"),

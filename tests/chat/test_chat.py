@@ -20,7 +20,7 @@ from research.telechat.chat.session import (
     with_question,
 )
 from research.telechat.chat.terminal import Terminal
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import ConfigError
 from research.telechat.text.renderer import Renderer, get_template
 from research.telechat.text.vocab import Vocab
 

@@ -1,21 +1,20 @@
 """LoRA: patterns, training through the Trainer, merging, and the format of PEFT, all against independent arithmetic."""
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from model_fixtures import HF_CONFIGS, build_model, logits_of, random_official
 
-from research.telechat.checkpoint import lora as lora
+from research.telechat.checkpoint import lora
 from research.telechat.checkpoint.folder import open_mindspore
-from research.telechat.checkpoint.reader import CheckpointError, open_safetensors
-from research.telechat.spec.variants import ConfigError, get_variant, variant_from_hf
+from research.telechat.checkpoint.reader import open_safetensors
+from research.telechat.commands import merge_lora
+from research.telechat.commands import peft as convert_lora
+from research.telechat.common.errors import CheckpointError, ConfigError
+from research.telechat.spec.variants import get_variant, variant_from_hf
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-import convert_lora
-import merge_lora
 
 RANK, ALPHA = 3, 6.0
 

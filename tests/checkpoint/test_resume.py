@@ -8,7 +8,7 @@ import pytest
 from test_training import SEQ, VOCAB, command, read_log, run, run_killed, run_on_full_disk, write_records
 
 from research.telechat.checkpoint import resume as resume
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import ConfigError
 
 CALLBACKS = ("[{type: MFLossMonitor}, {type: TelechatTrainingLog}, {type: CheckpointMonitor, prefix: t, "
              "save_checkpoint_steps: 1, keep_checkpoint_max: 3, keep_every_n_steps: 8%s}]")

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from research.telechat.checkpoint.reader import CheckpointError
 from research.telechat.checkpoint.strategy import Layout, full_shape, newest_files, read_strategy, region
+from research.telechat.common.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
 

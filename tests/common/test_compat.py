@@ -16,8 +16,9 @@ from research.telechat import __version__
 from research.telechat.checkpoint.writer import OutTensor
 from research.telechat.commands.convert import Sizes, mindspore_target
 from research.telechat.common import versions as versions
+from research.telechat.common.errors import ConfigError
 from research.telechat.data import writer as dataset_writer
-from research.telechat.spec.variants import ConfigError, get_variant
+from research.telechat.spec.variants import get_variant
 from scripts import matrix
 
 RECIPE = "research/telechat/predict_telechat_tiny_cpu.yaml"

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from research.telechat import __version__
+from research.telechat.common.errors import ConfigError
 from research.telechat.data import scan as scan
 from research.telechat.data import writer as dataset_writer
 from research.telechat.data.meta import check_dataset_meta, read_meta, write_meta
 from research.telechat.data.scan import check_dataset, check_records
 from research.telechat.data.writer import DATASET_NAME, DatasetWriter
-from research.telechat.spec.variants import ConfigError
 
 
 def data_set(folder, **changes):

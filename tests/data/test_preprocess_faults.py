@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from preprocess_fixtures import SAMPLES, SCRIPT, report, run, write_lines
 
-from research.telechat.data.workers import WorkerError, _guard, ordered_map
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import ConfigError, WorkerError
+from research.telechat.data.workers import _guard, ordered_map
 
 
 def assert_one_error(capsys, code, words, out=None):

@@ -8,11 +8,11 @@ from golden import SHARED, needs_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from research.telechat.common.errors import ConfigError, RecordError
 from research.telechat.data import sources as data_sources
 from research.telechat.data.encoding import source_formats
-from research.telechat.data.records import FORMATS, RecordError, detect_format, parse_record, split_inline
+from research.telechat.data.records import FORMATS, detect_format, parse_record, split_inline
 from research.telechat.data.sources import Source, find_sources, peek_records, read_chunks, total_bytes
-from research.telechat.spec.variants import ConfigError
 from research.telechat.text.renderer import BOT, SYSTEM, TOOL, USER
 
 

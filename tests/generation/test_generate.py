@@ -7,7 +7,7 @@ from golden import SHARED, needs_shared
 from model_fixtures import HF_CONFIGS, build_model, random_official
 from reference import forward
 
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 GREEDY = {"do_sample": False, "eos_token_id": -1}

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.generation.batch import Batch, Blocks, read_prompts
 from research.telechat.generation.sampling import Sampling, adjust, candidates, choose
-from research.telechat.spec.variants import ConfigError
 
 
 def official_probabilities(logits, temperature, top_k, top_p):

@@ -8,6 +8,7 @@ import pytest
 from plan_fixtures import small_recipe
 
 import run_mindformer
+from research.telechat.common.errors import ConfigError
 from research.telechat.plan.cost import (
     cost_of,
     flops_per_token,
@@ -20,7 +21,6 @@ from research.telechat.plan.cost import (
 )
 from research.telechat.plan.plan import bubble, find_faults, find_notes, read_plan, stage_layers
 from research.telechat.plan.report import as_json, text
-from research.telechat.spec.variants import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for path in (ROOT / "research/telechat").glob("*.yaml"))

@@ -15,7 +15,8 @@ from plan_fixtures import small_recipe
 from research.telechat.ascend_sim.account import Mesh
 from research.telechat.ascend_sim.compile import compile_plan
 from research.telechat.ascend_sim.elf import Code, SharedObject, write_library
-from research.telechat.ascend_sim.runtime import SimulationError, mindspore_folder
+from research.telechat.ascend_sim.runtime import mindspore_folder
+from research.telechat.common.errors import SimulationError
 from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import find_faults, read_plan
 

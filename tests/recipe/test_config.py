@@ -10,9 +10,10 @@ import pytest
 from golden import SHARED, needs_shared
 from model_fixtures import HF_CONFIGS
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.spec.parameters import parameters
 from research.telechat.spec.variants import VARIANTS, read_hf_config, variant_from_hf
-from research.telechat.telechat_config import ConfigError, TelechatConfig
+from research.telechat.telechat_config import TelechatConfig
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -23,12 +23,12 @@ from research.telechat.ascend_sim.account import Mesh
 from research.telechat.ascend_sim.compile import compile_plan
 from research.telechat.bridge.compat import apply_template
 from research.telechat.commands import plan as plan_command
+from research.telechat.common.errors import ConfigError
 from research.telechat.plan.plan import find_faults, read_plan
 from research.telechat.recipe.fields import COMPUTED, LEGACY, RENAMED
 from research.telechat.recipe.settings import dtype_name
 from research.telechat.run import job as run_job
 from research.telechat.run.preflight import model_config
-from research.telechat.spec.variants import ConfigError
 from research.telechat.telechat_config import TelechatConfig
 from research.telechat.telechat_transformer import TelechatDecodeLayer
 

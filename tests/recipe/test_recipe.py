@@ -1,8 +1,8 @@
 """Reading the options that change a recipe: what would have no effect is refused, with what to write instead."""
 import pytest
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.recipe.read import resolve_config, set_key
-from research.telechat.spec.variants import ConfigError
 
 
 def recipe():

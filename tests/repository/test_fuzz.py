@@ -18,7 +18,7 @@ from vocab_fixtures import train_byte_level_bpe, train_sentencepiece
 import run_mindformer
 from research.telechat.checkpoint import lora as checkpoint_lora
 from research.telechat.checkpoint import resume as checkpoint_resume
-from research.telechat.checkpoint.reader import CheckpointError, open_ckpt, open_safetensors
+from research.telechat.checkpoint.reader import open_ckpt, open_safetensors
 from research.telechat.checkpoint.writer import (
     OutputFile,
     OutTensor,
@@ -26,8 +26,9 @@ from research.telechat.checkpoint.writer import (
     partial_path,
     safetensors_layout,
 )
-from research.telechat.data.records import RecordError, detect_format, parse_record
-from research.telechat.spec.variants import ConfigError, read_hf_config, variant_from_hf
+from research.telechat.common.errors import CheckpointError, ConfigError, RecordError
+from research.telechat.data.records import detect_format, parse_record
+from research.telechat.spec.variants import read_hf_config, variant_from_hf
 from research.telechat.text.vocab import Vocab
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,8 +13,8 @@ from mindformers.tools.register import MindFormerRegister
 from recipe_classes import KINDS, arguments
 
 from research.telechat.bridge.compat import first_import
+from research.telechat.common.errors import ConfigError
 from research.telechat.recipe.settings import resolve
-from research.telechat.spec.variants import ConfigError
 from scripts import generated, recipe_table
 
 ROOT = Path(__file__).resolve().parents[2]

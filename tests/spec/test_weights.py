@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from research.telechat.checkpoint.dtypes import RAW, cast, count_nonfinite
+from research.telechat.common.errors import ConfigError
 from research.telechat.spec import parameters as tw
 from research.telechat.spec.hf_config import hf_config
-from research.telechat.spec.variants import VARIANTS, ConfigError, get_variant, read_hf_config, variant_from_hf
+from research.telechat.spec.variants import VARIANTS, get_variant, read_hf_config, variant_from_hf
 
 OFFICIAL = {"telechat_7b": ("telechat-7b", "pytorch_model.bin.index.json"),
             "telechat_12b": ("telechat-12b", "pytorch_model.bin.index.json"),

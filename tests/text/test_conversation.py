@@ -6,12 +6,8 @@ from conversation_fixtures import bot, renderers, system, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research.telechat.spec.variants import ConfigError
-from research.telechat.text.renderer import (
-    ConversationError,
-    Renderer,
-    get_template,
-)
+from research.telechat.common.errors import ConfigError, ConversationError
+from research.telechat.text.renderer import Renderer, get_template
 
 MARKERS = ["<_user>", "<_bot>", "<_end>", "<_start>", "<_system>", "<_pad>", "</s>", "<pad>", "<reserve1>"]
 PIECES = st.one_of(st.sampled_from(MARKERS), st.text(max_size=8), st.sampled_from(["你好", "\n", " ", "<", "_"]))

@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from vocab_fixtures import edit_json, train_sentencepiece
 
-from research.telechat.text.vocab import IncrementalDecoder, Vocab, VocabError
+from research.telechat.common.errors import VocabError
+from research.telechat.text.vocab import IncrementalDecoder, Vocab
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFICIAL = {"12B": "telechat-12b", "52B": "telechat-52b", "115B": "telechat2-115b"}

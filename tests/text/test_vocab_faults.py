@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from vocab_fixtures import train_sentencepiece
 
-from research.telechat.spec.variants import ConfigError
-from research.telechat.text.vocab import Vocab, VocabError
+from research.telechat.common.errors import ConfigError, VocabError
+from research.telechat.text.vocab import Vocab
 from research.telechat.text.vocab_files import _fields
 
 ROOT = Path(__file__).resolve().parents[2]

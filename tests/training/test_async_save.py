@@ -13,10 +13,9 @@ import pytest
 from test_training import ROOT
 
 from research.telechat.checkpoint import resume as resume
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import ConfigError, TrainingStopped
 from research.telechat.training import save_thread as thread
 from research.telechat.training.saving import TelechatCheckpointMonitor
-from research.telechat.training.step import TrainingStopped
 
 
 class Saves:

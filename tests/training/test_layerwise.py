@@ -8,7 +8,7 @@ from mindformers.wrapper.wrapper import DataOrderWrapperCell
 from mindspore import Tensor, nn
 from model_fixtures import HF_CONFIGS, build_model, random_official
 
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import ConfigError
 from research.telechat.training.layerwise import DEEP, LayerByLayer, goes_by_layer, obstacle
 from research.telechat.training.optimizer import TelechatAdamW
 from research.telechat.training.step import TelechatTrainOneStepCell, step_values

@@ -78,8 +78,8 @@ def test_rows_of_the_log_stand_for_the_steps_between_two_returns(data, tmp_path,
 
     import mindspore as ms
 
+    from research.telechat.common.errors import TrainingStopped
     from research.telechat.training import log as log
-    from research.telechat.training.step import TrainingStopped
     path, _ = data
     order = true_order(path, 4)
     monkeypatch.setattr(log, "get_output_root_path", lambda: str(tmp_path))
@@ -106,8 +106,8 @@ def test_data_that_cannot_be_read_again_do_not_hide_the_stop(tmp_path, monkeypat
 
     import mindspore as ms
 
+    from research.telechat.common.errors import TrainingStopped
     from research.telechat.training import log as log
-    from research.telechat.training.step import TrainingStopped
     monkeypatch.setattr(log, "get_output_root_path", lambda: str(tmp_path))
     callback = log.TelechatTrainingLog(run_info={"data_files": [str(tmp_path / "gone.mindrecord")]})
     params = SimpleNamespace(cur_step_num=1, cur_epoch_num=1, epoch_num=1, batch_num=1, train_dataset=None,

@@ -30,6 +30,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from research.telechat.ascend_sim.elf import Code, SharedObject, write_library
+from research.telechat.common.errors import SimulationError
 
 RECIPE = 2                                    # raise it when the stand-ins change, so that cached ones are made anew
 SOC = "Ascend910B3"                           # answer of aclrtGetSocName: the chip of an Atlas 800T A2
@@ -45,10 +46,6 @@ LOOKED_UP = re.compile(rb"(?!aclnn)(acl[a-z]*|hccl|Hccl|Hcom|hcom|rt|mstx|shmem|
 # What a launcher or an earlier job may have left; it would win over the simulation.
 LAUNCHER_VARIABLES = ("MS_ROLE", "MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_NODE_ID", "RANK_TABLE_FILE",
                       "OMPI_COMM_WORLD_RANK", "ASCEND_RT_VISIBLE_DEVICES", "DEVICE_ID", "DEVICE_NUM")
-
-
-class SimulationError(RuntimeError):
-    """The simulated runtime cannot be made or does not load; the message says why and what to do."""
 
 
 class Wanted(NamedTuple):

@@ -11,8 +11,8 @@ from typing import Any, Callable, Tuple
 import mindspore as ms
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.common.versions import TESTED, install_line
-from research.telechat.spec.variants import ConfigError
 
 PACKAGE = "research.telechat"
 

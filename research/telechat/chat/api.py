@@ -14,7 +14,8 @@ from mindformers.generation.generation_config import GenerationConfig
 from mindformers.tools.logger import logger
 
 from research.telechat.chat.session import History, Session, bot_message, parse_tool_calls, tool_result, with_question
-from research.telechat.spec.variants import ConfigError, read_json_object
+from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import read_json_object
 from research.telechat.text.renderer import Renderer, detect_template
 
 GENERATION_FILE = "generation_config.json"

@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import ConfigError
 from research.telechat.text.renderer import BOT, TOOL, USER, Renderer
 from research.telechat.text.vocab import IncrementalDecoder
 

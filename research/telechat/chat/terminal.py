@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, TextIO
 
 from research.telechat.chat.session import History, bot_message, with_question
+from research.telechat.common.errors import ConfigError, ConversationError
 from research.telechat.common.files import write_text
-from research.telechat.spec.variants import ConfigError
-from research.telechat.text.renderer import ConversationError
 
 HELP = """/clear          forget the conversation
 /system TEXT    set the system prompt; without TEXT, remove it

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from research.telechat.checkpoint.convert_check import check_model, check_source_mp, check_tied_head
 from research.telechat.checkpoint.dtypes import CODES, ITEM_SIZE, NAMES, cast
 from research.telechat.checkpoint.folder import open_files
-from research.telechat.checkpoint.reader import Checkpoint, CheckpointError
+from research.telechat.checkpoint.reader import Checkpoint
 from research.telechat.checkpoint.stream import Stream, Transfer
 from research.telechat.checkpoint.writer import (
     Journal,
@@ -31,6 +31,7 @@ from research.telechat.checkpoint.writer import (
     publish,
     remove,
 )
+from research.telechat.common.errors import CheckpointError
 from research.telechat.common.files import write_text
 from research.telechat.spec.parameters import Match, grouped_order, hf_buffers, parameters, source_groups
 from research.telechat.spec.variants import Variant

@@ -7,7 +7,8 @@ from typing import Dict, List, Optional, Sequence
 import numpy as np
 
 from research.telechat.checkpoint.dtypes import ITEM_SIZE, NAMES, RAW, cast
-from research.telechat.checkpoint.reader import Checkpoint, CheckpointError
+from research.telechat.checkpoint.reader import Checkpoint
+from research.telechat.common.errors import CheckpointError
 from research.telechat.spec.parameters import (
     Match,
     Param,

@@ -7,16 +7,10 @@ import re
 from pathlib import Path
 from typing import Dict, List, Optional
 
-from research.telechat.checkpoint.reader import (
-    BIN_INDEX_NAME,
-    INDEX_NAMES,
-    Checkpoint,
-    CheckpointError,
-    open_ckpt,
-    open_safetensors,
-)
+from research.telechat.checkpoint.reader import BIN_INDEX_NAME, INDEX_NAMES, Checkpoint, open_ckpt, open_safetensors
+from research.telechat.common.errors import CheckpointError, ConfigError
+from research.telechat.common.files import read_json_object
 from research.telechat.spec.parameters import summarise
-from research.telechat.spec.variants import ConfigError, read_json_object
 
 _NOT_WEIGHTS = {"hyper_param.safetensors", "training_args.bin", "optimizer.bin", "scheduler.bin"}
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from research.telechat.checkpoint.dtypes import RAW, cast
 from research.telechat.checkpoint.folder import open_mindspore
-from research.telechat.checkpoint.reader import Checkpoint, CheckpointError, TensorInfo
+from research.telechat.checkpoint.reader import Checkpoint, TensorInfo
 from research.telechat.checkpoint.slices import (
     Side,
     check_named,
@@ -25,8 +25,9 @@ from research.telechat.checkpoint.slices import (
     tensor_names,
 )
 from research.telechat.checkpoint.strategy import read_strategy
+from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.spec.parameters import Param, group_rows, parameters, ungroup_rows
-from research.telechat.spec.variants import ConfigError, Variant
+from research.telechat.spec.variants import Variant
 
 CONFIG_NAME = "adapter_config.json"                  # beside an adapter; as PEFT calls it
 PEFT_NAMES = ("adapter_model.safetensors",)

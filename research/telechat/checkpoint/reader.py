@@ -15,6 +15,9 @@ import threading
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+from research.telechat.common.errors import CheckpointError
+from research.telechat.common.files import unique_keys
+
 INDEX_NAMES = ("model.safetensors.index.json", "param_name_map.json")     # the second is MindSpore's name for it
 BIN_INDEX_NAME = "pytorch_model.bin.index.json"
 DAMAGED = "it is damaged: copy or download it again"
@@ -22,10 +25,6 @@ _SAFETENSORS_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I
                      "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64}
 _CKPT_CODES = {"Float16": "F16", "BFloat16": "BF16", "Float32": "F32"}
 _HEADER_LIMIT = 100_000_000                                               # bytes, as in the safetensors library
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which file or tensor, what was found and what to do."""
 
 
 class Extent(NamedTuple):
@@ -136,21 +135,13 @@ def _safetensors_header(path: Path) -> Tuple[int, Dict[str, Any]]:
                                   f"8 announce a header of {length}; copy or download it again")
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_unique_keys)
+        header = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as err:
         raise CheckpointError(f"{path}: its safetensors header cannot be read: {err}; {DAMAGED}") from err
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its safetensors header must be a JSON object, found {type(header).__name__}; "
                               f"{DAMAGED}")
     return 8 + length, header
-
-
-def _unique_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice")
-    return result
 
 
 def _is_count(value: Any) -> bool:

@@ -10,8 +10,8 @@ import struct
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
-from research.telechat.checkpoint.reader import DAMAGED, Checkpoint, CheckpointError, open_ckpt, open_safetensors
-from research.telechat.spec.variants import ConfigError
+from research.telechat.checkpoint.reader import DAMAGED, Checkpoint, open_ckpt, open_safetensors
+from research.telechat.common.errors import CheckpointError, ConfigError
 
 _NAME = re.compile(r"(?P<prefix>.+?)_rank_(?P<rank>\d+)(?:_(?P<run>\d+))?(?:-(?P<kind>trainable_params|network))?"
                    r"-(?P<epoch>\d+)_(?P<step>\d+)\.(?P<suffix>ckpt|safetensors)")

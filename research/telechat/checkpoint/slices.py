@@ -10,9 +10,10 @@ from typing import Dict, List, NamedTuple, Optional, Set
 import numpy as np
 
 from research.telechat.checkpoint.folder import open_files
-from research.telechat.checkpoint.reader import Checkpoint, CheckpointError
+from research.telechat.checkpoint.reader import Checkpoint
 from research.telechat.checkpoint.resume import parse
 from research.telechat.checkpoint.strategy import Strategy, full_shape, layout_of, newest_files, region
+from research.telechat.common.errors import CheckpointError
 from research.telechat.spec.parameters import summarise
 
 

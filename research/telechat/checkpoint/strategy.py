@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
-from research.telechat.checkpoint.reader import CheckpointError
+from research.telechat.common.errors import CheckpointError
 
 _STRATEGY = "name a ckpt_strategy_rank_N.ckpt, or the folder with those of all ranks (output/strategy of the run)"
 Region = Tuple[Tuple[int, int], ...]             # (first, behind the last) of each axis

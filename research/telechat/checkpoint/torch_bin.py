@@ -11,7 +11,8 @@ from typing import Any, Dict, Sequence
 
 import numpy as np
 
-from research.telechat.checkpoint.reader import DAMAGED, Checkpoint, CheckpointError, TensorInfo
+from research.telechat.checkpoint.reader import DAMAGED, Checkpoint, TensorInfo
+from research.telechat.common.errors import CheckpointError
 
 _MADV_DONTNEED = 4
 

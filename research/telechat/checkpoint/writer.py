@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from research.telechat.checkpoint.dtypes import ITEM_SIZE
-from research.telechat.checkpoint.reader import CheckpointError
+from research.telechat.common.errors import CheckpointError
 from research.telechat.common.files import write_text
 
 SLICE = 512 << 20                        # bytes of a tensor in one message of a .ckpt, as save_checkpoint cuts

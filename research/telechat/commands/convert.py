@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 from research.telechat import __version__
 from research.telechat.checkpoint.convert import Options, Source, Target, convert, dtype_names, plan_tensors, summary
 from research.telechat.checkpoint.dtypes import CODES
-from research.telechat.checkpoint.reader import BIN_INDEX_NAME, INDEX_NAMES, Checkpoint, CheckpointError
+from research.telechat.checkpoint.reader import BIN_INDEX_NAME, INDEX_NAMES, Checkpoint
 from research.telechat.checkpoint.writer import (
     Layout,
     OutTensor,
@@ -27,15 +27,9 @@ from research.telechat.checkpoint.writer import (
     partial_path,
     safetensors_layout,
 )
+from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.spec.hf_config import hf_config
-from research.telechat.spec.variants import (
-    VARIANTS,
-    ConfigError,
-    Variant,
-    get_variant,
-    read_hf_config,
-    variant_from_hf,
-)
+from research.telechat.spec.variants import VARIANTS, Variant, get_variant, read_hf_config, variant_from_hf
 
 _DTYPES = {**{name: name for name in CODES}, "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

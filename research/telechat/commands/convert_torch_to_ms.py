@@ -15,7 +15,6 @@ if __package__ in (None, ""):
 
 from research.telechat.checkpoint.convert import open_source
 from research.telechat.checkpoint.folder import open_mindspore, open_official
-from research.telechat.checkpoint.reader import CheckpointError
 from research.telechat.commands.convert import (
     add_options,
     run_command,
@@ -24,6 +23,7 @@ from research.telechat.commands.convert import (
     sizes_from_shapes,
     sizes_from_table,
 )
+from research.telechat.common.errors import CheckpointError
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.evaluation.report import (
     draw_bars,
     result_rows,
@@ -29,7 +30,6 @@ from research.telechat.evaluation.report import (
     write_results,
 )
 from research.telechat.evaluation.tasks import count_documents, harness_version, load_tasks, set_shots
-from research.telechat.spec.variants import ConfigError
 from run_mindformer import read_recipe, resolve_config, str2bool
 
 TEXT_KEYS = ("text", "content", "data")                  # of a record in --perplexity FILE.jsonl; the first it has

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from research.telechat.checkpoint.dtypes import ITEM_SIZE, RAW, cast
 from research.telechat.checkpoint.folder import open_mindspore
 from research.telechat.checkpoint.lora import Adapter, add_to_rows, read_adapter
-from research.telechat.checkpoint.reader import Checkpoint, CheckpointError
+from research.telechat.checkpoint.reader import Checkpoint
 from research.telechat.checkpoint.writer import OutputFile, OutTensor, new_file
+from research.telechat.common.errors import CheckpointError
 
 BLOCK = 64 << 20          # bytes of a weight in memory at a time
 

@@ -25,17 +25,11 @@ from research.telechat.checkpoint.lora import (
     read_float32,
     to_peft,
 )
-from research.telechat.checkpoint.reader import CheckpointError, open_safetensors
+from research.telechat.checkpoint.reader import open_safetensors
 from research.telechat.checkpoint.writer import OutTensor, new_file
+from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.common.files import write_text
-from research.telechat.spec.variants import (
-    VARIANTS,
-    ConfigError,
-    Variant,
-    get_variant,
-    read_hf_config,
-    variant_from_hf,
-)
+from research.telechat.spec.variants import VARIANTS, Variant, get_variant, read_hf_config, variant_from_hf
 
 
 def find_variant(args: argparse.Namespace) -> Variant:

@@ -20,13 +20,13 @@ from typing import Any, Dict, List, Optional, Tuple
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[0] = str(ROOT)
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import write_text
 from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import Plan, find_faults, read_plan
 from research.telechat.plan.report import as_json, compared, draw, table, text
 from research.telechat.recipe.legacy import translate
 from research.telechat.recipe.read import parse_overrides, read_recipe, resolve_config, set_key
-from research.telechat.spec.variants import ConfigError
 from run_mindformer import build_parser as build_run_parser
 
 
@@ -98,7 +98,7 @@ def compile_and_compare(plan: Plan, recipe: Dict[str, Any], args: argparse.Names
 
     from research.telechat.ascend_sim.account import Mesh
     from research.telechat.ascend_sim.compile import compile_plan
-    from research.telechat.ascend_sim.runtime import SimulationError
+    from research.telechat.common.errors import SimulationError
     doing = f"compiling rank {args.rank} of {plan.ranks}"
     with tqdm(total=None, desc=doing, bar_format="{desc}: {elapsed}", disable=None, leave=False) as bar:
         try:

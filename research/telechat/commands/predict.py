@@ -21,9 +21,9 @@ if __package__ in (None, ""):
     sys.path[0] = str(ROOT)              # not this folder, whose modules have one name only: research.telechat.x
 
 from research.telechat.chat import interrupt
+from research.telechat.common.errors import ConfigError
 from research.telechat.common.versions import fitting_versions
 from research.telechat.recipe.read import str2bool
-from research.telechat.spec.variants import ConfigError
 
 
 class Question(NamedTuple):
@@ -104,7 +104,7 @@ def answer_file(session: Any, questions: List[Question], args: argparse.Namespac
                 show: bool) -> int:
     """Answer all questions; returns how many could not be. Each answer is on disk before the next question."""
     from research.telechat.chat.session import bot_message, parse_tool_calls, with_question
-    from research.telechat.text.renderer import ConversationError
+    from research.telechat.common.errors import ConversationError
     history: List[Dict[str, Any]] = []
     failed = 0
     with _lines(output, show) as write:

@@ -22,14 +22,15 @@ if __package__ in (None, ""):
 import numpy as np
 from tqdm import tqdm
 
+from research.telechat.common.errors import ConfigError, WorkerError
 from research.telechat.data.encoding import Encoded, Encoder, source_formats
 from research.telechat.data.packing import LONG_MODES, FirstFitPacker, ShuffleBuffer, pack_all, to_record
 from research.telechat.data.records import FORMATS
 from research.telechat.data.report import Report, format_report
 from research.telechat.data.sources import Source, find_sources, read_chunks, total_bytes
-from research.telechat.data.workers import WorkerError, ordered_map
+from research.telechat.data.workers import ordered_map
 from research.telechat.data.writer import DatasetWriter
-from research.telechat.spec.variants import VARIANTS, ConfigError, get_variant
+from research.telechat.spec.variants import VARIANTS, get_variant
 from research.telechat.text.renderer import Renderer, detect_template, get_template
 from research.telechat.text.templates import TEMPLATES
 from research.telechat.text.vocab import Vocab

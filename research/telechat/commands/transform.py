@@ -24,7 +24,7 @@ sys.path[0] = str(ROOT)
 
 import numpy as np
 
-from research.telechat.checkpoint.reader import Checkpoint, CheckpointError
+from research.telechat.checkpoint.reader import Checkpoint
 from research.telechat.checkpoint.slices import (
     Side,
     check_named,
@@ -44,10 +44,10 @@ from research.telechat.checkpoint.strategy import (
     region,
     strategy_files,
 )
+from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.plan.plan import read_plan
 from research.telechat.recipe.read import read_recipe, resolve_config
 from research.telechat.spec.parameters import summarise
-from research.telechat.spec.variants import ConfigError
 
 
 def check_shapes(shapes: Dict[str, tuple], config: str) -> None:

@@ -1,8 +1,11 @@
 """Writing a file so that it is the old or the new one, never half. For large ones see checkpoint/writer.py."""
 import contextlib
+import json
 import os
 from pathlib import Path
-from typing import Iterator, Union
+from typing import Any, Dict, Iterator, List, Tuple, Union
+
+from research.telechat.common.errors import ConfigError
 
 
 @contextlib.contextmanager
@@ -21,3 +24,42 @@ def write_text(path: Union[str, Path], text: str) -> None:
     """A text file in UTF-8, whole or not at all."""
     with whole(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def read_json_object(path: Union[str, Path], what: str) -> Dict[str, Any]:
+    """Read a JSON file that must hold an object. Raises ConfigError with the file's name and the fault."""
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{what} not found: {path}; copy it there, or name the place where it is") from None
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{what} {path} cannot be read: {err}") from err
+    except (json.JSONDecodeError, RecursionError) as err:
+        raise ConfigError(f"{what} {path} is not valid JSON: {err}; correct it, or copy it again") from err
+    if not isinstance(data, dict):
+        raise ConfigError(f"{what} {path} must hold a JSON object, found {type(data).__name__}; is it the right file?")
+    return data
+
+
+def write_json(path: Union[str, Path], value: Any) -> None:
+    """`value` as indented JSON, whole or not at all; what JSON does not know is written as its str()."""
+    write_text(path, json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")
+
+
+class DuplicateKeyError(ValueError):
+    """A JSON object has `key` twice."""
+
+    def __init__(self, key: str):
+        super().__init__(f"{key!r} stands twice")
+        self.key = key
+
+
+def unique_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    """`object_pairs_hook` for json: the object as a dict. Raises DuplicateKeyError, where a plain dict would silently
+    keep only the last value."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise DuplicateKeyError(next(key for key in keys if keys.count(key) > 1))
+    return result

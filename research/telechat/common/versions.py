@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import ConfigError, OldVersionError
 
 # mindformers -> the mindspore versions it is tested with by scripts/test_matrix.sh, first the one its own docs name
 TESTED: Dict[str, Tuple[str, ...]] = {
@@ -23,10 +23,6 @@ TESTED: Dict[str, Tuple[str, ...]] = {
 }
 OLDEST_PYTHON = (3, 9)
 ANYWAY = "TELECHAT_ANY_VERSION"            # environment variable: go on where the check would stop
-
-
-class OldVersionError(ConfigError):
-    """A version older than any that is supported."""
 
 
 def release(version: str) -> Tuple[int, ...]:

@@ -8,11 +8,11 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from research.telechat.common.errors import ConfigError, ConversationError, RecordError
 from research.telechat.data.packing import Cut, cut, marked_ids
-from research.telechat.data.records import RecordError, detect_format, parse_record
+from research.telechat.data.records import detect_format, parse_record
 from research.telechat.data.sources import Chunk, Source, peek_records
-from research.telechat.spec.variants import ConfigError
-from research.telechat.text.renderer import ConversationError, Renderer
+from research.telechat.text.renderer import Renderer
 
 
 class Encoded(NamedTuple):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 from research.telechat import __version__
-from research.telechat.spec.variants import ConfigError, read_json_object
+from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import read_json_object
 
 META_FILE = "meta.json"
 FORMAT_VERSION = 1

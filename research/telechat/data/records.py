@@ -7,17 +7,11 @@ import json
 import re
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from research.telechat.text.renderer import BOT, SYSTEM, USER, ConversationError, Message, to_message
+from research.telechat.common.errors import ConversationError, RecordError
+from research.telechat.common.files import DuplicateKeyError, unique_keys
+from research.telechat.text.renderer import BOT, SYSTEM, USER, Message, to_message
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
-class RecordError(ValueError):
-    """A record that cannot be used. `kind` is one of a few words for the statistics, the text says what was found."""
-
-    def __init__(self, kind: str, detail: str):
-        super().__init__(f"{kind}: {detail}")
-        self.kind = kind
 
 
 class Conversation(NamedTuple):
@@ -74,9 +68,9 @@ def _parse_json(raw: bytes) -> Tuple[Any, Tuple[str, ...]]:
     except UnicodeDecodeError as err:
         raise RecordError("not UTF-8", f"byte 0x{raw[err.start]:02x} at position {err.start + 1}") from None
     try:
-        record = json.loads(text, object_pairs_hook=_unique)
-    except RecordError:
-        raise
+        record = json.loads(text, object_pairs_hook=unique_keys)
+    except DuplicateKeyError as err:
+        raise RecordError("key twice", repr(err.key)) from None
     except json.JSONDecodeError as err:
         raise RecordError("not JSON", f"{err.msg} at character {err.pos + 1}") from None
     except (ValueError, RecursionError) as err:
@@ -86,15 +80,6 @@ def _parse_json(raw: bytes) -> Tuple[Any, Tuple[str, ...]]:
         if cleaned != record:
             return cleaned, ("lone surrogates replaced by U+FFFD",)
     return record, ()
-
-
-def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    """A JSON object as a dict; a key that stands twice would lose one of its values without a word."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise RecordError("key twice", f"{next(key for key in keys if keys.count(key) > 1)!r}")
-    return result
 
 
 def _clean(value: Any) -> Any:

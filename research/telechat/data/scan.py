@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import write_text
 from research.telechat.data.meta import (
     check_dataset_meta,
@@ -17,7 +18,6 @@ from research.telechat.data.meta import (
     reason,
     vocabulary_fault,
 )
-from research.telechat.spec.variants import ConfigError
 
 MOST_BYTES = 4 << 30                       # of int32 tokens: data sets up to this size are read whole
 _BATCH = 256                               # records looked at together

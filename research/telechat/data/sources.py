@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 from typing import BinaryIO, Iterator, List, NamedTuple, Sequence, Tuple
 
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import ConfigError
 
 SUFFIXES = (".jsonl", ".json")
 COMPRESSED = (".gz", ".zst")

@@ -11,11 +11,9 @@ import traceback
 from collections import deque
 from typing import Any, Callable, Iterable, Iterator, List
 
+from research.telechat.common.errors import WorkerError
+
 _DEPTH = 4                                   # items in the hands of one worker: it must not wait for the main process
-
-
-class WorkerError(RuntimeError):
-    """A worker process failed; one line that says how."""
 
 
 def ordered_map(make: Callable[[], Callable[[Any], Any]], items: Iterable[Any], workers: int) -> Iterator[Any]:

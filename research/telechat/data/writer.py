@@ -14,9 +14,9 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.common.versions import install_line, installed_version
 from research.telechat.data.meta import META_FILE, reason, write_meta
-from research.telechat.spec.variants import ConfigError
 
 DATASET_NAME = "new_dataset.mindrecord"
 _TEMPORARY = ".unfinished-"

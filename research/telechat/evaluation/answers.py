@@ -4,7 +4,7 @@ from typing import Any, Container, Dict, Sequence
 import numpy as np
 
 from research.telechat.chat.session import StopFilter
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import ConfigError
 from research.telechat.text.vocab import IncrementalDecoder
 
 DEFAULT_NEW_TOKENS = 256         # lm-evaluation-harness's own default, where a task names no limit

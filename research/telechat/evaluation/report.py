@@ -6,8 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
-from research.telechat.common.files import whole
-from research.telechat.training.report import write_report
+from research.telechat.common.files import whole, write_json
 
 ACCURACIES = ("acc", "acc_norm", "exact_match")          # what the chart shows; the rest is in table and report
 PACKAGES = ("mindspore", "mindformers", "lm_eval", "datasets", "numpy", "sentencepiece", "tokenizers")
@@ -87,7 +86,7 @@ def write_results(path: Path, report: Dict[str, Any], samples: Optional[Dict[str
                  for task, entries in samples.items() for entry in entries)
         with whole(samples_path(path)) as beside, beside.open("w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
-    write_report(path, report)
+    write_json(path, report)
 
 
 def samples_path(path: Path) -> Path:

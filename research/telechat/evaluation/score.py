@@ -11,10 +11,10 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from tqdm import tqdm
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.evaluation.batches import Scored, count_texts, rolling_windows, score_batches
 from research.telechat.model import kernels
 from research.telechat.model.kv_cache import RotaryTables
-from research.telechat.spec.variants import ConfigError
 
 
 class _ScoreGraph(nn.Cell):

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import ConfigError
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLITS = {"train": ("train",), "dev": ("dev",), "val": ("val", "validation"), "validation": ("validation", "val"),

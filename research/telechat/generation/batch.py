@@ -6,7 +6,7 @@ from typing import Any, Container, List, Optional, Sequence
 
 import numpy as np
 
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import ConfigError
 
 
 def read_prompts(input_ids: Any, pad_token_id: Optional[int], vocab_size: int) -> List[np.ndarray]:

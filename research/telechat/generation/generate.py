@@ -15,12 +15,12 @@ from mindformers.generation.utils import GenerateOutput
 from mindformers.tools.logger import logger
 from mindspore import Tensor
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.generation.batch import Batch, Blocks, read_prompts
 from research.telechat.generation.engine import DirectEngine, FrameworkEngine, Step, scaling_changes
 from research.telechat.generation.sampling import Sampling, adjust, choose
 from research.telechat.model import kernels
 from research.telechat.model.kv_cache import RotaryTables
-from research.telechat.spec.variants import ConfigError
 
 
 class TelechatGenerationMixin:

@@ -8,7 +8,7 @@ from typing import Any, Iterable, Optional, Tuple
 
 import numpy as np
 
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import ConfigError
 
 CANDIDATES = 1024            # so many tokens are sorted for top-p before all of them are
 

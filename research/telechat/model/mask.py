@@ -7,8 +7,8 @@ from mindspore import Tensor, nn
 from mindspore.ops import operations as P
 from mindspore.ops.primitive import constexpr
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.model import kernels, sharding
-from research.telechat.spec.variants import ConfigError
 
 COMPRESSED = 2048                      # side of the causal triangle that the flash attention kernel repeats by itself
 

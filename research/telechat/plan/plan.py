@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.recipe.settings import dtype_name, resolve
-from research.telechat.spec.variants import ConfigError
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -7,8 +7,8 @@ import copy
 import os
 from typing import Any, Dict, Iterator, List
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.recipe.fields import LEGACY
-from research.telechat.spec.variants import ConfigError
 
 _ARCHITECTURE = "TelechatForCausalLM"
 _RENAMED_ARCHITECTURES = ("ParallelTelechatForCausalLM",)

@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, List
 
 import yaml
 
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 

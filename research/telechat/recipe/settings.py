@@ -9,6 +9,7 @@ import difflib
 import math
 from typing import Any, Dict, List
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.recipe.fields import (
     COMPUTED,
     DTYPES,
@@ -18,7 +19,7 @@ from research.telechat.recipe.fields import (
     RENAMED,
     Field,
 )
-from research.telechat.spec.variants import ConfigError, get_variant, variant_fields
+from research.telechat.spec.variants import get_variant, variant_fields
 
 _LARGEST_FACTOR = 64                   # of ffn_dim_multiplier; beyond it is a width
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}

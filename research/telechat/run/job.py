@@ -15,6 +15,7 @@ from mindformers.trainer import Trainer
 
 from research.telechat import telechat, telechat_tokenizer, telechat_tokenizer_fast
 from research.telechat.bridge.compat import apply_template, prepare_cpu, set_output_path
+from research.telechat.common.errors import ConfigError
 from research.telechat.recipe.legacy import translate
 from research.telechat.recipe.read import set_key
 from research.telechat.run.preflight import check_checkpoint, check_dataset, model_config
@@ -29,7 +30,6 @@ from research.telechat.run.prompts import (
     write_results,
 )
 from research.telechat.run.training_setup import prepare_training
-from research.telechat.spec.variants import ConfigError
 from research.telechat.training import step
 
 # Classes that MindFormers must not copy and execute once more: importing their modules has registered them.

@@ -15,11 +15,11 @@ from mindformers.trainer.utils import transform_and_load_checkpoint
 from mindspore.nn.utils import no_init_parameters
 
 from research.telechat.bridge.compat import apply_template, prepare_cpu, set_output_path
+from research.telechat.common.errors import ConfigError
 from research.telechat.recipe.read import parse_overrides, read_recipe, resolve_config
 from research.telechat.run.job import prepare_recipe
 from research.telechat.run.preflight import check_checkpoint, model_config
 from research.telechat.run.prompts import load_tokenizer
-from research.telechat.spec.variants import ConfigError
 from research.telechat.telechat import TelechatForCausalLM
 from research.telechat.telechat_config import TelechatConfig
 from run_mindformer import build_parser

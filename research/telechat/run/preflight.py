@@ -10,11 +10,10 @@ from typing import Any, Dict, List, Tuple
 from mindformers.tools.logger import logger
 
 from research.telechat.checkpoint.folder import open_mindspore
-from research.telechat.checkpoint.reader import CheckpointError
+from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.data.meta import data_files
 from research.telechat.data.scan import check_dataset as check_files
 from research.telechat.spec.parameters import parameters
-from research.telechat.spec.variants import ConfigError
 from research.telechat.telechat_config import TelechatConfig
 
 DATASET_CHECKS = "dataset_checks.json"     # in the output folder: what was read of data sets without meta.json

@@ -5,8 +5,8 @@ from typing import Any, Iterable, List, Optional
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import write_text
-from research.telechat.spec.variants import ConfigError
 from research.telechat.text.templates import detect_template
 
 # Official vocabularies are filled up to a round number of embedding rows, by 1.1 % at most (52B).

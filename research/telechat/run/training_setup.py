@@ -13,9 +13,9 @@ from mindformers.tools.register import MindFormerConfig
 
 from research.telechat.checkpoint.lora import check_pet_config, target_params
 from research.telechat.checkpoint.resume import Choice, Name, choose, fault_of, parse, step_of
+from research.telechat.common.errors import ConfigError
 from research.telechat.run.preflight import model_config, record_count, sequences_per_step, training_files
 from research.telechat.spec.flops import flops_per_token
-from research.telechat.spec.variants import ConfigError
 
 _TRUE = (True, "True", "true")
 

@@ -19,7 +19,8 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from research.telechat.spec.variants import ConfigError, Variant
+from research.telechat.common.errors import ConfigError
+from research.telechat.spec.variants import Variant
 
 
 class Param(NamedTuple):

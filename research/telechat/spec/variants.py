@@ -4,14 +4,12 @@ Pure Python: no MindSpore, so that conversion, preprocessing and planning start 
 variants is a named capability (``tie_word_embeddings``, ``fused_projections``, ...), decided here once; nothing outside
 this file looks at a model's name.
 """
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message says which key, what was found and what to do."""
+from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import read_json_object
 
 
 @dataclass(frozen=True)
@@ -85,22 +83,6 @@ def get_variant(name: str) -> Variant:
     if name not in VARIANTS:
         raise ConfigError(f"model name {name!r} is unknown; known are {', '.join(VARIANTS)}")
     return VARIANTS[name]
-
-
-def read_json_object(path: Union[str, Path], what: str) -> Dict[str, Any]:
-    """Read a JSON file that must hold an object. Raises ConfigError with the file's name and the fault."""
-    path = Path(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{what} not found: {path}; copy it there, or name the place where it is") from None
-    except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{what} {path} cannot be read: {err}") from err
-    except (json.JSONDecodeError, RecursionError) as err:
-        raise ConfigError(f"{what} {path} is not valid JSON: {err}; correct it, or copy it again") from err
-    if not isinstance(data, dict):
-        raise ConfigError(f"{what} {path} must hold a JSON object, found {type(data).__name__}; is it the right file?")
-    return data
 
 
 def read_hf_config(path_or_dict: Union[str, Path, Dict[str, Any]]) -> Dict[str, Any]:

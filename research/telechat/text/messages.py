@@ -6,6 +6,8 @@ where they are rendered (text/renderer.py); whole records of data are read by da
 import json
 from typing import Any, NamedTuple, Tuple
 
+from research.telechat.common.errors import ConversationError
+
 SYSTEM, USER, BOT, TOOL = "system", "user", "bot", "tool"
 ROLE_ALIASES = {
     "human": USER, "question": USER, "prompter": USER,
@@ -13,10 +15,6 @@ ROLE_ALIASES = {
     "observation": TOOL, "function": TOOL, "tool_response": TOOL, "ipython": TOOL,
     "developer": SYSTEM,
 }
-
-
-class ConversationError(ValueError):
-    """A conversation that cannot be written; one line that says which message and what is wrong with it."""
 
 
 class Message(NamedTuple):

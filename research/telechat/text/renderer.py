@@ -16,18 +16,8 @@ import re
 from functools import cached_property
 from typing import Any, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
-from research.telechat.spec.variants import ConfigError
-from research.telechat.text.messages import (
-    BOT,
-    SYSTEM,
-    TOOL,
-    USER,
-    ConversationError,
-    Message,
-    answer_text,
-    json_text,
-    to_message,
-)
+from research.telechat.common.errors import ConfigError, ConversationError
+from research.telechat.text.messages import BOT, SYSTEM, TOOL, USER, Message, answer_text, json_text, to_message
 from research.telechat.text.templates import Template, detect_template, get_template
 
 __all__ = ["BOT", "SYSTEM", "TOOL", "USER", "ConversationError", "Message", "Plan", "Prompt", "Rendered", "Renderer",

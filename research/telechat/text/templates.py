@@ -6,7 +6,7 @@ vocabulary tell the family.
 from dataclasses import dataclass
 from typing import Dict, Optional, Tuple
 
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import ConfigError
 
 
 @dataclass(frozen=True)

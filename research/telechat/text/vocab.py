@@ -21,13 +21,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
-from research.telechat.text.vocab_files import (
-    JSON_FILE,
-    MODEL_FILE,
-    ByteLevelBpeFile,
-    SentencePieceFile,
-    VocabError,
-)
+from research.telechat.common.errors import VocabError
+from research.telechat.text.vocab_files import JSON_FILE, MODEL_FILE, ByteLevelBpeFile, SentencePieceFile
 
 _LFS_POINTER = b"version https://git-lfs"
 

@@ -11,16 +11,12 @@ import re
 from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Tuple
 
-from research.telechat.spec.variants import ConfigError
+from research.telechat.common.errors import VocabError
 
 MODEL_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
 _MARKER_SHAPE = re.compile(r"<[^<>\s]+>")        # how TeleChat writes markers: <_user>, <reserve1>, </s>, <pad>
 _SPACE = "\u2581"                                # SentencePiece writes a space as this character
-
-
-class VocabError(ConfigError):
-    """A vocabulary file, token or text that cannot be used; one line that says which and what to do."""
 
 
 class SentencePieceFile:

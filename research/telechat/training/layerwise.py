@@ -16,9 +16,9 @@ import mindspore as ms
 from mindformers.tools.logger import logger
 from mindspore import Parameter, Tensor, nn
 
+from research.telechat.common.errors import ConfigError
 from research.telechat.model.dropout import CountedDropout
 from research.telechat.model.graph_sharing import draws_numbers, signature
-from research.telechat.spec.variants import ConfigError
 from research.telechat.training.layerwise_graphs import (
     EmbeddingGradient,
     Gradient,

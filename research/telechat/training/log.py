@@ -21,20 +21,13 @@ from mindspore.train.callback import Callback
 from research.telechat import __version__
 from research.telechat.bridge.compat import chip_name, mindformers_version, peak_memory, plugin_class
 from research.telechat.checkpoint.resume import checkpoints
-from research.telechat.common.files import write_text
+from research.telechat.common.errors import TrainingStopped
+from research.telechat.common.files import write_json, write_text
 from research.telechat.spec.flops import peak_flops
 from research.telechat.training import save_thread as training_save_thread
 from research.telechat.training.records import describe_records, record_numbers, step_batches
-from research.telechat.training.report import (
-    data_digest,
-    draw_curve,
-    read_rows,
-    row_text,
-    seconds_left,
-    summarise_rows,
-    write_report,
-)
-from research.telechat.training.step import TrainingStopped, step_values, to_float
+from research.telechat.training.report import data_digest, draw_curve, read_rows, row_text, seconds_left, summarise_rows
+from research.telechat.training.step import step_values, to_float
 
 
 @plugin_class(MindFormerModuleType.CALLBACK)
@@ -219,7 +212,7 @@ class TelechatTrainingLog(Callback):
             return
         try:
             draw_curve(self.rows, self.picture)
-            write_report(self.report, {
+            write_json(self.report, {
                 "ending": ending, **({"records_of_steps": records} if records else {}),
                 "seconds": round(time.time() - self.begun, 1), "resumed_at_step": self.first_step,
                 **summarise_rows(self.rows), "seed": self.info.get("seed"), "tokens_per_step_per_card":

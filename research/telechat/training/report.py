@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from research.telechat.common.files import whole, write_text
+from research.telechat.common.files import whole
 
 _SAMPLE = 1 << 20                          # bytes hashed at both ends of large data files
 _WHOLE = 1 << 30                           # data sets up to this many bytes are hashed whole
@@ -68,11 +68,6 @@ def summarise_rows(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
             "median_tokens_per_second_per_card": speeds[len(speeds) // 2] if speeds else None,
             "skipped_steps": [row["step"] for row in rows if row.get("skipped")],
             "peak_memory_gb": max(series("memory_gb"), default=None), "perplexity": evaluations}
-
-
-def write_report(path: Path, report: Dict[str, Any]) -> None:
-    """`report` as JSON, whole or not at all."""
-    write_text(path, json.dumps(report, indent=2, default=str, ensure_ascii=False) + "\n")
 
 
 def draw_curve(rows: List[Dict[str, Any]], path: str) -> None:

@@ -21,9 +21,10 @@ from mindformers.tools.utils import get_real_rank
 
 from research.telechat.checkpoint.lora import CONFIG_NAME
 from research.telechat.checkpoint.resume import checkpoints, outdated
+from research.telechat.common.errors import TrainingStopped
 from research.telechat.common.files import write_text
 from research.telechat.training import save_thread as thread
-from research.telechat.training.step import TrainingStopped, step_values
+from research.telechat.training.step import step_values
 
 _LEFTOVER = re.compile(r".*\.tmp|tmp[a-z0-9_]{8}")          # of MindSpore's saving, and of MindFormers' meta.json
 

@@ -8,9 +8,9 @@ from mindformers.tools.utils import get_real_rank
 from mindformers.wrapper.wrapper import MFTrainOneStepCell
 
 from research.telechat.bridge.compat import plugin_class
+from research.telechat.common.errors import ConfigError
 from research.telechat.model import kernels
 from research.telechat.model.dropout import count_dropout
-from research.telechat.spec.variants import ConfigError
 from research.telechat.training.layerwise import LayerByLayer, goes_by_layer
 from research.telechat.training.optimizer import ClipGradNorm, is_overflow
 
@@ -21,10 +21,6 @@ _MICRO_BATCHES = ("MicroBatchInterleaved", "GradAccumulationCell", "PipelineCell
 def has_micro_batches(network: Any) -> bool:
     """Whether one step of `network` computes several batches, which must not share their dropout masks."""
     return any(type(cell).__name__.startswith(_MICRO_BATCHES) for _, cell in network.cells_and_names())
-
-
-class TrainingStopped(ConfigError):
-    """Training ended early for a reason that the user can mend; the message says at which step and what to do."""
 
 
 @plugin_class(MindFormerModuleType.WRAPPER)
