@@ -2,7 +2,6 @@
 
 Nothing is measured here; run_all.py does, published.py has what others measured.
 """
-import os
 import platform
 import statistics
 import sys
@@ -14,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from published import published_section
+
+from research.telechat.common.environment import cores
 
 # Heads of the tables: what is measured, its figure, the limit measured in the same run, how they compare.
 HEADS = {
@@ -114,8 +115,7 @@ def _first(path: str, key: str) -> str:
 def machine() -> Dict[str, str]:
     """The machine, without its name."""
     memory = _first("/proc/meminfo", "MemTotal").split()[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": _first("/proc/cpuinfo", "model name"), "cores": str(cores),
+    return {"processor": _first("/proc/cpuinfo", "model name"), "cores": str(cores()),
             "memory": f"{int(memory) * 1024 / 1e9:.0f} GB" if memory.isdigit() else memory,
             "system": f"{platform.system()} {platform.machine()}"}
 

@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT)]
 
+from research.telechat.common.table import markdown
 from research.telechat.common.versions import TESTED
 from scripts.requirements import requirements
 
@@ -99,9 +100,7 @@ def table(rows: Sequence[Dict[str, str]]) -> str:
     """The rows in Markdown, sorted by versions."""
     def key(row: Dict[str, str]) -> List[List[int]]:
         return [[int(part) for part in row[column].split(".") if part.isdigit()] for column in COLUMNS[:3]]
-    lines = [COLUMNS, ["---"] * len(COLUMNS)]
-    lines += [[row[column] for column in COLUMNS] for row in sorted(rows, key=key)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown([COLUMNS, *([row[column] for column in COLUMNS] for row in sorted(rows, key=key))])
 
 
 def read_table(text: str) -> List[Dict[str, str]]:

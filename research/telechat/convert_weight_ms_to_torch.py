@@ -5,7 +5,7 @@ from pathlib import Path
 if __package__ in (None, ""):            # run by its path: not from this folder, whose rooms have one name only
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from research.telechat.commands.convert_ms_to_torch import main
+from research.telechat.commands.convert import mindspore_to_torch as main
 
 if __name__ == "__main__":
     sys.exit(main())

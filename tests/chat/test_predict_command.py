@@ -1,4 +1,4 @@
-"""commands_predict.py: files of questions, the terminal chat as a real program, and the mistakes of its users."""
+"""commands/predict.py: files of questions, the terminal chat as a real program, and the mistakes of its users."""
 import json
 import os
 import subprocess
@@ -29,9 +29,9 @@ def tiny(tmp_path_factory):
 
 
 def predict(tiny, vocab_file, tmp_path, capfd, *more):
-    """Run commands_predict.py; returns its exit code, results and error lines."""
-    from research.telechat.commands import predict as commands_predict
-    code = commands_predict.main([
+    """Run commands/predict.py; returns its exit code, results and error lines."""
+    from research.telechat.commands import predict as predict_command
+    code = predict_command.main([
         "--yaml_file", "research/telechat/predict_telechat_tiny_cpu.yaml", "--vocab_file_path", str(vocab_file),
         "--checkpoint_path", str(tiny[0]), "--output_dir", str(tmp_path), *tiny[1], *more])
     results = tmp_path / "telechat_predict.jsonl"
@@ -96,7 +96,7 @@ def test_interactive_chat_survives_ctrl_c(tiny, vocab_file, tmp_path):
     settings = termios.tcgetattr(slave)
     settings[3] |= termios.NOFLSH                            # Ctrl-C would discard output that nobody has read yet
     termios.tcsetattr(slave, termios.TCSANOW, settings)
-    command = [sys.executable, "research/telechat/commands_predict.py", "--interactive", "--yaml_file",
+    command = [sys.executable, "research/telechat/run_telechat_predict.py", "--interactive", "--yaml_file",
                "research/telechat/predict_telechat_tiny_cpu.yaml", "--vocab_file_path", str(vocab_file),
                "--checkpoint_path", str(tiny[0]), "--output_dir", str(tmp_path), "--use_past", "True",
                "--max_new_tokens", "90", "--do_sample", "True", "--temperature", "9.0", "--top_k", "0", *tiny[1]]

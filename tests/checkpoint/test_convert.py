@@ -28,8 +28,7 @@ from hypothesis import strategies as st
 from research.telechat.checkpoint import stream as stream
 from research.telechat.checkpoint import writer as checkpoint_writer
 from research.telechat.checkpoint.reader import open_ckpt
-from research.telechat.commands import convert_ms_to_torch as commands_convert_ms_to_torch
-from research.telechat.commands import convert_torch_to_ms as commands_convert_torch_to_ms
+from research.telechat.commands.convert import mindspore_to_torch, torch_to_mindspore
 from research.telechat.spec.hf_config import hf_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,13 +38,13 @@ GOLDEN = {"telechat_7b": "telechat_7b", "telechat_12b": "telechat_12b", "telecha
 
 def to_ms(source, target, *options):
     """Run the forward command in this process; its exit code."""
-    return commands_convert_torch_to_ms.main(["--torch_path", str(source), "--mindspore_path", str(target),
+    return torch_to_mindspore(["--torch_path", str(source), "--mindspore_path", str(target),
                                             *map(str, options)])
 
 
 def to_torch(source, target, *options):
     """Run the backward command in this process; its exit code."""
-    return commands_convert_ms_to_torch.main(["--mindspore_path", str(source), "--torch_path", str(target),
+    return mindspore_to_torch(["--mindspore_path", str(source), "--torch_path", str(target),
                                             *map(str, options)])
 
 
@@ -273,7 +272,7 @@ def test_baked_checkpoints_are_imported_with_their_degree(degree, tmp_path):
     config.write_text(json.dumps(hf_config(variant)))
     assert to_torch(old, tmp_path / "back", "--source_mp", degree, "--verify") == 0
     assert_same(read_safetensors(tmp_path / "back" / "model.safetensors"), official)
-    assert commands_convert_torch_to_ms.main(["--from_mindspore", str(old), "--source_mp", str(degree), "--verify",
+    assert torch_to_mindspore(["--from_mindspore", str(old), "--source_mp", str(degree), "--verify",
                                             "--mindspore_path", str(tmp_path / "new.safetensors")]) == 0
     assert_same(read_safetensors(tmp_path / "new.safetensors"), mindspore_tensors(variant, official))
 

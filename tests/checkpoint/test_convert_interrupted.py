@@ -78,7 +78,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file_and_the_rerun_continues(kind, 
 _SLOW = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from research.telechat.commands import convert_torch_to_ms as commands_convert_torch_to_ms
+from research.telechat.commands.convert import torch_to_mindspore
 from research.telechat.checkpoint import convert as checkpoint_convert
 checkpoint_convert.JOURNAL_BYTES = 1
 real = os.pwrite
@@ -86,7 +86,7 @@ def slow(*args):
     time.sleep(0.05)
     return real(*args)
 os.pwrite = slow
-sys.exit(commands_convert_torch_to_ms.main(sys.argv[1:]))
+sys.exit(torch_to_mindspore(sys.argv[1:]))
 """
 
 
@@ -216,8 +216,8 @@ def test_memory_stays_below_the_largest_tensor(tmp_path):
     OutputFile(layout, 0).finish()                                          # zeros, without blocks on the disk
     publish([layout])
     code = ("import sys\nsys.path.insert(0, sys.argv.pop(1))\n"
-            "from research.telechat import commands_convert_torch_to_ms\n"
-            "assert commands_convert_torch_to_ms.main(sys.argv[1:]) == 0\n"
+            "from research.telechat.commands.convert import torch_to_mindspore\n"
+            "assert torch_to_mindspore(sys.argv[1:]) == 0\n"
             "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))\n")
     done = subprocess.run([sys.executable, "-c", code, str(ROOT), "--torch_path", str(folder), "--mindspore_path",
                            str(tmp_path / "x.ckpt")], capture_output=True, text=True, check=True)

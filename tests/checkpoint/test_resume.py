@@ -169,8 +169,8 @@ def test_full_disk(setting, data, unbroken, tmp_path):
 
 
 def test_resuming_from_a_name_that_is_not_there(capsys, data, tmp_path):
-    import run_mindformer
+    from research.telechat.commands import run
     save(tmp_path / "checkpoint", 0, "t_rank_0-1_1.ckpt", 1)
-    assert run_mindformer.main(command(data, tmp_path, "--resume_training", "t_rank_0-7_7")) == 1
+    assert run.main(command(data, tmp_path, "--resume_training", "t_rank_0-7_7")) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: resume_training: there is no checkpoint t_rank_0-7_7")

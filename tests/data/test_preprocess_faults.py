@@ -17,7 +17,7 @@ from research.telechat.data.workers import _guard, ordered_map
 
 def assert_one_error(capsys, code, words, out=None):
     lines = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in lines if line.startswith("telechat_preprocess: ")]
+    errors = [line for line in lines if line.startswith("error: ")]
     assert code != 0 and len(errors) == 1 and words in errors[0], lines
     assert not any("Traceback" in line for line in lines)
     assert out is None or not out.exists() or not list(out.iterdir())

@@ -159,7 +159,7 @@ class TestReport:
     def test_groups_stand_for_their_tasks(self):
         rows = report.result_rows(RESULTS)
         assert rows == [("sum", "acc", "", 5, 7, 0.5, 0.1), ("gen", "exact_match", "strict", 0, 8, 0.125, None)]
-        lines = report.table(rows).splitlines()
+        lines = report.result_table(rows).splitlines()
         assert lines[2].split() == ["sum", "acc", "5", "7", "0.5000", "0.1000"]
         assert "exact_match (strict)" in lines[3]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from plan_fixtures import small_recipe
 
-import run_mindformer
 from research.telechat.common.errors import ConfigError
 from research.telechat.plan.cost import (
     cost_of,
@@ -21,6 +20,7 @@ from research.telechat.plan.cost import (
 )
 from research.telechat.plan.plan import bubble, find_faults, find_notes, read_plan, stage_layers
 from research.telechat.plan.report import as_json, text
+from research.telechat.recipe.read import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for path in (ROOT / "research/telechat").glob("*.yaml"))
@@ -32,7 +32,7 @@ def plan_of(**keywords):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_a_plan_without_faults(path):
-    plan = read_plan(run_mindformer.read_recipe(path))
+    plan = read_plan(read_recipe(path))
     assert find_faults(plan) == []
     assert text(plan, 0, 0.4)
     json.dumps(as_json(plan, plan.ranks - 1, 0.4))
@@ -40,7 +40,7 @@ def test_every_recipe_is_a_plan_without_faults(path):
 
 def test_sizes_of_the_models():
     folder = ROOT / "research/telechat"
-    found = {name: parameter_count(read_plan(run_mindformer.read_recipe(folder / f"finetune_{name}.yaml")))
+    found = {name: parameter_count(read_plan(read_recipe(folder / f"finetune_{name}.yaml")))
              for name in ("telechat_7b", "telechat_12b", "telechat_52b", "telechat2_115b")}
     # Embedding, layers, norms, head, counted by hand from the sizes of the official configs.
     layer_7b = 4 * 4096 * 4096 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 4096

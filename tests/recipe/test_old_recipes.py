@@ -18,14 +18,15 @@ from recipe_classes import unknown_arguments
 from test_recipe_walk import compile_on_cpu
 from test_sharding_compile import NO_PLUGIN
 
-import run_mindformer
 from research.telechat.ascend_sim.account import Mesh
 from research.telechat.ascend_sim.compile import compile_plan
 from research.telechat.bridge.compat import apply_template
 from research.telechat.commands import plan as plan_command
 from research.telechat.common.errors import ConfigError
 from research.telechat.plan.plan import find_faults, read_plan
+from research.telechat.recipe import options
 from research.telechat.recipe.fields import COMPUTED, LEGACY, RENAMED
+from research.telechat.recipe.read import read_recipe, resolve_config
 from research.telechat.recipe.settings import dtype_name
 from research.telechat.run import job as run_job
 from research.telechat.run.preflight import model_config
@@ -216,13 +217,13 @@ def loaded(request, tmp_path, caplog):
     rows = RECIPES[request.param]
     path = tmp_path / "old.yaml"
     path.write_text(yaml.safe_dump(written(rows)))
-    args, rest = run_mindformer.build_parser().parse_known_args(["--config", str(path)])
-    recipe = run_mindformer.read_recipe(run_mindformer.resolve_config(args.config))
+    args, rest = options.build_parser().parse_known_args(["--config", str(path)])
+    recipe = read_recipe(resolve_config(args.config))
     logger = get_logger()                         # its name differs between versions of MindFormers
     logger.addHandler(caplog.handler)
     caplog.set_level(logging.INFO, logger=logger.name)
     try:
-        config = run_job.complete_recipe(args, recipe, run_mindformer.parse_overrides(args.options, rest))
+        config = run_job.complete_recipe(recipe, options.all_overrides(args, rest))
         run_job.translate_old_keys(config)
         run_job.forget_auto_register(config)
         model = model_config(config)

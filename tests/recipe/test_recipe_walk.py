@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 from test_sharding_compile import NO_PLUGIN, agree
 
-import run_mindformer
 from research.telechat.ascend_sim.account import Mesh
 from research.telechat.ascend_sim.compile import compile_plan
 from research.telechat.commands import plan as plan_command
 from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import find_faults, find_notes, read_plan
 from research.telechat.plan.report import memory_notes, stages
+from research.telechat.recipe.read import read_recipe
 from research.telechat.telechat_config import TelechatConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def shrunk(recipe):
 @EACH
 def test_recipe_passes_the_planner(path, capsys):
     """No fault, no note, and an estimate of memory below the limit, on the cards that the recipe is for."""
-    plan = read_plan(run_mindformer.read_recipe(path))
+    plan = read_plan(read_recipe(path))
     assert find_faults(plan, plan.ranks) == []
     assert find_notes(plan) == []
     assert memory_notes(plan, stages(plan)) == []
@@ -61,7 +61,7 @@ def test_recipe_passes_the_planner(path, capsys):
 @EACH
 def test_small_recipe_differs_in_sizes_only(path):
     """The walk compiles the recipe's own plan: what is made small changes no degree and no setting."""
-    recipe = run_mindformer.read_recipe(path)
+    recipe = read_recipe(path)
     before, after = read_plan(recipe), read_plan(shrunk(recipe))
     differ = {key for key in before.model if before.model[key] != after.model[key]}
     assert differ <= set(SIZES) and find_faults(after, after.ranks) == []
@@ -88,7 +88,7 @@ def compile_on_cpu(recipe, folder):
 
 def compile_small(path, folder):
     """(plan, the worker's report) of the recipe made small; no report where MindSpore has no Ascend plug-in."""
-    recipe = shrunk(run_mindformer.read_recipe(path))
+    recipe = shrunk(read_recipe(path))
     plan = read_plan(recipe)
     if plan.device == "CPU":
         return plan, compile_on_cpu(recipe, folder)

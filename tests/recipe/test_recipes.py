@@ -9,7 +9,7 @@ import pytest
 import yaml
 from recipe_classes import unknown_arguments
 
-import run_mindformer
+from research.telechat.recipe.read import read_recipe, resolve_config
 from research.telechat.spec.variants import VARIANTS
 from research.telechat.telechat_config import TelechatConfig
 
@@ -29,7 +29,7 @@ def config_of(recipe):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_builds_its_config(path):
-    recipe = run_mindformer.read_recipe(path)
+    recipe = read_recipe(path)
     config = config_of(recipe)
     assert recipe["run_mode"] == path.stem.split("_")[0]
     assert recipe["trainer"]["model_name"] == recipe["model"]["model_config"]["net_name"]
@@ -46,11 +46,11 @@ def test_recipe_builds_its_config(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_classes_take_the_keys_of_their_sections(path):
     """MindFormers finds a misspelt key of an optimizer, a schedule or a callback only when it builds it, if at all."""
-    assert unknown_arguments(run_mindformer.read_recipe(path)) == []
+    assert unknown_arguments(read_recipe(path)) == []
 
 
 def test_misspelt_key_of_a_section_is_found():
-    recipe = run_mindformer.read_recipe(ROOT / "configs/telechat/finetune.yaml")
+    recipe = read_recipe(ROOT / "configs/telechat/finetune.yaml")
     recipe["lr_schedule"]["warmup_rat"] = 1
     recipe["callbacks"][2]["keep_max"] = 1
     assert unknown_arguments(recipe) == ["lr_schedule.warmup_rat", "callbacks.keep_max"]
@@ -59,7 +59,7 @@ def test_misspelt_key_of_a_section_is_found():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_has_recipes_for_the_cards_that_users_know(name):
     for stem, cards in ((f"finetune_{name}", CARDS[name]), (f"predict_{name}", PREDICT_CARDS.get(name, 1))):
-        plan = run_mindformer.read_recipe(ROOT / f"research/telechat/{stem}.yaml")["parallel_config"]
+        plan = read_recipe(ROOT / f"research/telechat/{stem}.yaml")["parallel_config"]
         found = plan["data_parallel"] * plan["model_parallel"] * plan["pipeline_stage"] * plan["context_parallel"]
         assert found == cards, stem
 
@@ -69,7 +69,7 @@ def test_recipe_is_short_and_repeats_nothing(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 45 and text.startswith("# ")
     own = yaml.safe_load(text)
-    base = run_mindformer.read_recipe((path.parent / own.pop("base_config")).resolve())
+    base = read_recipe((path.parent / own.pop("base_config")).resolve())
 
     def repeated(over, under, prefix=""):
         for key, value in over.items():
@@ -84,11 +84,11 @@ def test_bases_merge_key_by_key(tmp_path):
     (tmp_path / "a.yaml").write_text("x: {p: 1, q: [1, 2]}\ny: 1\n")
     (tmp_path / "b.yaml").write_text("x: {r: 3}\n")
     (tmp_path / "c.yaml").write_text("base_config: [a.yaml, b.yaml]\nx: {q: [3]}\n")
-    assert run_mindformer.read_recipe(tmp_path / "c.yaml") == {"x": {"p": 1, "q": [3], "r": 3}, "y": 1}
+    assert read_recipe(tmp_path / "c.yaml") == {"x": {"p": 1, "q": [3], "r": 3}, "y": 1}
 
 
 def test_old_command_finds_the_recipe_below_research():
-    assert run_mindformer.resolve_config("telechat/finetune_telechat_52b.yaml").is_file()
+    assert resolve_config("telechat/finetune_telechat_52b.yaml").is_file()
 
 
 @pytest.mark.slow

@@ -213,11 +213,11 @@ OFFICIAL = {"n_layer": 2, "hidden_size": 64, "ffn_hidden_size": 96, "n_head": 8,
 COMPUTE = """\
 import mindspore as ms
 import numpy as np
-import run_mindformer
+from research.telechat.recipe.read import read_recipe, resolve_config
 from research.telechat.telechat import TelechatForCausalLM
 from research.telechat.telechat_config import TelechatConfig
 
-recipe = run_mindformer.read_recipe(run_mindformer.resolve_config("telechat/finetune_telechat2_mini.yaml"))
+recipe = read_recipe(resolve_config("telechat/finetune_telechat2_mini.yaml"))
 section = {key: value for key, value in recipe["model"]["model_config"].items() if key not in ("type", "auto_register")}
 ms.set_context(device_target="CPU")
 model = TelechatForCausalLM(TelechatConfig(**{**section, "amp_level": "O0", "compute_dtype": "float32",

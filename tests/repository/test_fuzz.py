@@ -15,7 +15,6 @@ import pytest
 import yaml
 from vocab_fixtures import train_byte_level_bpe, train_sentencepiece
 
-import run_mindformer
 from research.telechat.checkpoint import lora as checkpoint_lora
 from research.telechat.checkpoint import resume as checkpoint_resume
 from research.telechat.checkpoint.reader import open_ckpt, open_safetensors
@@ -28,6 +27,7 @@ from research.telechat.checkpoint.writer import (
 )
 from research.telechat.common.errors import CheckpointError, ConfigError, RecordError
 from research.telechat.data.records import detect_format, parse_record
+from research.telechat.recipe.read import parse_overrides, parse_value, read_recipe
 from research.telechat.spec.variants import read_hf_config, variant_from_hf
 from research.telechat.text.vocab import Vocab
 
@@ -97,13 +97,13 @@ def work(tmp_path, monkeypatch):
 def test_yaml_recipes(work):
     seeds = [path.read_bytes() for path in (ROOT / "configs/telechat/finetune_cpu.yaml",
                                             ROOT / "research/telechat/finetune_telechat_7b_lora.yaml")]
-    fuzz(seeds, lambda data: run_mindformer.read_recipe(at(work / "r.yaml", data)), ConfigError, 600, work / "cwd")
+    fuzz(seeds, lambda data: read_recipe(at(work / "r.yaml", data)), ConfigError, 600, work / "cwd")
 
 
 def test_command_line_values(work):
     def read(data):
         text = data.decode("utf-8", "replace")
-        run_mindformer.parse_overrides([text], ["--a", text])
+        parse_overrides([text], ["--a", text])
     fuzz([b"a.b=1", b"callbacks=[{type: X, n: 1e-5}]"], read, ConfigError, 1000, work / "cwd")
 
 
@@ -168,7 +168,7 @@ def test_tokenizers(work):
 
 def test_code_in_yaml_is_not_executed(work):
     with pytest.raises(ConfigError, match="not valid YAML"):
-        run_mindformer.read_recipe(at(work / "r.yaml", b"a: !!python/object/apply:os.system ['touch hacked']"))
-    assert run_mindformer.parse_value("!!python/object/apply:os.system ['touch hacked']").startswith("!!python")
+        read_recipe(at(work / "r.yaml", b"a: !!python/object/apply:os.system ['touch hacked']"))
+    assert parse_value("!!python/object/apply:os.system ['touch hacked']").startswith("!!python")
     assert list((work / "cwd").iterdir()) == []
     assert yaml.safe_load("a: 1") == {"a": 1}

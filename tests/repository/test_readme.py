@@ -13,9 +13,9 @@ import pytest
 from readme_fixtures import ALL, READMES, ROOT, commands_of, launched, text_of, watched
 
 from research.telechat.commands import plan as plan_command
+from research.telechat.recipe.read import read_recipe
 from research.telechat.spec.variants import VARIANTS, get_variant
 from research.telechat.text.templates import get_template
-from run_mindformer import read_recipe
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import run_mindformer
+from research.telechat.commands import run
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
                 setattr(saving, name, deadly(getattr(saving, name)))
         else:
             setattr(os, what, deadly(getattr(os, what)))
-    return run_mindformer.main(arguments)
+    return run.main(arguments)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 import copy
 from pathlib import Path
 
-import run_mindformer
+from research.telechat.recipe.read import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"num_layers": 2, "hidden_size": 512, "num_heads": 8, "intermediate_size": 1536, "vocab_size": 4096,
@@ -14,7 +14,7 @@ def small_recipe(dp=1, mp=1, pp=1, cp=1, model=None, base="finetune", **sections
 
     model: more keys of model_config; sections: more keys of the sections of the recipe.
     """
-    recipe = copy.deepcopy(run_mindformer.read_recipe(ROOT / f"configs/telechat/{base}.yaml"))
+    recipe = copy.deepcopy(read_recipe(ROOT / f"configs/telechat/{base}.yaml"))
     recipe["use_parallel"] = dp * mp * pp * cp > 1
     recipe["trainer"]["model_name"] = "telechat_small"
     recipe["model"]["model_config"].update(SMALL, **(model or {}))

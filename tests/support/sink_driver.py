@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import run_mindformer
+from research.telechat.commands import run
 
 
 def sunk_process(self, epoch, dataset, list_callback=None, cb_params=None, initial_epoch=0, valid_infos=None):
@@ -57,7 +57,7 @@ def main() -> int:
 
     run_job.adapt_to_cpu = adapt_and_sink
     Model._train_process = sunk_process
-    return run_mindformer.main(sys.argv[1:])
+    return run.main(sys.argv[1:])
 
 
 if __name__ == "__main__":

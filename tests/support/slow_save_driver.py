@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import run_mindformer
+from research.telechat.commands import run
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
     TelechatTrainingLog.on_train_step_begin = counted
     for name in ("_write_parameter_data", "_write_parameter_bytes_data"):
         setattr(saving, name, slowed(getattr(saving, name)))
-    code = run_mindformer.main(sys.argv[2:])
+    code = run.main(sys.argv[2:])
     print(f"steps begun while writing: {begun[0]}")
     return code
 

@@ -11,7 +11,9 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-import run_mindformer
+from research.telechat.commands.run import main
+from research.telechat.common import environment
+from research.telechat.recipe.read import parse_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "research/telechat/finetune_telechat_tiny_cpu.yaml"
@@ -162,7 +164,7 @@ Trainer(config).train()
 
 def mistake(capsys, arguments):
     """The one line that run_mindformer.py prints for a mistake; no traceback, exit code 1."""
-    assert run_mindformer.main(arguments) == 1
+    assert main(arguments) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
@@ -231,7 +233,7 @@ def test_token_ids_beyond_the_vocabulary(capsys, small_data, tmp_path):
 
 def test_no_more_readers_than_cores(monkeypatch):
     from research.telechat.run import job as run_job
-    monkeypatch.setattr(run_job.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: {0, 1, 2})
     config = {"train_dataset": {"num_parallel_workers": 8}, "eval_dataset": {"num_parallel_workers": 2}}
     run_job.limit_readers(config)
     assert [section["num_parallel_workers"] for section in config.values()] == [3, 2]
@@ -244,8 +246,8 @@ def test_plan_that_a_cpu_cannot_run(capsys, small_data, tmp_path):
 
 def test_override_syntax(capsys, small_data, tmp_path):
     assert "KEY=VALUE" in mistake(capsys, command(small_data, tmp_path, "--options", "a"))
-    assert run_mindformer.parse_overrides(["a.b=true"], ["--c.d", "1e-5", "--e=[1, 2]"]) == [
-        ("a.b", True), ("c.d", 1e-5), ("e", [1, 2])]
+    assert parse_overrides(["a.b=true"], ["--c.d", "1e-5", "--e=[1, 2]"]) == {
+        "a.b": True, "c.d": 1e-5, "e": [1, 2]}
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,10 @@ import traceback
 from pathlib import Path
 from typing import Any, Dict
 
-ROOT = Path(__file__).resolve().parents[3]
-sys.path[0] = str(ROOT)
+if __package__ in (None, ""):            # run by its path: not from this folder, whose modules have one name only
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
+
+from research.telechat.common.environment import PLUGIN
 
 
 class _Compiled(BaseException):
@@ -76,7 +78,6 @@ def compile_training(job: Dict[str, Any], report: Report) -> None:
     from mindspore.train.model import Model
 
     from research.telechat.run.job import run
-    from run_mindformer import build_parser
     report.timed("import", started)
     folder = Path(job["folder"])
     built = time.time()
@@ -96,11 +97,9 @@ def compile_training(job: Dict[str, Any], report: Report) -> None:
     recipe = job["recipe"]
     recipe["train_dataset"]["num_parallel_workers"] = 1                  # there may be fewer processors here
     data = make_dataset(folder, job["columns"], job["length"], job["rows"])
-    args = build_parser().parse_args([
-        "--config", job["config"], "--register_path", str(ROOT / "research/telechat"), "--run_mode", "finetune",
-        "--train_dataset", str(data), "--output_dir", str(folder / "output"), "--load_checkpoint", "",
-        "--use_parallel", str(job["ranks"] > 1), "--sink_mode", "False"])
-    run(args, recipe, [])
+    run(recipe, {"run_mode": "finetune", "train_dataset.data_loader.dataset_dir": str(data), "load_checkpoint": "",
+                 "output_dir": str(folder / "output"), "use_parallel": job["ranks"] > 1,
+                 "runner_config.sink_mode": False}, register_path=str(PLUGIN))
 
 
 def compile_prediction(job: Dict[str, Any], report: Report) -> None:

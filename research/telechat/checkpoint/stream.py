@@ -4,7 +4,6 @@ Memory is bounded: a few chunks for each thread, and whole tensors only where ro
 [in, out] weights), at most one large one at a time. Knows nothing of names, files or command lines
 (checkpoint/convert.py).
 """
-import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -14,6 +13,7 @@ import numpy as np
 from research.telechat.checkpoint.dtypes import ITEM_SIZE, RAW, cast, count_nonfinite
 from research.telechat.checkpoint.reader import Checkpoint
 from research.telechat.checkpoint.writer import OutTensor
+from research.telechat.common.environment import cores
 
 CHUNK = 16 << 20                 # bytes read at once
 WHOLE_BUDGET = 512 << 20         # bytes of whole tensors in memory, unless a single one is larger
@@ -57,7 +57,7 @@ class Stream:
     """A pool of threads that runs transfers; use as a context manager."""
 
     def __init__(self, workers: Optional[int] = None) -> None:
-        self._workers = workers or min(4, max(2, os.cpu_count() or 1))
+        self._workers = workers or min(4, max(2, cores()))
         self._pool = ThreadPoolExecutor(self._workers)
         self._local = threading.local()
         self._slots = threading.Semaphore(2 * self._workers)

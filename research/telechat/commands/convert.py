@@ -1,21 +1,33 @@
-"""What the two conversion commands share: options, where the sizes come from, names of the result, errors as one line.
+"""Commands: official (PyTorch, Hugging Face) checkpoint <-> MindSpore checkpoint, for every model of the family.
 
-The conversion itself is checkpoint/convert.py.
+    python research/telechat/convert_weight_torch_to_ms.py --torch_path DIR --mindspore_path OUT.ckpt \
+        --model_name telechat_12b
+    python research/telechat/convert_weight_ms_to_torch.py --mindspore_path IN.ckpt --torch_path DIR \
+        --model_name telechat_12b
+
+The first also imports 52B checkpoints of earlier MindFormers converters (--from_mindspore, --source_mp). The conversion
+itself is checkpoint/convert.py. See docs/conversion.md.
 """
 import argparse
-import contextlib
-import errno
 import json
 import re
-import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from research.telechat import __version__
-from research.telechat.checkpoint.convert import Options, Source, Target, convert, dtype_names, plan_tensors, summary
+from research.telechat.checkpoint.convert import (
+    Options,
+    Source,
+    Target,
+    convert,
+    dtype_names,
+    open_source,
+    plan_tensors,
+    summary,
+)
 from research.telechat.checkpoint.dtypes import CODES
+from research.telechat.checkpoint.folder import open_mindspore, open_official
 from research.telechat.checkpoint.reader import BIN_INDEX_NAME, INDEX_NAMES, Checkpoint
 from research.telechat.checkpoint.writer import (
     Layout,
@@ -27,10 +39,13 @@ from research.telechat.checkpoint.writer import (
     partial_path,
     safetensors_layout,
 )
+from research.telechat.common.command import run_command
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.spec.hf_config import hf_config
 from research.telechat.spec.variants import VARIANTS, Variant, get_variant, read_hf_config, variant_from_hf
 
+_TO_MINDSPORE = "Convert an official TeleChat checkpoint to MindSpore."
+_TO_TORCH = "Convert a MindSpore TeleChat checkpoint to the official format."
 _DTYPES = {**{name: name for name in CODES}, "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _BIN_SHARD = 10**9               # bytes; torch writes a .bin from memory, so that its size is memory
@@ -199,31 +214,98 @@ def run_conversion(args: argparse.Namespace, source: Source, sizes: Sizes, out: 
     print("\n".join(summary(report, target, dtype_names(transfers))))
 
 
-def run_command(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser,
-                argv: Optional[Sequence[str]]) -> int:
-    """Parse, run, and turn every expected fault into one line; the exit code."""
-    args = parser.parse_args(argv)
-    again = "what is complete is kept: the same command continues there"
-    with contextlib.suppress(ValueError):                  # not the main thread: signals are someone else's
-        signal.signal(signal.SIGTERM, _interrupt)
+def add_torch_to_mindspore(parser: argparse.ArgumentParser) -> None:
+    """The options of convert_weight_torch_to_ms.py."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--torch_path", type=Path, metavar="DIR",
+                        help="official folder (safetensors or .bin), or one such file")
+    source.add_argument("--from_mindspore", type=Path, metavar="IN",
+                        help="instead: a MindSpore checkpoint, to be written anew in this project's order, another "
+                             "type or another format")
+    parser.add_argument("--mindspore_path", type=Path, required=True, metavar="OUT",
+                        help="OUT.ckpt, OUT.safetensors, or a folder")
+    parser.add_argument("--format", choices=["ckpt", "safetensors"], default="ckpt",
+                        help="in a folder: mindspore.ckpt (default), or safetensors in shards with an index")
+    parser.add_argument("--source_format", choices=["auto", "safetensors", "bin"], default="auto",
+                        help="which files of --torch_path to read (default: safetensors where there are any)")
+    add_options(parser)
+    parser.set_defaults(convert=convert_to_mindspore)
+
+
+def add_mindspore_to_torch(parser: argparse.ArgumentParser) -> None:
+    """The options of convert_weight_ms_to_torch.py."""
+    parser.add_argument("--mindspore_path", type=Path, required=True, metavar="IN",
+                        help="a .ckpt or .safetensors file, or a folder with shards")
+    parser.add_argument("--torch_path", type=Path, required=True, metavar="DIR",
+                        help="folder for weights and config.json, or one .safetensors or .bin file")
+    parser.add_argument("--format", choices=["safetensors", "bin"], default="safetensors",
+                        help="files in the folder (default: safetensors; bin needs PyTorch)")
+    add_options(parser)
+    parser.set_defaults(convert=convert_to_torch)
+
+
+def convert_to_mindspore(args: argparse.Namespace) -> None:
+    """Official, or MindSpore in another order, -> MindSpore. Raises CheckpointError, ConfigError, OSError."""
+    path = args.torch_path or args.from_mindspore
+    folder = path if path.is_dir() else path.parent
+    if args.torch_path is not None and args.source_mp is not None:
+        raise CheckpointError("--source_mp belongs to --from_mindspore; official checkpoints know no such degree")
+    checkpoint = (open_official(path, args.source_format) if args.torch_path is not None
+                  else open_mindspore(path, "--from_mindspore"))
     try:
+        sizes = sizes_for(args, folder)
+        if sizes is None:
+            sizes = (sizes_from_table(args, folder) if args.torch_path is not None
+                     else sizes_from_shapes(args, checkpoint, folder))
+        source = open_source(checkpoint, sizes.variant, args.torch_path is not None, args.source_mp)
+        run_conversion(args, source, sizes, args.mindspore_path, official=False)
+    finally:
+        checkpoint.close()
+
+
+def convert_to_torch(args: argparse.Namespace) -> None:
+    """MindSpore -> official. Raises CheckpointError, ConfigError, OSError."""
+    path = args.mindspore_path
+    folder = path if path.is_dir() else path.parent
+    checkpoint = open_mindspore(path)
+    try:
+        sizes = sizes_for(args, folder) or sizes_from_shapes(args, checkpoint, folder)
+        source = open_source(checkpoint, sizes.variant, False, args.source_mp)
+        run_conversion(args, source, sizes, args.torch_path, official=True)
+    finally:
+        checkpoint.close()
+
+
+def torch_to_mindspore(argv: Optional[Sequence[str]] = None) -> int:
+    """The command convert_weight_torch_to_ms.py; returns the exit code (common/command.py)."""
+    parser = argparse.ArgumentParser(description=_TO_MINDSPORE)
+    add_torch_to_mindspore(parser)
+    return _run(parser, argv)
+
+
+def mindspore_to_torch(argv: Optional[Sequence[str]] = None) -> int:
+    """The command convert_weight_ms_to_torch.py; returns the exit code (common/command.py)."""
+    parser = argparse.ArgumentParser(description=_TO_TORCH)
+    add_mindspore_to_torch(parser)
+    return _run(parser, argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Either of the two, the direction being the first word; returns the exit code (common/command.py)."""
+    parser = argparse.ArgumentParser(description="Convert checkpoints between the official format and MindSpore.")
+    directions = parser.add_subparsers(required=True, dest="direction", metavar="DIRECTION")
+    for name, text, add in (("torch-to-ms", _TO_MINDSPORE, add_torch_to_mindspore),
+                            ("ms-to-torch", _TO_TORCH, add_mindspore_to_torch)):
+        add(directions.add_parser(name, help=text, description=text))
+    return _run(parser, argv)
+
+
+def _run(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]]) -> int:
+    def body() -> None:
+        args = parser.parse_args(argv)
         if args.mp is not None:
             print(f"--mp {args.mp}: accepted and not needed; the order of the rows fits every tensor-parallel degree "
                   "that divides the heads")
-        main(args)
-        return 0
-    except (CheckpointError, ConfigError) as err:
-        print(f"error: {err}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(f"interrupted; {again}", file=sys.stderr)
-        return 130
-    except OSError as err:
-        full = err.errno in (errno.ENOSPC, errno.EDQUOT)
-        print(f"error: the disk is full; free some space; {again}" if full else f"error: {err}", file=sys.stderr)
-    except MemoryError:
-        print("error: not enough memory; give fewer threads (--workers 1) or close other programs", file=sys.stderr)
-    return 1
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+        args.convert(args)
+    return run_command(body, "what is complete is kept: the same command continues there",
+                       "use fewer threads (--workers 1) or close other programs")

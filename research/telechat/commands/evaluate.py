@@ -11,26 +11,26 @@ import argparse
 import json
 import os
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-ROOT = Path(__file__).resolve().parents[3]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
+from research.telechat.common.command import run_command
+from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import prepare_log
+from research.telechat.common.versions import fitting_versions
 from research.telechat.evaluation.report import (
     draw_bars,
     result_rows,
+    result_table,
     samples_path,
-    table,
     versions,
     write_results,
 )
 from research.telechat.evaluation.tasks import count_documents, harness_version, load_tasks, set_shots
-from run_mindformer import read_recipe, resolve_config, str2bool
+from research.telechat.recipe.options import overrides_of, parse_further, str2bool
+from research.telechat.recipe.read import read_recipe, resolve_config
 
 TEXT_KEYS = ("text", "content", "data")                  # of a record in --perplexity FILE.jsonl; the first it has
 
@@ -128,13 +128,12 @@ def _text(path: Path, number: int, line: str) -> str:
 
 def open_model(args: argparse.Namespace, rest: List[str]) -> Any:
     """(model, tokenizer, complete recipe). Raises ConfigError."""
-    from research.telechat.run.load import load_model, prepare_prediction, quieten
-    arguments = ["--config", args.config, "--register_path", str(ROOT / "research/telechat")]
-    for option in ("load_checkpoint", "use_parallel", "auto_trans_ckpt", "output_dir"):
-        value = getattr(args, option)
-        if value not in (None, ""):
-            arguments += [f"--{option}", str(value)]
-    config, tokenizer = prepare_prediction([*arguments, *rest], args.tokenizer)
+    options = ["use_parallel", "auto_trans_ckpt", "output_dir", *(["load_checkpoint"] if args.load_checkpoint else [])]
+    overrides = {**overrides_of(args, options), **parse_further(rest)}
+    prepare_log(overrides.get("output_dir"))
+    with fitting_versions():
+        from research.telechat.run.load import load_model, prepare_prediction, quieten
+    config, tokenizer = prepare_prediction(args.config, overrides, args.tokenizer)
     quieten()
     return load_model(config), tokenizer, config
 
@@ -183,8 +182,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
         return 0
     started = time.time()
     model, tokenizer, config = open_model(args, rest)
-    from research.telechat.run.load import local_rank
-    first = local_rank() == 0
+    first = rank() == 0
     report: Dict[str, Any] = {
         "recipe": args.config, "changes": rest, "checkpoint": str(config.load_checkpoint),
         "tokenizer": str(tokenizer.vocab.path), "tokenizer_sha256": tokenizer.vocab.fingerprint, "tasks": names,
@@ -197,7 +195,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
         samples = result.pop("samples", None)
         rows = result_rows(result)
         report.update(result)
-        text = table(rows)
+        text = result_table(rows)
     else:
         report.update(perplexity_of=args.perplexity, **run_perplexity(model, tokenizer, texts, args, first))
         rows = []
@@ -230,19 +228,6 @@ def write(output: Path, report: Dict[str, Any], rows: List[Any], samples: Option
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run; returns the exit code. A fault of the user's making is one line on stderr and exit code 1."""
-    args, rest = build_parser().parse_known_args(argv)
+    """Run the command; returns the exit code (common/command.py)."""
     os.environ.setdefault("GLOG_v", "3")                     # of MindSpore's messages, errors only
-    os.environ.setdefault("LOG_MF_PATH", os.path.join(os.path.abspath(args.output_dir or "./output"), "log"))
-    try:
-        return run(args, rest)
-    except ConfigError as err:
-        print(f"error: {err}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(lambda: run(*build_parser().parse_known_args(argv)))

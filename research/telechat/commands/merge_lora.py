@@ -7,13 +7,8 @@ Streams: no more than one block of rows of one weight is in memory. The result h
 adapters to and from PEFT is convert_lora.py. See docs/training.md.
 """
 import argparse
-import sys
 from pathlib import Path
 from typing import Dict, Optional, Sequence
-
-ROOT = Path(__file__).resolve().parents[3]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
 
 import numpy as np
 from tqdm import tqdm
@@ -23,6 +18,7 @@ from research.telechat.checkpoint.folder import open_mindspore
 from research.telechat.checkpoint.lora import Adapter, add_to_rows, read_adapter
 from research.telechat.checkpoint.reader import Checkpoint
 from research.telechat.checkpoint.writer import OutputFile, OutTensor, new_file
+from research.telechat.common.command import run_command
 from research.telechat.common.errors import CheckpointError
 
 BLOCK = 64 << 20          # bytes of a weight in memory at a time
@@ -78,8 +74,8 @@ def merge_tensor(base: Checkpoint, adapter: Adapter, tensor: OutTensor, file: Ou
         bar.update(count)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Entry point; the exit code."""
+def build_parser() -> argparse.ArgumentParser:
+    """All options."""
     parser = argparse.ArgumentParser(description="Merge a LoRA adapter into the weights it was trained on.")
     parser.add_argument("--base", type=Path, required=True, help="MindSpore checkpoint: file or folder of shards")
     parser.add_argument("--adapter", type=Path, required=True, help="file from checkpoint_trainable of a LoRA run; "
@@ -88,24 +84,24 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                         "default: the folder strategy beside --adapter, if that holds rank_0, rank_1, ...")
     parser.add_argument("--output", type=Path, required=True, help="the result, .ckpt or .safetensors")
     parser.add_argument("--lora_alpha", type=float, help="default: from adapter_config.json beside the adapter")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out the command. Raises CheckpointError."""
+    adapter = read_adapter(args.adapter, args.lora_alpha, args.adapter_strategy)
+    base = open_mindspore(args.base, "--base")
     try:
-        adapter = read_adapter(args.adapter, args.lora_alpha, args.adapter_strategy)
-        base = open_mindspore(args.base, "--base")
-        try:
-            if args.output.resolve() in {path.resolve() for path in base.files}:
-                raise CheckpointError(f"--output {args.output} would overwrite the base while it is read; name "
-                                      "another file")
-            merge(base, adapter, args.output)
-        finally:
-            base.close()
-    except (CheckpointError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 1
+        if args.output.resolve() in {path.resolve() for path in base.files}:
+            raise CheckpointError(f"--output {args.output} would overwrite the base while it is read; name another "
+                                  "file")
+        merge(base, adapter, args.output)
+    finally:
+        base.close()
     print(f"{args.output}: {len(adapter.pairs)} weights with the adapter (rank {adapter.rank}, lora_alpha "
           f"{adapter.alpha:g}) added, the others as they were")
-    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command; returns the exit code (common/command.py)."""
+    return run_command(lambda: run(build_parser().parse_args(argv)), "nothing was written")

@@ -7,13 +7,8 @@ Rows of 52B's fused weights change their order as the weights do. Adding an adap
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Optional, Sequence
-
-ROOT = Path(__file__).resolve().parents[3]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
 
 from research.telechat.checkpoint.lora import (
     CONFIG_NAME,
@@ -27,6 +22,7 @@ from research.telechat.checkpoint.lora import (
 )
 from research.telechat.checkpoint.reader import open_safetensors
 from research.telechat.checkpoint.writer import OutTensor, new_file
+from research.telechat.common.command import run_command
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.common.files import write_text
 from research.telechat.spec.variants import VARIANTS, Variant, get_variant, read_hf_config, variant_from_hf
@@ -76,8 +72,8 @@ def import_adapter(args: argparse.Namespace) -> None:
     print(f"{args.adapter}: {len(adapter.pairs)} adapted layers, rank {adapter.rank}, lora_alpha {adapter.alpha:g}")
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Entry point; the exit code."""
+def build_parser() -> argparse.ArgumentParser:
+    """All options."""
     parser = argparse.ArgumentParser(description="Convert LoRA adapters to and from Hugging Face PEFT.")
     parser.add_argument("direction", choices=("export", "import"), help="export: to PEFT; import: from PEFT")
     parser.add_argument("--adapter", type=Path, required=True, help="MindSpore checkpoint with the adapter; "
@@ -88,14 +84,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--model_name", choices=list(VARIANTS), help="the model, sizes as published")
     parser.add_argument("--config", type=Path, help="official config.json of a model of other sizes")
     parser.add_argument("--lora_alpha", type=float, help="default: from adapter_config.json")
-    args = parser.parse_args(argv)
-    try:
-        (export_adapter if args.direction == "export" else import_adapter)(args)
-    except (CheckpointError, ConfigError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 1
-    return 0
+    return parser
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run(args: argparse.Namespace) -> None:
+    """Carry out the command. Raises CheckpointError and ConfigError."""
+    (export_adapter if args.direction == "export" else import_adapter)(args)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command; returns the exit code (common/command.py)."""
+    return run_command(lambda: run(build_parser().parse_args(argv)))

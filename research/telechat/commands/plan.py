@@ -17,17 +17,17 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-ROOT = Path(__file__).resolve().parents[3]
-sys.path[0] = str(ROOT)
-
+from research.telechat.common.command import run_command
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import write_text
+from research.telechat.common.table import table
 from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import Plan, find_faults, read_plan
-from research.telechat.plan.report import as_json, compared, draw, table, text
+from research.telechat.plan.report import as_json, compared, draw, text
 from research.telechat.recipe.legacy import translate
+from research.telechat.recipe.options import all_overrides
+from research.telechat.recipe.options import build_parser as build_run_parser
 from research.telechat.recipe.read import parse_overrides, read_recipe, resolve_config, set_key
-from run_mindformer import build_parser as build_run_parser
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,20 +53,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def complete_recipe(args: argparse.Namespace, overrides: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def complete_recipe(args: argparse.Namespace, overrides: Dict[str, Any]) -> Dict[str, Any]:
     """The recipe with everything from the command line. Raises ConfigError."""
     recipe = copy.deepcopy(read_recipe(resolve_config(args.config)))
     if args.layers:
-        overrides = [*overrides, ("model.model_config.num_layers", args.layers), ("model.model_config.offset", 0)]
+        overrides = {**overrides, "model.model_config.num_layers": args.layers, "model.model_config.offset": 0}
     if args.micro_batches:
-        overrides = [*overrides, ("parallel_config.micro_batch_num", args.micro_batches)]
-    for dotted, value in overrides:
+        overrides = {**overrides, "parallel_config.micro_batch_num": args.micro_batches}
+    for dotted, value in overrides.items():
         set_key(recipe, dotted, value)
     translate(recipe)                    # keys of earlier recipes; run_mindformer.py says what it changes
     return recipe
 
 
-def read_command(command: str) -> Optional[Tuple[str, List[Tuple[str, Any]]]]:
+def read_command(command: str) -> Optional[Tuple[str, Dict[str, Any]]]:
     """Recipe and overrides of a run_mindformer.py command; None for another command. Raises ConfigError."""
     words = shlex.split(command)
     script = next((number for number, word in enumerate(words) if Path(word).name == "run_mindformer.py"), None)
@@ -76,11 +76,7 @@ def read_command(command: str) -> Optional[Tuple[str, List[Tuple[str, Any]]]]:
         args, rest = build_run_parser().parse_known_args(words[script + 1:])
     except SystemExit:
         raise ConfigError(f"run_mindformer.py does not take this command (why stands above): {command}") from None
-    options = {"run_mode": args.run_mode, "use_parallel": args.use_parallel,
-               "runner_config.batch_size": args.batch_size, "context.device_target": args.device_target,
-               "runner_config.gradient_accumulation_steps": args.gradient_accumulation_steps}
-    given = [(key, value) for key, value in options.items() if value is not None]
-    return args.config, given + parse_overrides(args.options, rest)
+    return args.config, all_overrides(args, rest)
 
 
 def write(path: Path, content: str) -> None:
@@ -98,14 +94,10 @@ def compile_and_compare(plan: Plan, recipe: Dict[str, Any], args: argparse.Names
 
     from research.telechat.ascend_sim.account import Mesh
     from research.telechat.ascend_sim.compile import compile_plan
-    from research.telechat.common.errors import SimulationError
     doing = f"compiling rank {args.rank} of {plan.ranks}"
     with tqdm(total=None, desc=doing, bar_format="{desc}: {elapsed}", disable=None, leave=False) as bar:
-        try:
-            report = compile_plan(recipe, Mesh(plan.pp, plan.dp, plan.cp, plan.mp), args.rank,
-                                  plan.model["seq_length"] + 1, args.keep, args.timeout, lambda _: bar.refresh())
-        except SimulationError as err:
-            raise ConfigError(str(err)) from err
+        report = compile_plan(recipe, Mesh(plan.pp, plan.dp, plan.cp, plan.mp), args.rank,
+                              plan.model["seq_length"] + 1, args.keep, args.timeout, lambda _: bar.refresh())
     if not report["ok"]:
         for line in report["details"] or report["error"].splitlines()[:12]:
             print(line)
@@ -138,7 +130,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
         found = read_command(args.command)
         if found is None:
             return 0
-        args.config, overrides = found[0], found[1] + overrides
+        args.config, overrides = found[0], {**found[1], **overrides}
     if not args.config:
         raise ConfigError("--config is missing; name the recipe to plan, e.g. "
                           "research/telechat/finetune_telechat2_115b.yaml")
@@ -169,17 +161,5 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Command line; a fault of the user's making is one line on stderr and exit code 1."""
-    args, rest = build_parser().parse_known_args(argv)
-    try:
-        return run(args, rest)
-    except ConfigError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:                      # the reader of the table has seen enough
-        sys.stdout = None
-        return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """Run the command; returns the exit code (common/command.py)."""
+    return run_command(lambda: run(*build_parser().parse_known_args(argv)))

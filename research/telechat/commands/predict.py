@@ -16,14 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
-ROOT = Path(__file__).resolve().parents[3]
-if __package__ in (None, ""):
-    sys.path[0] = str(ROOT)              # not this folder, whose modules have one name only: research.telechat.x
-
 from research.telechat.chat import interrupt
+from research.telechat.common.command import run_command
+from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import prepare_log
 from research.telechat.common.versions import fitting_versions
-from research.telechat.recipe.read import str2bool
+from research.telechat.recipe.options import or_none, overrides_of, parse_further, str2bool
 
 
 class Question(NamedTuple):
@@ -44,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input_file", default="", help='JSON lines, {"input": question}')
     add("--yaml_file", default="", help="predict recipe, e.g. research/telechat/predict_telechat_12b.yaml")
     add("--vocab_file_path", default="", help="tokenizer.model or tokenizer.json; default: that of the recipe")
-    add("--checkpoint_path", default="", help="checkpoint; default: that of the recipe")
+    add("--checkpoint_path", dest="load_checkpoint", type=or_none(str), help="checkpoint; default: that of the recipe")
     add("--use_parallel", type=str2bool, help="run as one of several processes (msrun)")
     add("--auto_trans_ckpt", type=str2bool, help="cut a complete checkpoint for the parallel plan")
     add("--use_past", type=str2bool, help="keep keys and values of earlier tokens (KV cache)")
@@ -162,17 +161,14 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
         raise ConfigError("--yaml_file is missing; give a predict recipe, e.g. "
                           "research/telechat/predict_telechat_12b.yaml")
     tools = read_tools(args.tools_file)
-    arguments = ["--config", args.yaml_file, "--register_path", str(ROOT / "research/telechat")]
-    for option, value in (("--load_checkpoint", args.checkpoint_path or None), ("--use_parallel", args.use_parallel),
-                          ("--auto_trans_ckpt", args.auto_trans_ckpt), ("--output_dir", args.output_dir),
-                          ("--model.model_config.use_past", args.use_past)):
-        if value is not None:
-            arguments += [option, str(value)]
+    overrides = {**overrides_of(args, ["load_checkpoint", "use_parallel", "auto_trans_ckpt", "output_dir", "use_past"]),
+                 **parse_further(rest)}
+    prepare_log(overrides.get("output_dir"))
     with fitting_versions():
         from research.telechat.chat.api import make_session, read_generation_config
-        from research.telechat.run.load import load_model, local_rank, prepare_prediction, quieten
+        from research.telechat.run.load import load_model, prepare_prediction, quieten
         from research.telechat.text.renderer import Renderer, detect_template
-    config, tokenizer = prepare_prediction([*arguments, *rest], args.vocab_file_path)
+    config, tokenizer = prepare_prediction(args.yaml_file, overrides, args.vocab_file_path)
     renderer = Renderer(detect_template(tokenizer.vocab), tokenizer.vocab, start_token=args.start_token,
                         user_token=args.user_token, bot_token=args.bot_token, end_token=args.end_token)
     changes = {key: getattr(args, key) for key in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p",
@@ -190,7 +186,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
                  args.system, args.seed).run(ask)
         return 0
     output = Path(args.output_file or Path(config.output_dir) / "telechat_predict.jsonl")
-    first = local_rank() == 0
+    first = rank() == 0
     failed = answer_file(session, questions, args, tools, output, first)
     if first:
         print(f"{len(questions) - failed} of {len(questions)} questions answered; written to {output}", flush=True)
@@ -218,23 +214,13 @@ def read_tools(path: Optional[str]) -> Optional[List[Dict[str, Any]]]:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run; returns the exit code. A fault of the user's making is one line on stderr and exit code 1."""
-    args, rest = build_parser().parse_known_args(argv)
-    for stream in (sys.stdout, sys.stdin):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    os.environ.setdefault("GLOG_v", "3")                     # of MindSpore's messages, errors only
-    os.environ.setdefault("LOG_MF_PATH", os.path.join(os.path.abspath(args.output_dir or "./output"), "log"))
-    try:
+    """Run; returns the exit code (common/command.py)."""
+    def body() -> int:
+        args, rest = build_parser().parse_known_args(argv)
+        for stream in (sys.stdout, sys.stdin):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(encoding="utf-8", errors="replace")
+        os.environ.setdefault("GLOG_v", "3")                 # of MindSpore's messages, errors only
         with interrupt.held():
             return run(args, rest)
-    except ConfigError as err:
-        print(f"error: {err}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_command(body)

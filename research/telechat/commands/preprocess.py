@@ -7,22 +7,18 @@ See docs/data.md for formats, options and what comes out. It needs no NPU, and M
 """
 import argparse
 import json
-import os
-import signal
 import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Iterator, List, Optional, Sequence
 
-_STARTED = time.perf_counter()
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[3])
-
 import numpy as np
 from tqdm import tqdm
 
-from research.telechat.common.errors import ConfigError, WorkerError
+from research.telechat.common.command import run_command
+from research.telechat.common.environment import cores
+from research.telechat.common.errors import ConfigError
 from research.telechat.data.encoding import Encoded, Encoder, source_formats
 from research.telechat.data.packing import LONG_MODES, FirstFitPacker, ShuffleBuffer, pack_all, to_record
 from research.telechat.data.records import FORMATS
@@ -69,7 +65,7 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--file_megabytes", type=int, default=2048, help="begin another file at that many megabytes of tokens")
     add("--num_workers", type=int, default=None, help="processes that tokenise; default: one per core")
     args = parser.parse_args(argv)
-    args.num_workers = _cores() if args.num_workers is None else args.num_workers
+    args.num_workers = cores() if args.num_workers is None else args.num_workers
     for name, least in (("max_length", _SHORTEST), ("num_workers", 0), ("max_errors", -1), ("shuffle_buffer", 0),
                         ("pack_window", 1), ("file_megabytes", 1), ("max_documents", 2)):
         if getattr(args, name) < least:
@@ -89,12 +85,9 @@ def make_renderer(args: argparse.Namespace) -> Renderer:
                     pad_token=args.pad_token, system_policy=args.system_prompt)
 
 
-def preprocess(args: argparse.Namespace, started: Optional[float] = None) -> dict:
-    """Make the data set; returns the report. Raises ConfigError and WorkerError, and then leaves nothing behind.
-
-    `started`: from when the time counts, in seconds of time.perf_counter; default: now.
-    """
-    started = time.perf_counter() if started is None else started
+def preprocess(args: argparse.Namespace) -> dict:
+    """Make the data set; returns the report. Raises ConfigError and WorkerError, and then leaves nothing behind."""
+    started = time.perf_counter()
     sources = find_sources(args.input_dataset_file)
     renderer = make_renderer(args)
     formats = source_formats(sources, None if args.format == "auto" else args.format)
@@ -162,32 +155,16 @@ def _meta(args: argparse.Namespace, renderer: Renderer, side: str, summary: dict
     }
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command; returns the exit code."""
-    try:
-        summary = preprocess(parse_arguments(argv), None if argv else _STARTED)
-    except (ConfigError, WorkerError) as err:
-        print(f"telechat_preprocess: error: {err}", file=sys.stderr)
-        return 1
-    except OSError as err:
-        print(f"telechat_preprocess: error: {err.filename or 'writing'}: {err.strerror or err}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("telechat_preprocess: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    """Run the command; returns the exit code (common/command.py)."""
+    return run_command(partial(_run, argv), "nothing was written", "use fewer processes (--num_workers)")
+
+
+def _run(argv: Optional[Sequence[str]]) -> None:
+    summary = preprocess(parse_arguments(argv))
     unnamed = sum(summary["conversations"]["unusable_records"].values()) - len(summary["unusable_first"])
     if unnamed:
         print(f"... and {unnamed} more records that cannot be used", file=sys.stderr)
     print(format_report(summary))
     print(f"data set   {', '.join(summary['files'])}")
     print(f"details    {Path(summary['files'][0]).parent}: meta.json, report.json, lengths.png")
-    return 0
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)        # as Ctrl-C: clean up
-    sys.exit(main())

@@ -14,13 +14,9 @@ copied into such first, the result is .ckpt); the result is then checked, every 
 import argparse
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Dict, List, Optional, Set
-
-ROOT = Path(__file__).resolve().parents[3]
-sys.path[0] = str(ROOT)
 
 import numpy as np
 
@@ -44,7 +40,8 @@ from research.telechat.checkpoint.strategy import (
     region,
     strategy_files,
 )
-from research.telechat.common.errors import CheckpointError, ConfigError
+from research.telechat.common.command import run_command
+from research.telechat.common.errors import CheckpointError
 from research.telechat.plan.plan import read_plan
 from research.telechat.recipe.read import read_recipe, resolve_config
 from research.telechat.spec.parameters import summarise
@@ -224,15 +221,5 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Command line; a fault of the user's making is one line on stderr and exit code 1."""
-    args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except (CheckpointError, ConfigError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """Run the command; returns the exit code (common/command.py)."""
+    return run_command(lambda: run(build_parser().parse_args(argv)), "nothing was written")

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple, Union
 
@@ -24,6 +25,27 @@ def write_text(path: Union[str, Path], text: str) -> None:
     """A text file in UTF-8, whole or not at all."""
     with whole(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def check_output_folder(path: Union[str, Path], named: str) -> None:
+    """Make the folder `path` and try to write there. Raises ConfigError; `named` is what the user calls it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as err:
+        raise ConfigError(f"{named} {path} cannot be written: {err.strerror or err}; name another folder, or change "
+                          "its permissions") from err
+
+
+def prepare_log(output_dir: Any) -> None:
+    """Let MindFormers, which is to be imported next, write its log into `output_dir` (default: ./output).
+
+    Raises ConfigError: the folder cannot be written.
+    """
+    folder = os.path.abspath(str(output_dir or "./output"))
+    check_output_folder(folder, "--output_dir:")
+    os.environ.setdefault("LOG_MF_PATH", os.path.join(folder, "log"))
 
 
 def read_json_object(path: Union[str, Path], what: str) -> Dict[str, Any]:

@@ -4,6 +4,7 @@ The import of a version that does not fit ends in the middle of a long traceback
 within milliseconds. How the versions differ in code is in bridge/compat.py.
 """
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
+from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError, OldVersionError
 
 # mindformers -> the mindspore versions it is tested with by scripts/test_matrix.sh, first the one its own docs name
@@ -23,6 +25,8 @@ TESTED: Dict[str, Tuple[str, ...]] = {
 }
 OLDEST_PYTHON = (3, 9)
 ANYWAY = "TELECHAT_ANY_VERSION"            # environment variable: go on where the check would stop
+_PACKAGES = ("mindspore", "mindformers")
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
 def release(version: str) -> Tuple[int, ...]:
@@ -103,24 +107,65 @@ def check_versions() -> None:
         if os.environ.get(ANYWAY) != "1":
             raise
         warnings = [str(err)]
-    if os.environ.get("RANK_ID", "0") == "0":
+    if rank() == 0:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def fitting_versions() -> Iterator[None]:
-    """Put around the imports of MindFormers and what stands on it: `check_versions`, and one line where they fail.
+    """Put around the imports of MindFormers and what is built on it: `check_versions`, and one line where they fail.
 
-    Raises ConfigError, with what to install.
+    Raises ConfigError: the versions are at fault (`versions_at_fault`; it says what to install), the log folder cannot
+    be written, or a module is missing. Other errors pass.
     """
     check_versions()
     try:
         yield
-    except (ImportError, AttributeError, OSError) as err:      # OSError: a shared library that is missing
-        if str(getattr(err, "name", None)).startswith("research"):
+    except (ImportError, AttributeError, OSError) as err:
+        if versions_at_fault(err):
+            formers, spores = installed_version("mindformers"), installed_version("mindspore")
+            raise ConfigError(f"mindformers {formers} with mindspore {spores} in {sys.executable} cannot be imported "
+                              f"({type(err).__name__}: {' '.join(str(err).split())}); "
+                              f"{install_line(formers, spores)}") from err
+        if isinstance(err, OSError) and err.errno in _UNWRITABLE and err.filename:
+            raise ConfigError(f"{err.filename} cannot be written: {err.strerror}; MindFormers writes its log there: "
+                              "name another folder with --output_dir or LOG_MF_PATH, or change its permissions"
+                              ) from err
+        name = str(getattr(err, "name", None))
+        if isinstance(err, ImportError) and name.startswith("research"):
             raise ConfigError(f"this plugin is incomplete ({err}); copy all of its files again") from err
-        formers, spores = installed_version("mindformers"), installed_version("mindspore")
-        raise ConfigError(f"mindformers {formers} with mindspore {spores} in {sys.executable} cannot be imported "
-                          f"({type(err).__name__}: {' '.join(str(err).split())}); "
-                          f"{install_line(formers, spores)}") from err
+        if isinstance(err, ModuleNotFoundError):
+            raise ConfigError(f"the Python package {name.split('.')[0]} is missing in {sys.executable} ({err}); "
+                              "install it there") from err
+        raise
+
+
+def versions_at_fault(err: BaseException) -> bool:
+    """Whether `err`, raised while something was imported, says that mindspore or mindformers does not fit.
+
+    It does if a name of theirs is missing, or if one of their modules fails while it is loaded, for want of a module,
+    a name or a shared library. A file or folder that cannot be used is no matter of versions.
+    """
+    if isinstance(err, ImportError):
+        return _theirs(err.name) or _while_loading(err)
+    if isinstance(err, AttributeError):
+        missing = re.match(r"(?:partially initialized )?module '([\w.]+)' has no attribute", str(err))
+        return _theirs(missing and missing[1]) or _while_loading(err)
+    # ctypes: a shared library that is missing or does not fit has no number
+    return isinstance(err, OSError) and err.errno is None and _while_loading(err)
+
+
+def _theirs(module: Optional[str]) -> bool:
+    return str(module).split(".")[0] in _PACKAGES
+
+
+def _while_loading(err: BaseException) -> bool:
+    """Whether one of their modules was being executed when `err` was raised."""
+    trace = err.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_code.co_name == "<module>" and _theirs(frame.f_globals.get("__name__")):
+            return True
+        trace = trace.tb_next
+    return False

@@ -4,10 +4,10 @@ What meta.json says of a data set is checked in data/meta.py, without reading it
 """
 import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
+from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import write_text
 from research.telechat.data.meta import (
@@ -64,7 +64,7 @@ def check_records(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq
         raise ConfigError(f"data set {dataset} holds no .mindrecord file; make one with telechat_preprocess.py")
     for file in files:
         check_length(file, _first_length(file), seq_length)
-    if os.environ.get("RANK_ID", "0") != "0":
+    if rank() != 0:
         return "Rank 0 reads its records"
     key = json.dumps([[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
     known = _remembered(remember)

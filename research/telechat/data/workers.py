@@ -83,7 +83,8 @@ def _guard(call: Callable[..., Any], process: Any, *args: Any) -> Any:
 
 def _work(make: Callable[[], Callable[[Any], Any]], connection: Any, others: List[Any]) -> None:
     """The worker: one thread receives, one computes, one sends, so that the pipe never blocks the main process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)             # the main process decides what an interruption means
+    for number in (signal.SIGINT, signal.SIGHUP):            # the main process decides what an interruption means
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in others:                                     # inherited; would hide the main process's end from us
         other.close()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from research.telechat.common.files import whole, write_json
+from research.telechat.common.table import table
 
 ACCURACIES = ("acc", "acc_norm", "exact_match")          # what the chart shows; the rest is in table and report
 PACKAGES = ("mindspore", "mindformers", "lm_eval", "datasets", "numpy", "sentencepiece", "tokenizers")
@@ -49,21 +50,14 @@ def leaves(name: str, results: Dict[str, Any]) -> List[str]:
     return [leaf for child in children for leaf in leaves(child, results)] if children else [name]
 
 
-def table(rows: Sequence[Row]) -> str:
+def result_table(rows: Sequence[Row]) -> str:
     """Rows as text in columns."""
-    cells = [("task", "metric", "shots", "questions", "value", "+-")]
+    cells: List[List[Any]] = [["task", "metric", "shots", "questions", "value", "+-"]]
     for row in rows:
         metric = row.metric + (f" ({row.filter})" if row.filter else "")
-        cells.append((row.task, metric, _text(row.shots), _text(row.documents), f"{row.value:.4f}",
-                      "" if row.error is None or math.isnan(row.error) else f"{row.error:.4f}"))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)
-                       for column, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in cells]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def _text(value: Optional[int]) -> str:
-    return "" if value is None else str(value)
+        error = None if row.error is None or math.isnan(row.error) else row.error
+        cells.append([row.task, metric, row.shots, row.documents, float(row.value), error])
+    return table(cells, 4)
 
 
 def versions() -> Dict[str, str]:

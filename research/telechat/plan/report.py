@@ -2,6 +2,7 @@
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+from research.telechat.common.table import table
 from research.telechat.plan.cost import (
     CHIP,
     Cost,
@@ -20,16 +21,6 @@ _PARTS = (("parameters", "parameters"), ("optimizer", "optimizer"), ("gradients"
           ("kv_cache", "KV cache"), ("gathered", "gathered*"), ("gradients_passing", "passing*"),
           ("activations", "activations*"), ("loss", "loss*"))
 _LINKS = {"machine": "within a machine", "network": "between machines"}
-
-
-def table(rows: Sequence[Sequence[Any]]) -> str:
-    """Rows of cells as aligned columns, the first row being the head; numbers to the right."""
-    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    left = [isinstance(cell, str) for cell in (rows[1] if len(rows) > 1 else rows[0])]
-    lines = ["  ".join(cell.ljust(width) if is_left else cell.rjust(width)
-                       for cell, width, is_left in zip(row, widths, left)).rstrip() for row in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
 def stages(plan: Plan) -> List[Memory]:

@@ -2,24 +2,14 @@
 
 What the keys mean is recipe/settings.py's and MindFormers' matter; what is done with a recipe, run/job.py's.
 """
-import argparse
 import difflib
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import yaml
 
+from research.telechat.common.environment import PLUGIN, ROOT
 from research.telechat.common.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parents[3]
-
-
-def str2bool(text: str) -> bool:
-    """'True' and 'False' as users write them."""
-    value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
-    if value is None:
-        raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
-    return value
 
 
 def parse_value(text: str) -> Any:
@@ -42,7 +32,7 @@ def resolve_config(name: str) -> Path:
         path = folder / name
         if path.is_file():
             return path.resolve()
-    recipes = [path.name for path in sorted((ROOT / "research/telechat").glob("*.yaml"))]
+    recipes = [path.name for path in sorted(PLUGIN.glob("*.yaml"))]
     near = difflib.get_close_matches(Path(name).name, recipes, n=1)
     places = ", ".join(dict.fromkeys(map(str, (Path.cwd(), ROOT, ROOT / "research"))))
     raise ConfigError(f"--config: {name} does not exist (looked in {places}); "
@@ -83,14 +73,19 @@ def read_recipe(path: Path, above: tuple = ()) -> dict:
     return merge(merged, recipe)
 
 
-def parse_overrides(options: List[str], rest: List[str]) -> List[tuple]:
-    """(dotted key, value) pairs from `--options a.b=c` and from `--a.b c` or `--a.b=c`."""
-    pairs = []
+def parse_overrides(options: List[str], rest: List[str]) -> Dict[str, Any]:
+    """{dotted key: value} from `--options a.b=c` and from `--a.b c` or `--a.b=c`; the last of equal keys counts."""
+    overrides: Dict[str, Any] = {}
+
+    def put(key: str, text: str) -> None:
+        overrides.pop(key, None)                          # the order is that of the last mention
+        overrides[key] = parse_value(text)
+
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
             raise ConfigError(f"--options: expected KEY=VALUE, found {option!r}")
-        pairs.append((key, parse_value(value)))
+        put(key, value)
     words = list(rest)
     while words:
         word = words.pop(0)
@@ -101,8 +96,8 @@ def parse_overrides(options: List[str], rest: List[str]) -> List[tuple]:
             if not words:
                 raise ConfigError(f"option --{key} needs a value")
             value = words.pop(0)
-        pairs.append((key, parse_value(value)))
-    return pairs
+        put(key, value)
+    return overrides
 
 
 def set_key(config: Dict[str, Any], dotted: str, value: Any) -> None:

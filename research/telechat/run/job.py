@@ -1,11 +1,11 @@
-"""From a recipe and a command line to a running Trainer: what run_mindformer.py does once its arguments are read.
+"""From a recipe and its overrides to a running Trainer: what run_mindformer.py does once its arguments are read.
 
 Sets the recipe's keys, adapts it to the device, checks what can be checked before anything is built, and starts
 MindFormers' Trainer. It computes nothing itself.
 """
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from mindformers.core.context import build_context
 from mindformers.tools.logger import logger
@@ -15,6 +15,7 @@ from mindformers.trainer import Trainer
 
 from research.telechat import telechat, telechat_tokenizer, telechat_tokenizer_fast
 from research.telechat.bridge.compat import apply_template, prepare_cpu, set_output_path
+from research.telechat.common.environment import cores, workers
 from research.telechat.common.errors import ConfigError
 from research.telechat.recipe.legacy import translate
 from research.telechat.recipe.read import set_key
@@ -38,30 +39,10 @@ _REGISTERED = {cls.__name__ for cls in (telechat.TelechatForCausalLM, telechat.T
                                         telechat_tokenizer_fast.TelechatTokenizerFast,
                                         step.TelechatTrainOneStepCell)}
 
-# command line option -> key of the recipe
-_OPTION_KEYS = {
-    "run_mode": "run_mode", "load_checkpoint": "load_checkpoint", "output_dir": "output_dir", "seed": "seed",
-    "src_strategy_path_or_dir": "src_strategy_path_or_dir", "auto_trans_ckpt": "auto_trans_ckpt",
-    "transform_process_num": "transform_process_num", "only_save_strategy": "only_save_strategy",
-    "strategy_load_checkpoint": "parallel.strategy_ckpt_load_file", "resume_training": "resume_training",
-    "use_parallel": "use_parallel", "mode": "context.mode", "device_id": "context.device_id",
-    "device_target": "context.device_target", "do_eval": "do_eval", "profile": "profile",
-    "remote_save_url": "remote_save_url", "epochs": "runner_config.epochs", "batch_size": "runner_config.batch_size",
-    "gradient_accumulation_steps": "runner_config.gradient_accumulation_steps",
-    "sink_mode": "runner_config.sink_mode", "train_dataset": "train_dataset.data_loader.dataset_dir",
-    "eval_dataset": "eval_dataset.data_loader.dataset_dir", "num_samples": "train_dataset.data_loader.num_samples",
-    "predict_batch_size": "predict_batch_size", "adapter_id": "adapter_id",
-}
-
-
-def complete_recipe(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> MindFormerConfig:
-    """The recipe with the command line applied."""
+def complete_recipe(recipe: Dict[str, Any], overrides: Dict[str, Any]) -> MindFormerConfig:
+    """The recipe with `overrides`, {dotted key: value}, applied. Raises ConfigError."""
     config = MindFormerConfig(**recipe)
-    for option, key in _OPTION_KEYS.items():
-        value = getattr(args, option)
-        if value is not None:
-            set_key(config, key, value)
-    for key, value in overrides:
+    for key, value in overrides.items():
         set_key(config, key, value)
     if config.run_mode not in ("train", "finetune", "eval", "predict"):
         raise ConfigError(f"run_mode: expected train, finetune, eval or predict, found {config.run_mode!r}; "
@@ -97,11 +78,10 @@ def adapt_to_cpu(config: MindFormerConfig) -> None:
         if plan.get(key, 1) > 1:
             raise ConfigError(f"parallel_config.{key} is {plan[key]}: a CPU runs data parallelism only; set it to 1 "
                               "or run on Ascend")
-    workers = int(os.environ.get("MS_WORKER_NUM", "1"))
-    if config.use_parallel and workers == 1:
+    if config.use_parallel and workers() == 1:
         logger.info("use_parallel is set, but this is a single process: it runs alone.")
         config.use_parallel = False
-    plan["data_parallel"] = workers if config.use_parallel else 1
+    plan["data_parallel"] = workers() if config.use_parallel else 1
     parallel = config.setdefault("parallel", MindFormerConfig())
     parallel.update(parallel_mode=0, full_batch=False, gradients_mean=True, enable_parallel_optimizer=False)
     config.context.pop("jit_config", None)
@@ -117,13 +97,13 @@ def adapt_to_cpu(config: MindFormerConfig) -> None:
 
 def limit_readers(config: MindFormerConfig) -> None:
     """No more threads that read data than there are cores: MindSpore refuses more."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = cores()
     for name in ("train_dataset", "eval_dataset"):
         section = config.get(name) or {}
-        if int(section.get("num_parallel_workers") or 1) > cores:
+        if int(section.get("num_parallel_workers") or 1) > most:
             logger.info("%s.num_parallel_workers is %s, and there are %d cores: %d are used.", name,
-                        section["num_parallel_workers"], cores, cores)
-            section["num_parallel_workers"] = cores
+                        section["num_parallel_workers"], most, most)
+            section["num_parallel_workers"] = most
 
 
 def detect_checkpoint_format(config: MindFormerConfig) -> None:
@@ -140,9 +120,9 @@ def detect_checkpoint_format(config: MindFormerConfig) -> None:
                 break
 
 
-def prepare_recipe(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> MindFormerConfig:
-    """The recipe with the command line applied, today's keys, and the settings of the device. Raises ConfigError."""
-    config = complete_recipe(args, recipe, overrides)
+def prepare_recipe(recipe: Dict[str, Any], overrides: Dict[str, Any]) -> MindFormerConfig:
+    """The recipe with `overrides` applied, today's keys, and the settings of the device. Raises ConfigError."""
+    config = complete_recipe(recipe, overrides)
     translate_old_keys(config)
     forget_auto_register(config)
     adapt_to_cpu(config)
@@ -150,11 +130,11 @@ def prepare_recipe(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str,
     return config
 
 
-def read_prompts(args: Any, config: MindFormerConfig) -> Tuple[Any, List[str]]:
+def read_prompts(config: MindFormerConfig, predict_data: Optional[List[str]], raw: bool) -> Tuple[Any, List[str]]:
     """(tokenizer, prompts) of a prediction, checked against the model. Raises ConfigError."""
     model = model_config(config)
     tokenizer = load_tokenizer(config, model.vocab_size)
-    prompts = to_prompts(read_texts(args.predict_data or config.get("input_data")), tokenizer, args.raw)
+    prompts = to_prompts(read_texts(predict_data or config.get("input_data")), tokenizer, raw)
     check_length(prompts, tokenizer, model.seq_length)
     return tokenizer, prompts
 
@@ -174,13 +154,21 @@ def predict(config: MindFormerConfig, tokenizer: Any, prompts: List[str]) -> Non
         print_answers(prompts, results, visible(prompts, tokenizer))
 
 
-def run(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> None:
-    """Carry out `recipe` with the command line `args` and `overrides`.
+def run(recipe: Dict[str, Any], overrides: Dict[str, Any], register_path: Optional[str] = None,
+        predict_data: Optional[List[str]] = None, raw: bool = False) -> None:
+    """Carry out `recipe`.
+
+    Args:
+        recipe: what read_recipe gives.
+        overrides: {dotted key: value}, set in it first.
+        register_path: folder of the plugin, for MindFormers.
+        predict_data: prompts, or files with one per line; default: `input_data` of the recipe.
+        raw: leave prompts as they are instead of writing them as the model's template demands.
 
     Raises:
         ConfigError: anything about recipe, checkpoint or data that can be told before the model is built.
     """
-    config = prepare_recipe(args, recipe, overrides)
+    config = prepare_recipe(recipe, overrides)
     limit_readers(config)
     training = config.run_mode in ("train", "finetune")
     if training:
@@ -194,10 +182,10 @@ def run(args: Any, recipe: Dict[str, Any], overrides: List[Tuple[str, Any]]) -> 
     if config.run_mode == "eval":
         check_dataset(config, "eval_dataset")
     if config.run_mode == "predict":
-        tokenizer, prompts = read_prompts(args, config)
+        tokenizer, prompts = read_prompts(config, predict_data, raw)
     os.environ["RUN_MODE"] = config.run_mode         # MindFormers reads it; one left over from elsewhere would win
-    if args.register_path:
-        os.environ["REGISTER_PATH"] = os.path.abspath(args.register_path)
+    if register_path:
+        os.environ["REGISTER_PATH"] = os.path.abspath(register_path)
     config = apply_template(config)
     set_output_path(config.output_dir)
     build_context(config)

@@ -1,10 +1,9 @@
-"""A model and its tokenizer from a predict recipe, ready to generate: for run_telechat_predict.py and the benchmark.
+"""A model and its tokenizer from a predict recipe, ready to generate: for the commands chat and evaluate.
 
 run_mindformer.py leaves this to MindFormers' Trainer; here the model itself is wanted. Nothing is generated.
 """
 import logging
-import os
-from typing import Any, List, Tuple
+from typing import Any, Dict, Tuple
 
 import mindspore as ms
 import numpy as np
@@ -16,29 +15,28 @@ from mindspore.nn.utils import no_init_parameters
 
 from research.telechat.bridge.compat import apply_template, prepare_cpu, set_output_path
 from research.telechat.common.errors import ConfigError
-from research.telechat.recipe.read import parse_overrides, read_recipe, resolve_config
+from research.telechat.recipe.read import read_recipe, resolve_config
 from research.telechat.run.job import prepare_recipe
 from research.telechat.run.preflight import check_checkpoint, model_config
 from research.telechat.run.prompts import load_tokenizer
 from research.telechat.telechat import TelechatForCausalLM
 from research.telechat.telechat_config import TelechatConfig
-from run_mindformer import build_parser
 
 
-def prepare_prediction(arguments: List[str], vocab_file: str = "") -> Tuple[Any, Any]:
-    """(recipe, tokenizer) from the arguments of run_mindformer.py; everything is checked before a model is built.
+def prepare_prediction(recipe_name: str, overrides: Dict[str, Any], vocab_file: str = "") -> Tuple[Any, Any]:
+    """(recipe, tokenizer) of a predict recipe; everything is checked before a model is built.
 
     Args:
-        arguments: as on the command line of run_mindformer.py, --config first of all.
+        recipe_name: a path, as --config takes it.
+        overrides: {dotted key: value} to set in the recipe.
         vocab_file: vocabulary; '' for that of the recipe.
 
     Raises:
         ConfigError: recipe, tokenizer or checkpoint missing, broken or not of one model.
     """
-    args, rest = build_parser().parse_known_args(arguments)
-    recipe = read_recipe(resolve_config(args.config))
+    recipe = read_recipe(resolve_config(recipe_name))
     recipe["run_mode"] = "predict"
-    config = prepare_recipe(args, recipe, parse_overrides(args.options, rest))
+    config = prepare_recipe(recipe, overrides)
     if not config.load_checkpoint:
         raise ConfigError("no checkpoint is named; give one with --checkpoint_path, or load_checkpoint in the recipe")
     check_checkpoint(config)
@@ -74,8 +72,3 @@ def quieten() -> None:
     for handler in get_logger().handlers:
         if not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.WARNING)
-
-
-def local_rank() -> int:
-    """Number of this process among those that msrun started; 0 without."""
-    return int(os.environ.get("RANK_ID", "0"))

@@ -3,7 +3,6 @@
 Called by run/job.py before anything is built; every fault is a ConfigError.
 """
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
@@ -13,6 +12,7 @@ from mindformers.tools.register import MindFormerConfig
 
 from research.telechat.checkpoint.lora import check_pet_config, target_params
 from research.telechat.checkpoint.resume import Choice, Name, choose, fault_of, parse, step_of
+from research.telechat.common.environment import rank, workers
 from research.telechat.common.errors import ConfigError
 from research.telechat.run.preflight import model_config, record_count, sequences_per_step, training_files
 from research.telechat.spec.flops import flops_per_token
@@ -22,7 +22,7 @@ _TRUE = (True, "True", "true")
 
 def worker_count(config: Any) -> int:
     """Processes of the job."""
-    return int(os.environ.get("MS_WORKER_NUM", "1")) if config.get("use_parallel") else 1
+    return workers() if config.get("use_parallel") else 1
 
 
 def prepare_training(config: Any) -> bool:
@@ -101,8 +101,8 @@ def _named(root: Path, wish: str, ranks: int) -> Choice:
     for file_name in names:
         parsed = parse(file_name)
         if parsed and (root / "rank_0" / parsed[0].file(0)).is_file():
-            for rank in range(ranks):
-                fault = fault_of(root / f"rank_{rank}" / parsed[0].file(rank))
+            for one in range(ranks):
+                fault = fault_of(root / f"rank_{one}" / parsed[0].file(one))
                 if fault:
                     raise ConfigError(f"resume_training: {fault}")
             return Choice(parsed[0], step_of(root / "rank_0" / parsed[0].file(0)), [])
@@ -133,7 +133,7 @@ def complete_monitor(callback: Any, config: Any, pet_config: Any, chosen: Option
             peft_type="LORA", r=pet_config.get("lora_rank", 8), lora_alpha=pet_config.get("lora_alpha", 16),
             target_modules=pet_config.target_modules, net_name=config.model.model_config.get("net_name"))
     if chosen is not None:
-        callback["continue_run"] = chosen.stem(int(os.environ.get("RANK_ID", "0")) if callback["ranks"] > 1 else 0)
+        callback["continue_run"] = chosen.stem(rank() if callback["ranks"] > 1 else 0)
 
 
 def run_info(config: Any, recipe: Dict[str, Any], first_step: int) -> Dict[str, Any]:

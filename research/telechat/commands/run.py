@@ -1,0 +1,32 @@
+"""Command: fine-tune, evaluate or predict from a recipe, with the options of MindFormers' own run_mindformer.py.
+
+    python run_mindformer.py --config research/telechat/finetune_telechat_7b.yaml --register_path research/telechat \
+        --train_dataset DIR --load_checkpoint FILE
+
+The command line is checked before MindSpore is imported, so that a mistake costs no time.
+"""
+from typing import Any, Dict, List, Optional, Sequence
+
+from research.telechat.common.command import run_command
+from research.telechat.common.files import prepare_log
+from research.telechat.common.versions import fitting_versions
+from research.telechat.recipe.options import all_overrides, build_parser
+from research.telechat.recipe.read import read_recipe, resolve_config
+
+
+def start(config: str, overrides: Dict[str, Any], register_path: Optional[str] = None,
+          predict_data: Optional[List[str]] = None, raw: bool = False) -> None:
+    """Read the recipe `config`, import MindFormers and run; arguments as of run/job.py's `run`. Raises ConfigError."""
+    recipe = read_recipe(resolve_config(config))
+    prepare_log(overrides.get("output_dir") or recipe.get("output_dir"))
+    with fitting_versions():
+        from research.telechat.run.job import run
+    run(recipe, overrides, register_path, predict_data, raw)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run; returns the exit code (common/command.py)."""
+    def body() -> None:
+        args, rest = build_parser().parse_known_args(argv)
+        start(args.config, all_overrides(args, rest), args.register_path, args.predict_data, args.raw)
+    return run_command(body)
