@@ -9,15 +9,15 @@ from mindspore.ops import operations as P
 from research.telechat.bridge.compat import LayerSetting, MindFormerModuleType, lazy_inline, plugin_class
 from research.telechat.generation.generate import TelechatGenerationMixin
 from research.telechat.model import kernels, sharding
-from research.telechat.model.kv_cache import GenerationStep, RotaryTables
+from research.telechat.model.kv_cache import GenerationStep
 from research.telechat.model.loss import CrossEntropyLoss
 from research.telechat.model.mask import AttentionMask, Documents
+from research.telechat.model.rotary import RotaryTables, RotaryTablesByLength
 from research.telechat.model.rows import RowsToTokens, TokensToRows
 from research.telechat.spec.rope import rule_is_constant
 from research.telechat.telechat_config import TelechatConfig
 from research.telechat.telechat_layer import RMSNorm, TelechatEmbedding, TelechatLinear
 from research.telechat.telechat_transformer import TelechatDecodeLayer
-from research.telechat.training import log, optimizer, saving  # noqa: F401 (recipes name them)
 
 __all__ = ["TelechatForCausalLM", "TelechatModel"]
 
@@ -49,10 +49,11 @@ class TelechatModel(TelechatPreTrainedModel):
         self.to_rows = TokensToRows(config)
         self.use_past = config.use_past
         self.by_length = not rule_is_constant(config.rope_rule, config.seq_length)
+        self.rotary = RotaryTables(config)
+        if self.use_past or self.by_length:
+            self.rotary_by_length = RotaryTablesByLength(config)
         if self.use_past:
-            self.step = GenerationStep(config)
-        elif self.by_length:
-            self.tables = RotaryTables(config)
+            self.step = GenerationStep(config, self.rotary_by_length)
         sharding.pipeline(self, config.parallel_config)
 
     def construct(self, tokens: Tensor, attention_mask: Optional[Tensor] = None,
@@ -69,7 +70,7 @@ class TelechatModel(TelechatPreTrainedModel):
             h = self.tok_embeddings(self.to_rows(tokens))
         elif self.by_length and lengths is not None:
             h, _, mask = self.prepare(tokens, attention_mask, actual_seq_len)
-            rope = self.tables.all_positions(tokens, lengths)
+            rope = self.rotary_by_length.all_positions(tokens, lengths)
         else:
             h, rope, mask = self.prepare(tokens, attention_mask, actual_seq_len)
         if cached is not None and mask is None:
@@ -82,13 +83,12 @@ class TelechatModel(TelechatPreTrainedModel):
                 ) -> Tuple[Tensor, Tuple[Tensor, Tensor], Optional[Tensor]]:
         """Embeddings, rows [B S, H]; rotary tables and the mask of all layers."""
         seq = tokens.shape[1]
-        rotary = self.layers[0].attention.rotary
         if self.document_boundaries and actual_seq_len is not None:
             documents, positions = self.documents(seq, actual_seq_len)             # [B, S] each
-            rope = rotary.tables_at(positions, seq)
+            rope = self.rotary.at(positions, seq)
             mask = self.mask(tokens, attention_mask, documents)
         else:
-            rope = rotary.tables(seq)
+            rope = self.rotary.all_positions(seq)
             mask = self.mask(tokens, attention_mask, None)
         return self.tok_embeddings(self.to_rows(tokens)), rope, mask
 

@@ -13,10 +13,10 @@ from mindformers.tools.logger import logger
 
 from research.telechat.bridge.compat import MindFormerModuleType, plugin_class
 from research.telechat.common.errors import ConfigError
-from research.telechat.recipe.fields import DTYPES, FIELDS, FRAMEWORK
-from research.telechat.recipe.settings import dtype_name, not_needed, resolve
+from research.telechat.recipe.fields import DTYPES, FIELDS, FRAMEWORK, ModelSettings
+from research.telechat.recipe.settings import dtype_name, not_needed, resolve, to_variant
 from research.telechat.spec.rope import RopeRule
-from research.telechat.spec.variants import Variant, get_variant, read_hf_config, variant_fields, variant_from_hf
+from research.telechat.spec.variants import Variant, read_hf_config, variant_fields, variant_from_hf
 
 _MSTYPES = {name: getattr(mstype, name) for name in DTYPES}
 
@@ -39,18 +39,81 @@ class TelechatConfig(PretrainedConfig):
         framework = {key: value for key, value in kwargs.items() if key in FRAMEWORK and key not in FIELDS}
         for line in not_needed(kwargs):
             logger.info(line)
-        values = {key: _MSTYPES[value] if FIELDS[key].kind == "dtype" and value else value
-                  for key, value in resolve(kwargs).items()}
+        settings = resolve(kwargs)
         parallel = framework.pop("parallel_config", default_transformer_config)
         if isinstance(parallel, dict):
             parallel = TransformerOpParallelConfig(**parallel)
-        tokens = {key: values.pop(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        super().__init__(parallel_config=parallel, **tokens, **framework)
-        for key, value in values.items():
-            setattr(self, key, value)
+        super().__init__(parallel_config=parallel, bos_token_id=settings.bos_token_id,
+                         eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id, **framework)
+        self._take(settings)
         if self.use_past and self.is_dynamic:      # a full mask has the prompt's length, which the graph does not know
             self.use_attn_mask_compression = True
         self._check_sizes()
+
+    def _take(self, settings: ModelSettings) -> None:
+        """Every setting as an attribute, dtypes as MindSpore's. MindFormers reads them all, and changes some."""
+        self.net_name = settings.net_name
+        self.batch_size = settings.batch_size
+        self.seq_length = settings.seq_length
+        self.num_layers = settings.num_layers
+        self.hidden_size = settings.hidden_size
+        self.intermediate_size = settings.intermediate_size
+        self.num_heads = settings.num_heads
+        self.n_kv_heads = settings.n_kv_heads
+        self.vocab_size = settings.vocab_size
+        self.tie_word_embeddings = settings.tie_word_embeddings
+        self.fused_projections = settings.fused_projections
+        self.out_proj_has_bias = settings.out_proj_has_bias
+        self.qkv_has_bias = settings.qkv_has_bias
+        self.rms_norm_eps = settings.rms_norm_eps
+        self.input_mult = settings.input_mult
+        self.logits_scale = settings.logits_scale
+        self.theta = settings.theta
+        self.extend_method = settings.extend_method
+        self.scaling_factor = settings.scaling_factor
+        self.training_seqlen = settings.training_seqlen
+        self.base_seqlen = settings.base_seqlen
+        self.rope_base_power = settings.rope_base_power
+        self.rope_mscale = settings.rope_mscale
+        self.rope_length = settings.rope_length
+        self.amp_level = settings.amp_level
+        self.compute_dtype = _MSTYPES[settings.compute_dtype]
+        self.param_init_type = _MSTYPES[settings.param_init_type]
+        self.embedding_init_type = _MSTYPES[settings.embedding_init_type]
+        self.layernorm_compute_type = _MSTYPES[settings.layernorm_compute_type]
+        self.softmax_compute_type = _MSTYPES[settings.softmax_compute_type]
+        self.rotary_dtype = _MSTYPES[settings.rotary_dtype]
+        self.res_dtype = _MSTYPES[settings.res_dtype]
+        self.embed_dropout_prob = settings.embed_dropout_prob
+        self.hidden_dropout_prob = settings.hidden_dropout_prob
+        self.attention_dropout_prob = settings.attention_dropout_prob
+        self.initializer_range = settings.initializer_range
+        self.bos_token_id = settings.bos_token_id
+        self.eos_token_id = settings.eos_token_id
+        self.pad_token_id = settings.pad_token_id
+        self.user_token_id = settings.user_token_id
+        self.bot_token_id = settings.bot_token_id
+        self.ignore_token_id = settings.ignore_token_id
+        self.mask_pad_tokens = settings.mask_pad_tokens
+        self.document_boundaries = settings.document_boundaries
+        self.use_flash_attention = settings.use_flash_attention
+        self.use_attn_mask_compression = settings.use_attn_mask_compression
+        self.use_ring_attention = settings.use_ring_attention
+        self.use_past = settings.use_past
+        self.is_dynamic = settings.is_dynamic
+        self.block_size = settings.block_size
+        self.num_blocks = settings.num_blocks
+        self.max_decode_length = settings.max_decode_length
+        self.max_new_tokens = settings.max_new_tokens
+        self.do_sample = settings.do_sample
+        self.temperature = settings.temperature
+        self.top_k = settings.top_k
+        self.top_p = settings.top_p
+        self.repetition_penalty = settings.repetition_penalty
+        self.share_layer_graphs = settings.share_layer_graphs
+        self.train_layer_by_layer = settings.train_layer_by_layer
+        self.offset = settings.offset
+        self.pp_interleave_num = settings.pp_interleave_num
 
     def _check_sizes(self) -> None:
         """Raise ConfigError where sizes contradict each other or the parallel plan."""
@@ -98,10 +161,7 @@ class TelechatConfig(PretrainedConfig):
 
     def to_variant(self) -> Variant:
         """Sizes and capabilities as a Variant, which names and shapes of parameters follow from."""
-        dense = "telechat_tied" if self.tie_word_embeddings else "telechat"
-        layout = "telechat_mup" if self.fused_projections else dense
-        fields = {key: getattr(self, key) for key in variant_fields(get_variant("telechat_12b")) if hasattr(self, key)}
-        return Variant(**{**fields, "hf_layout": layout})
+        return to_variant(self)
 
     @classmethod
     def from_hf_config(cls, path_or_dict: Union[str, Path, Dict[str, Any]], **overrides: Any) -> "TelechatConfig":

@@ -1,5 +1,5 @@
 """Attention and the decoder layer of TeleChat. How they are split over devices stands in model/sharding.py."""
-from typing import Any, Optional, Tuple
+from typing import Optional, Tuple
 
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
@@ -7,14 +7,16 @@ from mindspore.ops import operations as P
 from research.telechat.model import kernels, sharding
 from research.telechat.model.graph_sharing import SharedGraph
 from research.telechat.model.kv_cache import ComposedCache, PagedCache
+from research.telechat.model.rotary import RotaryEmbedding
 from research.telechat.model.rows import HeadsToRows, RowsToHeads
-from research.telechat.telechat_layer import RMSNorm, RotaryEmbedding, TelechatFeedForward, TelechatLinear
+from research.telechat.telechat_config import TelechatConfig
+from research.telechat.telechat_layer import RMSNorm, TelechatFeedForward, TelechatLinear
 
 
 class DotProductAttention(nn.Cell):
     """softmax(q k^T / sqrt(D) + mask) v from plain operators; query head h uses key/value head h // (N / N_kv)."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.n_kv_heads, config.head_dim
         self.scale = self.head_dim ** -0.5
@@ -55,7 +57,7 @@ class TelechatAttention(nn.Cell):
     any degree that divides the heads cuts between heads.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         super().__init__()
         self.hidden_size, self.head_dim = config.hidden_size, config.head_dim
         self.heads, self.kv_heads = config.num_heads, config.n_kv_heads
@@ -89,7 +91,7 @@ class TelechatAttention(nn.Cell):
                   cached: Optional[Tuple] = None) -> Tensor:
         """x: rows [B S, H] -> [B S, H].
 
-        shape: (B, S); rope: cos and sin (telechat_layer.RotaryEmbedding); mask: as the kernel takes it; cached: what
+        shape: (B, S); rope: cos and sin (model/rotary.py); mask: as the kernel takes it; cached: what
         `model.kv_cache.GenerationStep` says of the cache, where there is one.
         """
         query, key, value = self.project(x, shape)
@@ -139,7 +141,7 @@ class TelechatAttention(nn.Cell):
 class TelechatDecodeLayer(SharedGraph, nn.Cell):
     """h = x + attention(norm(x)); h + feed_forward(norm(h)), the sums in the dtype of the residual stream."""
 
-    def __init__(self, config: Any, layer_id: int):
+    def __init__(self, config: TelechatConfig, layer_id: int):
         super().__init__()
         self.layer_id = layer_id
         self.shares_graph = config.share_layer_graphs

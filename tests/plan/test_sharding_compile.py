@@ -32,7 +32,7 @@ def compiled(recipe, rank=0, keep=None):
     """(plan, what the graphs of `rank` hold), compiled."""
     plan = read_plan(recipe)
     assert find_faults(plan) == []
-    report = compile_plan(recipe, Mesh(plan.pp, plan.dp, plan.cp, plan.mp), rank, plan.model["seq_length"] + 1, keep,
+    report = compile_plan(recipe, Mesh(plan.pp, plan.dp, plan.cp, plan.mp), rank, plan.model.seq_length + 1, keep,
                           timeout=900)
     assert report["ok"], report["error"] + "\n".join(report["details"])
     return plan, report["graphs"]
@@ -127,7 +127,7 @@ class TestCompiled:
         recipe["parallel_config"]["model_parallel"] = 3
         plan = read_plan(recipe)
         assert find_faults(plan)
-        report = compile_plan(recipe, Mesh(1, 3, 1, 3), 0, plan.model["seq_length"] + 1, timeout=900)
+        report = compile_plan(recipe, Mesh(1, 3, 1, 3), 0, plan.model.seq_length + 1, timeout=900)
         assert not report["ok"] and "must be a multiple of parallel_config.model_parallel (3)" in report["error"]
 
 

@@ -343,7 +343,7 @@ def test_old_recipes_compile_for_ascend(name):
     assert plan.ranks == 8 and find_faults(plan) == []
     if name == "predict":                              # its compilation builds the model only
         recipe = planned
-    report = compile_plan(recipe, Mesh(plan.pp, plan.dp, plan.cp, plan.mp), 7, plan.model["seq_length"] + 1,
+    report = compile_plan(recipe, Mesh(plan.pp, plan.dp, plan.cp, plan.mp), 7, plan.model.seq_length + 1,
                           timeout=600)
     assert report["ok"], report["error"] + "\n".join(report["details"])
 

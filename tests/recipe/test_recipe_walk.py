@@ -38,9 +38,9 @@ def shrunk(recipe):
     """The recipe with small sizes. Groups of query heads, and whether the vocabulary can be cut, stay as they are."""
     small, plan = copy.deepcopy(recipe), read_plan(recipe)
     kv_heads = max(2, plan.mp * plan.ulysses)
-    heads = kv_heads * (plan.model["num_heads"] // plan.model["n_kv_heads"])
+    heads = kv_heads * (plan.model.num_heads // plan.model.n_kv_heads)
     values = (max(2, plan.pp), 32 * heads, 96 * heads, heads, kv_heads,
-              4096 + (plan.model["vocab_size"] % plan.mp > 0), 256 * plan.cp)
+              4096 + (plan.model.vocab_size % plan.mp > 0), 256 * plan.cp)
     small["model"]["model_config"].update(zip(SIZES, values))
     if plan.pp > 1:
         small["parallel_config"]["micro_batch_num"] = plan.pp
@@ -95,7 +95,7 @@ def compile_small(path, folder):
     if NO_PLUGIN:
         return plan, None
     mesh = Mesh(plan.pp, plan.dp, plan.cp, plan.mp)
-    return plan, compile_plan(recipe, mesh, plan.ranks - 1, plan.model["seq_length"] + 1, timeout=600)
+    return plan, compile_plan(recipe, mesh, plan.ranks - 1, plan.model.seq_length + 1, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def check_training(plan, rank, graph):
     assert ("AlltoAll" in found["by_operator"]) == (plan.ulysses > 1)
     if plan.sequence_parallel:
         assert found["by_operator"]["ReduceScatter"] > 0
-    if plan.model["use_ring_attention"]:
+    if plan.model.use_ring_attention:
         sends = [place for place in found["places"] if place["operator"] == "Send" and place["purpose"] == "attention"]
         assert {place["axes"] for place in sends} == {"cp"}
 
@@ -149,6 +149,6 @@ def check_prediction(plan, rank, graphs):
     for graph in graphs.values():
         assert graph["memory"]["parameters"]["bytes"] == memory.parameters
         assert graph["memory"]["kv_cache"]["bytes"] == memory.kv_cache
-    layers = plan.model["num_layers"]
+    layers = plan.model.num_layers
     assert graphs["prefill"]["operators"]["FlashAttentionScore"] == {"forward": layers}
     assert graphs["decode"]["operators"]["PagedAttention"] == {"forward": layers}

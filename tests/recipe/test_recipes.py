@@ -116,3 +116,38 @@ print("RESULT", json.dumps(found))
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert lines, done.stdout[-2000:] + done.stderr[-2000:]
     assert json.loads(lines[0].split(" ", 1)[1]) == [True, True, True]
+
+
+@pytest.mark.slow
+def test_everything_that_recipes_name_is_registered_with_the_model(tmp_path):
+    """MindFormers' own run_mindformer.py loads what `auto_register` names, nothing else of the plugin: the optimizer,
+    the training step and the callbacks of a recipe, named by `type` alone, must come with the model's class."""
+    def sections(value):
+        for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from sections(entry)
+        if isinstance(value, dict) and "type" in value:
+            yield value
+
+    found = [section for path in [*RECIPES, *sorted((ROOT / "configs/telechat").glob("*.yaml"))]
+             for section in sections(run_mindformer.read_recipe(path))]
+    alone = sorted({section["type"] for section in found if "auto_register" not in section})
+    assert {"TelechatTrainOneStepCell", "TelechatTrainingLog", "CheckpointMonitor"} <= set(alone)
+    script = """
+import json, sys
+import mindformers
+from mindformers.tools.register import MindFormerRegister
+known = lambda: {name: cls.__module__ for group in MindFormerRegister.registry.values() for name, cls in group.items()}
+before = known()
+MindFormerRegister.auto_register("telechat.TelechatForCausalLM", module_type="models")
+print("RESULT", json.dumps([before, known()]))
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "REGISTER_PATH": str(ROOT / "research/telechat"), "GLOG_v": "3",
+           "LOG_MF_PATH": str(tmp_path / "log"), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, text=True, capture_output=True,
+                          check=False, timeout=300)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines, done.stdout[-2000:] + done.stderr[-2000:]
+    before, after = json.loads(lines[0].split(" ", 1)[1])
+    assert set(alone) <= after.keys()
+    assert not before["CheckpointMonitor"].startswith("research"), "MindFormers' own, before the plugin replaces it"
+    assert after["CheckpointMonitor"] == "research.telechat.training.saving"

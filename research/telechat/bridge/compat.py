@@ -15,6 +15,8 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.common.versions import TESTED, install_line
 
 PACKAGE = "research.telechat"
+# Modules that register what recipes name by `type` alone: optimizer, training step, callbacks.
+NAMED_BY_RECIPES = ("training.log", "training.optimizer", "training.saving", "training.step")
 
 
 def first_import(*candidates: str) -> Any:
@@ -59,9 +61,15 @@ def plugin_class(module_type: str) -> Callable[[type], type]:
     MindFormers' `auto_register` copies the file named in a YAML to a folder of its own and executes the copy, while
     other modules import ``research.telechat.x``: without care there are two classes of one name, and `isinstance`
     fails between them. A class defined in such a copy is therefore replaced by the one of the real module.
+
+    MindFormers' own run_mindformer.py loads nothing of a recipe but what `auto_register` names: with the model come the
+    classes of `NAMED_BY_RECIPES`. (run/job.py imports them itself.)
     """
     def register(cls: type) -> type:
         if not cls.__module__.startswith(f"{PACKAGE}.") and cls.__module__ != "__main__":
+            if module_type == MindFormerModuleType.MODELS:
+                for name in NAMED_BY_RECIPES:
+                    importlib.import_module(f"{PACKAGE}.{name}")
             real_name = f"{PACKAGE}.{cls.__module__.rsplit('.', 1)[-1]}"
             return getattr(importlib.import_module(real_name), cls.__name__)
         MindFormerRegister.register_cls(cls, module_type)

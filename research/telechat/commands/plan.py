@@ -97,7 +97,7 @@ def compile_and_compare(plan: Plan, recipe: Dict[str, Any], args: argparse.Names
     doing = f"compiling rank {args.rank} of {plan.ranks}"
     with tqdm(total=None, desc=doing, bar_format="{desc}: {elapsed}", disable=None, leave=False) as bar:
         report = compile_plan(recipe, Mesh(plan.pp, plan.dp, plan.cp, plan.mp), args.rank,
-                              plan.model["seq_length"] + 1, args.keep, args.timeout, lambda _: bar.refresh())
+                              plan.model.seq_length + 1, args.keep, args.timeout, lambda _: bar.refresh())
     if not report["ok"]:
         for line in report["details"] or report["error"].splitlines()[:12]:
             print(line)

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from research.telechat.common.errors import ConfigError
 from research.telechat.evaluation.batches import Scored, count_texts, rolling_windows, score_batches
 from research.telechat.model import kernels
-from research.telechat.model.kv_cache import RotaryTables
 
 
 class _ScoreGraph(nn.Cell):
@@ -27,7 +26,7 @@ class _ScoreGraph(nn.Cell):
         # batch is cut expects tables for each text.
         config = model.config
         own = model.model.by_length or (config.use_past and config.parallel_config.data_parallel > 1)
-        self.tables = RotaryTables(config) if own else None
+        self.tables = model.model.rotary_by_length if own else None
         self.set_train(False)
 
     def construct(self, tokens: Tensor, lengths: Tensor, rows: Tensor, targets: Tensor) -> Tuple[Tensor, Tensor]:

@@ -19,8 +19,6 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.generation.batch import Batch, Blocks, read_prompts
 from research.telechat.generation.engine import DirectEngine, FrameworkEngine, Step, scaling_changes
 from research.telechat.generation.sampling import Sampling, adjust, choose
-from research.telechat.model import kernels
-from research.telechat.model.kv_cache import RotaryTables
 
 
 class TelechatGenerationMixin:
@@ -143,10 +141,8 @@ class TelechatGenerationMixin:
 
     def _engine(self) -> Any:
         if not hasattr(self, "_step_engine"):
-            direct = self.use_past and not kernels.use_paged_attention()
+            direct = self.use_past and not self.model.step.paged
             self._step_engine = DirectEngine(self) if direct else FrameworkEngine(self)
-            if not self.use_past and self.model.by_length:
-                self.model.tables = RotaryTables(self.config)
         return self._step_engine
 
     def _cache_is_stale(self, lengths: np.ndarray) -> bool:

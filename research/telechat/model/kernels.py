@@ -15,6 +15,7 @@ from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
 from research.telechat.bridge.compat import on_cpu
 from research.telechat.model import sharding
+from research.telechat.telechat_config import TelechatConfig
 
 NO_LIMIT = 2**31 - 1                     # of the attention kernel's window
 
@@ -27,7 +28,7 @@ def matmul_dtype(dtype: Any) -> Any:
     return dtype
 
 
-def use_flash_attention(config: Any) -> bool:
+def use_flash_attention(config: TelechatConfig) -> bool:
     """Whether attention runs in the flash attention kernel: asked for, and the device has it."""
     return bool(config.use_flash_attention) and not on_cpu()
 
@@ -68,7 +69,7 @@ class Softmax(nn.Cell):
     """softmax over the last axis of [B, N, S, T]. For training on the CPU over that of the matrix [B N S, T], whose
     sums, which the gradient needs, are several times faster there."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         super().__init__()
         self.flat = on_cpu() and not config.use_past
         self.softmax = P.Softmax(-1)
@@ -142,7 +143,7 @@ class RMSNormKernel(nn.Cell):
         self.mul.shard((strategy, (1,)))
 
 
-def per_sequence_mask(config: Any) -> bool:
+def per_sequence_mask(config: TelechatConfig) -> bool:
     """Whether every sequence has a mask of its own, for padding or packed documents."""
     return config.mask_pad_tokens or config.document_boundaries
 
@@ -154,7 +155,7 @@ class CausalFlashAttention(nn.Cell):
     sequences differ and else [S, S], or none with ring attention, which masks by itself.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         super().__init__()
         self.ring = config.use_ring_attention and config.parallel_config.context_parallel > 1
         self.mask_form = ("sequence" if per_sequence_mask(config) else
@@ -187,7 +188,7 @@ class CausalFlashAttention(nn.Cell):
 class FlatFlashAttention(nn.Cell):
     """Causal flash attention over prompts that stand back to back, for generation with is_dynamic."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         super().__init__()
         self.kernel = FlashAttention(head_num=config.num_heads, pre_tokens=NO_LIMIT, next_tokens=0,
                                      scale_value=config.head_dim ** -0.5, input_layout="TH", use_attention_mask=True)

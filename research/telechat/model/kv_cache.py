@@ -20,66 +20,19 @@ from mindspore.ops.auto_generate import PagedAttention, ReshapeAndCache
 
 from research.telechat.model import kernels
 from research.telechat.model.mask import forbidden_score
-from research.telechat.spec.rope import rule_is_constant, tables_by_length
-
-
-class RotaryTables(nn.Cell):
-    """cos and sin by position and by the number of tokens in the sequence, as constants of the graph."""
-
-    def __init__(self, config: Any):
-        super().__init__()
-        tables = tables_by_length(config.rope_rule, config.seq_length)
-        compute = kernels.matmul_dtype(config.compute_dtype)
-        self.dtype = compute if compute == config.rotary_dtype else mstype.float32
-        self.constant = rule_is_constant(config.rope_rule, config.seq_length)
-        self.limit, self.head_dim = config.seq_length, config.head_dim
-        self.rounding = config.rotary_dtype
-        table_dtype = self.dtype if self.constant else mstype.float32
-        self.cos, self.sin = Tensor(tables.cos, table_dtype), Tensor(tables.sin, table_dtype)
-        self.first_row = Tensor(tables.level * np.int32(self.limit))
-        self.mscale = Tensor(tables.mscale)
-        self.grows = bool((tables.mscale != 1).any())
-        self.gather = P.Gather()
-        self.expand = P.ExpandDims()       # not Reshape: the parallel compiler loses track of shapes of any size
-        self.reshape = P.Reshape()
-        self.cast = P.Cast()
-        self.add = P.Add()
-        self.sub = P.Sub()
-        self.mul = P.Mul()
-        self.minimum = P.Minimum()
-        self.cumsum = P.CumSum()
-        self.ones_like = P.OnesLike()
-
-    def construct(self, positions: Tensor, totals: Tensor) -> Tuple[Tensor, Tensor]:
-        """positions: [B, S]; totals: [B, S] or [B, 1], tokens in the sequence -> cos and sin, [B, 1, S, D]."""
-        rows = self.minimum(positions, self.limit - 1)                             # padding may reach further
-        if not self.constant:
-            totals = self.minimum(totals, self.limit)
-            rows = self.add(rows, self.gather(self.first_row, totals, 0))
-        cos = self.expand(self.gather(self.cos, rows, 0), 1)
-        sin = self.expand(self.gather(self.sin, rows, 0), 1)
-        if self.grows:
-            mscale = self.gather(self.mscale, totals, 0)                           # [B, S] or [B, 1]
-            mscale = self.expand(self.expand(mscale, 1), -1)
-            cos = self.cast(self.mul(cos, mscale), self.rounding)
-            sin = self.cast(self.mul(sin, mscale), self.rounding)
-        return self.cast(cos, self.dtype), self.cast(sin, self.dtype)
-
-    def all_positions(self, tokens: Tensor, lengths: Tensor) -> Tuple[Tensor, Tensor]:
-        """cos and sin of every position of tokens [B, S], in sequences of `lengths` [B] tokens."""
-        positions = self.sub(self.cumsum(self.ones_like(tokens), 1), 1)            # [B, S]
-        return self.construct(positions, self.reshape(lengths, (-1, 1)))
+from research.telechat.model.rotary import RotaryTablesByLength
+from research.telechat.telechat_config import TelechatConfig
 
 
 class GenerationStep(nn.Cell):
     """What all layers share in one step: rotary tables, mask, and where the cache is written and read."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig, tables: RotaryTablesByLength):
         super().__init__()
         self.is_first_iteration = True
         self.flat_prefill = config.is_dynamic
         self.paged = kernels.use_paged_attention()
-        self.tables = RotaryTables(config)
+        self.tables = tables
         self.block_size = config.block_size
         self.slots = (config.num_blocks + 1) * config.block_size                   # the last block takes slot -1
         self.spare = config.num_blocks * config.block_size
@@ -178,7 +131,7 @@ def _cache_parameter(shape: Tuple[int, ...], dtype: Any, name: str) -> Parameter
 class ComposedCache(nn.Cell):
     """Keys and values of one layer, written and read by plain operators. Rows of [N_kv * slots, D]: head by head."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         super().__init__()
         rows = config.n_kv_heads * (config.num_blocks + 1) * config.block_size
         dtype = kernels.matmul_dtype(config.compute_dtype)
@@ -203,7 +156,7 @@ class ComposedCache(nn.Cell):
 class PagedCache(nn.Cell):
     """Keys and values of one layer in the fused kernels' layout, [num_blocks, block_size, N_kv, D], 16 bit."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         super().__init__()
         shape = (config.num_blocks, config.block_size, config.n_kv_heads, config.head_dim)
         self.key_cache = _cache_parameter(shape, config.compute_dtype, "key_cache")
@@ -222,7 +175,7 @@ class PagedCache(nn.Cell):
         """query: [B, 1, N * D] to all `lengths` [B] cached tokens of its sequence -> as query."""
         return self.paged(query, self.key_cache, self.value_cache, block_tables, lengths)
 
-    def shard(self, config: Any) -> None:
+    def shard(self, config: TelechatConfig) -> None:
         """Heads over model parallelism."""
         plan = config.parallel_config
         x, cache = (plan.data_parallel, 1, plan.model_parallel), (1, 1, plan.model_parallel, 1)

@@ -1,12 +1,11 @@
 """Cross entropy over the labels that count. Only the loss; shifting of labels happens in the model."""
-from typing import Any
-
 import mindspore.common.dtype as mstype
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
 from mindspore.ops.functional import stop_gradient
 
 from research.telechat.model import kernels, sharding
+from research.telechat.telechat_config import TelechatConfig
 
 
 class CrossEntropyLoss(nn.Cell):
@@ -16,7 +15,7 @@ class CrossEntropyLoss(nn.Cell):
     forward pass. Where a gather will do, no one-hot of the vocabulary exists either.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         super().__init__()
         self.ignore = config.ignore_token_id
         self.vocab_size = config.vocab_size

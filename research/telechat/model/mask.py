@@ -9,6 +9,7 @@ from mindspore.ops.primitive import constexpr
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.model import kernels, sharding
+from research.telechat.telechat_config import TelechatConfig
 
 COMPRESSED = 2048                      # side of the causal triangle that the flash attention kernel repeats by itself
 
@@ -37,7 +38,7 @@ class AttentionMask(nn.Cell):
     2048 x 2048 triangle where the mask is only causal; None for ring attention, which masks by itself.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         super().__init__()
         self.flash = kernels.use_flash_attention(config)
         self.per_sequence = kernels.per_sequence_mask(config)
@@ -87,7 +88,7 @@ class AttentionMask(nn.Cell):
 class Documents(nn.Cell):
     """Which of the packed documents each token belongs to."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         super().__init__()
         self.reached = P.LessEqual()
         self.count = P.ReduceSum()

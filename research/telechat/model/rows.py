@@ -4,18 +4,17 @@ The rows stand in the order of the tokens, except with context parallelism and s
 stand device by device, on each its sequences, of each its part of the tokens. Thus the rows of one device are side by
 side, and no tensor moves between devices on the way from one form to another.
 """
-from typing import Any
-
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
 
 from research.telechat.model import sharding
+from research.telechat.telechat_config import TelechatConfig
 
 
 class _Rows(nn.Cell):
     """What the four ways have in common."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         super().__init__()
         self.dp, self.cp = config.parallel_config.data_parallel, config.parallel_config.context_parallel
         self.transpose = P.Transpose()
@@ -26,7 +25,7 @@ class _Rows(nn.Cell):
 class TokensToRows(_Rows):
     """Token ids or labels [B, S] -> [B S]."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         super().__init__(config)
         sharding.tokens_to_rows(self, sharding.Mesh(config))
 
@@ -41,7 +40,7 @@ class TokensToRows(_Rows):
 class RowsToTokens(_Rows):
     """Logits [B S, V] -> [B, S, V]."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         super().__init__(config)
         sharding.rows_to_tokens(self, sharding.Mesh(config))
 
@@ -57,7 +56,7 @@ class RowsToTokens(_Rows):
 class RowsToHeads(_Rows):
     """Projections [B S, N D] -> [B, N, S, D]."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         super().__init__(config)
         sharding.rows_to_heads(self, sharding.Mesh(config))
 
@@ -74,7 +73,7 @@ class RowsToHeads(_Rows):
 class HeadsToRows(_Rows):
     """The result of attention [B, N, S, D] -> [B S, N D]."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         super().__init__(config)
         sharding.heads_to_rows(self, sharding.Mesh(config))
 

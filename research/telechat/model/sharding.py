@@ -13,13 +13,16 @@ of its constructor. In modes other than semi_auto_parallel MindSpore ignores all
 """
 from typing import Any, Tuple
 
+from mindspore import nn
 from mindspore.parallel import Layout
+
+from research.telechat.telechat_config import TelechatConfig
 
 
 class Mesh:
     """Degrees of parallelism, and how many pieces the recurring axes are cut into."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: TelechatConfig):
         plan = config.parallel_config
         self.dp, self.cp, self.mp = plan.data_parallel, plan.context_parallel, plan.model_parallel
         self.ulysses = plan.get_ulysses_cp_num()          # part of cp that cuts heads instead of the sequence
@@ -40,17 +43,17 @@ class Mesh:
         return Layout((self.dp, self.cp, self.mp), ("dp", "cp", "mp"))
 
 
-def dropout(cell: Any, strategy: Tuple[int, ...]) -> None:
+def dropout(cell: nn.Cell, strategy: Tuple[int, ...]) -> None:
     """An nn.Dropout whose input is cut by `strategy`."""
     cell.dropout.shard((strategy,))
 
 
-def column_linear(linear: Any, mesh: Mesh) -> None:
+def column_linear(linear: nn.Cell, mesh: Mesh) -> None:
     """Outputs over mp; rows arrive whole, gathered where the stream is cut over mp."""
     linear.shard(((mesh.rows, 1), (mesh.mp, 1)), strategy_bias=((mesh.rows, mesh.mp), (mesh.mp,)))
 
 
-def row_linear(linear: Any, mesh: Mesh) -> None:
+def row_linear(linear: nn.Cell, mesh: Mesh) -> None:
     """Inputs over mp; the partial sums are reduced, with sequence parallelism only to the rows that a device keeps.
 
     That scattered sum is small, so it is kept instead of computed and communicated again when a layer is recomputed.
@@ -62,37 +65,37 @@ def row_linear(linear: Any, mesh: Mesh) -> None:
         linear.matmul.add_prim_attr("recompute_comm_op", False)
 
 
-def tokens_to_rows(cell: Any, mesh: Mesh) -> None:
+def tokens_to_rows(cell: nn.Cell, mesh: Mesh) -> None:
     """Token ids and labels."""
     cell.by_device.shard(((mesh.dp, 1, mesh.cp, 1),))
 
 
-def rows_to_tokens(cell: Any, mesh: Mesh) -> None:
+def rows_to_tokens(cell: nn.Cell, mesh: Mesh) -> None:
     """Logits."""
     cell.by_device.shard(((mesh.dp, mesh.cp, 1, 1, mesh.vocab),))
 
 
-def rows_to_heads(cell: Any, mesh: Mesh) -> None:
+def rows_to_heads(cell: nn.Cell, mesh: Mesh) -> None:
     """Projections, heads over mp."""
     cell.transpose.shard(((mesh.dp, mesh.cp, mesh.mp, 1),))
     cell.by_device.shard(((mesh.dp, mesh.cp, 1, 1, mesh.mp, 1),))
 
 
-def heads_to_rows(cell: Any, mesh: Mesh) -> None:
+def heads_to_rows(cell: nn.Cell, mesh: Mesh) -> None:
     """The result of attention, heads over mp."""
     layout = mesh.layout
     cell.transpose.shard((layout("dp", "mp", "cp", "None"),))
     cell.by_device.shard((layout("dp", "None", "mp", "cp", "None", "None"),))
 
 
-def norm(cell: Any, mesh: Mesh) -> None:
+def norm(cell: nn.Cell, mesh: Mesh) -> None:
     """RMSNorm of the residual stream."""
     cell.kernel.shard((mesh.stream, 1))
     if mesh.keep_results and mesh.sequence_parallel:
         cell.kernel.norm.add_prim_attr("recompute_comm_op", False)           # belongs to the gather behind it
 
 
-def embedding(cell: Any, mesh: Mesh) -> None:
+def embedding(cell: nn.Cell, mesh: Mesh) -> None:
     """The table is cut by rows over mp, or whole on every device with vocab_emb_dp."""
     if mesh.vocab > 1:
         cell.gather.shard(((mesh.vocab, 1), (mesh.rows,)), ((mesh.stream, 1),) if mesh.sequence_parallel else None)
@@ -102,7 +105,7 @@ def embedding(cell: Any, mesh: Mesh) -> None:
     dropout(cell.dropout, (mesh.stream, 1))
 
 
-def rotary(cell: Any, mesh: Mesh) -> None:
+def rotary(cell: nn.Cell, mesh: Mesh) -> None:
     """Queries and keys [B, N, S, D]."""
     layout = mesh.layout
     x = layout("dp", "mp", "cp", "None")
@@ -114,10 +117,14 @@ def rotary(cell: Any, mesh: Mesh) -> None:
     cell.mul_cos.shard((x, table))
     cell.mul_sin.shard((x, table))
     cell.add.shard((x, x))
+
+
+def rotary_tables(cell: nn.Cell, mesh: Mesh) -> None:
+    """Positions [B, S] of packed documents."""
     cell.gather.shard(((1, 1), (mesh.dp, mesh.cp)))
 
 
-def dot_product_attention(cell: Any, mesh: Mesh) -> None:
+def dot_product_attention(cell: nn.Cell, mesh: Mesh) -> None:
     """Heads over mp. No context parallelism: that needs the flash attention kernel."""
     x = (mesh.dp, mesh.mp, 1, 1)
     cell.scale_query.shard((x, ()))
@@ -128,7 +135,7 @@ def dot_product_attention(cell: Any, mesh: Mesh) -> None:
     cell.context.shard((x, x))
 
 
-def flash_attention(cell: Any, mesh: Mesh) -> None:
+def flash_attention(cell: nn.Cell, mesh: Mesh) -> None:
     """Heads over mp. Context parallelism: ulysses exchanges the cut of the sequence for one of the heads, over all of
     cp or a part of it; over the rest ring attention passes keys and values around, or they are gathered."""
     layout = Layout((mesh.dp, mesh.cp // mesh.ulysses, mesh.ulysses, mesh.mp), ("dp", "cp", "ulysses", "mp"))
@@ -144,7 +151,7 @@ def flash_attention(cell: Any, mesh: Mesh) -> None:
     cell.kernel.shard(tuple(strategy))
 
 
-def attention(cell: Any, mesh: Mesh) -> None:
+def attention(cell: nn.Cell, mesh: Mesh) -> None:
     """Heads over mp."""
     for linear in (cell.w_qkv,) if cell.fused else (cell.wq, cell.wk_v):
         column_linear(linear, mesh)
@@ -152,7 +159,7 @@ def attention(cell: Any, mesh: Mesh) -> None:
     cell.split.shard((mesh.layout("dp", "mp", "cp", "None"),))
 
 
-def feed_forward(cell: Any, mesh: Mesh) -> None:
+def feed_forward(cell: nn.Cell, mesh: Mesh) -> None:
     """The inner features over mp; of fused projections whole groups."""
     inner = (mesh.rows, mesh.mp)
     if cell.fused:
@@ -167,14 +174,14 @@ def feed_forward(cell: Any, mesh: Mesh) -> None:
     row_linear(cell.w2, mesh)
 
 
-def decode_layer(cell: Any, mesh: Mesh) -> None:
+def decode_layer(cell: nn.Cell, mesh: Mesh) -> None:
     """The sums of the residual stream."""
     x = (mesh.stream, 1)
     cell.add.shard((x, x))
     dropout(cell.dropout, x)
 
 
-def mask(cell: Any, mesh: Mesh) -> None:
+def mask(cell: nn.Cell, mesh: Mesh) -> None:
     """Sequences over dp, queries over cp."""
     row, column, square = (mesh.dp, 1, mesh.cp, 1), (mesh.dp, 1, 1, 1), (mesh.dp, 1, mesh.cp, 1)
     causal = (1, 1, mesh.cp, 1)
@@ -185,7 +192,7 @@ def mask(cell: Any, mesh: Mesh) -> None:
     cell.mul.shard((square if cell.per_sequence else causal, ()))
 
 
-def documents(cell: Any, mesh: Mesh) -> None:
+def documents(cell: nn.Cell, mesh: Mesh) -> None:
     """Sequences over dp."""
     ends, index = (mesh.dp, 1, 1), (1, 1, 1)
     cell.reached.shard((ends, index))
@@ -195,13 +202,13 @@ def documents(cell: Any, mesh: Mesh) -> None:
     cell.sub.shard(((1, 1), (mesh.dp, 1)))
 
 
-def head(cell: Any, mesh: Mesh) -> None:
+def head(cell: nn.Cell, mesh: Mesh) -> None:
     """Columns of the logits over mp, or rows where the vocabulary is whole."""
     cell.matmul.shard(((mesh.head_rows, 1), (mesh.vocab, 1)))
     cell.mul.shard(((mesh.head_rows, mesh.vocab), ()))
 
 
-def loss(cell: Any, mesh: Mesh) -> None:
+def loss(cell: nn.Cell, mesh: Mesh) -> None:
     """As the logits are cut."""
     logits, column, row = (mesh.head_rows, mesh.vocab), (mesh.head_rows, 1), (mesh.head_rows,)
     cell.max.shard(logits)
@@ -218,7 +225,7 @@ def loss(cell: Any, mesh: Mesh) -> None:
     cell.total.shard((row,))
 
 
-def pipeline(model: Any, plan: Any) -> None:
+def pipeline(model: nn.Cell, plan: Any) -> None:
     """Stages and gradient fusion groups of what is not a decoder layer; layers are set by MindFormers' LayerSetting.
 
     Between stages the residual stream travels in the 16 bits of the matrix multiplications.
@@ -235,7 +242,7 @@ def pipeline(model: Any, plan: Any) -> None:
     model.norm_out.set_comm_fusion(group)
 
 
-def causal_lm(cell: Any, plan: Any) -> None:
+def causal_lm(cell: nn.Cell, plan: Any) -> None:
     """The inputs over dp; head and loss on the last pipeline stage."""
     cell.slice.shard(((plan.data_parallel, 1),))
     last = plan.pipeline_stage - 1

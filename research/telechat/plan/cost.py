@@ -110,18 +110,18 @@ def held_parameters(plan: Plan, stage: int) -> List[_Held]:
     """The parameters of a rank of `stage`."""
     first, last = ends_of(plan, stage)
     model, layers = plan.model, sum(layers_of(plan, stage))
-    norm = Weight("norm_out.weight", model["hidden_size"], 1, False, False)
+    norm = Weight("norm_out.weight", model.hidden_size, 1, False, False)
     table = plan.embedding_weight()
     trained_base = not plan.lora_rank
     listed: List[Tuple[Weight, int, int, bool]] = []
     kinds = plan.layer_weights()
-    item = BYTES[model["param_init_type"]]
+    item = BYTES[model.param_init_type]
     listed += [(weight, layers, item, trained_base) for weight in kinds]
-    if first or (last and model["tie_word_embeddings"]):
-        listed.append((table, 1, BYTES[model["embedding_init_type"]], trained_base))
+    if first or (last and model.tie_word_embeddings):
+        listed.append((table, 1, BYTES[model.embedding_init_type], trained_base))
     if last:
         listed.append((norm, 1, item, trained_base))
-        if not model["tie_word_embeddings"]:
+        if not model.tie_word_embeddings:
             listed.append((table._replace(name="lm_head.weight"), 1, item, trained_base))
     if plan.lora_rank:
         listed += [(weight, layers, plan.lora_bytes, True) for weight in _adapters(plan, kinds)]
@@ -154,9 +154,9 @@ def _state(plan: Plan, stage: int) -> Memory:
                 memory.gradients_passing += part.count * own * part.item
                 passing += part.count * part.elements * part.item
     memory.gradients_passing += passing // plan.aggregation_groups
-    if plan.model["use_past"] and not plan.training:
-        slots = plan.model["num_blocks"] * plan.model["block_size"]
-        size = BYTES[plan.model["compute_dtype"]]
+    if plan.model.use_past and not plan.training:
+        slots = plan.model.num_blocks * plan.model.block_size
+        size = BYTES[plan.model.compute_dtype]
         memory.kv_cache = 2 * sum(layers_of(plan, stage)) * slots * plan.kv_size // plan.mp * size
     return memory
 
@@ -164,8 +164,8 @@ def _state(plan: Plan, stage: int) -> Memory:
 def layer_activations(plan: Plan) -> Tuple[int, int]:
     """(bytes that a recomputed layer keeps, bytes that a layer keeps that is not) per micro-batch on one rank."""
     model = plan.model
-    tokens, hidden, ffn = plan.tokens, model["hidden_size"], model["intermediate_size"]
-    compute, residual = BYTES[model["compute_dtype"]], BYTES[model["res_dtype"]]
+    tokens, hidden, ffn = plan.tokens, model.hidden_size, model.intermediate_size
+    compute, residual = BYTES[model.compute_dtype], BYTES[model.res_dtype]
     stream = tokens // plan.mp if plan.sequence_parallel else tokens
     kept = stream * hidden * residual
     if plan.sequence_parallel:
@@ -173,17 +173,17 @@ def layer_activations(plan: Plan) -> Tuple[int, int]:
     elif plan.slice_activation:
         kept //= plan.mp
     full = 2 * stream * hidden * residual                      # the stream before attention and before feed-forward
-    full += 2 * stream * hidden * (BYTES[model["layernorm_compute_type"]] + compute)      # norms: their input, result
+    full += 2 * stream * hidden * (BYTES[model.layernorm_compute_type] + compute)      # norms: their input, result
     if plan.sequence_parallel:
         full += 2 * tokens * hidden * compute                  # their results, gathered
     heads = (2 * hidden + 4 * plan.kv_size) // plan.mp         # queries, keys, values; rotated and as they came
     full += tokens * heads * compute + tokens * hidden // plan.mp * compute               # and the result
-    scores = plan.batch * model["num_heads"] // plan.mp * model["seq_length"] ** 2 // plan.cp
-    if model["use_flash_attention"]:
-        full += tokens * model["num_heads"] // plan.mp * SOFTMAX_STATISTICS
+    scores = plan.batch * model.num_heads // plan.mp * model.seq_length ** 2 // plan.cp
+    if model.use_flash_attention:
+        full += tokens * model.num_heads // plan.mp * SOFTMAX_STATISTICS
     else:
-        full += scores * (compute + BYTES[model["softmax_compute_type"]])
-    if model["attention_dropout_prob"] > 0:
+        full += scores * (compute + BYTES[model.softmax_compute_type])
+    if model.attention_dropout_prob > 0:
         full += scores // 8
     full += 4 * tokens * ffn // plan.mp * compute              # gate, silu(gate), up, their product
     return kept, full
@@ -218,17 +218,17 @@ def memory_of(plan: Plan, stage: int) -> Memory:
     memory = _state(plan, stage)
     model = plan.model
     first, last = ends_of(plan, stage)
-    tokens = plan.tokens if plan.training else plan.batch * model["seq_length"]
+    tokens = plan.tokens if plan.training else plan.batch * model.seq_length
     kept, full = layer_activations(plan)
     layers, recomputed = sum(layers_of(plan, stage)), _recomputed(plan, stage)
     if plan.training:
         per_batch = recomputed * kept + (layers - recomputed) * full
         memory.activations = int(_in_flight(plan, stage) * per_batch) + (full if recomputed else 0)
         if first:
-            memory.activations += tokens * model["hidden_size"] * BYTES[model["res_dtype"]]
+            memory.activations += tokens * model.hidden_size * BYTES[model.res_dtype]
         if last:
             rows = tokens // plan.mp if plan.vocab_pieces == 1 and plan.mp > 1 else tokens
-            memory.loss = rows * model["vocab_size"] // plan.vocab_pieces * LOGIT_BYTES
+            memory.loss = rows * model.vocab_size // plan.vocab_pieces * LOGIT_BYTES
     else:                                                      # the longest prompt, one layer at a time
         memory.activations = full
     return memory
@@ -241,7 +241,7 @@ def _parameter_traffic(plan: Plan, stage: int) -> List[Traffic]:
             continue
         # A matrix is gathered in the type that it is multiplied in; its gradient comes back as it is stored.
         is_table = part.weight.name.endswith("embedding_weight")
-        cast = min(part.item, BYTES[plan.model["compute_dtype"]])
+        cast = min(part.item, BYTES[plan.model.compute_dtype])
         travels = part.item if is_table and plan.vocab_pieces == 1 else cast
         size, count, name = part.elements, part.count, part.weight.name
         if part.sharded:
@@ -257,7 +257,7 @@ def _layer_traffic(plan: Plan, stage: int) -> List[Traffic]:
     if plan.mp == 1:
         return []
     model, layers = plan.model, sum(layers_of(plan, stage))
-    rows = plan.tokens * model["hidden_size"] * BYTES[model["compute_dtype"]]
+    rows = plan.tokens * model.hidden_size * BYTES[model.compute_dtype]
     again = _recomputed(plan, stage) / layers if layers else 0
     whole, part = reduce(rows, plan.mp), gather(rows, plan.mp)
     if not plan.training:
@@ -265,7 +265,7 @@ def _layer_traffic(plan: Plan, stage: int) -> List[Traffic]:
     elif plan.sequence_parallel:
         forward, other = 4 * part, 4 * part + again * plan.recompute_comm * 2 * part
     else:
-        dropped = 2 if model["hidden_dropout_prob"] > 0 else 1
+        dropped = 2 if model.hidden_dropout_prob > 0 else 1
         sliced = part if plan.slice_activation else 0          # what a layer keeps is put together again
         forward, other = 2 * whole, 2 * whole + again * (dropped * plan.recompute_comm * whole + sliced)
     return [Traffic("activations", "mp", plan.micro_batches * layers * (forward + other), "layers")]
@@ -277,7 +277,7 @@ def _end_traffic(plan: Plan, stage: int) -> List[Traffic]:
         return []
     first, last = ends_of(plan, stage)
     model, vocab_cut = plan.model, plan.vocab_pieces > 1
-    rows = plan.tokens * model["hidden_size"] * BYTES[model["compute_dtype"]]
+    rows = plan.tokens * model.hidden_size * BYTES[model.compute_dtype]
     whole, part = reduce(rows, plan.mp), gather(rows, plan.mp)
     back = 1 if plan.training else 0
     items = []
@@ -297,14 +297,14 @@ def _attention_traffic(plan: Plan, stage: int) -> List[Traffic]:
     if plan.cp == 1:
         return []
     model = plan.model
-    compute = BYTES[model["compute_dtype"]]
+    compute = BYTES[model.compute_dtype]
     keys = plan.tokens * 2 * plan.kv_size // plan.mp * compute                    # keys and values of this rank
-    queries = plan.tokens * model["hidden_size"] // plan.mp * compute
+    queries = plan.tokens * model.hidden_size // plan.mp * compute
     layers = sum(layers_of(plan, stage))
     again = _recomputed(plan, stage) / layers if layers else 0
     gathering = plan.cp // plan.ulysses
     forward = keys * (gathering - 1)
-    backward = forward * (2 if model["use_ring_attention"] else 1)                 # a ring carries them and gradients
+    backward = forward * (2 if model.use_ring_attention else 1)                 # a ring carries them and gradients
     swapped = gather(2 * queries + keys, plan.ulysses)                             # queries, keys, values, result
     if not plan.alltoall:
         swapped *= plan.ulysses                                # gathered whole, then cut
@@ -318,10 +318,10 @@ def _pipeline_traffic(plan: Plan, stage: int) -> List[Traffic]:
     model = plan.model
     first, last = ends_of(plan, stage)
     stream = plan.tokens // (plan.mp if plan.sequence_parallel else 1)
-    size = stream * model["hidden_size"] * BYTES[model["compute_dtype"]]
+    size = stream * model.hidden_size * BYTES[model.compute_dtype]
     steps = plan.virtual_stages * 2 - int(first) - int(last)   # forward from all but the last, backward from all but
     items = [Traffic("pipeline", "pp", plan.micro_batches * steps * size, "between stages")]      # the first
-    if model["tie_word_embeddings"] and (first or last):       # the table goes to the head, its gradient comes back
+    if model.tie_word_embeddings and (first or last):       # the table goes to the head, its gradient comes back
         table = next(part for part in held_parameters(plan, 0) if part.weight.name.endswith("embedding_weight"))
         own = table.elements // (table.group if table.sharded else 1)
         items.append(Traffic("pipeline", "pp", own * table.item, "tied embedding"))
@@ -350,16 +350,16 @@ def parameter_count(plan: Plan) -> int:
     """Parameters of the whole model, without adapters."""
     layer = sum(weight.rows * weight.columns for weight in plan.layer_weights())
     table = plan.embedding_weight()
-    tables = 1 if plan.model["tie_word_embeddings"] else 2
-    return (plan.model["num_layers"] * layer + tables * table.rows * table.columns + plan.model["hidden_size"])
+    tables = 1 if plan.model.tie_word_embeddings else 2
+    return (plan.model.num_layers * layer + tables * table.rows * table.columns + plan.model.hidden_size)
 
 
 def flops_per_token(plan: Plan) -> float:
     """Operations of one token, as spec/flops.py counts them; prediction has no backward pass, which is two thirds."""
     model = plan.model
-    matrices = model["num_layers"] * sum(weight.rows * weight.columns for weight in plan.layer_weights()
-                                         if weight.columns > 1) + model["vocab_size"] * model["hidden_size"]
-    flops = flops_of(matrices, model["num_layers"], model["hidden_size"], model["seq_length"])
+    matrices = model.num_layers * sum(weight.rows * weight.columns for weight in plan.layer_weights()
+                                         if weight.columns > 1) + model.vocab_size * model.hidden_size
+    flops = flops_of(matrices, model.num_layers, model.hidden_size, model.seq_length)
     return flops if plan.training else flops / 3
 
 

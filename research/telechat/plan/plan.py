@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.recipe.fields import ModelSettings
 from research.telechat.recipe.settings import dtype_name, resolve
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -29,7 +30,7 @@ class Plan:
     """What a recipe says about sizes and devices. Lengths in tokens."""
 
     training: bool
-    model: Dict[str, Any]        # every key of model_config, resolved
+    model: ModelSettings         # every key of model_config
     dp: int
     mp: int
     pp: int
@@ -70,33 +71,33 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch on one rank, where the features are cut over model parallelism."""
-        return self.batch * self.model["seq_length"] // self.cp
+        return self.batch * self.model.seq_length // self.cp
 
     @property
     def step_tokens(self) -> int:
         """Tokens of a step on all devices."""
-        return self.batch * self.dp * self.micro_batches * self.model["seq_length"]
+        return self.batch * self.dp * self.micro_batches * self.model.seq_length
 
     @property
     def vocab_pieces(self) -> int:
         """Pieces that the vocabulary is cut into; 1: whole on every device."""
-        return 1 if self.vocab_emb_dp or self.model["vocab_size"] % self.mp else self.mp
+        return 1 if self.vocab_emb_dp or self.model.vocab_size % self.mp else self.mp
 
     @property
     def head_dim(self) -> int:
         """Elements of one attention head."""
-        return self.model["hidden_size"] // self.model["num_heads"]
+        return self.model.hidden_size // self.model.num_heads
 
     @property
     def kv_size(self) -> int:
         """Elements of the keys of one token."""
-        return self.model["n_kv_heads"] * self.head_dim
+        return self.model.n_kv_heads * self.head_dim
 
     def layer_weights(self) -> List[Weight]:
         """The parameters of one decoder layer."""
         model = self.model
-        hidden, ffn, kv = model["hidden_size"], model["intermediate_size"], self.kv_size
-        if model["fused_projections"]:
+        hidden, ffn, kv = model.hidden_size, model.intermediate_size, self.kv_size
+        if model.fused_projections:
             columns = [("attention.w_qkv", 3 * hidden), ("feed_forward.w_gate_hidden", 2 * ffn)]
         else:
             columns = [("attention.wq", hidden), ("attention.wk_v", 2 * kv), ("feed_forward.w1", ffn),
@@ -104,9 +105,9 @@ class Plan:
         weights = [Weight(f"{name}.weight", rows, hidden, True, True) for name, rows in columns]
         weights += [Weight("attention.wo.weight", hidden, hidden, True, True),
                     Weight("feed_forward.w2.weight", hidden, ffn, True, True)]
-        if model["qkv_has_bias"]:
+        if model.qkv_has_bias:
             weights += [Weight(f"{name}.bias", rows, 1, True, False) for name, rows in columns if "attention" in name]
-        if model["out_proj_has_bias"]:
+        if model.out_proj_has_bias:
             weights += [Weight("attention.wo.bias", hidden, 1, False, False),
                         Weight("feed_forward.w2.bias", hidden, 1, False, False)]
         return [*weights, Weight("attention_norm.weight", hidden, 1, False, False),
@@ -114,7 +115,7 @@ class Plan:
 
     def embedding_weight(self) -> Weight:
         """The table of embeddings; an untied head has the same shape."""
-        return Weight("tok_embeddings.embedding_weight", self.model["vocab_size"], self.model["hidden_size"],
+        return Weight("tok_embeddings.embedding_weight", self.model.vocab_size, self.model.hidden_size,
                       self.vocab_pieces > 1, True)
 
 
@@ -163,10 +164,10 @@ def read_plan(recipe: Dict[str, Any]) -> Plan:
         training=training, model=model, dp=dp, mp=mp, pp=pp, cp=cp,
         sequence_parallel=bool(parallel.get("use_seq_parallel")) and mp > 1, algorithm=algorithm,
         ulysses=ulysses.get(algorithm, 1) if cp > 1 else 1, vocab_emb_dp=bool(parallel.get("vocab_emb_dp", True)),
-        batch=_integer(runner, "batch_size", "runner_config") if training else model["batch_size"],
+        batch=_integer(runner, "batch_size", "runner_config") if training else model.batch_size,
         micro_batches=micro * steps * interleaved, interleaved_batches=interleaved,
-        virtual_stages=model["pp_interleave_num"] if schedule.get("pipeline_interleave") and pp > 1 else 1,
-        offset=model["offset"], optimizer_sharded=bool(settings.get("enable_parallel_optimizer")) and training and used,
+        virtual_stages=model.pp_interleave_num if schedule.get("pipeline_interleave") and pp > 1 else 1,
+        offset=model.offset, optimizer_sharded=bool(settings.get("enable_parallel_optimizer")) and training and used,
         threshold=1024 * (_section(settings, "parallel_optimizer_config").get("parallel_optimizer_threshold") or 0),
         recompute=recompute.get("recompute", False),
         recompute_comm=bool(recompute.get("mp_comm_recompute", True)),
@@ -174,7 +175,7 @@ def read_plan(recipe: Dict[str, Any]) -> Plan:
         aggregation_groups=_integer(parallel, "gradient_aggregation_group", "parallel_config", 4),
         lora_rank=_integer(pet, "lora_rank", "pet_config", 8) if pet else 0,
         lora_targets=str(pet.get("target_modules") or "") if pet else "",
-        lora_bytes=BYTES[dtype_name(pet.get("param_init_type") or model["param_init_type"])],
+        lora_bytes=BYTES[dtype_name(pet.get("param_init_type") or model.param_init_type)],
         limit_gb=_gigabytes(_section(recipe, "context").get("max_device_memory")),
         device=str(_section(recipe, "context").get("device_target", "Ascend")),
         parallel_mode=settings.get("parallel_mode", 0) if used else 0,
@@ -183,10 +184,10 @@ def read_plan(recipe: Dict[str, Any]) -> Plan:
 
 def stage_layers(plan: Plan) -> List[List[int]]:
     """Layers of each virtual stage, [pp_interleave_num][pp]: the even share plus `offset`. Raises ConfigError."""
-    share, rest = divmod(plan.model["num_layers"], plan.pp * plan.virtual_stages)
+    share, rest = divmod(plan.model.num_layers, plan.pp * plan.virtual_stages)
     offset = plan.offset
     if plan.pp == 1:
-        return [[plan.model["num_layers"]]]
+        return [[plan.model.num_layers]]
     nested = isinstance(offset, (list, tuple)) and offset and isinstance(offset[0], (list, tuple))
     rows = offset if nested else [offset]
     rows = [list(row) if isinstance(row, (list, tuple)) else [row] * plan.pp for row in rows]
@@ -199,7 +200,7 @@ def stage_layers(plan: Plan) -> List[List[int]]:
     if total != rest:
         raise ConfigError(
             f"model_config.offset {offset!r} adds {total} to the even share of {share} layers per stage, but "
-            f"{plan.model['num_layers']} layers on {plan.pp * plan.virtual_stages} stages leave {rest} to be added")
+            f"{plan.model.num_layers} layers on {plan.pp * plan.virtual_stages} stages leave {rest} to be added")
     layers = [[share + value for value in row] for row in rows]
     if min(map(min, layers)) < 0 or any(count < 1 for row in layers for count in row[1:-1]):
         raise ConfigError(f"model_config.offset {offset!r} leaves a pipeline stage without layers: {layers}")
@@ -233,12 +234,13 @@ def _width_faults(plan: Plan) -> List[str]:
     model, faults = plan.model, []
     lower = "choose a model_parallel that divides it"
     for key in ("num_heads", "n_kv_heads", "intermediate_size"):
-        _multiple(faults, f"model_config.{key}", model[key], "parallel_config.model_parallel", plan.mp, lower)
-    for key, by in (("hidden_size", "num_heads"), ("num_heads", "n_kv_heads")):
-        _multiple(faults, f"model_config.{key}", model[key], f"model_config.{by}", model[by], f"change {by}")
+        _multiple(faults, f"model_config.{key}", getattr(model, key), "parallel_config.model_parallel", plan.mp, lower)
+    for key, value, by, divisor in (("hidden_size", model.hidden_size, "num_heads", model.num_heads),
+                                    ("num_heads", model.num_heads, "n_kv_heads", model.n_kv_heads)):
+        _multiple(faults, f"model_config.{key}", value, f"model_config.{by}", divisor, f"change {by}")
     if plan.ulysses > 1:
-        for key in ("num_heads", "n_kv_heads"):
-            _multiple(faults, f"model_config.{key}", model[key], "model_parallel * context parallelism over heads",
+        for key, value in (("num_heads", model.num_heads), ("n_kv_heads", model.n_kv_heads)):
+            _multiple(faults, f"model_config.{key}", value, "model_parallel * context parallelism over heads",
                       plan.mp * plan.ulysses, "lower one of them, or use ring attention (context_parallel_algo "
                       "colossalai_cp, use_ring_attention True)")
     return faults
@@ -251,7 +253,7 @@ def _sequence_faults(plan: Plan) -> List[str]:
                   "parallel_config.model_parallel", plan.mp, "change model_config.seq_length or the degree")
     if plan.cp == 1:
         return faults
-    _multiple(faults, "model_config.seq_length", model["seq_length"], "parallel_config.context_parallel", plan.cp,
+    _multiple(faults, "model_config.seq_length", model.seq_length, "parallel_config.context_parallel", plan.cp,
               "change one of them")
     if plan.algorithm not in ("colossalai_cp", "ulysses_cp", "hybrid_cp"):
         faults.append(f"parallel_config.context_parallel_algo: expected colossalai_cp, ulysses_cp or hybrid_cp, found "
@@ -259,16 +261,16 @@ def _sequence_faults(plan: Plan) -> List[str]:
     if plan.algorithm == "hybrid_cp" and plan.cp % plan.ulysses:
         faults.append(f"parallel_config.context_parallel ({plan.cp}) must be a multiple of ulysses_degree_in_cp "
                       f"({plan.ulysses})")
-    if not model["use_flash_attention"]:
+    if not model.use_flash_attention:
         faults.append("context parallelism needs model_config.use_flash_attention True")
-    if model["attention_dropout_prob"] > 0:
+    if model.attention_dropout_prob > 0:
         faults.append("context parallelism needs model_config.attention_dropout_prob 0")
-    if model["use_ring_attention"]:
+    if model.use_ring_attention:
         if plan.ulysses == plan.cp:
             faults.append("model_config.use_ring_attention has nothing to pass around where all of context_parallel "
                           "cuts heads: set context_parallel_algo to colossalai_cp or hybrid_cp, or use_ring_attention "
                           "to False")
-        if model["mask_pad_tokens"] or model["document_boundaries"]:
+        if model.mask_pad_tokens or model.document_boundaries:
             faults.append("model_config.use_ring_attention knows no mask but the causal one: set mask_pad_tokens and "
                           "document_boundaries to False, or use_ring_attention to False")
     return faults
@@ -284,7 +286,7 @@ def _pipeline_faults(plan: Plan) -> List[str]:
         if plan.training and plan.micro_batches < plan.pp:
             faults.append(f"parallel_config.micro_batch_num ({plan.micro_batches}) must be at least pipeline_stage "
                           f"({plan.pp}), better four times as much: with fewer, stages never work at the same time")
-        if plan.model["pp_interleave_num"] > 1 and plan.virtual_stages == 1:
+        if plan.model.pp_interleave_num > 1 and plan.virtual_stages == 1:
             faults.append("model_config.pp_interleave_num is set, but parallel.pipeline_config.pipeline_interleave is "
                           "not: set it to True (and pipeline_scheduler to 1f1b)")
     if not plan.training:
@@ -292,18 +294,18 @@ def _pipeline_faults(plan: Plan) -> List[str]:
             if degree > 1:
                 faults.append(f"parallel_config.{key} is {degree}: prediction runs with model parallelism only; set it "
                               "to 1")
-        if plan.device == "Ascend" and plan.model["use_flash_attention"] and not plan.model["use_past"]:
+        if plan.device == "Ascend" and plan.model.use_flash_attention and not plan.model.use_past:
             faults.append("model_config.use_past False: MindFormers predicts without a cache only with "
                           "use_flash_attention False")
-        if plan.dp > 1 and plan.model["is_dynamic"]:
+        if plan.dp > 1 and plan.model.is_dynamic:
             faults.append("parallel_config.data_parallel must be 1 for prediction with is_dynamic: start several "
                           "services instead")
-        tokens = plan.model["num_blocks"] * plan.model["block_size"]
-        if plan.model["use_past"] and plan.model["seq_length"] > tokens:
-            faults.append(f"model_config.num_blocks ({plan.model['num_blocks']}) * block_size "
-                          f"({plan.model['block_size']}) = {tokens} tokens do not hold one sequence of seq_length "
-                          f"({plan.model['seq_length']}): set num_blocks to at least "
-                          f"{math.ceil(plan.model['seq_length'] / plan.model['block_size'])}")
+        tokens = plan.model.num_blocks * plan.model.block_size
+        if plan.model.use_past and plan.model.seq_length > tokens:
+            faults.append(f"model_config.num_blocks ({plan.model.num_blocks}) * block_size "
+                          f"({plan.model.block_size}) = {tokens} tokens do not hold one sequence of seq_length "
+                          f"({plan.model.seq_length}): set num_blocks to at least "
+                          f"{math.ceil(plan.model.seq_length / plan.model.block_size)}")
     return faults
 
 
@@ -315,7 +317,7 @@ def find_faults(plan: Plan, ranks: Optional[int] = None) -> List[str]:
 def find_notes(plan: Plan) -> List[str]:
     """What runs, but perhaps not as its author thinks; one line each."""
     notes = []
-    vocab = plan.model["vocab_size"]
+    vocab = plan.model.vocab_size
     if plan.mp > 1 and not plan.vocab_emb_dp and vocab % plan.mp:
         notes.append(f"vocab_size {vocab} is no multiple of model_parallel {plan.mp}: embedding table and head stay "
                      "whole on every card")

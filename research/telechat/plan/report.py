@@ -48,9 +48,9 @@ def headline(plan: Plan) -> str:
     """Sizes and degrees in two lines."""
     degrees = [f"data {plan.dp}", f"model {plan.mp}" + (" with sequence parallelism" if plan.sequence_parallel else ""),
                f"pipeline {plan.pp}", f"context {plan.cp}"]
-    name = plan.model["net_name"] or "model"
-    lines = [f"{name}: {parameter_count(plan) / GB:.2f} G parameters, {plan.model['num_layers']} layers, "
-             f"{plan.model['seq_length']} tokens per sequence",
+    name = plan.model.net_name or "model"
+    lines = [f"{name}: {parameter_count(plan) / GB:.2f} G parameters, {plan.model.num_layers} layers, "
+             f"{plan.model.seq_length} tokens per sequence",
              f"{plan.ranks} cards: {' x '.join(degrees)}"]
     if plan.training:
         lines.append(f"a step: {plan.dp} x {plan.micro_batches} x {plan.batch} sequences = {plan.step_tokens} tokens")
@@ -87,7 +87,7 @@ def text(plan: Plan, rank: int, mfu: float) -> str:
     layers = [cost_of(plan, stage * (plan.ranks // plan.pp)).layers for stage in range(plan.pp)]
     parts = [headline(plan), "Memory of a card in GB (* estimated):", memory_table(plan, memories, layers)]
     if cost.traffic:
-        when = "in a step" if plan.training else f"while a prompt of {plan.model['seq_length']} tokens is read"
+        when = "in a step" if plan.training else f"while a prompt of {plan.model.seq_length} tokens is read"
         parts += [f"Sent by rank {rank} (pipeline stage {cost.stage}) {when}:", traffic_table(plan, cost)]
     speed = tokens_per_second(plan, mfu)
     lines = [f"{flops_per_token(plan) / GB:.2f} GFLOP per token" + (

@@ -1,126 +1,168 @@
 """The keys of `model_config` in a recipe: default, kind and meaning of each. Pure Python.
 
-`FIELDS` are the keys this plugin reads, `RENAMED` and `COMPUTED` those of earlier TeleChat YAMLs that are translated,
-`LEGACY` those that are no longer needed, `FRAMEWORK` those that MindFormers itself writes into a model config.
+`ModelSettings` has the keys this plugin reads, with their types, and `FIELDS` what is known of each; `RENAMED` and
+`COMPUTED` are those of earlier TeleChat YAMLs that are translated, `LEGACY` those that are no longer needed,
+`FRAMEWORK` those that MindFormers itself writes into a model config.
 """
-from dataclasses import dataclass
-from typing import Any, Dict, Optional, Tuple
+from dataclasses import dataclass, field, fields
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union, get_args, get_type_hints
 
 DTYPES = ("float32", "float16", "bfloat16")
+EndTokens = Union[int, Sequence[int], None]
 
 
 @dataclass(frozen=True)
 class Field:
     """One key: its default, what may stand there and what it means."""
 
-    default: Any
-    kind: str                              # int, positive, float, bool, str, dtype, choice, ratio or any
+    default: object
+    kind: str                              # int, positive, float, bool, str, dtype, choice, ratio, ids or any
     doc: str
-    choices: Tuple[Any, ...] = ()
-    optional: bool = False                 # None is allowed
+    group: str
+    choices: Tuple[str, ...]
+    optional: bool                         # None is allowed
 
 
-def _dtype(default: Optional[str], doc: str) -> Field:
-    return Field(default, "dtype", doc, DTYPES, optional=default is None)
+def _group(name: str) -> Callable[..., Any]:
+    """The maker of the fields of one group, as docs/recipes.md shows them.
+
+    A field has no default of its own: settings come from recipe/settings.py, which fills what follows from other keys
+    (`filled`: None is allowed in a recipe, and replaced).
+    """
+    def make(default: object, doc: str, *, choices: Tuple[str, ...] = (), positive: bool = False, ratio: bool = False,
+             filled: bool = False) -> Any:
+        return field(metadata={"group": name, "default": default, "doc": doc, "choices": choices, "filled": filled,
+                               "positive": positive, "ratio": ratio})
+    return make
 
 
-# By group, as docs/recipes.md shows them. What differs between the variants are the capabilities; formulas of the
-# rotary embedding stand in spec/rope.py.
-GROUPS: Dict[str, Dict[str, Field]] = {
-    "sizes": {
-        "net_name": Field("", "str", "variant of the table, such as telechat_7b, whose sizes and conventions apply"),
-        "batch_size": Field(1, "positive", "prompts answered together; training takes runner_config.batch_size"),
-        "seq_length": Field(2048, "positive", "tokens per sequence"),
-        "num_layers": Field(32, "positive", "decoder layers"),
-        "hidden_size": Field(4096, "positive", "width of the residual stream"),
-        "intermediate_size": Field(None, "positive", "width of the feed-forward layer; None: two thirds of "
-                                   "4 * hidden_size, rounded up", optional=True),
-        "num_heads": Field(32, "positive", "attention heads"),
-        "n_kv_heads": Field(None, "positive", "key/value heads; None: as many as num_heads", optional=True),
-        "vocab_size": Field(32000, "positive", "rows of the embedding table"),
-    },
-    "capabilities": {
-        "tie_word_embeddings": Field(False, "bool", "logits from the embedding table, no lm_head"),
-        "fused_projections": Field(False, "bool", "one w_qkv and one w_gate_hidden (52B)"),
-        "out_proj_has_bias": Field(True, "bool", "bias of wo and w2"),
-        "qkv_has_bias": Field(False, "bool", "bias of wq and wk_v"),
-        "rms_norm_eps": Field(1e-5, "float", "epsilon of RMSNorm"),
-        "input_mult": Field(1.0, "float", "factor on the embeddings"),
-        "logits_scale": Field(1.0, "float", "factor on the logits (52B: output_mult / mup_scale_factor)"),
-    },
-    "rotary embedding and long context": {
-        "theta": Field(10000.0, "float", "base of the rotary frequencies"),
-        "extend_method": Field("TELECHAT", "choice", "TELECHAT: the official long-context rule; PI, NTK: with "
-                               "scaling_factor; None: neither", ("TELECHAT", "None", "PI", "NTK")),
-        "scaling_factor": Field(1.0, "float", "stretch of PI and NTK"),
-        "training_seqlen": Field(8192, "positive", "tokens; context the weights were trained with"),
-        "base_seqlen": Field(8192, "positive", "tokens; L of the official rule"),
-        "rope_base_power": Field(True, "bool", "base = theta * alpha^(d/(d-2)); False: theta * alpha (52B)"),
-        "rope_mscale": Field(True, "bool", "cos and sin grow past training_seqlen"),
-        "rope_length": Field(None, "positive", "tokens; scale as for a sequence of this length, whatever its own: the "
-                             "KV cache stays valid past training_seqlen. None: by the sequence's own length, as "
-                             "officially", optional=True),
-    },
-    "precision": {
-        "amp_level": Field(None, "choice", "preset of the dtypes below: O0 all float32; O1 float32 parameters, 16-bit "
-                           "compute; O2 16-bit parameters, compute and residual", ("O0", "O1", "O2"), optional=True),
-        "compute_dtype": _dtype("float16", "matrix multiplications"),
-        "param_init_type": _dtype("float16", "parameters"),
-        "embedding_init_type": _dtype(None, "embedding table; None: as param_init_type"),
-        "layernorm_compute_type": _dtype("float32", "RMSNorm"),
-        "softmax_compute_type": _dtype("float32", "attention softmax"),
-        "rotary_dtype": _dtype("float32", "cos and sin are rounded to it; the official code uses float16 (not 52B)"),
-        "res_dtype": _dtype("float32", "residual stream"),
-    },
-    "regularisation and initialisation": {
-        "embed_dropout_prob": Field(0.0, "ratio", "dropout of the embeddings, training only"),
-        "hidden_dropout_prob": Field(0.0, "ratio", "dropout after attention output and down projection, training only"),
-        "attention_dropout_prob": Field(0.0, "ratio", "dropout of the attention probabilities, training only"),
-        "initializer_range": Field(0.02, "float", "standard deviation of new weights"),
-    },
-    "tokens and masks": {
-        "bos_token_id": Field(1, "int", "start of a conversation"),
-        "eos_token_id": Field(2, "any", "end of an answer; one id or a list"),
-        "pad_token_id": Field(3, "int", "padding"),
-        "user_token_id": Field(None, "int", "marker before a question", optional=True),
-        "bot_token_id": Field(None, "int", "marker before an answer", optional=True),
-        "ignore_token_id": Field(-100, "int", "label that does not count in the loss"),
-        "mask_pad_tokens": Field(False, "bool", "no token attends to pad_token_id; for data padded on the left"),
-        "document_boundaries": Field(False, "bool", "packed conversations do not attend to each other: the third "
-                                     "dataset column actual_seq_len holds their ends"),
-    },
-    "attention kernels": {
-        "use_flash_attention": Field(True, "bool", "flash attention kernel where the device has one"),
-        "use_attn_mask_compression": Field(True, "bool", "flash attention with a 2048 x 2048 causal mask, not a full "
-                                           "one"),
-        "use_ring_attention": Field(False, "bool", "context parallelism by ring attention"),
-    },
-    "generation": {
-        "use_past": Field(False, "bool", "keep keys and values of earlier tokens (KV cache)"),
-        "is_dynamic": Field(False, "bool", "prompts of any length in one compiled graph"),
-        "block_size": Field(16, "positive", "tokens per block of the KV cache"),
-        "num_blocks": Field(512, "positive", "blocks of the KV cache"),
-        "max_decode_length": Field(1024, "positive", "tokens of prompt and answer together"),
-        "max_new_tokens": Field(None, "positive", "tokens of the answer; wins over max_decode_length", optional=True),
-        "do_sample": Field(False, "bool", "sample; else the likeliest token"),
-        "temperature": Field(1.0, "float", "divides the logits when sampling"),
-        "top_k": Field(5, "int", "sample among the k likeliest tokens"),
-        "top_p": Field(1.0, "float", "sample among the likeliest tokens that hold this share of probability"),
-        "repetition_penalty": Field(1.0, "float", "over 1: tokens seen before become less likely"),
-    },
-    "compilation": {
-        "share_layer_graphs": Field(True, "bool", "on one device, equal decoder layers are compiled once; False: "
-                                    "each by itself, as on several devices"),
-        "train_layer_by_layer": Field(None, "bool", "one small graph for all layers, which are computed anew in the "
-                                      "backward pass; None: in one process on a CPU, with more than 8 layers",
-                                      optional=True),
-    },
-    "pipeline": {
-        "offset": Field(0, "any", "layers by which pipeline stages differ from the even split, one number or a list"),
-        "pp_interleave_num": Field(1, "positive", "virtual pipeline stages per stage"),
-    },
-}
-FIELDS: Dict[str, Field] = {key: field for group in GROUPS.values() for key, field in group.items()}
+_size = _group("sizes")
+_capability = _group("capabilities")
+_rotary = _group("rotary embedding and long context")
+_precision = _group("precision")
+_regular = _group("regularisation and initialisation")
+_token = _group("tokens and masks")
+_kernel = _group("attention kernels")
+_generation = _group("generation")
+_compile = _group("compilation")
+_pipeline = _group("pipeline")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """A value for every key of `model_config`, dtypes by name; made by recipe/settings.py.
+
+    What differs between the variants are the capabilities; the formulas of the rotary embedding are in spec/rope.py.
+    """
+
+    net_name: str = _size("", "variant of the table, such as telechat_7b, whose sizes and conventions apply")
+    batch_size: int = _size(1, "prompts answered together; training takes runner_config.batch_size", positive=True)
+    seq_length: int = _size(2048, "tokens per sequence", positive=True)
+    num_layers: int = _size(32, "decoder layers", positive=True)
+    hidden_size: int = _size(4096, "width of the residual stream", positive=True)
+    intermediate_size: int = _size(
+        None, "width of the feed-forward layer; None: two thirds of 4 * hidden_size, rounded up", positive=True,
+        filled=True)
+    num_heads: int = _size(32, "attention heads", positive=True)
+    n_kv_heads: int = _size(None, "key/value heads; None: as many as num_heads", positive=True, filled=True)
+    vocab_size: int = _size(32000, "rows of the embedding table", positive=True)
+    tie_word_embeddings: bool = _capability(False, "logits from the embedding table, no lm_head")
+    fused_projections: bool = _capability(False, "one w_qkv and one w_gate_hidden (52B)")
+    out_proj_has_bias: bool = _capability(True, "bias of wo and w2")
+    qkv_has_bias: bool = _capability(False, "bias of wq and wk_v")
+    rms_norm_eps: float = _capability(1e-5, "epsilon of RMSNorm")
+    input_mult: float = _capability(1.0, "factor on the embeddings")
+    logits_scale: float = _capability(1.0, "factor on the logits (52B: output_mult / mup_scale_factor)")
+    theta: float = _rotary(10000.0, "base of the rotary frequencies")
+    extend_method: str = _rotary(
+        "TELECHAT", "TELECHAT: the official long-context rule; PI, NTK: with scaling_factor; None: neither",
+        choices=("TELECHAT", "None", "PI", "NTK"))
+    scaling_factor: float = _rotary(1.0, "stretch of PI and NTK")
+    training_seqlen: int = _rotary(8192, "tokens; context the weights were trained with", positive=True)
+    base_seqlen: int = _rotary(8192, "tokens; L of the official rule", positive=True)
+    rope_base_power: bool = _rotary(True, "base = theta * alpha^(d/(d-2)); False: theta * alpha (52B)")
+    rope_mscale: bool = _rotary(True, "cos and sin grow past training_seqlen")
+    rope_length: Optional[int] = _rotary(
+        None, "tokens; scale as for a sequence of this length, whatever its own: the KV cache stays valid past "
+        "training_seqlen. None: by the sequence's own length, as officially", positive=True)
+    amp_level: Optional[str] = _precision(
+        None, "preset of the dtypes below: O0 all float32; O1 float32 parameters, 16-bit compute; O2 16-bit "
+        "parameters, compute and residual", choices=("O0", "O1", "O2"))
+    compute_dtype: str = _precision("float16", "matrix multiplications", choices=DTYPES)
+    param_init_type: str = _precision("float16", "parameters", choices=DTYPES)
+    embedding_init_type: str = _precision(
+        None, "embedding table; None: as param_init_type", choices=DTYPES, filled=True)
+    layernorm_compute_type: str = _precision("float32", "RMSNorm", choices=DTYPES)
+    softmax_compute_type: str = _precision("float32", "attention softmax", choices=DTYPES)
+    rotary_dtype: str = _precision(
+        "float32", "cos and sin are rounded to it; the official code uses float16 (not 52B)", choices=DTYPES)
+    res_dtype: str = _precision("float32", "residual stream", choices=DTYPES)
+    embed_dropout_prob: float = _regular(0.0, "dropout of the embeddings, training only", ratio=True)
+    hidden_dropout_prob: float = _regular(
+        0.0, "dropout after attention output and down projection, training only", ratio=True)
+    attention_dropout_prob: float = _regular(0.0, "dropout of the attention probabilities, training only", ratio=True)
+    initializer_range: float = _regular(0.02, "standard deviation of new weights")
+    bos_token_id: int = _token(1, "start of a conversation")
+    eos_token_id: EndTokens = _token(2, "end of an answer; one id or a list")    # noqa: RUF009 (as the others)
+    pad_token_id: int = _token(3, "padding")
+    user_token_id: Optional[int] = _token(None, "marker before a question")
+    bot_token_id: Optional[int] = _token(None, "marker before an answer")
+    ignore_token_id: int = _token(-100, "label that does not count in the loss")
+    mask_pad_tokens: bool = _token(False, "no token attends to pad_token_id; for data padded on the left")
+    document_boundaries: bool = _token(
+        False, "packed conversations do not attend to each other: the third dataset column actual_seq_len holds "
+        "their ends")
+    use_flash_attention: bool = _kernel(True, "flash attention kernel where the device has one")
+    use_attn_mask_compression: bool = _kernel(True, "flash attention with a 2048 x 2048 causal mask, not a full one")
+    use_ring_attention: bool = _kernel(False, "context parallelism by ring attention")
+    use_past: bool = _generation(False, "keep keys and values of earlier tokens (KV cache)")
+    is_dynamic: bool = _generation(False, "prompts of any length in one compiled graph")
+    block_size: int = _generation(16, "tokens per block of the KV cache", positive=True)
+    num_blocks: int = _generation(512, "blocks of the KV cache", positive=True)
+    max_decode_length: int = _generation(1024, "tokens of prompt and answer together", positive=True)
+    max_new_tokens: Optional[int] = _generation(
+        None, "tokens of the answer; wins over max_decode_length", positive=True)
+    do_sample: bool = _generation(False, "sample; else the likeliest token")
+    temperature: float = _generation(1.0, "divides the logits when sampling")
+    top_k: int = _generation(5, "sample among the k likeliest tokens")
+    top_p: float = _generation(1.0, "sample among the likeliest tokens that hold this share of probability")
+    repetition_penalty: float = _generation(1.0, "over 1: tokens seen before become less likely")
+    share_layer_graphs: bool = _compile(
+        True, "on one device, equal decoder layers are compiled once; False: each by itself, as on several devices")
+    train_layer_by_layer: Optional[bool] = _compile(
+        None, "one small graph for all layers, which are computed anew in the backward pass; None: in one process on a "
+        "CPU, with more than 8 layers")
+    offset: object = _pipeline(0, "layers by which pipeline stages differ from the even split, one number or a list")
+    pp_interleave_num: int = _pipeline(1, "virtual pipeline stages per stage", positive=True)
+
+
+def _kind(hint: object, metadata: Mapping[str, Any]) -> str:
+    """The kind of a field, from its type (without Optional) and its metadata."""
+    if metadata["choices"]:
+        return "dtype" if metadata["choices"] == DTYPES else "choice"
+    if metadata["positive"] or metadata["ratio"]:
+        return "positive" if metadata["positive"] else "ratio"
+    kinds: Dict[object, str] = {int: "int", float: "float", bool: "bool", str: "str", EndTokens: "ids", object: "any"}
+    return kinds[hint]
+
+
+def _fields() -> Dict[str, Field]:
+    hints, found = get_type_hints(ModelSettings), {}
+    for entry in fields(ModelSettings):
+        metadata, hint = entry.metadata, hints[entry.name]
+        arguments = get_args(hint)
+        optional = len(arguments) == 2 and type(None) in arguments
+        if optional:
+            hint = next(argument for argument in arguments if argument is not type(None))
+        found[entry.name] = Field(metadata["default"], _kind(hint, metadata), metadata["doc"], metadata["group"],
+                                  metadata["choices"], optional or metadata["filled"])
+    return found
+
+
+FIELDS: Dict[str, Field] = _fields()
+GROUPS: Dict[str, Dict[str, Field]] = {}
+for _name, _field in FIELDS.items():
+    GROUPS.setdefault(_field.group, {})[_name] = _field
 
 # Keys of earlier TeleChat YAMLs and code: other names of FIELDS,
 RENAMED = {"model_name": "net_name", "wo_has_bias": "out_proj_has_bias", "sigma": "initializer_range"}

@@ -2,12 +2,13 @@
 
 The keys stand in recipe/fields.py, the variants in spec/variants.py. Later sources win: defaults, the variant
 named by `net_name`, presets (`amp_level`), keys of earlier YAMLs, explicit keys. TelechatConfig is made from the
-result, and the planner reads it without MindSpore.
+result, and the planner reads the result itself, without MindSpore.
 """
 import contextlib
 import difflib
 import math
-from typing import Any, Dict, List
+from dataclasses import fields
+from typing import Any, Dict, List, Mapping
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.recipe.fields import (
@@ -18,15 +19,16 @@ from research.telechat.recipe.fields import (
     LEGACY,
     RENAMED,
     Field,
+    ModelSettings,
 )
-from research.telechat.spec.variants import get_variant, variant_fields
+from research.telechat.spec.variants import Variant, get_variant, variant_fields
 
 _LARGEST_FACTOR = 64                   # of ffn_dim_multiplier; beyond it is a width
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 _KINDS = {"int": int, "positive": int, "float": float, "ratio": float, "bool": bool, "str": str}
 
 
-def dtype_name(value: Any) -> str:
+def dtype_name(value: object) -> str:
     """'float32', 'float16' or 'bfloat16' for a name or a MindSpore dtype; anything else comes back as its text."""
     name = str(value).lower()
     return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(name, name)
@@ -41,6 +43,11 @@ def _check_key(key: str, value: Any, field: Field) -> Any:
         if name not in DTYPES:
             raise ConfigError(f"model_config.{key}: {value!r} is not a known dtype; choose {', '.join(DTYPES)}")
         return name
+    if field.kind == "ids":
+        entries = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        if any(not isinstance(entry, int) or isinstance(entry, bool) for entry in entries):
+            raise ConfigError(f"model_config.{key}: expected a token id or a list of them, found {value!r}")
+        return value
     if field.kind == "choice":
         value = "None" if value is None else value
         if value not in field.choices:
@@ -117,7 +124,7 @@ def _reject_unknown(given: Dict[str, Any]) -> None:
             raise ConfigError(f"model_config: unknown key {key!r} (value {given[key]!r}); {hint}")
 
 
-def resolve(given: Dict[str, Any]) -> Dict[str, Any]:
+def resolve(given: Mapping[str, Any]) -> ModelSettings:
     """A value for every key of FIELDS, dtypes by name.
 
     given: keys of recipe/fields.py; those of FRAMEWORK are ignored.
@@ -145,7 +152,14 @@ def resolve(given: Dict[str, Any]) -> Dict[str, Any]:
         checked["intermediate_size"] = _default_ffn(given, checked["hidden_size"])
     checked["n_kv_heads"] = checked["n_kv_heads"] or checked["num_heads"]
     checked["embedding_init_type"] = checked["embedding_init_type"] or checked["param_init_type"]
-    return checked
+    return ModelSettings(**checked)
+
+
+def to_variant(settings: object) -> Variant:
+    """Sizes and capabilities of a ModelSettings or a TelechatConfig, which parameter names and shapes follow from."""
+    values = {entry.name: getattr(settings, entry.name) for entry in fields(Variant) if entry.name in FIELDS}
+    tied, fused = values["tie_word_embeddings"], values["fused_projections"]
+    return Variant(**values, hf_layout="telechat_mup" if fused else "telechat_tied" if tied else "telechat")
 
 
 def not_needed(given: Dict[str, Any]) -> List[str]:

@@ -31,13 +31,14 @@ from research.telechat.run.prompts import (
     write_results,
 )
 from research.telechat.run.training_setup import prepare_training
-from research.telechat.training import step
+from research.telechat.training import log, optimizer, saving, step
 
 # Classes that MindFormers must not copy and execute once more: importing their modules has registered them.
 _REGISTERED = {cls.__name__ for cls in (telechat.TelechatForCausalLM, telechat.TelechatConfig,
                                         telechat_tokenizer.TelechatTokenizer,
                                         telechat_tokenizer_fast.TelechatTokenizerFast,
-                                        step.TelechatTrainOneStepCell)}
+                                        step.TelechatTrainOneStepCell, log.TelechatTrainingLog,
+                                        optimizer.TelechatAdamW, saving.TelechatCheckpointMonitor)}
 
 def complete_recipe(recipe: Dict[str, Any], overrides: Dict[str, Any]) -> MindFormerConfig:
     """The recipe with `overrides`, {dotted key: value}, applied. Raises ConfigError."""
