@@ -2,7 +2,6 @@
 
 The keys stand in recipe/fields.py, the variants in spec/variants.py; recipe/settings.py resolves them.
 """
-import math
 from pathlib import Path
 from typing import Any, ClassVar, Dict, Union
 
@@ -15,8 +14,9 @@ from research.telechat.bridge.compat import MindFormerModuleType, plugin_class
 from research.telechat.common.errors import ConfigError
 from research.telechat.recipe.fields import DTYPES, FIELDS, FRAMEWORK, ModelSettings
 from research.telechat.recipe.settings import dtype_name, not_needed, resolve, to_variant
+from research.telechat.spec.parameters import gate_up_groups
 from research.telechat.spec.rope import RopeRule
-from research.telechat.spec.variants import Variant, read_hf_config, variant_fields, variant_from_hf
+from research.telechat.spec.variants import Variant, check_shape, read_hf_config, variant_fields, variant_from_hf
 
 _MSTYPES = {name: getattr(mstype, name) for name in DTYPES}
 
@@ -117,24 +117,7 @@ class TelechatConfig(PretrainedConfig):
 
     def _check_sizes(self) -> None:
         """Raise ConfigError where sizes contradict each other or the parallel plan."""
-        mp = self.parallel_config.model_parallel
-        for size, by, fault in (
-                ("hidden_size", "num_heads", self.hidden_size % self.num_heads),
-                ("num_heads", "n_kv_heads", self.num_heads % self.n_kv_heads)):
-            if fault:
-                raise ConfigError(f"model_config.{size} ({getattr(self, size)}) must be a multiple of "
-                                  f"model_config.{by} ({getattr(self, by)}); change one of them")
-        if self.head_dim % 2:
-            raise ConfigError(f"model_config: hidden_size / num_heads = {self.head_dim} must be even for the rotary "
-                              "embedding; change one of them")
-        if self.fused_projections and self.n_kv_heads != self.num_heads:
-            raise ConfigError("model_config.fused_projections needs n_kv_heads equal to num_heads "
-                              f"({self.num_heads}), found {self.n_kv_heads}; leave n_kv_heads out, or set "
-                              "fused_projections to False")
-        for size in ("num_heads", "n_kv_heads", "intermediate_size"):
-            if mp > 1 and getattr(self, size) % mp:
-                raise ConfigError(f"model_config.{size} ({getattr(self, size)}) must be a multiple of "
-                                  f"parallel_config.model_parallel ({mp}); choose another degree")
+        check_shape(self, self.parallel_config.model_parallel)
         stages = self.parallel_config.pipeline_stage
         if isinstance(stages, int) and stages > self.num_layers:
             raise ConfigError(f"parallel_config.pipeline_stage ({stages}) exceeds model_config.num_layers "
@@ -148,7 +131,7 @@ class TelechatConfig(PretrainedConfig):
     @property
     def ffn_groups(self) -> int:
         """Groups of w_gate_hidden's rows, so that every degree of tensor parallelism cuts between whole groups."""
-        return math.gcd(self.num_heads, self.intermediate_size)
+        return gate_up_groups(self)
 
     @property
     def rope_rule(self) -> RopeRule:

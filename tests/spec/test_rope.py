@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research.telechat.spec.rope import RopeRule, ntk_alpha, rope_scaling, rope_table, round_bfloat16
+from research.telechat.common.bfloat16 import round_bfloat16
+from research.telechat.spec.rope import RopeRule, ntk_alpha, rope_scaling, rope_table
 
 
 @pytest.mark.parametrize(("seq", "length", "alpha"), [

@@ -4,7 +4,7 @@ from typing import Any, List, Set
 
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
-from research.telechat import telechat  # noqa: F401 (registers the plugin's own classes)
+from research.telechat.run import job  # noqa: F401 (registers what recipes name)
 
 KINDS = {"optimizer": MindFormerModuleType.OPTIMIZER, "lr_schedule": MindFormerModuleType.LR,
           "runner_wrapper": MindFormerModuleType.WRAPPER, "callbacks": MindFormerModuleType.CALLBACK,

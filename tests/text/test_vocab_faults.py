@@ -8,8 +8,8 @@ import pytest
 from vocab_fixtures import train_sentencepiece
 
 from research.telechat.common.errors import ConfigError, VocabError
+from research.telechat.common.protobuf import fields
 from research.telechat.text.vocab import Vocab
-from research.telechat.text.vocab_files import _fields
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,7 +42,7 @@ class TestErrors:
     def test_truncated_anywhere(self, vocab_folder, tmp_path):
         data = (vocab_folder / "tokenizer.model").read_bytes()
         path = tmp_path / "tokenizer.model"
-        field_ends = [end for _, _, end in _fields(data, 0, len(data))]  # where the rest is a message of its own
+        field_ends = [end for _, _, _, end in fields(data, 0, len(data))]  # where the rest is a message of its own
         for length in [*range(1, 200), *range(200, len(data) - 60, 97), *field_ends[300:320], *field_ends[-4:-1]]:
             path.write_bytes(data[:length])
             with pytest.raises(VocabError):

@@ -16,12 +16,13 @@ from mindformers.tools.logger import logger
 from research.telechat.chat.session import History, Session, bot_message, parse_tool_calls, tool_result, with_question
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import read_json_object
+from research.telechat.common.tokens import end_tokens
 from research.telechat.text.renderer import Renderer, detect_template
+from research.telechat.text.vocab import check_fit
 
 GENERATION_FILE = "generation_config.json"
 _READ = ("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
          "min_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "user_token_id", "bot_token_id")
-_SPARE_ROWS = 2048                   # official models have up to this many more rows than their vocabulary has tokens
 
 
 def read_generation_config(source: Union[str, Path, Dict[str, Any], GenerationConfig, None]) -> GenerationConfig:
@@ -55,13 +56,9 @@ def check_tokenizer(tokenizer: Any, config: Any) -> Any:
     if not hasattr(vocab, "markers"):
         raise ConfigError(f"the tokenizer is {type(tokenizer).__name__}; expected TelechatTokenizer, "
                           "TelechatTokenizerFast or a Vocab")
-    other = f"{vocab.path} is the tokenizer of another model"
-    if vocab.size > config.vocab_size:
-        raise ConfigError(f"{other}: it has {vocab.size} tokens, the model {config.vocab_size}; name the tokenizer in "
-                          "the folder of the model's official checkpoint")
-    if config.vocab_size - vocab.size > _SPARE_ROWS:
-        logger.warning("%s has %s tokens, the model %s: check that it belongs to the model.", vocab.path, vocab.size,
-                       config.vocab_size)
+    warning = check_fit(str(vocab.path), vocab.size, config.vocab_size)
+    if warning:
+        logger.warning("%s", warning)
     return vocab
 
 
@@ -83,19 +80,15 @@ def make_session(model: Any, tokenizer: Any, generation_config: Any = None, stop
     renderer = renderer or Renderer(detect_template(vocab), vocab)
     sampling = {key: settings[key] for key in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
                                                "min_new_tokens")}
+    ends = end_tokens(settings["eos_token_id"])
 
     def next_tokens(ids: List[int], limits: Dict[str, Any]) -> Iterator[int]:
-        return model.stream(ids, **{**sampling, **limits, "eos_token_id": [*limits["eos_token_id"], *_ids(settings)]})
+        return model.stream(ids, **{**sampling, **limits, "eos_token_id": [*limits["eos_token_id"], *ends]})
 
     session = Session(renderer, next_tokens, model.config.seq_length, settings["max_new_tokens"],
                       settings["max_length"], stop)
-    session.ends.update(_ids(settings))
+    session.ends.update(ends)
     return session
-
-
-def _ids(settings: Dict[str, Any]) -> List[int]:
-    eos = settings.get("eos_token_id")
-    return [] if eos is None else [int(eos)] if isinstance(eos, int) else [int(token) for token in eos]
 
 
 def chat(model: Any, tokenizer: Any, question: Optional[str] = "", history: Optional[Sequence[Dict[str, Any]]] = None,

@@ -7,6 +7,8 @@ from typing import Dict
 
 import numpy as np
 
+from research.telechat.common.bfloat16 import to_bfloat16
+
 CODES: Dict[str, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}          # as users write them
 NAMES: Dict[str, str] = {code: name for name, code in CODES.items()}
 ITEM_SIZE: Dict[str, int] = {"F16": 2, "BF16": 2, "F32": 4}                                # bytes
@@ -24,7 +26,7 @@ def cast(raw: np.ndarray, source: str, target: str) -> np.ndarray:
     if source == target:
         return raw
     if target == "BF16":
-        return _float32_to_bfloat16(cast(raw, source, "F32"))
+        return to_bfloat16(cast(raw, source, "F32"))
     if source == "BF16":
         raw = raw.astype(np.uint32)
         raw <<= 16                                        # bfloat16 is the upper half of float32
@@ -34,21 +36,6 @@ def cast(raw: np.ndarray, source: str, target: str) -> np.ndarray:
     values = raw.view(np.float16 if source == "F16" else np.float32)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         return values.astype(np.float16 if target == "F16" else np.float32).view(RAW[target])
-
-
-def _float32_to_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """uint32 -> uint16. Adding 0x7FFF and the lowest kept bit rounds to nearest even; that sum would carry a NaN into
-    the exponent's neighbour, so that NaNs keep their upper half and get the quiet bit instead."""
-    rounded = bits >> 16
-    rounded &= 1
-    rounded += 0x7FFF
-    rounded += bits                                       # wraps only for NaNs, which are replaced below
-    rounded >>= 16
-    result = rounded.astype(np.uint16)
-    nan = (bits & 0x7FFFFFFF) > _EXPONENT["F32"]
-    if nan.any():
-        result[nan] = ((bits[nan] >> 16) | 0x0040).astype(np.uint16)
-    return result
 
 
 def count_nonfinite(raw: np.ndarray, code: str) -> Dict[str, int]:

@@ -13,10 +13,11 @@ import math
 import os
 import threading
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat.common.errors import CheckpointError
 from research.telechat.common.files import unique_keys
+from research.telechat.common.protobuf import BYTES, VARINT, Data, FileBytes, fields, varint
 
 INDEX_NAMES = ("model.safetensors.index.json", "param_name_map.json")     # the second is MindSpore's name for it
 BIN_INDEX_NAME = "pytorch_model.bin.index.json"
@@ -24,6 +25,7 @@ DAMAGED = "it is damaged: copy or download it again"
 _SAFETENSORS_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I16": 16, "U16": 16, "F16": 16,
                      "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64}
 _CKPT_CODES = {"Float16": "F16", "BFloat16": "BF16", "Float32": "F32"}
+_LONGEST_TEXT = 10_000                                                    # bytes; longer is no name or type
 _HEADER_LIMIT = 100_000_000                                               # bytes, as in the safetensors library
 
 
@@ -177,79 +179,37 @@ def _check_safetensors_size(path: Path, base: int, header: Dict[str, Any]) -> No
                               "damaged: copy or download it again")
 
 
-class _Wire:
-    """Protobuf wire format, read from a file without loading the contents of long fields."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.size = path, path.stat().st_size
-        self._file = open(path, "rb", buffering=4096)                     # noqa: SIM115 (closed by open_ckpt)
-
-    def close(self) -> None:
-        self._file.close()
-
-    def error(self, position: int) -> CheckpointError:
-        return CheckpointError(f"{self.path} is not a MindSpore .ckpt file, or truncated or encrypted: no valid entry "
-                               f"at byte {position} of {self.size}; copy or save it again")
-
-    def fields(self, begin: int, end: int) -> Iterable[Tuple[int, int, int, int]]:
-        """(field number, value, begin, end) of every field of a message; varints have a value, others a range."""
-        position = begin
-        while position < end:
-            start = position
-            key, position = self.varint(position, end)
-            if key & 7 == 0:
-                value, position = self.varint(position, end)
-                yield key >> 3, value, position, position
-            elif key & 7 == 2:
-                length, position = self.varint(position, end)
-                if length > end - position:
-                    raise self.error(start)
-                yield key >> 3, 0, position, position + length
-                position += length
-            else:
-                raise self.error(start)
-
-    def varint(self, position: int, end: int) -> Tuple[int, int]:
-        """(value, position behind it)."""
-        self._file.seek(position)
-        value = shift = 0
-        for byte in self._file.read(min(10, end - position)):
-            value |= (byte & 0x7F) << shift
-            shift, position = shift + 7, position + 1
-            if byte < 0x80:
-                return value, position
-        raise self.error(position)
-
-    def text(self, begin: int, end: int) -> str:
-        if end - begin > 10_000:
-            raise self.error(begin)
-        self._file.seek(begin)
-        try:
-            return self._file.read(end - begin).decode("utf-8")
-        except UnicodeDecodeError:
-            raise self.error(begin) from None
+class _CkptEntry(NamedTuple):
+    name: str
+    dtype: str
+    shape: Tuple[int, ...]
 
 
 def open_ckpt(path: Path) -> Checkpoint:
     """A checkpoint of one MindSpore .ckpt file."""
-    checkpoint, wire = Checkpoint([path]), _Wire(path)
+    checkpoint, size = Checkpoint([path]), path.stat().st_size
+    pending: Optional[_CkptEntry] = None                                  # slices of a tensor follow each other
+    extents: List[Extent] = []
+    position = 0
     try:
-        pending: Optional[Tuple[str, str, Tuple[int, ...]]] = None        # name, type, shape: slices follow each other
-        extents: List[Extent] = []
-        for field, _, begin, end in wire.fields(0, wire.size - _crc_trailer(path)):
-            if field != 1:
-                raise wire.error(begin)
-            entry, extent = _ckpt_entry(wire, begin, end)
-            if pending is not None and entry != pending:
-                _add_ckpt_tensor(checkpoint, path, pending, extents)
-                extents = []
-            pending = entry
-            extents.append(extent)
+        with open(path, "rb", buffering=4096) as file:
+            data = FileBytes(file)
+            for field, wire, begin, end in fields(data, 0, size - _crc_trailer(path)):
+                position = begin
+                if (field, wire) != (1, BYTES):
+                    raise ValueError("no entry")
+                entry, extent = _ckpt_entry(data, begin, end)
+                if pending is not None and entry != pending:
+                    _add_ckpt_tensor(checkpoint, path, pending, extents)
+                    extents = []
+                pending = entry
+                extents.append(extent)
         if pending is None:
-            raise wire.error(0)
-        _add_ckpt_tensor(checkpoint, path, pending, extents)
-    finally:
-        wire.close()
+            raise ValueError("no entry")
+    except (IndexError, ValueError) as err:
+        raise CheckpointError(f"{path} is not a MindSpore .ckpt file, or truncated or encrypted: no valid entry behind "
+                              f"byte {position} of {size}; copy or save it again") from err
+    _add_ckpt_tensor(checkpoint, path, pending, extents)
     return checkpoint
 
 
@@ -260,31 +220,37 @@ def _crc_trailer(path: Path) -> int:
         return 17 if file.read(7) == b"crc_num" else 0
 
 
-def _ckpt_entry(wire: _Wire, begin: int, end: int) -> Tuple[Tuple[str, str, Tuple[int, ...]], Extent]:
-    """((name, type, shape), where its bytes stand) of a message Checkpoint.Value."""
-    name, dtype, dims, content = None, "map", [], (begin, begin)
-    for field, _, first, last in wire.fields(begin, end):
+def _ckpt_entry(data: Data, begin: int, end: int) -> Tuple[_CkptEntry, Extent]:
+    """(the tensor, where its bytes stand) of a message Checkpoint.Value; ValueError, IndexError where it is none."""
+    name, dtype, content = None, "map", (begin, begin)
+    dims: List[int] = []
+    for field, _, first, last in fields(data, begin, end):
         if field == 1:
-            name = wire.text(first, last)
+            name = _text(data, first, last)
         elif field == 2:                                                  # TensorProto
-            for inner, value, left, right in wire.fields(first, last):
-                if inner == 1 and left == right:
-                    dims.append(value)
-                elif inner == 1:                                          # packed dims
+            for inner, wire, left, right in fields(data, first, last):
+                if inner == 1:                                            # dims, one by one or packed
                     while left < right:
-                        value, left = wire.varint(left, right)
+                        value, left = varint(data, left)
                         dims.append(value)
                 elif inner == 2:
-                    dtype = wire.text(left, right)
+                    dtype = _text(data, left, right)
                 elif inner == 3:
                     content = (left, right)
+                if wire not in (VARINT, BYTES):
+                    raise ValueError("no tensor")
     if name is None:
-        raise wire.error(begin)
-    return (name, dtype, tuple(dims)), Extent(0, content[0], content[1] - content[0])
+        raise ValueError("no name")
+    return _CkptEntry(name, dtype, tuple(dims)), Extent(0, content[0], content[1] - content[0])
 
 
-def _add_ckpt_tensor(checkpoint: Checkpoint, path: Path, entry: Tuple[str, str, Tuple[int, ...]],
-                     extents: List[Extent]) -> None:
+def _text(data: Data, begin: int, end: int) -> str:
+    if end - begin > _LONGEST_TEXT:
+        raise ValueError("no text")
+    return data[begin:end].decode("utf-8")                                # UnicodeDecodeError is a ValueError
+
+
+def _add_ckpt_tensor(checkpoint: Checkpoint, path: Path, entry: _CkptEntry, extents: List[Extent]) -> None:
     name, dtype, shape = entry
     nbytes = sum(extent.length for extent in extents)
     code = _CKPT_CODES.get(dtype, dtype)

@@ -44,19 +44,15 @@ from research.telechat.common.command import run_command
 from research.telechat.common.errors import CheckpointError
 from research.telechat.plan.plan import read_plan
 from research.telechat.recipe.read import read_recipe, resolve_config
-from research.telechat.spec.parameters import summarise
+from research.telechat.recipe.settings import to_variant
+from research.telechat.spec.parameters import parameters, summarise
 
 
 def check_shapes(shapes: Dict[str, tuple], config: str) -> None:
     """CheckpointError where whole parameters have other shapes than the recipe's model: a strategy of another run may
     fit the number of ranks and cut nothing evenly wrong."""
     plan = read_plan(read_recipe(resolve_config(config)))
-    size = {"model.norm_out.weight": (plan.model.hidden_size,)}
-    for weight in plan.layer_weights():
-        shape = (weight.rows, weight.columns) if weight.columns > 1 else (weight.rows,)
-        size.update({f"model.layers.{layer}.{weight.name}": shape for layer in range(plan.model.num_layers)})
-    table = plan.embedding_weight()
-    size.update({f"model.{table.name}": (table.rows, table.columns), "lm_head.weight": (table.rows, table.columns)})
+    size = {param.ms_name: param.shape for param in parameters(to_variant(plan.model))}
     wrong = [f"{name} {list(shape)}, the recipe says {list(size[name])}" for name, shape in shapes.items()
              if name in size and size[name] != tuple(shape)]
     if wrong:

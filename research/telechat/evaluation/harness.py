@@ -16,6 +16,7 @@ from mindformers.tools.logger import logger
 from tqdm import tqdm
 
 from research.telechat.chat.session import divide_context
+from research.telechat.common.tokens import end_tokens
 from research.telechat.evaluation.answers import AllStopped, Answers, read_settings
 from research.telechat.evaluation.batches import fit
 from research.telechat.evaluation.score import Scorer
@@ -206,7 +207,7 @@ class TelechatLM(TemplateLM):
 
     def _answer(self, prompts: List[List[int]], settings: Dict[str, Any], until: List[str], place: int) -> List[str]:
         renderer = self.renderer
-        ends = {renderer.end_id, *_ids(self.model.config.eos_token_id),
+        ends = {renderer.end_id, *end_tokens(self.model.config.eos_token_id),
                 *([renderer.user_id] if renderer.user_id is not None else [])}
         stops = until + ([renderer.template.text_end, renderer.template.user] if renderer.as_text else [])
         answers = Answers(self.vocab, prompts, ends, stops)
@@ -226,7 +227,3 @@ class _Prompt(NamedTuple):
     number: int
     ids: List[int]
     settings: Dict[str, Any]
-
-
-def _ids(eos: Any) -> List[int]:
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)

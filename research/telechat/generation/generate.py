@@ -16,6 +16,7 @@ from mindformers.tools.logger import logger
 from mindspore import Tensor
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.tokens import end_tokens
 from research.telechat.generation.batch import Batch, Blocks, read_prompts
 from research.telechat.generation.engine import DirectEngine, FrameworkEngine, Step, scaling_changes
 from research.telechat.generation.sampling import Sampling, adjust, choose
@@ -113,8 +114,7 @@ class TelechatGenerationMixin:
         """A copy of the settings with `changes`; the end tokens as a list."""
         config = copy.deepcopy(given) if given is not None else GenerationConfig.from_model_config(self.config)
         config.update(**{key: value for key, value in changes.items() if key != "use_past"})
-        eos = config.eos_token_id
-        config.eos_token_id = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
+        config.eos_token_id = end_tokens(config.eos_token_id)
         return config
 
     def _needs_framework(self, config: GenerationConfig, kwargs: dict) -> bool:

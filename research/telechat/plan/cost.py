@@ -5,14 +5,18 @@ and agree with the compiled graph (scripts/plan.py --compile). Activations are a
 reuses is its own matter. Bytes sent are those of ring algorithms (Patarasuk and Yuan, 2009): AllReduce of S bytes over
 n ranks 2 S (n - 1) / n, AllGather and ReduceScatter to or from S bytes S (n - 1) / n.
 """
+import math
 import re
 from dataclasses import dataclass
 from typing import Dict, Iterable, List, NamedTuple, Tuple
 
-from research.telechat.plan.plan import BYTES, Plan, Weight, bubble, ends_of, layers_of, stage_of
+from research.telechat.plan.plan import BYTES, CUT_BY_INPUT, Plan, Weight, bubble, ends_of, layers_of, stage_of
+from research.telechat.recipe.settings import to_variant
 from research.telechat.spec.flops import CHIPS, Chip
 from research.telechat.spec.flops import flops_per_token as flops_of
+from research.telechat.spec.parameters import parameters
 
+EMBEDDING = "tok_embeddings.embedding_weight"
 STATE_BYTES = 8                        # AdamW: two moments of four bytes
 LOGIT_BYTES = 18                       # per logit while the loss is computed: 16-bit and four float32 tensors of it
 SOFTMAX_STATISTICS = 64                # bytes per query and head that flash attention keeps: two rows of eight float32
@@ -100,7 +104,7 @@ def _adapters(plan: Plan, weights: Iterable[Weight]) -> List[Weight]:
     for weight in weights:
         layer = weight.name.split(".")[-2]
         if weight.columns > 1 and re.match(plan.lora_targets, layer):
-            rows_cut = layer not in ("wo", "w2")
+            rows_cut = layer not in CUT_BY_INPUT
             found += [Weight(f"{weight.name}.lora_a", plan.lora_rank, weight.columns, not rows_cut, True),
                       Weight(f"{weight.name}.lora_b", weight.rows, plan.lora_rank, rows_cut, True)]
     return found
@@ -110,19 +114,16 @@ def held_parameters(plan: Plan, stage: int) -> List[_Held]:
     """The parameters of a rank of `stage`."""
     first, last = ends_of(plan, stage)
     model, layers = plan.model, sum(layers_of(plan, stage))
-    norm = Weight("norm_out.weight", model.hidden_size, 1, False, False)
-    table = plan.embedding_weight()
+    ends = plan.end_weights()
     trained_base = not plan.lora_rank
     listed: List[Tuple[Weight, int, int, bool]] = []
     kinds = plan.layer_weights()
     item = BYTES[model.param_init_type]
     listed += [(weight, layers, item, trained_base) for weight in kinds]
     if first or (last and model.tie_word_embeddings):
-        listed.append((table, 1, BYTES[model.embedding_init_type], trained_base))
+        listed.append((ends[EMBEDDING], 1, BYTES[model.embedding_init_type], trained_base))
     if last:
-        listed.append((norm, 1, item, trained_base))
-        if not model.tie_word_embeddings:
-            listed.append((table._replace(name="lm_head.weight"), 1, item, trained_base))
+        listed += [(weight, 1, item, trained_base) for name, weight in ends.items() if name != EMBEDDING]
     if plan.lora_rank:
         listed += [(weight, layers, plan.lora_bytes, True) for weight in _adapters(plan, kinds)]
     held = []
@@ -348,10 +349,7 @@ def link_of(plan: Plan, axis: str) -> str:
 
 def parameter_count(plan: Plan) -> int:
     """Parameters of the whole model, without adapters."""
-    layer = sum(weight.rows * weight.columns for weight in plan.layer_weights())
-    table = plan.embedding_weight()
-    tables = 1 if plan.model.tie_word_embeddings else 2
-    return (plan.model.num_layers * layer + tables * table.rows * table.columns + plan.model.hidden_size)
+    return sum(math.prod(param.shape) for param in parameters(to_variant(plan.model)))
 
 
 def flops_per_token(plan: Plan) -> float:

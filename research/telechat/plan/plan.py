@@ -5,13 +5,17 @@ plan/cost.py; how the model is really cut, in model/sharding.py. Command line: s
 """
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.recipe.fields import ModelSettings
-from research.telechat.recipe.settings import dtype_name, resolve
+from research.telechat.recipe.settings import dtype_name, resolve, to_variant
+from research.telechat.spec.parameters import Param, parameters
+from research.telechat.spec.variants import Variant, shape_faults
 
+CUT_BY_INPUT = ("wo", "w2")    # linear layers; model parallelism cuts the others by their output
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -95,28 +99,29 @@ class Plan:
 
     def layer_weights(self) -> List[Weight]:
         """The parameters of one decoder layer."""
-        model = self.model
-        hidden, ffn, kv = model.hidden_size, model.intermediate_size, self.kv_size
-        if model.fused_projections:
-            columns = [("attention.w_qkv", 3 * hidden), ("feed_forward.w_gate_hidden", 2 * ffn)]
-        else:
-            columns = [("attention.wq", hidden), ("attention.wk_v", 2 * kv), ("feed_forward.w1", ffn),
-                       ("feed_forward.w3", ffn)]
-        weights = [Weight(f"{name}.weight", rows, hidden, True, True) for name, rows in columns]
-        weights += [Weight("attention.wo.weight", hidden, hidden, True, True),
-                    Weight("feed_forward.w2.weight", hidden, ffn, True, True)]
-        if model.qkv_has_bias:
-            weights += [Weight(f"{name}.bias", rows, 1, True, False) for name, rows in columns if "attention" in name]
-        if model.out_proj_has_bias:
-            weights += [Weight("attention.wo.bias", hidden, 1, False, False),
-                        Weight("feed_forward.w2.bias", hidden, 1, False, False)]
-        return [*weights, Weight("attention_norm.weight", hidden, 1, False, False),
-                Weight("ffn_norm.weight", hidden, 1, False, False)]
+        prefix = "model.layers.0."
+        return [self._weight(param, param.ms_name[len(prefix):]) for param in _one_layer(to_variant(self.model))
+                if param.ms_name.startswith(prefix)]
 
-    def embedding_weight(self) -> Weight:
-        """The table of embeddings; an untied head has the same shape."""
-        return Weight("tok_embeddings.embedding_weight", self.model.vocab_size, self.model.hidden_size,
-                      self.vocab_pieces > 1, True)
+    def end_weights(self) -> Dict[str, Weight]:
+        """Those outside the layers, by name: tok_embeddings.embedding_weight, norm_out.weight, lm_head.weight (if it is
+        not tied)."""
+        weights = [self._weight(param, param.ms_name.replace("model.", "", 1))
+                   for param in _one_layer(to_variant(self.model)) if ".layers." not in param.ms_name]
+        return {weight.name: weight for weight in weights}
+
+    def _weight(self, param: Param, name: str) -> Weight:
+        rows, columns = (*param.shape, 1)[:2]
+        if not name.startswith(("attention.", "feed_forward.")):
+            return Weight(name, rows, columns, columns > 1 and self.vocab_pieces > 1, columns > 1)
+        # Matrices are cut, and biases of what is cut by its output.
+        return Weight(name, rows, columns, columns > 1 or name.split(".")[-2] not in CUT_BY_INPUT, columns > 1)
+
+
+@lru_cache(maxsize=8)
+def _one_layer(variant: Variant) -> List[Param]:
+    """The parameters of a model with one layer."""
+    return parameters(replace(variant, num_layers=1))
 
 
 def _integer(section: Dict[str, Any], key: str, where: str, default: int = 1) -> int:
@@ -231,13 +236,7 @@ def _device_faults(plan: Plan, ranks: Optional[int]) -> List[str]:
 
 
 def _width_faults(plan: Plan) -> List[str]:
-    model, faults = plan.model, []
-    lower = "choose a model_parallel that divides it"
-    for key in ("num_heads", "n_kv_heads", "intermediate_size"):
-        _multiple(faults, f"model_config.{key}", getattr(model, key), "parallel_config.model_parallel", plan.mp, lower)
-    for key, value, by, divisor in (("hidden_size", model.hidden_size, "num_heads", model.num_heads),
-                                    ("num_heads", model.num_heads, "n_kv_heads", model.n_kv_heads)):
-        _multiple(faults, f"model_config.{key}", value, f"model_config.{by}", divisor, f"change {by}")
+    model, faults = plan.model, shape_faults(plan.model, plan.mp)
     if plan.ulysses > 1:
         for key, value in (("num_heads", model.num_heads), ("n_kv_heads", model.n_kv_heads)):
             _multiple(faults, f"model_config.{key}", value, "model_parallel * context parallelism over heads",

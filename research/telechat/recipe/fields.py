@@ -5,10 +5,11 @@
 `FRAMEWORK` those that MindFormers itself writes into a model config.
 """
 from dataclasses import dataclass, field, fields
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union, get_args, get_type_hints
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, get_args, get_type_hints
+
+from research.telechat.common.tokens import EndTokens
 
 DTYPES = ("float32", "float16", "bfloat16")
-EndTokens = Union[int, Sequence[int], None]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ from mindformers.tools.logger import logger
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import write_text
 from research.telechat.text.templates import detect_template
-
-# Official vocabularies are filled up to a round number of embedding rows, by 1.1 % at most (52B).
-_UNUSED_ROWS = 0.02
+from research.telechat.text.vocab import check_fit
 
 
 def load_tokenizer(config: Any, vocab_size: int) -> Any:
@@ -25,13 +23,9 @@ def load_tokenizer(config: Any, vocab_size: int) -> Any:
         raise
     except ValueError as err:                       # MindFormers wraps errors of a class in one of its own making
         raise ConfigError(f"processor.tokenizer: {err}") from err
-    size = len(tokenizer)
-    if size > vocab_size:
-        raise ConfigError(f"processor.tokenizer has {size} tokens, the model's vocab_size is {vocab_size}: the "
-                          "tokenizer is another model's; name the one that belongs to the checkpoint")
-    if size < vocab_size * (1 - _UNUSED_ROWS):
-        logger.warning("processor.tokenizer has %d tokens, the model's vocab_size is %d: check that the tokenizer "
-                       "belongs to the checkpoint.", size, vocab_size)
+    warning = check_fit("processor.tokenizer", len(tokenizer), vocab_size)
+    if warning:
+        logger.warning("%s", warning)
     return tokenizer
 
 

@@ -20,7 +20,7 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from research.telechat.common.errors import ConfigError
-from research.telechat.spec.variants import Variant
+from research.telechat.spec.variants import Sizes, Variant
 
 
 class Param(NamedTuple):
@@ -44,7 +44,9 @@ _EMBEDDING, _NORM_OUT, _HEAD = "model.tok_embeddings.embedding_weight", "model.n
 _DENSE_LAYER = (
     ("attention_norm.weight", "input_layernorm.weight", "hidden", 1),
     ("attention.wq.weight", "self_attention.query.weight", "hidden hidden", 1),
+    ("attention.wq.bias", "self_attention.query.bias", "hidden", 1),
     ("attention.wk_v.weight", "self_attention.key_value.weight", "kv hidden", 1),
+    ("attention.wk_v.bias", "self_attention.key_value.bias", "kv", 1),
     ("attention.wo.weight", "self_attention.dense.weight", "hidden hidden", 1),
     ("attention.wo.bias", "self_attention.dense.bias", "hidden", 1),
     ("ffn_norm.weight", "post_attention_layernorm.weight", "hidden", 1),
@@ -56,11 +58,13 @@ _DENSE_LAYER = (
 _MUP_LAYER = (
     ("attention_norm.weight", "ln_1.weight", "hidden", 1),
     ("attention.w_qkv.weight", "attn.c_attn.weight", "qkv hidden", 3),
+    ("attention.w_qkv.bias", "attn.c_attn.bias", "qkv", 3),
     ("attention.wo.weight", "attn.c_proj.weight", "hidden hidden", 1),
     ("ffn_norm.weight", "ln_2.weight", "hidden", 1),
     ("feed_forward.w_gate_hidden.weight", "mlp.c_fc.weight", "gate_up hidden", 2),
     ("feed_forward.w2.weight", "mlp.c_proj.weight", "hidden ffn", 1),
 )
+_INPUT_PROJECTIONS = ("wq", "wk_v", "w_qkv")
 
 
 class _Layout(NamedTuple):
@@ -85,7 +89,7 @@ _TRAINING = re.compile(
     r"scale_sense|learning_rate|weight_decay|beta1_power|beta2_power|accu_.*|data_parallel_.*|.*\.learning_rate)$")
 
 
-def gate_up_groups(variant: Variant) -> int:
+def gate_up_groups(variant: Sizes) -> int:
     """Groups of rows in w_gate_hidden: the largest number that divides both the heads and intermediate_size."""
     return math.gcd(variant.num_heads, variant.intermediate_size)
 
@@ -96,11 +100,12 @@ def parameters(variant: Variant) -> List[Param]:
     hidden, ffn, vocab = variant.hidden_size, variant.intermediate_size, variant.vocab_size
     sizes = {"hidden": hidden, "ffn": ffn, "kv": 2 * variant.kv_heads * variant.head_dim, "qkv": 3 * hidden,
              "gate_up": 2 * ffn}
+    has_bias = {True: variant.qkv_has_bias, False: variant.out_proj_has_bias}
     groups = {1: 1, 2: gate_up_groups(variant), 3: variant.num_heads}
     params = [Param(_EMBEDDING, layout.prefix + layout.embedding, (vocab, hidden))]
     for layer in range(variant.num_layers):
         for ms_name, hf_name, shape, parts in layout.layer:
-            if ms_name.endswith(".bias") and not variant.out_proj_has_bias:
+            if ms_name.endswith(".bias") and not has_bias[ms_name.split(".")[-2] in _INPUT_PROJECTIONS]:
                 continue
             dims = tuple(sizes[word] for word in shape.split())
             params.append(Param(f"model.layers.{layer}.{ms_name}", f"{layout.prefix}h.{layer}.{hf_name}", dims,

@@ -16,6 +16,8 @@ from typing import NamedTuple, Tuple
 
 import numpy as np
 
+from research.telechat.common.bfloat16 import round_bfloat16
+
 
 @dataclass(frozen=True)
 class RopeRule:
@@ -51,13 +53,6 @@ def rope_scaling(rule: RopeRule, seq_length: int) -> Tuple[float, float]:
     if rule.extend_method == "NTK":
         return rule.theta * rule.scaling_factor ** power, 1.0
     return rule.theta, 1.0
-
-
-def round_bfloat16(x: np.ndarray) -> np.ndarray:
-    """float32 values rounded to the nearest bfloat16 (ties to even), as float32."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
-    return rounded.view(np.float32)
 
 
 _ROUND = {"float32": lambda x: x, "float16": lambda x: x.astype(np.float16).astype(np.float32),

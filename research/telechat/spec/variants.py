@@ -6,7 +6,7 @@ this file looks at a model's name.
 """
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, List, Optional, Protocol, Union
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import read_json_object
@@ -25,6 +25,7 @@ class Variant:
     tie_word_embeddings: bool = False        # logits come from the embedding table; no lm_head parameter
     fused_projections: bool = False          # one w_qkv and one w_gate_hidden instead of wq, wk_v and w1, w3
     out_proj_has_bias: bool = True           # bias of wo and w2
+    qkv_has_bias: bool = False               # bias of wq and wk_v, or of w_qkv
     rms_norm_eps: float = 1e-5
     input_mult: float = 1.0                  # embeddings are multiplied by it
     logits_scale: float = 1.0                # logits are multiplied by it (52B: output_mult / mup_scale_factor)
@@ -148,21 +149,56 @@ def variant_from_hf(cfg: Dict[str, Any], name: Optional[str] = None) -> Variant:
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(cfg.get(key), int) and template.hf_layout != "telechat_tied":
             variant = replace(variant, **{key: cfg[key]})
-    check_shape(variant)
+    check_shape(variant, where="model config: ")
     return variant
 
 
-def check_shape(variant: Variant) -> None:
-    """Raise ConfigError where the sizes contradict each other."""
-    if variant.hidden_size % variant.num_heads:
-        raise ConfigError(f"model config: hidden_size {variant.hidden_size} is not divisible by num_heads "
-                          f"{variant.num_heads}; one of the two is wrong")
-    if variant.head_dim % 2:
-        raise ConfigError(f"model config: hidden_size / num_heads is {variant.head_dim}, and must be even for the "
-                          "rotary embedding; one of the two is wrong")
-    if variant.num_heads % variant.kv_heads:
-        raise ConfigError(f"model config: num_heads {variant.num_heads} is not divisible by n_kv_heads "
-                          f"{variant.kv_heads}; one of the two is wrong")
+class Sizes(Protocol):
+    """What the rules of sizes look at: a Variant, the settings of a recipe, a TelechatConfig."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+    @property
+    def num_heads(self) -> int: ...
+
+    @property
+    def n_kv_heads(self) -> Optional[int]: ...
+
+    @property
+    def fused_projections(self) -> bool: ...
+
+
+def shape_faults(sizes: Sizes, mp: int = 1, where: str = "model_config.") -> List[str]:
+    """A line for each contradiction between sizes, or of sizes and the degree `mp` of model parallelism.
+
+    where: what stands before the name of a size.
+    """
+    heads, kv_heads = sizes.num_heads, sizes.n_kv_heads or sizes.num_heads
+    again = where if where.endswith(".") else ""
+    faults = [f"{where}{name} ({size}) must be a multiple of {again}{by} ({divisor}); change one of them"
+              for name, size, by, divisor in (("hidden_size", sizes.hidden_size, "num_heads", heads),
+                                              ("num_heads", heads, "n_kv_heads", kv_heads)) if size % divisor]
+    if sizes.hidden_size % heads == 0 and sizes.hidden_size // heads % 2:
+        faults.append(f"{where}hidden_size / {again}num_heads is {sizes.hidden_size // heads} and must be even for the "
+                      "rotary embedding; change one of them")
+    if sizes.fused_projections and kv_heads != heads:
+        faults.append(f"{where}fused_projections needs n_kv_heads equal to num_heads ({heads}), found {kv_heads}; "
+                      "leave n_kv_heads out, or set fused_projections to False")
+    faults += [f"{where}{name} ({size}) must be a multiple of parallel_config.model_parallel ({mp}): choose a degree "
+               "that divides it"
+               for name, size in (("num_heads", heads), ("n_kv_heads", kv_heads),
+                                  ("intermediate_size", sizes.intermediate_size)) if size % mp]
+    return faults
+
+
+def check_shape(sizes: Sizes, mp: int = 1, where: str = "model_config.") -> None:
+    """Raise ConfigError with the first of `shape_faults`."""
+    for fault in shape_faults(sizes, mp, where):
+        raise ConfigError(fault)
 
 
 def variant_fields(variant: Variant) -> Dict[str, Any]:

@@ -21,10 +21,31 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
-from research.telechat.common.errors import VocabError
+from research.telechat.common.errors import ConfigError, VocabError
 from research.telechat.text.vocab_files import JSON_FILE, MODEL_FILE, ByteLevelBpeFile, SentencePieceFile
 
 _LFS_POINTER = b"version https://git-lfs"
+
+
+# Official vocabularies are filled up to a round number of embedding rows, by 1.6 % at most.
+_SPARE_ROWS = 0.02
+
+
+def check_fit(name: str, tokens: int, rows: int) -> Optional[str]:
+    """Whether a tokenizer of `tokens` tokens can be that of a model with `rows` rows of embeddings (vocab_size).
+
+    Returns:
+        A warning, where the model has many more rows than the tokenizer has tokens, without full stop; else None.
+
+    Raises:
+        ConfigError: it is another model's. `name` says which tokenizer that is.
+    """
+    if tokens > rows:
+        raise ConfigError(f"{name} is the tokenizer of another model: it has {tokens} tokens, the model {rows} "
+                          "(vocab_size); use the one in the folder of the model's official checkpoint")
+    if tokens < rows * (1 - _SPARE_ROWS):
+        return f"{name} has {tokens} tokens, the model {rows} (vocab_size): check that it belongs to the model"
+    return None
 
 
 class Vocab:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Tuple
 
 from research.telechat.common.errors import VocabError
+from research.telechat.common.protobuf import fields
 
 MODEL_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
@@ -152,10 +153,9 @@ def _byte_level_alphabet() -> Dict[str, int]:
     return {**{chr(byte): byte for byte in printable}, **{chr(256 + n): byte for n, byte in enumerate(others)}}
 
 
-# The wire format of sentencepiece's ModelProto. It is read here by hand because the generated protobuf module can exist
+# sentencepiece's ModelProto is read here by hand because the generated protobuf module can exist
 # only once in a process, and MindFormers and transformers bring copies of their own.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4              # values of ModelProto.SentencePiece.Type
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5         # protobuf wire types
 
 
 def _read_symbols(path: Path, data: bytes) -> Tuple[List[Tuple[str, int, int, int]], bool]:
@@ -165,7 +165,7 @@ def _read_symbols(path: Path, data: bytes) -> Tuple[List[Tuple[str, int, int, in
     seen = set()
     dummy_prefix = True                                  # the format's default
     try:
-        for field, start, end in _fields(data, 0, len(data)):
+        for field, _, start, end in fields(data, 0, len(data)):
             seen.add(field)
             if field == 1:                               # repeated SentencePiece pieces
                 # A learnt piece is its text and a score of five bytes, nothing else. To see just that, rather than
@@ -173,7 +173,7 @@ def _read_symbols(path: Path, data: bytes) -> Tuple[List[Tuple[str, int, int, in
                 if data[start] == 0x0A and start + data[start + 1] + 7 == end:
                     kind = kind_at = 0
                 else:
-                    parts = {number: (a, b) for number, a, b in _fields(data, start, end)}
+                    parts = {number: (a, b) for number, _, a, b in fields(data, start, end)}
                     kind_at = parts[3][0] if 3 in parts else 0
                     kind = data[kind_at] if kind_at else 0
                 if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
@@ -181,7 +181,7 @@ def _read_symbols(path: Path, data: bytes) -> Tuple[List[Tuple[str, int, int, in
                     symbols.append((data[a:b].decode(), token_id, kind, kind_at))
                 token_id += 1
             elif field == 3:                             # NormalizerSpec
-                for number, a, _ in _fields(data, start, end):
+                for number, _, a, _ in fields(data, start, end):
                     if number == 3:                      # add_dummy_prefix
                         dummy_prefix = bool(data[a])
         if not token_id:
@@ -193,33 +193,3 @@ def _read_symbols(path: Path, data: bytes) -> Tuple[List[Tuple[str, int, int, in
         raise VocabError(f"vocabulary file {path} ends after {token_id} pieces, without the model's settings: it is "
                          "truncated; copy it again from the official model's folder and compare its size")
     return symbols, dummy_prefix
-
-
-def _fields(data: bytes, pos: int, end: int) -> Iterable[Tuple[int, int, int]]:
-    """(field number, start, end) of each field of the protobuf message data[pos:end]; IndexError, ValueError if bad."""
-    while pos < end:
-        tag, pos = _varint(data, pos)
-        wire = tag & 7
-        if wire == _BYTES:
-            length, pos = _varint(data, pos)
-        elif wire == _VARINT:
-            length = _varint(data, pos)[1] - pos
-        elif wire in (_FIXED32, _FIXED64):
-            length = 4 if wire == _FIXED32 else 8
-        else:
-            raise ValueError("unknown wire type")
-        if pos + length > end:
-            raise IndexError("field past the end")
-        yield tag >> 3, pos, pos + length
-        pos += length
-
-
-def _varint(data: bytes, pos: int) -> Tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[pos]
-        pos += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, pos
-        shift += 7
