@@ -129,7 +129,7 @@ def test_everything_that_recipes_name_is_registered_with_the_model(tmp_path):
             yield value
 
     found = [section for path in [*RECIPES, *sorted((ROOT / "configs/telechat").glob("*.yaml"))]
-             for section in sections(run_mindformer.read_recipe(path))]
+             for section in sections(read_recipe(path))]
     alone = sorted({section["type"] for section in found if "auto_register" not in section})
     assert {"TelechatTrainOneStepCell", "TelechatTrainingLog", "CheckpointMonitor"} <= set(alone)
     script = """
