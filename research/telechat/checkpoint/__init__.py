@@ -1,1 +1,1 @@
-"""Reading, writing, converting, cutting and choosing checkpoints."""
+"""Checkpoints on disk: reading, writing, converting, splitting, merging, and choosing the one to resume from."""

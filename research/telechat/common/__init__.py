@@ -1,1 +1,1 @@
-"""What every room may use: files, versions."""
+"""What every room may use: errors, files, versions, the ends of commands."""

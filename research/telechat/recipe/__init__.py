@@ -1,1 +1,1 @@
-"""What a recipe says: its keys, their defaults, and those of earlier recipes."""
+"""What a recipe says: its keys, their defaults, the options that change it, and keys of earlier recipes."""

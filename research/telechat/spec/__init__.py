@@ -1,1 +1,1 @@
-"""What a TeleChat model is: variants, parameters, rotary rule, operations."""
+"""What a TeleChat model is: variants, parameters, official configs, the rotary rule, operations."""
