@@ -224,8 +224,8 @@ def python_files():
 
 
 def test_old_names_are_homes_and_doors_only_for_their_tests():
-    """`research.telechat.telechat_x`, in an import or in a program that a test starts, is one of the homes at the top.
-    What is behind a door is imported from there: a value patched on the door would change nothing."""
+    """What an import, or a program that a test starts, names `telechat_...` in the plugin is one of the homes. What is
+    behind a door is imported from there: a value patched on the door would change nothing."""
     names = "|".join(sorted(re.escape(file[:-3]) for file in {*DOORS, MAIN}))
     doors = re.compile(rf"research\.telechat(?:\.| import )({names})\b")
     old = re.compile(r"research\.telechat(?:\.| import )(telechat\w*)")
@@ -262,10 +262,14 @@ def starts_without():
 
 def test_pure_files_import_no_mindspore():
     """Neither they nor what they import at once. Names the way there; the next test tries it."""
+    done: Set[str] = set()
+
     def check(file: str, above: Tuple[str, ...]) -> None:
-        path = modules()[file]
-        heavy = {item.name.split(".")[0] for item in imports(path) if item.at_once} & FRAMEWORKS
+        if file in done:
+            return
+        heavy = {item.name.split(".")[0] for item in imports(modules()[file]) if item.at_once} & FRAMEWORKS
         assert not heavy, f"{' -> '.join((*above, file))} imports {', '.join(heavy)} at once"
+        done.add(file)
         for other in plugin_imports(file, at_once=True):
             check(other, (*above, file))
 
@@ -277,7 +281,7 @@ def test_rooms_that_need_mindspore_do():
     """A room whose files all start without it says so."""
     for room in ROOMS:
         own = {file for file, name in in_rooms().items() if name == room.name and not file.endswith("__init__.py")}
-        assert room.starts_without == {"*"} or own - room.starts_without, f"docs/architecture.md: {room.name} needs none"
+        assert room.starts_without == {"*"} or own - room.starts_without, f"{room.name} needs no MindSpore"
 
 
 # Imports each module in a process of its own, forked from one that has imported what they need from elsewhere.

@@ -1,5 +1,5 @@
-"""A new model takes an entry of the table of variants and a recipe, as docs/architecture.md shows: a copy of the project
-to which one is added converts its checkpoint, computes it, and plans it."""
+"""A new model takes an entry in the table of variants and a recipe, as docs/architecture.md shows: with both added, a
+copy of the project converts the model's checkpoint, computes the model, and plans it."""
 import json
 import shutil
 import subprocess

@@ -62,6 +62,7 @@ def imports(path: Path) -> List[Import]:
     return found
 
 
+@cache
 def modules() -> Dict[str, Path]:
     """Every Python file of the plugin by its path in the plugin: "spec/rope.py", "telechat.py"."""
     return {path.relative_to(PLUGIN).as_posix(): path for path in sorted(PLUGIN.rglob("*.py"))}
@@ -86,6 +87,7 @@ def plugin_file(name: str) -> str:
     return ""
 
 
+@cache
 def plugin_imports(file: str, at_once: bool = False) -> Set[str]:
     """Files of the plugin that one of them imports, without itself and the plugin's own `__init__.py`, which holds only
     the version."""
