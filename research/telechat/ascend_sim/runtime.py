@@ -7,9 +7,8 @@ enough to compile for any number of devices; nothing runs. Works for mindspore 2
 aarch64 is written but was never tried.
 
     python research/telechat/ascend_sim/runtime.py check           # load the plug-in as rank 3 of 8
-    python research/telechat/ascend_sim/runtime.py env             # the environment, to be evaluated by a shell
+    python research/telechat/ascend_sim/runtime.py env 8 3         # the environment of rank 3 of 8, for a shell to eval
 """
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -236,18 +235,17 @@ def check() -> Tuple[bool, str]:
 
 
 def main() -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("check", "env"))
-    parser.add_argument("--ranks", type=int, default=8, help="cards of the simulated job")
-    parser.add_argument("--rank", type=int, default=0, help="which of them the process is")
-    args = parser.parse_args()
+    """`check`, or `env RANKS RANK`; returns the exit code."""
+    action, *numbers = sys.argv[1:] or [""]
+    if (action, len(numbers)) not in (("check", 0), ("env", 2)) or not all(map(str.isdigit, numbers)):
+        print("usage: runtime.py check | env RANKS RANK", file=sys.stderr)
+        return 2
     try:
-        if args.action == "check":
+        if action == "check":
             loaded, said = check()
             print(said)
             return 0 if loaded else 1
-        for name, value in sorted(environment(args.ranks, args.rank).items()):
+        for name, value in sorted(environment(*map(int, numbers)).items()):
             if os.environ.get(name) != value:
                 print(f"export {name}={shlex.quote(value)}")
     except SimulationError as err:
