@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the linter and the tests in the project's environment, which it makes where there is none (see env.sh).
+# Runs the linter, the check of spelling and the tests in the project's environment, which it makes where there is none (see env.sh).
 #
 #   bash scripts/run_tests.sh                       all tests
 #   bash scripts/run_tests.sh -m "not slow"         arguments go to pytest
@@ -23,6 +23,11 @@ if "$PYTHON" -c 'import ruff' 2>/dev/null; then
 else
     echo "ruff is not installed: no lint."
 fi
+if "$PYTHON" -c 'import codespell_lib' 2>/dev/null; then
+    "$PYTHON" -m codespell_lib || lint=$?
+else
+    echo "codespell is not installed: no check of spelling."
+fi
 if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
     echo "torch is not installed: tests of .bin checkpoints and PEFT will skip (TELECHAT_TEST_TORCH=1 installs it)."
 fi
@@ -40,7 +45,7 @@ fi
 tests=0
 "$PYTHON" -m pytest ${spread[@]+"${spread[@]}"} "$@" </dev/null || tests=$?
 if [ "$lint" -ne 0 ] && [ "$tests" -eq 0 ]; then
-    echo "error: the tests passed, but ruff found faults (listed before the tests)." >&2
+    echo "error: the tests passed, but ruff or codespell found errors (listed before the tests)." >&2
     exit "$lint"
 fi
 exit "$tests"

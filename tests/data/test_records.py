@@ -102,7 +102,7 @@ def test_inline_markers_alternate_and_lose_nothing(text):
 @pytest.mark.parametrize("line,kind,words", [
     (b'{"input": "a", "output": "b"', "not JSON", "at character 29"),
     (b"\xff\xfe{", "not UTF-8", "byte 0xff at position 1"),
-    (b'{"input": "caf\xe9", "output": "b"}', "not UTF-8", "position 15"),
+    (b'{"input": "caf\xe9", "output": "b"}', "not UTF-8", "position 15"),        # codespell:ignore caf
     (b'{"input": "a", "input": "c", "output": "b"}', "key twice", "'input'"),
     (b'{"input": null, "output": "b"}', "wrong shape", "key 'input' holds null; expected text"),
     (b'{"input": 3, "output": "b"}', "wrong shape", "key 'input' holds int; expected text"),
@@ -274,8 +274,8 @@ def test_lists_of_files(tmp_path):
 
 
 def test_list_relative_to_the_working_directory(tmp_path, monkeypatch):
-    write(tmp_path / "datas/x.jsonl", LINES)
-    listed = write(tmp_path / "conf/data.json", b'{"datas/x.jsonl": 1.0}')
+    write(tmp_path / "folder/x.jsonl", LINES)
+    listed = write(tmp_path / "conf/data.json", b'{"folder/x.jsonl": 1.0}')
     monkeypatch.chdir(tmp_path)
     assert [source.path.name for source in find_sources([str(listed)])] == ["x.jsonl"]
 

@@ -24,7 +24,7 @@ def test_keys_are_set_where_they_are_read(dotted):
     ("model_parallel", ["--parallel_config.model_parallel"]),
     ("seq_length", ["--model.model_config.seq_length"]),
     ("learning_rate", ["--optimizer.learning_rate or --lr_schedule.learning_rate"]),
-    ("modle.model_config.seq_length", ["'modle'", "did you mean 'model'?"]),
+    ("modle.model_config.seq_length", ["'modle'", "did you mean 'model'?"]),       # codespell:ignore modle
     ("model.config.seq_length", ["'model.config'", "'model_config'"]),
     ("zzz.seq_length", ["'zzz'", "sections there are: parallel_config, optimizer, lr_schedule, model"]),
     ("seed.x", ["'seed'"]),

@@ -135,8 +135,8 @@ def test_imports_are_absolute():
 
 def first_party():
     """Names by which files of the repository can be imported."""
-    helpers = {path.stem for path in (ROOT / "tests/support").glob("*.py")}
-    return {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()} | helpers
+    files = [*ROOT.glob("*.py"), *(ROOT / "tests/support").glob("*.py")]
+    return {path.stem for path in files} | {"research", "scripts", "benchmarks", "tests"}
 
 
 def test_rooms_stand_alone():

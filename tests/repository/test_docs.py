@@ -1,6 +1,9 @@
 """Generated parts of the documents are current, and what they name exists."""
+import ast
+import io
 import re
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import model_table
 
 from scripts import generated
 
-DOCUMENTS = sorted(ROOT.glob("docs/*.md"))
+DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")])
 
 
 def test_table_of_models_is_current():
@@ -30,10 +33,47 @@ def test_counts_equal_the_official_totals():
     assert 4 * counts["telechat2_115b"] == 453131665408
 
 
+# A file that a text names: "docs/data.md", "spec/rope.py" for one in a room, "writer.py" for one that its reader knows.
+MENTION = re.compile(r"(?<![\w/.}<*{-])([A-Za-z_][\w./-]*\.(?:py|yaml|sh|md|jsonl?))\b")
+PYTHON = ("research", "scripts", "benchmarks", "tests")
+FOLDERS = {*PYTHON, "configs", "docs", "examples",
+           *(path.name for path in (ROOT / "research/telechat").iterdir() if path.is_dir())}
+CODE = sorted(path for folder in PYTHON for path in (ROOT / folder).rglob("*.py"))
+NAMES = {path.name for path in [*CODE, *ROOT.glob("*.*"), *(ROOT / "docs").iterdir(), *(ROOT / "scripts").iterdir()]}
+
+
+def missing(text, bare):
+    """Files in `text` that do not exist. `bare`: those named without a folder too."""
+    found = []
+    for name in MENTION.findall(text):
+        folder, _, rest = name.partition("/")
+        if rest and folder in FOLDERS:
+            there = (ROOT / name).exists() or (ROOT / "research/telechat" / name).exists()
+        else:
+            there = bool(rest) or not bare or not name.endswith((".py", ".sh", ".md")) or name in NAMES
+        found += [] if there else [name]
+    return found
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 def test_files_that_documents_name_exist(path):
-    text = path.read_text(encoding="utf-8")
-    folders = "research|scripts|configs|docs|tests|benchmarks|examples"
-    named = re.findall(rf"(?<![\w/])((?:{folders})/[\w./-]+\.(?:py|yaml|sh|md|jsonl?))", text)
-    missing = sorted({name for name in named if not (ROOT / name).exists()})
-    assert not missing
+    assert not missing(path.read_text(encoding="utf-8"), bare=False)
+
+
+def prose(path):
+    """(line, text) of the docstrings and comments of a Python file."""
+    source = path.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node, clean=False)
+            if text:
+                yield node.body[0].lineno, text
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+
+
+def test_files_that_docstrings_and_comments_name_exist():
+    stale = [f"{path.relative_to(ROOT)}:{line} names {name}" for path in CODE for line, text in prose(path)
+             for name in missing(text, bare="research" in path.parts)]
+    assert not stale, "a file was moved or renamed; say where it is now, or leave the mention out"

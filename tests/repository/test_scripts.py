@@ -32,7 +32,9 @@ case "$*" in
         echo "Downloading mindspore-2.9.0.whl (800.1 MB)"
         case "$*" in *torch*) exit ${FAKE_TORCH:-0} ;; esac
         [ -z "$FAKE_PIP_ERROR" ] || { echo "$FAKE_PIP_ERROR"; exit 1; } ;;
-    "-m ruff"* | "-m pytest"*) echo "ran $*"; case "$*" in *ruff*) exit ${FAKE_RUFF:-0} ;; esac ;;
+    "-m ruff"*) echo "ran $*"; exit ${FAKE_RUFF:-0} ;;
+    "-m codespell_lib"*) echo "ran $*"; exit ${FAKE_CODESPELL:-0} ;;
+    "-m pytest"*) echo "ran $*" ;;
     "scripts/quickstart.py"*) echo "ran $*" ;;
     *) exit 0 ;;
 esac
@@ -168,13 +170,15 @@ def test_long_files_exist():
 
 def test_run_tests_reports_lint_and_tests(checkout):
     passed = run(checkout, "bash scripts/run_tests.sh -k some")
-    assert passed.returncode == 0 and "ran -m ruff check ." in passed.stdout
+    assert passed.returncode == 0 and "ran -m ruff check ." in passed.stdout and "ran -m codespell_lib" in passed.stdout
     assert passed.stdout.splitlines()[-1] == "ran -m pytest -k some"
     everything = run(checkout, "bash scripts/run_tests.sh -m 'not slow'", TELECHAT_TEST_WORKERS="3")
     assert everything.stdout.splitlines()[-1] == "ran -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m not slow"
     assert "ran -m pytest -n 2 --dist loadfile" in run(checkout, "bash scripts/run_tests.sh").stdout
-    lint = run(checkout, "bash scripts/run_tests.sh", FAKE_RUFF="1")
-    assert "ran -m pytest" in lint.stdout and "ruff found faults" in error_lines(lint)
+    for check in ("FAKE_RUFF", "FAKE_CODESPELL"):
+        lint = run(checkout, "bash scripts/run_tests.sh", **{check: "1"})
+        assert lint.returncode == 1 and "ran -m pytest" in lint.stdout
+        assert "ruff or codespell found errors" in error_lines(lint)
 
 
 def test_requirements_lists_what_is_missing():

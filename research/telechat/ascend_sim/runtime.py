@@ -133,7 +133,7 @@ def find_missing(mindspore: Path) -> Wanted:
             asked |= library.undefined
             asked |= {text.decode() for text in library.constants() if LOOKED_UP.fullmatch(text)}
     asked = {name for name in asked - offered if not re.match("_?Py", name)}
-    data = {name for name in asked if re.match("_ZT[VIST]", name)}       # vtables and type infos of C++
+    data = {name for name in asked if re.match("_ZT[VIST]", name)}       # C++ tables; codespell:ignore vist
     return Wanted(root.machine, sorted(missing), asked - data, data)
 
 
