@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
-from golden import SHARED, golden_json, needs_shared
+from golden import DECODE_DEVIATIONS, DEVIATIONS, OFFICIAL, SHARED, golden_json, needs_shared
 from hypothesis import given, settings
-from test_vocab import DECODE_DEVIATIONS, DEVIATIONS, OFFICIAL, TEXTS
+from text_fixtures import TEXTS
 
 ms = pytest.importorskip("mindspore")
 from mindformers.models.build_tokenizer import build_tokenizer

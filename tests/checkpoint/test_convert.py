@@ -21,52 +21,19 @@ from checkpoint_fixtures import (
     write_official,
     write_safetensors,
 )
+from convert_fixtures import error_of, read_ckpt, to_ms, to_torch
 from golden import SHARED, needs_shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from research.telechat.checkpoint import stream as stream
 from research.telechat.checkpoint import writer as checkpoint_writer
-from research.telechat.checkpoint.reader import open_ckpt
-from research.telechat.commands.convert import mindspore_to_torch, torch_to_mindspore
+from research.telechat.commands.convert import torch_to_mindspore
 from research.telechat.spec.hf_config import hf_config
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = {"telechat_7b": "telechat_7b", "telechat_12b": "telechat_12b", "telechat_52b": "telechat_52b",
           "telechat2_mha": "telechat2_7b", "telechat2_gqa": "telechat2_115b"}
-
-
-def to_ms(source, target, *options):
-    """Run the forward command in this process; its exit code."""
-    return torch_to_mindspore(["--torch_path", str(source), "--mindspore_path", str(target),
-                                            *map(str, options)])
-
-
-def to_torch(source, target, *options):
-    """Run the backward command in this process; its exit code."""
-    return mindspore_to_torch(["--mindspore_path", str(source), "--torch_path", str(target),
-                                            *map(str, options)])
-
-
-def read_ckpt(path):
-    """A .ckpt file by this project's reader (that MindSpore agrees is tested below)."""
-    checkpoint = open_ckpt(path)
-    result = {}
-    for name, info in checkpoint.tensors.items():
-        data = bytearray(info.nbytes)
-        checkpoint.read_into(name, 0, memoryview(data))
-        result[name] = Raw(info.dtype, np.frombuffer(data, np.uint32 if info.dtype == "F32" else np.uint16)
-                           .reshape(info.shape))
-    checkpoint.close()
-    return result
-
-
-def error_of(capfd, code):
-    """The one error line of a failed command."""
-    err = capfd.readouterr().err
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-    assert code == 1 and len(lines) == 1 and "Traceback" not in err, err
-    return lines[0]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from checkpoint_fixtures import (
     small_variant,
     write_official,
 )
-from test_convert import error_of, to_ms, to_torch
+from convert_fixtures import error_of, to_ms, to_torch
 
 from research.telechat.checkpoint import torch_bin as checkpoint_torch_bin
 from research.telechat.spec.hf_config import hf_config

@@ -21,7 +21,7 @@ from checkpoint_fixtures import (
     write_official,
     write_safetensors,
 )
-from test_convert import error_of, read_ckpt, to_ms, to_torch
+from convert_fixtures import error_of, read_ckpt, to_ms, to_torch
 
 from research.telechat.checkpoint import convert as checkpoint_convert
 from research.telechat.checkpoint import writer as checkpoint_writer

@@ -12,7 +12,7 @@ from checkpoint_fixtures import (
     small_variant,
     write_official,
 )
-from test_convert import read_ckpt, to_ms, to_torch
+from convert_fixtures import read_ckpt, to_ms, to_torch
 
 from research.telechat.checkpoint import writer as checkpoint_writer
 from research.telechat.checkpoint.reader import open_ckpt

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lora_fixtures import ALPHA, RANK, command_error, random_adapter, save_adapter
 from model_fixtures import HF_CONFIGS, build_model, logits_of, random_official
 
 from research.telechat.checkpoint import lora
@@ -15,22 +16,6 @@ from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.spec.variants import get_variant, variant_from_hf
 
 ROOT = Path(__file__).resolve().parents[2]
-
-RANK, ALPHA = 3, 6.0
-
-
-def random_adapter(family, seed=1):
-    """An adapter of every linear layer, large enough to change the logits."""
-    rng = np.random.default_rng(seed)
-    pairs = {param.ms_name: (rng.normal(0, 0.2, (RANK, param.shape[1])).astype(np.float32),
-                             rng.normal(0, 0.2, (param.shape[0], RANK)).astype(np.float32))
-             for param in lora.target_params(variant_from_hf(HF_CONFIGS[family]))}
-    return lora.Adapter(pairs, ALPHA)
-
-
-def save_adapter(path, adapter):
-    convert_lora.write_tensors(path, lora.mindspore_tensors(adapter), {"format": "ms"})
-    (path.parent / lora.CONFIG_NAME).write_text(json.dumps({"lora_alpha": adapter.alpha}))
 
 
 def test_patterns_are_matched_as_mindformers_does():
@@ -155,13 +140,6 @@ def test_merging_keeps_the_type_and_streams_blocks(dtype, tmp_path, monkeypatch)
     assert np.array_equal(norm, cast(raw["model.norm_out.weight"], dtype, "F32").view(np.float32))
 
 
-def command_error(capsys, module, arguments):
-    assert module.main([str(argument) for argument in arguments]) == 1
-    text = capsys.readouterr().err.strip()
-    assert text.startswith("error: ") and "Traceback" not in text
-    return text.splitlines()[-1]
-
-
 def test_mistakes_are_one_line_and_leave_nothing(capsys, tmp_path):
     adapter = random_adapter("12b")
     save_adapter(tmp_path / "a.ckpt", adapter)
@@ -188,7 +166,7 @@ def test_peft_adapters_that_are_not_plain_lora_are_refused(tmp_path):
 def test_training_changes_the_adapter_alone(tmp_path):
     """Through the recipe: base weights bit for bit as loaded, the adapter saved alone, the loss of the merged model."""
     import mindspore as ms
-    from test_training import SEQ, VOCAB, command, read_log, run, write_records
+    from training_fixtures import SEQ, VOCAB, command, read_log, run, write_records
 
     from research.telechat.telechat import TelechatForCausalLM
     from research.telechat.telechat_config import TelechatConfig

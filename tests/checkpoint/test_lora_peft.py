@@ -3,10 +3,11 @@ import json
 
 import numpy as np
 import pytest
+from lora_fixtures import random_adapter, save_adapter
 from model_fixtures import HF_CONFIGS, random_official
-from test_lora import convert_lora, random_adapter, save_adapter
 
 from research.telechat.checkpoint import lora as lora
+from research.telechat.commands import peft as convert_lora
 from research.telechat.spec.variants import variant_from_hf
 
 torch = pytest.importorskip("torch")

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compile_fixtures import NO_PLUGIN
+from lora_fixtures import ALPHA, command_error, save_adapter
 from model_fixtures import HF_CONFIGS, build_model, logits_of, random_official
-from test_lora import ALPHA, ROOT, command_error, convert_lora, merge_lora, save_adapter
-from test_sharding_compile import NO_PLUGIN
-from test_transform_checkpoint import layout, write_strategies
+from strategy_fixtures import layout, write_strategies
 
 from research.telechat.checkpoint import lora as lora
 from research.telechat.checkpoint.folder import open_mindspore
+from research.telechat.commands import merge_lora
+from research.telechat.commands import peft as convert_lora
 from research.telechat.spec.variants import variant_from_hf
 
+ROOT = Path(__file__).resolve().parents[2]
 RANK = 4
 PLANS = {"mp2": (1, 2, 1, False), "mp4": (1, 4, 1, False), "dp2 mp2": (2, 2, 1, False),
          "dp2 mp2, optimizer": (2, 2, 1, True), "mp2 pp2": (1, 2, 2, False), "dp2": (2, 1, 1, False)}
@@ -237,8 +240,8 @@ def test_merged_slices_give_the_logits_of_the_lora_cells(family, tmp_path):
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_compiler_cuts_adapters_like_this(fused, tmp_path):
     """The strategy that MindSpore's compiler writes for a LoRA recipe, dp2 mp2 with the optimizer's cut."""
+    from compile_fixtures import compiled
     from plan_fixtures import small_recipe
-    from test_sharding_compile import compiled
     more = {"fused_projections": True, "out_proj_has_bias": False} if fused else {}
     pet = {"pet_type": "lora", "lora_rank": 64, "lora_alpha": ALPHA, "lora_dropout": 0.0, "param_init_type": "float32",
            "target_modules": ".*w_qkv|.*w_gate_hidden|.*wo|.*w2" if fused else ".*wq|.*wk_v|.*wo|.*w1|.*w2|.*w3"}

@@ -5,7 +5,7 @@ import subprocess
 import mindspore as ms
 import numpy as np
 import pytest
-from test_training import SEQ, VOCAB, command, read_log, run, run_killed, run_on_full_disk, write_records
+from training_fixtures import DROPOUT, SEQ, VOCAB, command, read_log, run, run_killed, run_on_full_disk, write_records
 
 from research.telechat.checkpoint import resume as resume
 from research.telechat.common.errors import ConfigError
@@ -13,8 +13,6 @@ from research.telechat.common.errors import ConfigError
 CALLBACKS = ("[{type: MFLossMonitor}, {type: TelechatTrainingLog}, {type: CheckpointMonitor, prefix: t, "
              "save_checkpoint_steps: 1, keep_checkpoint_max: 3, keep_every_n_steps: 8%s}]")
 EXACT = ("step", "epoch", "loss", "lr", "global_norm")
-DROPOUT = [word for name in ("embed", "hidden", "attention")
-           for word in (f"--model.model_config.{name}_dropout_prob", "0.1")]
 
 
 def save(root, rank, name, step):

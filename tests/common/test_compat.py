@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT)]
-
 from research.telechat import __version__
 from research.telechat.checkpoint.writer import OutTensor
 from research.telechat.commands.convert import Sizes, mindspore_target
@@ -21,6 +18,7 @@ from research.telechat.data import writer as dataset_writer
 from research.telechat.spec.variants import get_variant
 from scripts import matrix
 
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "research/telechat/predict_telechat_tiny_cpu.yaml"
 JUNIT = ('<?xml version="1.0"?><testsuites><testsuite name="pytest" errors="{errors}" failures="{failures}" '
          'skipped="3" tests="20"/></testsuites>')

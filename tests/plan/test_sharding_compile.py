@@ -10,45 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compile_fixtures import NO_PLUGIN, agree, compiled
 from plan_fixtures import small_recipe
 
 from research.telechat.ascend_sim.account import Mesh
 from research.telechat.ascend_sim.compile import compile_plan
 from research.telechat.ascend_sim.elf import Code, SharedObject, write_library
-from research.telechat.ascend_sim.runtime import mindspore_folder
-from research.telechat.common.errors import SimulationError
 from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import find_faults, read_plan
 
 ROOT = Path(__file__).resolve().parents[2]
-try:
-    mindspore_folder()
-    NO_PLUGIN = ""
-except SimulationError as error:
-    NO_PLUGIN = str(error)
-
-
-def compiled(recipe, rank=0, keep=None):
-    """(plan, what the graphs of `rank` hold), compiled."""
-    plan = read_plan(recipe)
-    assert find_faults(plan) == []
-    report = compile_plan(recipe, Mesh(plan.pp, plan.dp, plan.cp, plan.mp), rank, plan.model.seq_length + 1, keep,
-                          timeout=900)
-    assert report["ok"], report["error"] + "\n".join(report["details"])
-    return plan, report["graphs"]
-
-
-def agree(plan, rank, graph):
-    """Arithmetic and compiler within 10 %."""
-    cost, memory = cost_of(plan, rank), graph["memory"]
-    assert graph["unresolved_calls"] == 0
-    assert cost.sent == pytest.approx(graph["communication"]["bytes"], rel=0.1)
-    for purpose, size in graph["communication"]["by_purpose"].items():
-        if size > 0.02 * cost.sent:
-            assert cost.sent_by("purpose")[purpose] == pytest.approx(size, rel=0.1), purpose
-    assert cost.memory.parameters == pytest.approx(memory["parameters"]["bytes"], rel=0.1)
-    assert cost.memory.optimizer == pytest.approx(memory["optimizer"]["bytes"], rel=0.1)
-    assert cost.memory.gradients == pytest.approx(memory.get("gradients", {"bytes": 0})["bytes"], rel=0.1)
 
 
 @pytest.mark.slow

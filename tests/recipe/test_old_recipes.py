@@ -13,10 +13,9 @@ from typing import Any, NamedTuple, Optional
 
 import pytest
 import yaml
+from compile_fixtures import NO_PLUGIN, compile_on_cpu
 from mindformers.tools.logger import get_logger
 from recipe_classes import unknown_arguments
-from test_recipe_walk import compile_on_cpu
-from test_sharding_compile import NO_PLUGIN
 
 from research.telechat.ascend_sim.account import Mesh
 from research.telechat.ascend_sim.compile import compile_plan

@@ -9,15 +9,11 @@ pipeline stages one per stage, the fewest that the planner permits), and micro-b
 variant's conventions, precision, recomputation, adapters, cache and everything else stay as the recipe has them.
 """
 import copy
-import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_sharding_compile import NO_PLUGIN, agree
+from compile_fixtures import NO_PLUGIN, agree, compile_on_cpu
 
 from research.telechat.ascend_sim.account import Mesh
 from research.telechat.ascend_sim.compile import compile_plan
@@ -70,20 +66,6 @@ def test_small_recipe_differs_in_sizes_only(path):
     config = {key: value for key, value in shrunk(recipe)["model"]["model_config"].items()
               if key not in ("type", "auto_register")}
     assert TelechatConfig(parallel_config=recipe["parallel_config"], **config).num_layers == max(2, before.pp)
-
-
-def compile_on_cpu(recipe, folder):
-    """The worker's report of compiling `recipe` on the CPU of this machine."""
-    job = {"folder": str(folder), "report": str(folder / "report.json"), "recipe": recipe, "config": "recipe",
-           "columns": ["input_ids", "labels"], "length": recipe["model"]["model_config"]["seq_length"] + 1, "rows": 8,
-           "ranks": 1}
-    (folder / "job.json").write_text(json.dumps(job))
-    env = {**os.environ, "LOG_MF_PATH": str(folder / "log"), "GLOG_v": "3", "OMP_NUM_THREADS": "1"}
-    worker = ROOT / "research/telechat/ascend_sim/worker.py"
-    done = subprocess.run([sys.executable, str(worker), str(folder / "job.json")], cwd=folder,
-                          env=env, capture_output=True, text=True, check=False, timeout=600)
-    assert (folder / "report.json").is_file(), done.stdout[-2000:] + done.stderr[-2000:]
-    return json.loads((folder / "report.json").read_text())
 
 
 def compile_small(path, folder):

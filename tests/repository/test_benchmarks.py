@@ -1,22 +1,16 @@
 """benchmarks/run_all.py and its page: every benchmark has its line, a fault loses nothing, published figures hold."""
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import benchmark_page
-import published
-import run_all
-
+from benchmarks import benchmark_page, published, run_all
 from research.telechat.plan.cost import flops_per_token
 from research.telechat.plan.plan import read_plan
 from research.telechat.recipe.read import read_recipe
 from research.telechat.spec.variants import VARIANTS
 
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 

@@ -2,19 +2,14 @@
 import ast
 import io
 import re
-import sys
 import tokenize
 from pathlib import Path
 
 import pytest
 
+from scripts import generated, model_table
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import model_table
-
-from scripts import generated
-
 DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")])
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts import launcher_check, launcher_report
+
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "scripts" / "msrun_launcher.sh"
-sys.path.insert(0, str(ROOT / "scripts"))
-import launcher_check
-import launcher_report
 
 FAKE_MSRUN = """#!/bin/bash
 printf '%s\\n' "$@" >args

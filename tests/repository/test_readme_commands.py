@@ -26,11 +26,11 @@ from checkpoint_fixtures import (
     small_variant,
     write_official,
 )
+from convert_fixtures import read_ckpt
 from evaluation_fixtures import PUBLISHED, needs_harness, write_published
 from model_fixtures import random_official
 from preprocess_fixtures import read_records
 from readme_fixtures import ALL, ROOT
-from test_convert import read_ckpt
 from vocab_fixtures import train_families
 
 from research.telechat.checkpoint.lora import read_adapter

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import LONG
 
+from scripts.requirements import is_installed, requirements
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "conversations.jsonl"
 
@@ -186,11 +188,6 @@ def test_requirements_lists_what_is_missing():
         return subprocess.run([sys.executable, str(ROOT / "scripts" / "requirements.py"), *extras], text=True,
                               capture_output=True, check=True).stdout.splitlines()
     assert not any(line.startswith(("numpy", "mindspore")) for line in lacking())
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        from requirements import is_installed, requirements
-    finally:
-        sys.path.pop(0)
     assert "mindspore==2.9.0" in requirements([]) and any(line.startswith("pytest==") for line in requirements(["dev"]))
     assert is_installed("numpy>=1.20,<2") and not is_installed("no-such-distribution==1.0")
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_resume import DROPOUT
-from test_training import ROOT, SEQ, VOCAB, command, read_log, write_records
+from training_fixtures import DROPOUT, ROOT, SEQ, VOCAB, command, read_log, write_records
 
 SUPERVISE = [sys.executable, str(ROOT / "scripts" / "supervise.py")]
 # A stand-in for msrun: two workers with logs; what they do is in the arguments, by rank.

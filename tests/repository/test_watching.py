@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_training import ROOT, SEQ, VOCAB, command, read_log, run, write_records
+from training_fixtures import ROOT, SEQ, VOCAB, command, read_log, run, write_records
 
 from research.telechat.spec import flops as flops
 from research.telechat.training import report as report

@@ -8,37 +8,16 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from golden import SHARED, golden_json, needs_shared
+from golden import DECODE_DEVIATIONS, DEVIATIONS, OFFICIAL, SHARED, golden_json, needs_shared
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from text_fixtures import TEXTS
 from vocab_fixtures import edit_json, train_sentencepiece
 
 from research.telechat.common.errors import VocabError
 from research.telechat.text.vocab import IncrementalDecoder, Vocab
 
 ROOT = Path(__file__).resolve().parents[2]
-OFFICIAL = {"12B": "telechat-12b", "52B": "telechat-52b", "115B": "telechat2-115b"}
-
-# Official ids that are not repeated, and the ones given instead (docs/tokenizers.md tells why). Where the official
-# tokenizer overlooks a marker (single_word) or puts a dummy prefix before it, ours takes the marker alone.
-DEVIATIONS = {
-    "12B": {
-        "<_user>": [20], "<_bot>": [21], "<_system>": [22],
-        "<_user>你是谁？<_bot>我是TeleChat。<_end>": [20, 5134, 14395, 112203, 21, 38767, 48945, 21735, 111959, 2],
-        "head<_end>tail": [1516, 2, 10242],
-        "<reserve1><reserve2>abc<reserve3>": [23, 24, 93226, 25],
-    },
-    "52B": {"<reserve1><reserve2>abc<reserve3>": [25, 26, 608, 46516, 27]},
-    "115B": {
-        "<_user>": [4], "<_bot>": [5], "<_system>": [6],
-        "<_user>你是谁？<_bot>我是TeleChat。<_end>": [4, 3921, 12070, 126271, 5, 29751, 50751, 25372, 126169, 2],
-        "head<_end>tail": [1640, 2, 9975],
-        "<reserve1><reserve2>abc<reserve3>": [34, 35, 62843, 36],
-    },
-}
-# Official decoding inserts and loses spaces around special tokens (37 of 39 texts survive it); ours gives them back.
-DECODE_DEVIATIONS = {("12B", "head <_end> tail"): ("head <_end> tail", "head  tail"),
-                     ("115B", "head <_end> tail"): ("head <_end> tail", "head  tail")}
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +129,6 @@ def vocab(request, vocab_folder):
     return Vocab.load(vocab_folder / request.param)
 
 
-MARKERS = ["<_user>", "<_bot>", "<_end>", "<_start>"]                    # in all three
-CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
-PIECES = st.one_of(st.text(CHARACTERS, max_size=8), st.sampled_from(
-    [*MARKERS, "<", ">", "_", "_user", "<_", "<<_user>>", "<_use", " ", "  ", "\n", "1", "生抽", "the ", " dog", "😀",
-     "\x00", "<reserve1>", "<reserve10>", "<unk>", "<0x41>", "<pad>", "👍🏽"]))
-TEXTS = st.lists(PIECES, max_size=12).map("".join)
 
 
 class TestProperties:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import mindspore as ms
 import numpy as np
 import pytest
-from test_training import ROOT
+from training_fixtures import ROOT
 
 from research.telechat.checkpoint import resume as resume
 from research.telechat.common.errors import ConfigError, TrainingStopped

@@ -9,7 +9,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
-from test_training import ROOT, SEQ, VOCAB, command, read_log, run, run_killed, run_on_full_disk, write_records
+from training_fixtures import ROOT, SEQ, VOCAB, command, read_log, run, run_killed, run_on_full_disk, write_records
 
 from research.telechat.checkpoint import resume as resume
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_training import ROOT, SEQ, VOCAB, command, read_log, write_records
+from training_fixtures import ROOT, SEQ, VOCAB, command, read_log, write_records
 
 from research.telechat.training.records import describe_records, record_numbers, step_batches
 

@@ -1,0 +1,64 @@
+"""Small trainings through run_mindformer.py: records, the command, and the ways to run it."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = "research/telechat/finetune_telechat_tiny_cpu.yaml"
+SEQ, VOCAB, BATCH = 32, 200, 2
+SIZES = ["--model.model_config.seq_length", str(SEQ), "--model.model_config.vocab_size", str(VOCAB),
+         "--model.model_config.num_layers", "2", "--model.model_config.hidden_size", "64",
+         "--model.model_config.intermediate_size", "96", "--model.model_config.num_heads", "4",
+         "--train_dataset.data_loader.shuffle", "False", "--batch_size", str(BATCH)]
+
+
+def write_records(path, rows):
+    """A MindRecord file with input_ids and labels, both `rows` [records, N + 1]."""
+    from mindspore.mindrecord import FileWriter
+    writer = FileWriter(str(path), 1, overwrite=True)
+    writer.add_schema({"input_ids": {"type": "int32", "shape": [-1]}, "labels": {"type": "int32", "shape": [-1]}}, "t")
+    writer.write_raw_data([{"input_ids": row, "labels": row} for row in rows.astype(np.int32)])
+    writer.commit()
+    return path
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+
+def command(dataset, output, *more):
+    return ["--config", RECIPE, "--register_path", "research/telechat", "--train_dataset", str(dataset),
+            "--output_dir", str(output), *SIZES, *more]
+
+
+def run(arguments, cwd=ROOT, **env):
+    """run_mindformer.py in a process of its own; its exit code must be 0."""
+    done = subprocess.run([sys.executable, str(ROOT / "run_mindformer.py"), *arguments], cwd=cwd, text=True,
+                          capture_output=True, env={**os.environ, "GLOG_v": "3", **env}, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def run_on_full_disk(arguments, limit):
+    """run_mindformer.py where no file may exceed `limit` bytes, which stands for a disk that is full in its middle."""
+    return subprocess.run([sys.executable, str(ROOT / "run_mindformer.py"), *arguments], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "GLOG_v": "3"}, check=False, timeout=600,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+
+
+def run_killed(what, number, arguments):
+    """run_mindformer.py, which kill_driver.py must have killed at the `number`th `what`."""
+    driver = str(ROOT / "tests/support/kill_driver.py")
+    done = subprocess.run([sys.executable, driver, what, str(number), *arguments], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "GLOG_v": "3"}, check=False, timeout=600)
+    assert done.returncode == -signal.SIGKILL, (what, number, done.stdout[-2000:] + done.stderr[-2000:])
+
+
+DROPOUT = [word for name in ("embed", "hidden", "attention")
+           for word in (f"--model.model_config.{name}_dropout_prob", "0.1")]
