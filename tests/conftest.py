@@ -1,6 +1,7 @@
 """Test-wide settings: the repository root is importable, MindSpore runs graphs on the CPU and keeps quiet."""
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Files that take minutes, longest first: with several processes none of them begins when the others are nearly done.
-LONG = ("test_recipe_walk.py", "test_supervise.py", "test_resume.py", "test_async_save_training.py",
-        "test_benchmarks.py", "test_quickstart.py", "test_training_records.py", "test_fuzz.py", "test_launcher.py")
-
-
 def pytest_collection_modifyitems(items):
-    """Long files first, the others in their order."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    """Files that take long first: with several processes none of them begins when the others are nearly done."""
+    weight = Counter()
+    for item in items:
+        weight[item.path] += 60 * (item.get_closest_marker("long") is not None) + (
+            10 * (item.get_closest_marker("slow") is not None))
+    items.sort(key=lambda item: -weight[item.path])
 
 
 @pytest.fixture(autouse=True, scope="module")

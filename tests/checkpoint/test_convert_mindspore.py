@@ -18,6 +18,8 @@ from research.telechat.checkpoint import writer as checkpoint_writer
 from research.telechat.checkpoint.reader import open_ckpt
 from research.telechat.spec.hf_config import hf_config
 
+pytestmark = pytest.mark.matrix
+
 ms = pytest.importorskip("mindspore")
 DTYPES = {"F16": "Float16", "BF16": "BFloat16", "F32": "Float32"}
 

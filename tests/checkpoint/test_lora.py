@@ -15,6 +15,8 @@ from research.telechat.commands import peft as convert_lora
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.spec.variants import get_variant, variant_from_hf
 
+pytestmark = pytest.mark.matrix
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -187,7 +187,7 @@ def test_pairs_of_the_matrix():
                                                                     ("2.0.0", "2.10.0", "3.9")]
     with pytest.raises(ValueError, match=r"mindformers 2\.0\.0 is not in the matrix"):
         matrix.parse_pairs(["2.0.0"], "3.11")
-    assert all((ROOT / test).is_file() for test in matrix.TESTS)
+    assert {"tests/training/test_training.py", "tests/recipe/test_config.py"} < set(matrix.TESTS)
 
 
 @pytest.mark.parametrize(("xml", "counts"), [

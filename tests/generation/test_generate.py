@@ -9,7 +9,7 @@ from reference import forward
 
 from research.telechat.common.errors import ConfigError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 GREEDY = {"do_sample": False, "eos_token_id": -1}
 PROMPTS = [[5, 11, 23, 42, 7], [60, 9, 33, 12, 45, 71, 20, 88, 14], [17, 66]]
 

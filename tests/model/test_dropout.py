@@ -10,6 +10,8 @@ from research.telechat.model.dropout import CountedDropout, count_dropout, key_w
 from research.telechat.model.graph_sharing import shared_graph_key
 from research.telechat.training.step import TelechatTrainOneStepCell
 
+pytestmark = pytest.mark.matrix
+
 RATE = 0.1
 SHAPE = (4, 64, 500)
 

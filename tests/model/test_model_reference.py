@@ -5,6 +5,8 @@ import pytest
 from model_fixtures import HF_CONFIGS, build_model, logits_of, random_official
 from reference import cross_entropy, forward
 
+pytestmark = pytest.mark.matrix
+
 RNG = np.random.default_rng(7)
 FAMILIES = list(HF_CONFIGS)
 

@@ -15,6 +15,8 @@ from research.telechat.spec.parameters import parameters
 from research.telechat.spec.variants import VARIANTS, read_hf_config, variant_from_hf
 from research.telechat.telechat_config import TelechatConfig
 
+pytestmark = pytest.mark.matrix
+
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_net_name_brings_sizes_and_conventions(name):

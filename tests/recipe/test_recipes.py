@@ -13,6 +13,8 @@ from research.telechat.recipe.read import read_recipe, resolve_config
 from research.telechat.spec.variants import VARIANTS
 from research.telechat.telechat_config import TelechatConfig
 
+pytestmark = pytest.mark.matrix
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "research/telechat").glob("*.yaml"))
 CARDS = {"telechat_7b": 8, "telechat_12b": 8, "telechat_52b": 16, "telechat2_3b": 8, "telechat2_7b": 8,

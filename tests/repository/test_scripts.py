@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LONG
 
 from scripts.requirements import is_installed, requirements
 
@@ -164,10 +163,6 @@ def test_quickstart_starts_in_the_environment(checkout):
     assert first.returncode == 0 and any("install -e ." in call for call in first.calls), first.stderr
     assert first.stdout.splitlines()[-1] == "ran scripts/quickstart.py --fresh"
     assert "unknown argument --fast" in error_lines(run(checkout, "bash scripts/quickstart.sh --fast"))
-
-
-def test_long_files_exist():
-    assert all(next((ROOT / "tests").rglob(name), None) for name in LONG)
 
 
 def test_run_tests_reports_lint_and_tests(checkout):

@@ -10,6 +10,8 @@ from vocab_fixtures import train_sentencepiece
 
 from research.telechat.run.prompts import first_answers, print_answers, write_results
 
+pytestmark = pytest.mark.matrix
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

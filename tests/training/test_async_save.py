@@ -17,6 +17,8 @@ from research.telechat.common.errors import ConfigError, TrainingStopped
 from research.telechat.training import save_thread as thread
 from research.telechat.training.saving import TelechatCheckpointMonitor
 
+pytestmark = pytest.mark.matrix
+
 
 class Saves:
     """A monitor over a network of one weight, and a writer that waits until it is let go (or is told to fail)."""

@@ -13,6 +13,8 @@ from training_fixtures import ROOT, SEQ, VOCAB, command, read_log, run, run_kill
 
 from research.telechat.checkpoint import resume as resume
 
+pytestmark = pytest.mark.matrix
+
 HERE = Path(__file__).parents[1] / "support"
 
 

@@ -13,6 +13,8 @@ from research.telechat.training.layerwise import DEEP, LayerByLayer, goes_by_lay
 from research.telechat.training.optimizer import TelechatAdamW
 from research.telechat.training.step import TelechatTrainOneStepCell, step_values
 
+pytestmark = pytest.mark.matrix
+
 STEPS = 4
 DOCUMENTS = Tensor(np.array([[5, 16, 16], [9, 12, 16]], np.int32))
 

@@ -10,6 +10,8 @@ from mindspore import Parameter, Tensor, nn
 from research.telechat.run.job import adapt_to_cpu
 from research.telechat.training.optimizer import ClipGradNorm, TelechatAdamW, is_overflow
 
+pytestmark = pytest.mark.matrix
+
 SHAPES = [(30, 40), (40,), (7, 9)]
 STEPS = 12
 

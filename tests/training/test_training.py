@@ -13,6 +13,8 @@ from research.telechat.commands.run import main
 from research.telechat.common import environment
 from research.telechat.recipe.read import parse_overrides
 
+pytestmark = pytest.mark.matrix
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
