@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the linter, the check of spelling and the tests in the project's environment, which it makes where there is none (see env.sh).
+# Runs the linter, the check of spelling, the type checker and the tests in the project's environment, which it makes
+# where there is none (see env.sh).
 #
 #   bash scripts/run_tests.sh                       all tests
 #   bash scripts/run_tests.sh -m "not slow"         arguments go to pytest
@@ -28,6 +29,12 @@ if "$PYTHON" -c 'import codespell_lib' 2>/dev/null; then
 else
     echo "codespell is not installed: no check of spelling."
 fi
+types=0
+if "$PYTHON" -c 'import mypy' 2>/dev/null; then
+    "$PYTHON" -m mypy || types=$?
+else
+    echo "mypy is not installed: types are not checked."
+fi
 if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
     echo "torch is not installed: tests of .bin checkpoints and PEFT will skip (TELECHAT_TEST_TORCH=1 installs it)."
 fi
@@ -47,5 +54,9 @@ tests=0
 if [ "$lint" -ne 0 ] && [ "$tests" -eq 0 ]; then
     echo "error: the tests passed, but ruff or codespell found errors (listed before the tests)." >&2
     exit "$lint"
+fi
+if [ "$types" -ne 0 ] && [ "$tests" -eq 0 ]; then
+    echo "error: the tests passed, but mypy found errors (listed before the tests)." >&2
+    exit "$types"
 fi
 exit "$tests"

@@ -46,7 +46,8 @@ class TelechatConfig(PretrainedConfig):
         super().__init__(parallel_config=parallel, bos_token_id=settings.bos_token_id,
                          eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id, **framework)
         self._take(settings)
-        if self.use_past and self.is_dynamic:      # a full mask has the prompt's length, which the graph does not know
+        if settings.use_past and settings.is_dynamic:
+            # A full mask has the length of the prompt, which the graph does not know.
             self.use_attn_mask_compression = True
         self._check_sizes()
 

@@ -55,13 +55,13 @@ class TelechatTokenizer(PreTrainedTokenizer):
                  for role, token in zip(_ROLES, (unk_token, bos_token, eos_token, pad_token))}
         if named["unk"] is not None and vocab.token_to_id(named["unk"]) is None:
             named["unk"] = vocab.own_tokens.get("unk")
-        more = [_content(token) for token in additional_special_tokens or ()]
+        more = [_text(token) for token in additional_special_tokens or ()]
         more += [piece for piece, token_id in vocab.markers.items() if token_id in vocab.special_ids]
         more = [piece for piece in dict.fromkeys(more) if piece not in named.values()]
         saved = kwargs.pop("added_tokens_decoder", None) or {}
         self.vocab = _with_specials(vocab, {**named, **_numbered(more)})
         for token_id, token in saved.items():
-            self._check_saved(int(token_id), _content(token))
+            self._check_saved(int(token_id), _text(token))
         self.add_bos_token = bool(add_bos_token)
         self.add_eos_token = bool(add_eos_token)
         kwargs.setdefault("clean_up_tokenization_spaces", False)        # it would move spaces before punctuation
@@ -95,7 +95,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
 
     def convert_tokens_to_string(self, tokens: List[str]) -> str:
         """Text of the pieces."""
-        return self.vocab.decode(self.convert_tokens_to_ids(tokens))
+        return self.vocab.decode([self._convert_token_to_id(token) for token in tokens])
 
     def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> str:
         """Text of ids (list, array or tensor), or of a single id, which MindFormers' own method does not take."""
@@ -176,7 +176,8 @@ class TelechatTokenizer(PreTrainedTokenizer):
         if token_id is not None:
             return token_id
         own = self.vocab.own_tokens.get("unk")           # official configs name <_end> as unk_token: never by accident
-        return self.vocab.token_to_id(own) if own is not None else self.unk_token_id
+        known = None if own is None else self.vocab.token_to_id(own)
+        return int(self.unk_token_id) if known is None else known
 
     def _convert_id_to_token(self, index: int) -> str:
         return self.vocab.id_to_token(index)
@@ -192,8 +193,8 @@ class TelechatTokenizer(PreTrainedTokenizer):
         """MindFormers would give an unknown token the next free id, for which the weights have no trained row."""
         new_tokens = list(new_tokens or ())
         for token in new_tokens:
-            if self.vocab.token_to_id(_content(token)) is None:
-                raise VocabError(f"token {_content(token)!r} is not in {self.vocab.path} and cannot be added: the "
+            if self.vocab.token_to_id(_text(token)) is None:
+                raise VocabError(f"token {_text(token)!r} is not in {self.vocab.path} and cannot be added: the "
                                  "weights have no row for it; the model's reserve tokens are there for such uses")
         count = super()._add_tokens(new_tokens, special_tokens)
         missing = [piece for piece in self.all_special_tokens
@@ -213,6 +214,11 @@ def _content(token: Any) -> Optional[str]:
     if isinstance(token, dict):
         token = token.get("content")
     return None if token is None else str(token)
+
+
+def _text(token: Any) -> str:
+    """`_content` of a token that there is."""
+    return _content(token) or ""
 
 
 def _numbered(pieces: List[str]) -> Dict[str, str]:

@@ -51,7 +51,7 @@ def load(path: Path, mindspore: Path) -> Any:
     os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")   # the classes are of an older protobuf
     sys.path.insert(0, str(mindspore / "train"))
     try:
-        import mind_ir_pb2
+        import mind_ir_pb2  # type: ignore[import-not-found]    # in MindSpore's folder
     finally:
         sys.path.pop(0)
     model = mind_ir_pb2.ModelProto()
@@ -242,9 +242,9 @@ def _transfers(program: Program, mesh: Mesh, rank: int, trains: bool) -> Dict[Tr
         times = program.calls[name]
         for node in graph.node:
             operator = program.operator(node)
-            if not times or operator not in _COLLECTIVES | _SENDS:
-                continue
             primitive = program.primitive(node)
+            if not times or primitive is None or operator not in _COLLECTIVES | _SENDS:
+                continue
             attributes = {attribute.name: _value(attribute) for attribute in primitive.attribute}
             group = attributes.get("group_rank_ids") or attributes.get("rank_list") or world
             group = group if isinstance(group, list) else [group]

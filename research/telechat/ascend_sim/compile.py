@@ -83,10 +83,11 @@ def compile_plan(recipe: Dict[str, Any], mesh: Mesh, rank: int, length: int, kee
     columns = list((recipe.get("train_dataset") or {}).get("input_columns") or ["input_ids", "labels"])
     if ((recipe.get("model") or {}).get("model_config") or {}).get("document_boundaries"):
         columns = [*columns, "actual_seq_len"] if "actual_seq_len" not in columns else columns
-    job = {"folder": str(folder), "report": str(folder / "worker.json"), "recipe": recipe, "config": "recipe",
+    result = folder / "worker.json"
+    job = {"folder": str(folder), "report": str(result), "recipe": recipe, "config": "recipe",
            "columns": columns, "length": length, "rows": _rows(recipe), "ranks": ranks}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    Path(job["report"]).unlink(missing_ok=True)
+    result.unlink(missing_ok=True)
     env = runtime.environment(ranks, rank)
     env.update(LOG_MF_PATH=str(folder / "log"), GLOG_v="3", OMP_NUM_THREADS=env.get("OMP_NUM_THREADS", "1"))
     log = folder / "worker.log"
@@ -98,7 +99,7 @@ def compile_plan(recipe: Dict[str, Any], mesh: Mesh, rank: int, length: int, kee
         try:
             while True:
                 try:
-                    code = worker.wait(2)
+                    code = str(worker.wait(2))
                     break
                 except subprocess.TimeoutExpired:
                     quieten(worker.pid)
@@ -113,8 +114,8 @@ def compile_plan(recipe: Dict[str, Any], mesh: Mesh, rank: int, length: int, kee
                 worker.kill()
                 worker.wait()
     report: Dict[str, Any] = {"ok": False, "error": f"the compiler ended with {code} and without a report"}
-    if Path(job["report"]).is_file():
-        report = json.loads(Path(job["report"]).read_text(encoding="utf-8"))
+    if result.is_file():
+        report = json.loads(result.read_text(encoding="utf-8"))
     report["folder"] = str(folder)
     report["graphs"] = {name: account(load(Path(path), runtime.mindspore_folder()), mesh, rank)
                         for name, path in report.get("graphs", {}).items()}

@@ -176,10 +176,11 @@ def write_library(soname: str, symbols: Dict[str, Optional[bytes]], machine: int
     code = bytearray()
     code_of = {}
     for name in names:
-        if symbols[name] is not None:
+        content = symbols[name]
+        if content is not None:
             code += bytes(-len(code) % 16)
             code_of[name] = code_at + len(code)
-            code += symbols[name]
+            code += content
     dynamic_at = _up(code_at + len(code), page)
     dynamic += [(4, hash_at), (5, strings_at), (6, symbols_at), (10, len(strings.data)), (11, 24), (0, 0)]
     zeros_at = dynamic_at + 16 * len(dynamic)
@@ -187,9 +188,9 @@ def write_library(soname: str, symbols: Dict[str, Optional[bytes]], machine: int
     first, follows = [0] * buckets, [0] * count
     table = bytearray(24)
     for index, (name, at) in enumerate(zip(names, name_at), 1):
-        is_code = symbols[name] is not None
-        size = len(symbols[name]) if is_code else zeros
-        table += struct.pack("<IBBHQQ", at, 0x12 if is_code else 0x11, 0, 1, code_of.get(name, zeros_at), size)
+        content = symbols[name]
+        size = zeros if content is None else len(content)
+        table += struct.pack("<IBBHQQ", at, 0x11 if content is None else 0x12, 0, 1, code_of.get(name, zeros_at), size)
         slot = _hash(name.encode()) % buckets
         follows[index], first[slot] = first[slot], index
 

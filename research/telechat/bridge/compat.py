@@ -95,9 +95,10 @@ def chip_name() -> str:
 def peak_memory() -> float:
     """Most bytes in use so far: of the device, on a CPU of the process."""
     if not on_cpu():
-        for place in (getattr(ms, "runtime", None), getattr(ms, "hal", None)):
-            if hasattr(place, "max_memory_allocated"):
-                return float(place.max_memory_allocated())
+        for place in ("runtime", "hal"):
+            measure = getattr(getattr(ms, place, None), "max_memory_allocated", None)
+            if measure is not None:
+                return float(measure())
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(usage * (1 if sys.platform == "darwin" else 1024))
 
@@ -118,7 +119,7 @@ def prepare_cpu() -> None:
         except ImportError:
             continue
         if hasattr(module, "barrier"):
-            module.barrier = _cpu_barrier
+            vars(module)["barrier"] = _cpu_barrier
 
 
 def _cpu_barrier(*_args: Any, **_kwargs: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 from mindformers.generation.generation_config import GenerationConfig
 from mindformers.tools.logger import logger
 
+from research.telechat.chat.interrupt import Tokens
 from research.telechat.chat.session import History, Session, bot_message, parse_tool_calls, tool_result, with_question
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import read_json_object
@@ -82,7 +83,7 @@ def make_session(model: Any, tokenizer: Any, generation_config: Any = None, stop
                                                "min_new_tokens")}
     ends = end_tokens(settings["eos_token_id"])
 
-    def next_tokens(ids: List[int], limits: Dict[str, Any]) -> Iterator[int]:
+    def next_tokens(ids: List[int], limits: Dict[str, Any]) -> Tokens:
         return model.stream(ids, **{**sampling, **limits, "eos_token_id": [*limits["eos_token_id"], *ends]})
 
     session = Session(renderer, next_tokens, model.config.seq_length, settings["max_new_tokens"],

@@ -3,11 +3,11 @@ a token is out, it stops the answer instead. No MindSpore here: `held` must come
 """
 import contextlib
 import signal
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Generator, List
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
+def held() -> Generator[None]:
     """SIGINT waits, in this thread and in all that it starts."""
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -24,7 +24,7 @@ def check() -> None:
 
 
 @contextlib.contextmanager
-def released() -> Iterator[None]:
+def released() -> Generator[None]:
     """SIGINT raises KeyboardInterrupt at once in this thread, as usual in Python; one that waits does so now."""
     check()
     signal.signal(signal.SIGINT, signal.default_int_handler)           # MindSpore 2.7 leaves its own behind
@@ -36,9 +36,12 @@ def released() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def checked(next_tokens: Callable[..., Iterator[int]]) -> Callable[..., Iterator[int]]:
+Tokens = Generator[int, None, None]
+
+
+def checked(next_tokens: Callable[..., Tokens]) -> Callable[..., Tokens]:
     """`next_tokens` with a `check` behind every token."""
-    def tokens(ids: List[int], settings: Any) -> Iterator[int]:
+    def tokens(ids: List[int], settings: Any) -> Tokens:
         with contextlib.closing(next_tokens(ids, settings)) as inner:
             for token in inner:
                 yield token

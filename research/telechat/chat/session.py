@@ -10,8 +10,9 @@ import json
 import re
 import time
 from dataclasses import asdict, dataclass
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Generator, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+from research.telechat.chat.interrupt import Tokens
 from research.telechat.common.errors import ConfigError
 from research.telechat.text.renderer import BOT, TOOL, USER, Renderer
 from research.telechat.text.vocab import IncrementalDecoder
@@ -133,7 +134,7 @@ class Session:
     Attributes: `report`, of the last answer.
     """
 
-    def __init__(self, renderer: Renderer, next_tokens: Callable[[List[int], Dict[str, Any]], Iterator[int]],
+    def __init__(self, renderer: Renderer, next_tokens: Callable[[List[int], Dict[str, Any]], Tokens],
                  context: int, max_new_tokens: Optional[int] = None, max_length: Optional[int] = None,
                  stop: Sequence[str] = ()):
         """
@@ -149,12 +150,12 @@ class Session:
         self.budget = divide_context(context, max_new_tokens, max_length)
         self.stop = [*([stop] if isinstance(stop, str) else stop)]
         if renderer.as_text:             # these markers come as ordinary text
-            self.stop += [renderer.template.text_end, renderer.template.user]
+            self.stop += renderer.text_markers
         self.ends = {renderer.end_id, *([renderer.user_id] if renderer.user_id is not None else [])}
         self.report = Report()
 
     def answer(self, messages: Sequence[Dict[str, Any]], tools: Optional[Any] = None,
-               seed: Optional[int] = None) -> Iterator[str]:
+               seed: Optional[int] = None) -> Generator[str, None, None]:
         """The answer to the last of `messages`, piece by piece, never half a character.
 
         Raises ConversationError: roles out of order, or a system prompt that leaves no room.
@@ -165,7 +166,7 @@ class Session:
         self.report = Report(len(prompt.ids), dropped_turns=prompt.dropped_turns, cut_tokens=prompt.cut_tokens)
         return self._pieces(prompt.ids, settings, self.report)
 
-    def _pieces(self, ids: List[int], settings: Dict[str, Any], report: Report) -> Iterator[str]:
+    def _pieces(self, ids: List[int], settings: Dict[str, Any], report: Report) -> Generator[str, None, None]:
         decoder = IncrementalDecoder(self.renderer.vocab, skip_special_tokens=True)
         stops = StopFilter(self.stop)
         started = time.perf_counter()

@@ -218,7 +218,7 @@ def _write(stream: Stream, source: Source, target: Target, transfers: Dict[str, 
 
     def tally(transfer: Transfer, counts: Dict[str, int]) -> None:
         with lock:
-            entry = report.found.setdefault(transfer.source, {"nan": 0, "inf": 0, "overflow": 0})
+            entry = report.found.setdefault(transfer.source or transfer.out.name, {"nan": 0, "inf": 0, "overflow": 0})
             for kind, count in counts.items():
                 entry[kind] += count
 

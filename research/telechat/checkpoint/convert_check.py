@@ -72,6 +72,8 @@ def check_model(checkpoint: Checkpoint, params: Sequence[Param], official: bool)
 
 def check_tied_head(checkpoint: Checkpoint, match: Match) -> None:
     """A head beside tied embeddings may only be dropped if it is the same matrix."""
+    if match.tied_head is None:
+        return
     embedding = next(iter(match.found.values()))
     size = checkpoint.tensors[embedding].nbytes
     for start in range(0, size, _CHUNK):

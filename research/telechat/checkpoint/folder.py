@@ -128,9 +128,10 @@ def _read_index(index: Path) -> Dict[str, str]:
 
 def _check_numbering(paths: List[Path]) -> None:
     """Without an index, shards named x-00001-of-00003 still tell how many they are."""
-    numbers = [re.search(r"[-_](\d+)-of-(\d+)\.[a-z]+$", path.name) for path in paths]
-    totals = {int(match[2]) for match in numbers if match}
-    if len(totals) == 1 and all(numbers):
+    matches = [re.search(r"[-_](\d+)-of-(\d+)\.[a-z]+$", path.name) for path in paths]
+    numbers = [match for match in matches if match]
+    totals = {int(match[2]) for match in numbers}
+    if len(totals) == 1 and len(numbers) == len(paths):
         missing = sorted(set(range(1, totals.pop() + 1)) - {int(match[1]) for match in numbers})
         if missing:
             raise CheckpointError(f"{paths[0].parent} holds {len(paths)} files of {len(paths) + len(missing)}: number "

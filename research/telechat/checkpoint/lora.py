@@ -61,7 +61,8 @@ def check_target_modules(pattern: Any, variant: Variant) -> List[str]:
     MindFormers matches the pattern against the beginning of the layer's own name (`wq`), not of its path. Returns the
     alternatives (parts between |) without a match; ConfigError where nothing matches at all.
     """
-    names = list(dict.fromkeys(_TARGET.match(param.ms_name)[1] for param in target_params(variant)))
+    found = (_TARGET.match(param.ms_name) for param in target_params(variant))
+    names = list(dict.fromkeys(match[1] for match in found if match))
     known = f"this model has {', '.join(names)} (for example '.*{names[0]}|.*wo')"
     if not isinstance(pattern, str) or not pattern:
         raise ConfigError(f"pet_config.target_modules must be a pattern, found {pattern!r}; {known}")
@@ -131,8 +132,8 @@ def read_adapter(path: Path, alpha: Optional[float] = None, strategy: Optional[P
     opened = open_ranks(side.files) if side.strategy else {0: open_mindspore(path, "--adapter")}
     try:
         parts: Dict[str, Dict[str, np.ndarray]] = {}
-        found = {name: _PART.fullmatch(name) for name in tensor_names(opened) if not name.startswith("adam_")}
-        found = {name: match for name, match in found.items() if match}
+        matches = ((name, _PART.fullmatch(name)) for name in tensor_names(opened) if not name.startswith("adam_"))
+        found = {name: match for name, match in matches if match}
         check_ranks(side, "--adapter_strategy")
         check_named(side, opened, set(found))
         for name, match in found.items():
@@ -179,13 +180,13 @@ def _alpha_beside(path: Path) -> float:
     config = (path if path.is_dir() else path.parent) / CONFIG_NAME
     if not config.is_file():
         raise CheckpointError(f"lora_alpha is unknown, as there is no {config}; give --lora_alpha, as in the recipe")
-    return read_adapter_config(config)["lora_alpha"]
+    return float(read_adapter_config(config)["lora_alpha"])
 
 
 def read_adapter_config(path: Path) -> Dict[str, Any]:
     """adapter_config.json; CheckpointError where it is unusable or asks for what is not plain LoRA."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as err:
         raise CheckpointError(f"{path} cannot be read: {err}; expected the JSON file that PEFT writes") from err
     alpha = config.get("lora_alpha") if isinstance(config, dict) else None
@@ -203,7 +204,8 @@ def read_adapter_config(path: Path) -> Dict[str, Any]:
 
 def add_to_rows(weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
     """weight + scale B A, float32. weight: [rows, in]; a: [r, in]; b: [rows, r], the same rows of B."""
-    return weight + np.float32(scale) * (b @ a)
+    result: np.ndarray = weight + np.float32(scale) * (b @ a)
+    return result
 
 
 def _match_params(names: Any, variant: Variant, path: Path) -> Dict[str, Param]:
@@ -244,7 +246,7 @@ def from_peft(tensors: Dict[str, np.ndarray], alpha: float, variant: Variant, pa
     for name, value in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(?:transformer\.)?(.+)\.lora_([AB])(?:\.default)?\.weight", name)
         param = wanted.get(match[1]) if match else None
-        if param is None:
+        if match is None or param is None:
             raise CheckpointError(f"{path}: {name} belongs to no linear layer of this model; {_CHOOSE}")
         grouped = group_rows(value, param.parts, param.groups) if match[2] == "B" else value
         parts.setdefault(param.ms_name, {})[match[2].lower()] = grouped

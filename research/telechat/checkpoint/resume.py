@@ -94,7 +94,7 @@ def _scalar(checkpoint: Checkpoint, name: str) -> float:
                               f"{DAMAGED}")
     data = bytearray(info.nbytes)
     checkpoint.read_into(name, 0, memoryview(data))
-    value = struct.unpack(code, data)[0]
+    value = float(struct.unpack(code, data)[0])
     if not math.isfinite(value):
         raise CheckpointError(f"{info.file}: {name} is {value}; {DAMAGED}")
     return value

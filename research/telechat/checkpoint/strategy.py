@@ -66,10 +66,10 @@ def _messages() -> Any:
         from mindspore.train import node_strategy_pb2
         return node_strategy_pb2
     spec = importlib.util.find_spec("mindspore")
-    folder = Path(next(iter(spec.submodule_search_locations))) / "train"
+    folder = Path(next(iter((spec and spec.submodule_search_locations) or ["mindspore"]))) / "train"
     sys.path.insert(0, str(folder))
     try:
-        import node_strategy_pb2
+        import node_strategy_pb2  # type: ignore[import-not-found]    # in MindSpore's folder
     finally:
         sys.path.remove(str(folder))
     return node_strategy_pb2

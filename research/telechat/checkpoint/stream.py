@@ -6,6 +6,7 @@ Memory is bounded: a few chunks for each thread, and whole tensors only where ro
 """
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -107,7 +108,7 @@ class Stream:
 
         for name in names:
             for start, length in _chunks(checkpoint.tensors[name].nbytes):
-                self._submit(None, 0, lambda a=name, b=start, c=length: count(a, b, c), progress)
+                self._submit(None, 0, partial(count, name, start, length), progress)
         self._drain()
         return counts
 
@@ -125,8 +126,9 @@ class Stream:
             self._slots.release()
             if future.cancelled():
                 return
-            if future.exception() is not None:
-                self._failed.append(future.exception())
+            failure = future.exception()
+            if failure is not None:
+                self._failed.append(failure)
                 return
             progress(future.result())
 
@@ -151,7 +153,8 @@ class Stream:
               ) -> Iterator[Callable[[], int]]:
         """The jobs of one transfer; each returns the bytes of the source that it accounts for."""
         out, item = transfer.out, ITEM_SIZE.get(transfer.dtype, 1)
-        if transfer.source is None:
+        source = transfer.source
+        if source is None:
             def write_constant() -> int:
                 sink(out.name, 0, memoryview(transfer.constant))
                 return 0
@@ -159,15 +162,15 @@ class Stream:
         elif transfer.streams:
             for start, length in _chunks(transfer.source_bytes):
                 def copy(start: int = start, length: int = length) -> int:
-                    raw = self._read(checkpoint, transfer.source, start, length).view(RAW[transfer.dtype])
+                    raw: np.ndarray = self._read(checkpoint, source, start, length).view(RAW[transfer.dtype])
                     self._emit(transfer, raw, start // item, sink, tally)
                     return length
                 yield copy
         else:
-            yield from self._matrix_jobs(checkpoint, transfer, sink, tally)
+            yield from self._matrix_jobs(checkpoint, source, transfer, sink, tally)
 
-    def _matrix_jobs(self, checkpoint: Checkpoint, transfer: Transfer, sink: Sink, tally: Optional[Tally]
-                     ) -> Iterator[Callable[[], int]]:
+    def _matrix_jobs(self, checkpoint: Checkpoint, source: str, transfer: Transfer, sink: Sink,
+                     tally: Optional[Tally]) -> Iterator[Callable[[], int]]:
         """Load a matrix, then one job for each band of rows of the result."""
         rows, columns = transfer.out.shape
         shape = (columns, rows) if transfer.transpose_in or transfer.transpose_out else (rows, columns)
@@ -175,7 +178,7 @@ class Stream:
         self._whole.take(transfer.source_bytes, lambda: bool(self._failed))
         matrix = np.empty(transfer.source_bytes, np.uint8)
         for start, length in _chunks(matrix.nbytes):
-            checkpoint.read_into(transfer.source, start, memoryview(matrix)[start:start + length])
+            checkpoint.read_into(source, start, memoryview(matrix)[start:start + length])
         matrix = matrix.view(RAW[transfer.dtype]).reshape(shape)
         count = max(1, CHUNK // (columns * item))
         bands = [(first, min(first + count, rows)) for first in range(0, rows, count)]
@@ -183,15 +186,15 @@ class Stream:
         lock = threading.Lock()
         for first, last in bands:
             def copy(first: int = first, last: int = last) -> int:
-                band = self._buffer((last - first) * columns * item).view(RAW[transfer.dtype])
-                band = band.reshape(last - first, columns)
+                flat: np.ndarray = self._buffer((last - first) * columns * item).view(RAW[transfer.dtype])
+                band = flat.reshape(last - first, columns)
                 fill_band(band, matrix, first, transfer)
                 self._emit(transfer, band.reshape(-1), first * columns, sink, tally)
                 with lock:
                     left[0] -= 1
                     if not left[0]:
                         self._whole.give(transfer.source_bytes)
-                return band.nbytes
+                return int(band.nbytes)
             yield copy
 
     def _emit(self, transfer: Transfer, raw: np.ndarray, first: int, sink: Sink, tally: Optional[Tally]) -> None:
@@ -199,14 +202,14 @@ class Stream:
         out = transfer.out
         counts = count_nonfinite(raw, transfer.dtype) if tally else {}
         if out.dtype != transfer.dtype:
-            result = np.empty(raw.size, RAW[out.dtype])
+            result: np.ndarray = np.empty(raw.size, RAW[out.dtype])
             for start in range(0, raw.size, _CAST_BLOCK):
                 block = raw[start:start + _CAST_BLOCK]
                 result[start:start + _CAST_BLOCK] = cast(block, transfer.dtype, out.dtype)
             if tally:
                 counts["overflow"] = count_nonfinite(result, out.dtype)["inf"] - counts["inf"]
             raw = result
-        if any(counts.values()):
+        if tally and any(counts.values()):
             tally(transfer, counts)
         sink(out.name, first * ITEM_SIZE[out.dtype], memoryview(raw).cast("B"))
 

@@ -60,7 +60,7 @@ class _BinCheckpoint(Checkpoint):
         page = mmap.PAGESIZE
         begin = math.ceil(part.ctypes.data / page) * page
         end = (part.ctypes.data + part.nbytes) // page * page
-        if end > begin:
+        if end > begin and self._madvise is not None:
             self._madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
 
     def close(self) -> None:

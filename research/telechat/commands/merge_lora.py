@@ -63,7 +63,7 @@ def merge_tensor(base: Checkpoint, adapter: Adapter, tensor: OutTensor, file: Ou
     pair = adapter.pairs.get(tensor.name)
     for first in range(0, tensor.shape[0] if tensor.shape else 1, rows):
         count = min(rows * row, tensor.nbytes - first * row)
-        raw = np.empty(count // ITEM_SIZE[tensor.dtype], RAW[tensor.dtype])
+        raw: np.ndarray = np.empty(count // ITEM_SIZE[tensor.dtype], RAW[tensor.dtype])
         base.read_into(tensor.name, first * row, memoryview(raw).cast("B"))
         if pair:
             a, b = pair

@@ -1,6 +1,8 @@
 """Token ids as settings give them."""
 from typing import List, Sequence, Union
 
+import numpy as np
+
 EndTokens = Union[int, Sequence[int], None]        # one id, several, or none
 
 
@@ -8,4 +10,4 @@ def end_tokens(setting: EndTokens) -> List[int]:
     """The ids that end an answer, as a list."""
     if setting is None:
         return []
-    return [int(token) for token in setting] if isinstance(setting, (list, tuple)) else [int(setting)]
+    return [int(setting)] if isinstance(setting, (int, np.integer)) else [int(token) for token in setting]

@@ -80,6 +80,7 @@ def check_pair(mindformers: Optional[str], mindspore: Optional[str],
         if found is None:
             raise ConfigError(f"{name} is not installed in {sys.executable}; activate the environment that has it, or "
                               f"{install_line(mindformers, mindspore)}")
+    assert mindformers is not None and mindspore is not None
     formers, spores = release(mindformers), release(mindspore)
     partners = {release(key): sorted({release(each) for each in value}) for key, value in TESTED.items()}
     oldest = min(partners), min(each for value in partners.values() for each in value)

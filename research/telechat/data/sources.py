@@ -10,7 +10,7 @@ import itertools
 import json
 import random
 from pathlib import Path
-from typing import BinaryIO, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import BinaryIO, Iterator, List, NamedTuple, Sequence, Tuple, cast
 
 from research.telechat.common.errors import ConfigError
 
@@ -127,16 +127,15 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _open(path: Path) -> Tuple[BinaryIO, BinaryIO]:
+def _open(path: Path) -> Tuple[io.BufferedReader, io.FileIO]:
     """The file's content, decompressed, and the file itself, whose position tells how far it has been read."""
     try:
         file = open(path, "rb", buffering=0)      # noqa: SIM115 (the caller closes it)
     except OSError as err:
         raise ConfigError(f"input file {path} cannot be read: {err.strerror or err}") from err
-    stream = file
     if path.suffix == ".gz":
-        stream = gzip.GzipFile(fileobj=file)
-    elif path.suffix == ".zst":
+        return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=file)), _BLOCK), file
+    if path.suffix == ".zst":
         try:
             import zstandard
         except ImportError:
@@ -144,7 +143,8 @@ def _open(path: Path) -> Tuple[BinaryIO, BinaryIO]:
             raise ConfigError(f"{path} is compressed with zstd: install the package zstandard, or unpack the "
                               "file") from None
         stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-    return io.BufferedReader(stream, _BLOCK), file
+        return io.BufferedReader(cast(io.RawIOBase, stream), _BLOCK), file
+    return io.BufferedReader(file, _BLOCK), file
 
 
 def _records(path: Path) -> Iterator[Tuple[int, bytes, int]]:

@@ -26,7 +26,7 @@ def ordered_map(make: Callable[[], Callable[[Any], Any]], items: Iterable[Any], 
         yield from map(make(), items)
         return
     methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+    context: Any = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
     pipes = [context.Pipe() for _ in range(workers)]
     mine = [pipe[0] for pipe in pipes]
     processes = []

@@ -100,8 +100,8 @@ class DatasetWriter:
         """
         self._write_held(whole_batches=False)
         self._close_file()
-        extra = {name: content for name, content in (extra or {}).items() if content is not None}
-        for name, content in extra.items():
+        others = {name: content for name, content in (extra or {}).items() if content is not None}
+        for name, content in others.items():
             (self._temporary / name).write_bytes(content)
         names = [part for name in self._names for part in (name, f"{name}.db")]
         sizes = {name: (self._temporary / name).stat().st_size for name in names}
@@ -111,25 +111,26 @@ class DatasetWriter:
         for old in self.folder.iterdir():
             if re.fullmatch(r"new_dataset(_\d+)?\.mindrecord(\.db)?", old.name):
                 old.unlink()
-        for name in [*extra, *names, META_FILE]:
+        for name in [*others, *names, META_FILE]:
             os.replace(self._temporary / name, self.folder / name)
         return [self.folder / name for name in self._names]
 
     def _write_held(self, whole_batches: bool) -> None:
         while self._held:
-            if self._writer is None:
-                self._open_file()
+            writer = self._writer or self._open_file()
             count = min(self._batch, len(self._held))
             if count < self._batch and whole_batches:
                 return
             batch, self._held = self._held[:count], self._held[count:]
-            self._call(self._writer.write_raw_data, batch)
+            self._call(writer.write_raw_data, batch)
             self._room -= count
             if self._room <= 0:
                 self._close_file()
 
-    def _open_file(self) -> None:
-        self._import.join()
+    def _open_file(self) -> Any:
+        """Begin the next file; the writer of it."""
+        if self._import is not None:
+            self._import.join()
         try:
             from mindspore.mindrecord import FileWriter
         except ImportError as err:
@@ -140,12 +141,13 @@ class DatasetWriter:
         name = f"{stem}_{len(self._names)}.{suffix}" if self._names else DATASET_NAME
         self._names.append(name)
         self._room = self._file_records
-        self._writer = FileWriter(str(self._temporary / name), 1, overwrite=True)
+        writer = self._writer = FileWriter(str(self._temporary / name), 1, overwrite=True)
         if self._layout is None:
             self._layout = self._page_and_header()
-        self._writer.set_page_size(self._layout[0])
-        self._writer.set_header_size(self._layout[1])
-        self._writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in self.columns}, "telechat")
+        writer.set_page_size(self._layout[0])
+        writer.set_header_size(self._layout[1])
+        writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in self.columns}, "telechat")
+        return writer
 
     def _page_and_header(self) -> Tuple[int, int]:
         """Bytes of a page and of the header, the same for all files: MindDataset reads no files that differ in them."""

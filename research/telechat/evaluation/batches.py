@@ -4,7 +4,7 @@ Every new shape compiles a graph. Texts are therefore padded on the right to a h
 and each batch has all its rows. Padding changes nothing: no token looks at a later one. The model is not known here
 (evaluation/score.py runs it).
 """
-from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -15,8 +15,8 @@ FEW, MANY = 128, 512             # targets that go through the head at once: log
 class Scored(NamedTuple):
     """Token ids of a text (a list, or int32 [tokens]), of which the last `count` are scored, each given all before."""
 
-    ids: Sequence[int]
-    count: int
+    ids: Union[Sequence[int], np.ndarray]
+    count: int  # type: ignore[assignment]    # hides tuple.count, which nobody calls
 
 
 class Fitted(NamedTuple):

@@ -136,7 +136,8 @@ class TelechatLM(TemplateLM):
 
         Of each request only an array is kept: lists of ids take nine times the memory.
         """
-        texts, scored, lost = [], [], Counter()
+        texts, scored = [], []
+        lost: Counter[str] = Counter()
         for pair, context, continuation in requests:
             fitted = fit(context or [self.prefix_token_id], continuation, self.max_length)
             texts.append(pair)
@@ -181,18 +182,19 @@ class TelechatLM(TemplateLM):
         wanted, until = settings.pop("max_new_tokens"), settings.pop("until")
         unknown = settings.pop("unknown")
         budget = divide_context(self.max_length, wanted, None)
-        self._report(f"answers are limited to {budget.answer} tokens instead of {wanted}",
-                     len(group) * (budget.answer < wanted), len(group))
+        longest = budget.answer or wanted
+        self._report(f"answers are limited to {longest} tokens instead of {wanted}",
+                     len(group) * (longest < wanted), len(group))
         self._report("prompts lost their beginning", sum(len(each.ids) > budget.prompt for each in group),
                      len(group))
         if unknown:
             self._report(f"prompts have settings that are not known: {', '.join(unknown)}", len(group), len(group))
-        size = min(self._batch_that_fits(budget.answer, group, budget.prompt), len(group))
+        size = min(self._batch_that_fits(longest, group, budget.prompt), len(group))
         for start in range(0, len(group), size):
             part = group[start:start + size]
             ids = [each.ids[-budget.prompt:] for each in part]
             filled = ids + ids[-1:] * (size - len(ids))               # another batch size would compile anew
-            texts = self._answer(filled, {**settings, "max_new_tokens": budget.answer}, until, start)
+            texts = self._answer(filled, {**settings, "max_new_tokens": longest}, until, start)
             for each, text in zip(part, texts):
                 answers[each.number] = text
             bar.update(len(part))
@@ -209,7 +211,7 @@ class TelechatLM(TemplateLM):
         renderer = self.renderer
         ends = {renderer.end_id, *end_tokens(self.model.config.eos_token_id),
                 *([renderer.user_id] if renderer.user_id is not None else [])}
-        stops = until + ([renderer.template.text_end, renderer.template.user] if renderer.as_text else [])
+        stops = until + (renderer.text_markers if renderer.as_text else [])
         answers = Answers(self.vocab, prompts, ends, stops)
         with contextlib.suppress(AllStopped):
             self.model.generate(prompts, streamer=answers, seed=self.seed + place, eos_token_id=sorted(ends),

@@ -32,7 +32,8 @@ class _ScoreGraph(nn.Cell):
     def construct(self, tokens: Tensor, lengths: Tensor, rows: Tensor, targets: Tensor) -> Tuple[Tensor, Tensor]:
         """tokens: [B, S], lengths: [B], rows and targets: [C, K] -> log-likelihoods [C K] float32, likeliest ids."""
         hidden = self.hidden(tokens, lengths)                                      # [B S, H]
-        losses, likeliest = (), ()
+        losses: Tuple[Tensor, ...] = ()
+        likeliest: Tuple[Tensor, ...] = ()
         for chunk in range(rows.shape[0]):                                         # a whole [C K, V] would be too large
             logits = self.model.logits(self.model.gather_rows(hidden, rows[chunk], 0))
             loss, _ = self.model.loss.token_losses(logits, targets[chunk])         # [K]

@@ -60,7 +60,7 @@ def data_from(folder: Optional[Path]) -> Iterator[None]:
 
     The harness has no setting for this: it asks `datasets.load_dataset`, which is replaced meanwhile.
     """
-    import datasets
+    import datasets  # type: ignore[import-untyped]    # of Hugging Face, comes with lm-evaluation-harness
     original = datasets.load_dataset
 
     def load(path: str, name: Optional[str] = None, **kwargs: Any) -> Any:

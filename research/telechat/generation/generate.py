@@ -6,7 +6,7 @@ own loop.
 """
 import copy
 import time
-from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Generator, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -21,8 +21,13 @@ from research.telechat.generation.batch import Batch, Blocks, read_prompts
 from research.telechat.generation.engine import DirectEngine, FrameworkEngine, Step, scaling_changes
 from research.telechat.generation.sampling import Sampling, adjust, choose
 
+if TYPE_CHECKING:
+    from mindformers.models.modeling_utils import PreTrainedModel as Model  # what it is mixed into
+else:
+    Model = object
 
-class TelechatGenerationMixin:
+
+class TelechatGenerationMixin(Model):
     """Mixed into TelechatForCausalLM."""
 
     def generate(self, input_ids: Any, generation_config: Optional[GenerationConfig] = None,
@@ -65,7 +70,7 @@ class TelechatGenerationMixin:
         return record.output(sequences) if config.return_dict_in_generate else sequences
 
     def stream(self, input_ids: Sequence[int], generation_config: Optional[GenerationConfig] = None,
-               seed: Optional[int] = None, **kwargs: Any) -> Iterator[int]:
+               seed: Optional[int] = None, **kwargs: Any) -> Generator[int, None, None]:
         """The tokens of the answer to one prompt, one by one; stop iterating to stop the answer. As `generate`."""
         config = self._generation_config(generation_config, kwargs)
         prompts = read_prompts(list(input_ids), None, self.config.vocab_size)

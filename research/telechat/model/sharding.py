@@ -161,7 +161,7 @@ def attention(cell: nn.Cell, mesh: Mesh) -> None:
 
 def feed_forward(cell: nn.Cell, mesh: Mesh) -> None:
     """The inner features over mp; of fused projections whole groups."""
-    inner = (mesh.rows, mesh.mp)
+    inner: Tuple[int, ...] = (mesh.rows, mesh.mp)
     if cell.fused:
         column_linear(cell.w_gate_hidden, mesh)
         inner = (mesh.rows, mesh.mp, 1)

@@ -85,7 +85,8 @@ def reduce(size: float, ranks: int) -> float:
     return 2 * gather(size, ranks)
 
 
-class _Held(NamedTuple):
+@dataclass(frozen=True)
+class _Held:
     """A parameter as one rank holds it."""
 
     weight: Weight
@@ -208,7 +209,7 @@ def _in_flight(plan: Plan, stage: int) -> float:
         return 0
     if plan.pp == 1:
         return plan.interleaved_batches
-    waiting = plan.pp - stage
+    waiting: float = plan.pp - stage
     if plan.virtual_stages > 1:                                # warm-up of the interleaved schedule, in virtual stages
         waiting = (2 * (plan.pp - stage - 1) + (plan.virtual_stages - 1) * plan.pp + 1) / plan.virtual_stages
     return min(plan.micro_batches, waiting * plan.interleaved_batches)

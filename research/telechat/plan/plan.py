@@ -246,7 +246,8 @@ def _width_faults(plan: Plan) -> List[str]:
 
 
 def _sequence_faults(plan: Plan) -> List[str]:
-    model, faults = plan.model, []
+    model = plan.model
+    faults: List[str] = []
     if plan.sequence_parallel or (plan.vocab_pieces == 1 and plan.mp > 1 and plan.training):
         _multiple(faults, "tokens of a micro-batch per rank, batch_size * seq_length / context_parallel", plan.tokens,
                   "parallel_config.model_parallel", plan.mp, "change model_config.seq_length or the degree")

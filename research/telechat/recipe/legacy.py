@@ -20,9 +20,10 @@ _RECOMPUTED = (r"feed_forward\.mul", r"feed_forward\.silu")
 def _section(recipe: Dict[str, Any], *names: str) -> Dict[str, Any]:
     """The section `a.b`; an empty one, not connected to the recipe, where there is none."""
     for name in names:
-        recipe = recipe.get(name)
-        if not isinstance(recipe, dict):
+        below = recipe.get(name)
+        if not isinstance(below, dict):
             return {}
+        recipe = below
     return recipe
 
 

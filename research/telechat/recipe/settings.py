@@ -54,14 +54,9 @@ def _check_key(key: str, value: Any, field: Field) -> Any:
             raise ConfigError(f"model_config.{key}: {value!r} is not one of {', '.join(field.choices)}")
         return value
     wanted = _KINDS[field.kind]
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if wanted is float and isinstance(value, str):       # YAML 1.1 reads 1e-5 as text
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if wanted is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
+    value = _read_number(value, wanted)
+    fits = isinstance(value, wanted)
+    if not fits or (wanted is not bool and isinstance(value, bool)):
         raise ConfigError(f"model_config.{key}: expected {_WORDS[wanted]}, found {value!r}")
     if field.kind == "positive" and value <= 0:
         raise ConfigError(f"model_config.{key}: expected a positive number, found {value}")
@@ -69,6 +64,18 @@ def _check_key(key: str, value: Any, field: Field) -> Any:
         raise ConfigError(f"model_config.{key}: expected a probability in [0, 1), found {value}")
     if wanted is float and not math.isfinite(value):
         raise ConfigError(f"model_config.{key}: expected a finite number, found {value}")
+    return value
+
+
+def _read_number(value: Any, wanted: type) -> Any:
+    """`value` as `wanted` where it is a number written in another way, else as it is."""
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if wanted is float and isinstance(value, str):       # YAML 1.1 reads 1e-5 as text
+        with contextlib.suppress(ValueError):
+            return float(value)
+    if wanted is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     return value
 
 

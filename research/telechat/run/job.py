@@ -13,7 +13,7 @@ from mindformers.tools.register import MindFormerConfig
 from mindformers.tools.utils import get_real_rank
 from mindformers.trainer import Trainer
 
-from research.telechat import telechat, telechat_tokenizer, telechat_tokenizer_fast
+from research.telechat import telechat, telechat_config, telechat_tokenizer, telechat_tokenizer_fast
 from research.telechat.bridge.compat import apply_template, prepare_cpu, set_output_path
 from research.telechat.common.environment import cores, workers
 from research.telechat.common.errors import ConfigError
@@ -34,7 +34,7 @@ from research.telechat.run.training_setup import prepare_training
 from research.telechat.training import log, optimizer, saving, step
 
 # Classes that MindFormers must not copy and execute once more: importing their modules has registered them.
-_REGISTERED = {cls.__name__ for cls in (telechat.TelechatForCausalLM, telechat.TelechatConfig,
+_REGISTERED = {cls.__name__ for cls in (telechat.TelechatForCausalLM, telechat_config.TelechatConfig,
                                         telechat_tokenizer.TelechatTokenizer,
                                         telechat_tokenizer_fast.TelechatTokenizerFast,
                                         step.TelechatTrainOneStepCell, log.TelechatTrainingLog,

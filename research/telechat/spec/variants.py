@@ -6,7 +6,7 @@ this file looks at a model's name.
 """
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Protocol, Union
+from typing import Any, Dict, List, Optional, Protocol, Type, TypeVar, Union
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import read_json_object
@@ -53,13 +53,13 @@ class Variant:
         return self.hidden_size // self.num_heads
 
 
-_TELECHAT2 = dict(intermediate_size=0, num_heads=0, vocab_size=131072, rms_norm_eps=1e-8, hf_layout="telechat2",
-                  chat_template="telechat2", user_token_id=4, bot_token_id=5)
+_TELECHAT2 = Variant(0, 0, 0, 0, 131072, rms_norm_eps=1e-8, hf_layout="telechat2", chat_template="telechat2",
+                     user_token_id=4, bot_token_id=5)
 
 
 def _telechat2(layers: int, hidden: int, ffn: int, heads: int, kv_heads: Optional[int] = None) -> Variant:
-    sizes = dict(intermediate_size=ffn, num_heads=heads, n_kv_heads=kv_heads)
-    return Variant(num_layers=layers, hidden_size=hidden, **{**_TELECHAT2, **sizes})
+    return replace(_TELECHAT2, num_layers=layers, hidden_size=hidden, intermediate_size=ffn, num_heads=heads,
+                   n_kv_heads=kv_heads)
 
 
 VARIANTS: Dict[str, Variant] = {
@@ -94,16 +94,19 @@ def read_hf_config(path_or_dict: Union[str, Path, Dict[str, Any]]) -> Dict[str, 
     return read_json_object(path / "config.json" if path.is_dir() else path, "model config")
 
 
-def _get(cfg: Dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
+Number = TypeVar("Number", int, float)
+
+
+def _get(cfg: Dict[str, Any], key: str, kind: Type[Number], default: Optional[Number] = None) -> Number:
     """cfg[key] as `kind`; ConfigError if it is missing (and has no default) or of another type."""
-    value = cfg.get(key, default)
+    value: Any = cfg.get(key, default)
     if value is None:
         raise ConfigError(f"model config: key {key!r} is missing; is this a TeleChat config.json?")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"model config: key {key!r} must be {kind.__name__}, found {value!r}")
-    if kind in (int, float) and value <= 0:
+    if value <= 0:
         raise ConfigError(f"model config: key {key!r} must be positive, found {value!r}")
     return value
 

@@ -19,6 +19,7 @@ from typing import Any, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 from research.telechat.common.errors import ConfigError, ConversationError
 from research.telechat.text.messages import BOT, SYSTEM, TOOL, USER, Message, answer_text, json_text, to_message
 from research.telechat.text.templates import Template, detect_template, get_template
+from research.telechat.text.vocab import Vocab
 
 __all__ = ["BOT", "SYSTEM", "TOOL", "USER", "ConversationError", "Message", "Plan", "Prompt", "Rendered", "Renderer",
            "Span", "detect_template", "get_template", "to_message"]
@@ -35,6 +36,11 @@ class Span(NamedTuple):
     loss: bool = False
     skip: int = 0
     tail: int = 0                            # that many ids at its end are a marker in words and carry no loss
+
+
+def _marker_span(token: Optional[int]) -> Span:
+    """The span of a marker; an empty one where there is none."""
+    return Span(() if token is None else (token,))
 
 
 class Plan(NamedTuple):
@@ -78,7 +84,7 @@ class Renderer:
     `bot_id`, `system_id` (None where there is no such marker), `end_id`, `pad_id`.
     """
 
-    def __init__(self, template: Template, vocab, *, start_token: Optional[str] = None,
+    def __init__(self, template: Template, vocab: Vocab, *, start_token: Optional[str] = None,
                  user_token: Optional[str] = None, bot_token: Optional[str] = None, end_token: Optional[str] = None,
                  pad_token: Optional[str] = None, system_policy: str = "ignore"):
         """
@@ -96,6 +102,7 @@ class Renderer:
         if system_policy not in SYSTEM_POLICIES:
             raise ConfigError(f"system policy {system_policy!r} is unknown; known are {', '.join(SYSTEM_POLICIES)}")
         self.template, self.vocab, self.system_policy = template, vocab, system_policy
+        self._text_end = template.text_end or ""
         self.as_text = template.text_end is not None and user_token in (None, template.user) and (
             bot_token in (None, template.bot)) and template.user not in vocab.markers
         self.start_id = self._marker("start", start_token) if start_token else None
@@ -103,18 +110,20 @@ class Renderer:
             end_token = None                 # in words between the turns, as the template has it anyway
         self.end_id = self._marker("end", *((end_token,) if end_token else template.end))
         self.pad_id = self._marker("pad", *((pad_token,) if pad_token else template.pad))
-        self.user_id = self.bot_id = self.system_id = None
-        if not self.as_text:
-            self.user_id = self._marker("user", user_token or template.user)
-            self.bot_id = self._marker("bot", bot_token or template.bot)
-        if template.system:
-            self.system_id = self._marker("system", template.system)
+        self.user_id = None if self.as_text else self._marker("user", user_token or template.user)
+        self.bot_id = None if self.as_text else self._marker("bot", bot_token or template.bot)
+        self.system_id = self._marker("system", template.system) if template.system else None
         self._prompt_start = self._marker("start", template.prompt_start) if template.prompt_start else None
         self._separator = tuple(vocab.encode(template.separator)) if template.separator else ()
         self._opening = 1
-        self._marker_spans = Span((self.user_id,)), Span((self.bot_id,)), Span((self.end_id,), loss=True)
+        self._marker_spans = _marker_span(self.user_id), _marker_span(self.bot_id), Span((self.end_id,), loss=True)
         if self.as_text:
             self._set_up_text_markers()
+
+    @property
+    def text_markers(self) -> List[str]:
+        """The markers in words that end an answer, where `as_text`."""
+        return [self._text_end, self.template.user]
 
     # Training
 
@@ -264,10 +273,10 @@ class Renderer:
         if not tools or ("<tools>\n" in system and "\n</tools>" in system):     # in words already, as in official data
             return system
         lines = tools if isinstance(tools, str) else "\n".join(json_text(tool) for tool in tools)
-        return system.rstrip("\n") + self.template.tools_block.format(tools=lines)
+        return system.rstrip("\n") + (self.template.tools_block or "").format(tools=lines)
 
     def _system_spans(self, system: str) -> List[Span]:
-        return [Span((self.system_id,)), Span(text=system), Span(self._separator)]
+        return [_marker_span(self.system_id), Span(text=system), Span(self._separator)]
 
     def _turn(self, turn: List[Message]) -> List[Span]:
         """One turn with markers as ids."""
@@ -287,7 +296,7 @@ class Renderer:
         answer = answer_text(turn[-1])
         if last:
             return [*spans, *self._guarded([(answer, True)], loss=True), Span((self.end_id,), loss=True)]
-        spans += self._guarded([(answer, True), (self.template.text_end, False)], loss=True)
+        spans += self._guarded([(answer, True), (self._text_end, False)], loss=True)
         spans[-1] = spans[-1]._replace(tail=self._text_end_length)
         return spans
 
@@ -316,12 +325,12 @@ class Renderer:
                 parts += [(self.template.user, False), (self._question(turn), True)]
                 if turn[-1].role == BOT:
                     parts += [(self.template.bot, False), (answer_text(turn[-1]), True),
-                              (self.template.text_end, False)]
+                              (self._text_end, False)]
             return self._encode(self._guarded(parts + ([(self.template.bot, False)] if bot else [])))
         spans = []
         for number, turn in enumerate(turns):
             spans += ([Span(separator)] if number else []) + self._turn(turn)
-        return self._encode(spans) + ([self.bot_id] if bot else [])
+        return self._encode(spans) + ([self.bot_id] if bot and self.bot_id is not None else [])
 
     def _encode(self, spans: List[Span]) -> List[int]:
         plan = Plan(spans, [])
@@ -331,7 +340,7 @@ class Renderer:
         for piece in pieces:
             if piece in self.vocab.markers:
                 return self.vocab.markers[piece]
-        fault = ("is an ordinary piece of text in" if getattr(self.vocab, "token_to_id", {}.get)(pieces[0]) is not None
+        fault = ("is an ordinary piece of text in" if self.vocab.token_to_id(pieces[0]) is not None
                  else "is not in")
         raise ConfigError(f"the {role} token {' or '.join(map(repr, pieces))} of the template {self.template.name} "
                           f"{fault} the vocabulary {self.vocab.path}; name the right template, or another token with "
@@ -341,10 +350,10 @@ class Renderer:
 
     def _set_up_text_markers(self) -> None:
         template = self.template
-        words = (template.user, template.bot, template.text_end)
+        words = (template.user, template.bot, self._text_end)
         self._typed_marker = re.compile("(" + "|".join(map(re.escape, words)) + ")")
         self._opening = len(self.vocab.encode(template.user))
-        self._text_end_length = len(self._continued(template.text_end))
+        self._text_end_length = len(self._continued(self._text_end))
         self._spelt = {word: tuple(token for char in word for token in self._continued(char)) for word in words}
 
     @cached_property

@@ -4,9 +4,20 @@
 vocabulary tell the family.
 """
 from dataclasses import dataclass
-from typing import Dict, Optional, Tuple
+from pathlib import Path
+from typing import Dict, Mapping, Optional, Protocol, Tuple, Union
 
 from research.telechat.common.errors import ConfigError
+
+
+class HasMarkers(Protocol):
+    """What the choice of a template asks of a vocabulary (text/vocab.py)."""
+
+    @property
+    def path(self) -> Union[str, Path]: ...
+
+    @property
+    def markers(self) -> Mapping[str, int]: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ def get_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def detect_template(vocab) -> Template:
+def detect_template(vocab: HasMarkers) -> Template:
     """The template that fits a vocabulary, by the markers it has. Raises ConfigError where none does."""
     for template in TEMPLATES.values():
         if all(piece in vocab.markers for piece in template.needs):

@@ -58,10 +58,11 @@ class SentencePieceFile:
     def encode(self, text: str) -> List[int]:
         if not isinstance(text, str):
             raise TypeError("not a str")
-        return self._model.encode(text)
+        return list(self._model.encode(text))
 
     def encode_batch(self, texts: List[str], num_threads: Optional[int]) -> List[List[int]]:
-        return self._model.encode(texts, num_threads=-1 if num_threads is None else num_threads)
+        ids: List[List[int]] = self._model.encode(texts, num_threads=-1 if num_threads is None else num_threads)
+        return ids
 
     def token_to_id(self, piece: str) -> Optional[int]:
         token_id = self._model.piece_to_id(piece)
@@ -121,7 +122,7 @@ class ByteLevelBpeFile:
         self.size = max(self._pieces, default=-1) + 1
 
     def encode(self, text: str) -> List[int]:
-        return self._model.encode(text, add_special_tokens=False).ids
+        return list(self._model.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: List[str], num_threads: Optional[int]) -> List[List[int]]:
         if num_threads == 1:

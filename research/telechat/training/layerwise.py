@@ -128,7 +128,7 @@ class Layer(Part):
     def __init__(self, cell: nn.Cell, states: Dict[int, State]):
         super().__init__(cell.trainable_params(), states)
         self.cell = cell
-        self.stand_in: Optional[StandIn] = None         # whoever knows all layers shares it among those that are alike
+        self.stand_in: StandIn     # whoever knows all layers shares it among those that are alike
         keys = [dropout.key_tensor() for dropout in dropouts(cell)]
         self.storage = [*cell.get_parameters(), *keys, *self.moments]
 
@@ -244,9 +244,9 @@ class LayerByLayer:
         self.torn = True                               # until all of it is done
         rates = self.rates()
         for layer in self.layers:
-            if layer.trained:
+            if layer.stand_in.update is not None:
                 layer.stand_in.become(layer)
                 layer.stand_in.update(factor, *rates, *layer.gradients)
-        if self.rest.trained:
+        if self.update_rest is not None:
             self.update_rest(factor, *rates, *self.rest.gradients)
         self.torn = False

@@ -62,7 +62,7 @@ class Gradient(nn.Cell):
         self.any_trained = len(trained) > 0
         self.grad = C.GradOperation(get_all=True, get_by_list=self.any_trained, sens_param=True)
 
-    def construct(self, sens: Tensor, *inputs: Any) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+    def construct(self, sens: Tensor, *inputs: Any) -> Tuple[Any, ...]:
         """sens: gradient of the cell's value; inputs: the cell's -> gradient of the first, gradients of `trained`."""
         if self.any_trained:
             gradients = self.grad(self.cell, self.trained)(*inputs, sens)
@@ -73,7 +73,7 @@ class Gradient(nn.Cell):
 class LossGradient(Gradient):
     """The loss as well."""
 
-    def construct(self, sens: Tensor, *inputs: Tensor) -> Tuple[Tensor, Tensor, Tuple[Tensor, ...]]:
+    def construct(self, sens: Tensor, *inputs: Tensor) -> Tuple[Any, ...]:
         """sens: the loss scale, [] float32; inputs: x and targets -> loss, gradient of x, gradients of `trained`."""
         loss = self.cell(*inputs)
         of_x, of_parameters = super().construct(sens, *inputs)

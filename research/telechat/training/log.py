@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 import mindspore as ms
 import numpy as np
@@ -200,8 +200,10 @@ class TelechatTrainingLog(Callback):
                 raise ValueError("the training data are no MindRecord files")
             logger.info("looking for the records of step %s in the training data.",
                         first if first == last else f"{first} to {last}")
-            at_hand = first == last and element and hasattr(element[0], "asnumpy")
-            batches = [element[0].asnumpy()] if at_hand else step_batches(params.train_dataset, first, last)
+            if first == last and element and hasattr(element[0], "asnumpy"):
+                batches: Iterable[np.ndarray] = [element[0].asnumpy()]
+            else:
+                batches = step_batches(params.train_dataset, first, last)
             return dict(zip(range(first, last + 1), record_numbers(batches, files)))
         except Exception as err:                                   # what stopped the training must be told all the same
             logger.error("the records of steps %d to %d could not be found: %s", first, last, err)

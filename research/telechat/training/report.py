@@ -2,6 +2,7 @@
 import hashlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -47,7 +48,7 @@ def data_digest(files: Sequence[Path]) -> Dict[str, Any]:
         digest.update(f"{path.name}:{size}:".encode())
         with open(path, "rb") as data:
             if whole:
-                for block in iter(lambda data=data: data.read(_SAMPLE), b""):
+                for block in iter(partial(data.read, _SAMPLE), b""):
                     digest.update(block)
             else:
                 digest.update(data.read(_SAMPLE))

@@ -29,7 +29,7 @@ def watch() -> None:
         else:
             before(args)
 
-    hook.keeps_faults_of_saving = True
+    vars(hook)["keeps_faults_of_saving"] = True
     threading.excepthook = hook
     atexit.unregister(_tell)
     atexit.register(_tell)                     # Python waits for the threads before

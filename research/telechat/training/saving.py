@@ -11,7 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 from mindformers.core.callback.callback import CheckpointMonitor
@@ -67,6 +67,8 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
         **kwargs: of CheckpointMonitor.
     """
 
+    _append_step_num: int                              # MindFormers': steps before this process
+
     def __init__(self, *args: Any, keep_checkpoint_max: int = 5, keep_every_n_steps: int = 0,
                  on_save_error: str = "stop", adapter_config: Optional[Dict[str, Any]] = None,
                  continue_run: Optional[str] = None, ranks: int = 1, async_save: Any = False, **kwargs: Any):
@@ -86,6 +88,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
             self._prefix = continue_run
         self._write: Optional[_Write] = None
         self._newest = ""                              # the file that was begun last
+        self._meta: Optional[Tuple[int, int, str]] = None       # what the JSON file beside it will say
         if self.beside:
             thread.watch()
         self._remove_leftovers()

@@ -1,11 +1,12 @@
 """The training step and what it returns. The log of a run is training/log.py, saving training/saving.py.
 """
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Literal, Tuple, Union
 
 import numpy as np
 from mindformers.tools.register import MindFormerModuleType
 from mindformers.tools.utils import get_real_rank
 from mindformers.wrapper.wrapper import MFTrainOneStepCell
+from mindspore import nn
 
 from research.telechat.bridge.compat import plugin_class
 from research.telechat.common.errors import ConfigError
@@ -32,6 +33,8 @@ class TelechatTrainOneStepCell(MFTrainOneStepCell):
     they have the same gradients by then.
     """
 
+    clip_grad_norm: nn.Cell
+
     def __init__(self, network: Any, optimizer: Any, *args: Any, **kwargs: Any):
         if kernels.dropout_by_step() and not has_micro_batches(network):
             count_dropout(network, optimizer.global_step, get_real_rank())
@@ -42,7 +45,8 @@ class TelechatTrainOneStepCell(MFTrainOneStepCell):
         self.cpu = kernels.gradient_kernels_of_cpu()
         if self.cpu:
             self.clip_grad_norm = ClipGradNorm(float(self.clip_grad_norm.clip_norm.asnumpy()[0]))
-        self.layer_by_layer = None                     # decided in the first step, when everything is known
+        # Decided in the first step, when everything is known; False: as a whole.
+        self.layer_by_layer: Union[LayerByLayer, Literal[False], None] = None
 
     def __call__(self, *inputs: Any) -> Any:
         """One step, as a whole or layer by layer."""
