@@ -7,7 +7,7 @@ from typing import Any, Callable, Generator, List
 
 
 @contextlib.contextmanager
-def held() -> Generator[None]:
+def held() -> Generator[None, None, None]:
     """SIGINT waits, in this thread and in all that it starts."""
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -24,7 +24,7 @@ def check() -> None:
 
 
 @contextlib.contextmanager
-def released() -> Generator[None]:
+def released() -> Generator[None, None, None]:
     """SIGINT raises KeyboardInterrupt at once in this thread, as usual in Python; one that waits does so now."""
     check()
     signal.signal(signal.SIGINT, signal.default_int_handler)           # MindSpore 2.7 leaves its own behind
