@@ -52,8 +52,8 @@ def _start(words: List[str]) -> int:
     name, *rest = words
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        print(f"error: there is no command {name!r}; " + (f"did you mean {near[0]!r}? " if near else "")
-              + f"commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        print(f"error: there is no command {name!r}; {hint}commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     module, _, function = COMMANDS[name].entry.partition(":")
     sys.argv[0] = f"telechat {name}"                       # as argparse shows it

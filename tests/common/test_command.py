@@ -67,8 +67,8 @@ import signal, sys, time
 from research.telechat.common.command import run_command
 
 def body():
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(30)
     finally:
         time.sleep(0.3)                     # a second signal comes here

@@ -35,6 +35,7 @@ def run_command(body: Callable[[], Optional[int]], interrupted: str = "", memory
         interrupted: what holds after an interruption or on a full disk, e.g. "nothing was written".
         memory: what to do where memory is short.
     """
+    kept = f"; {interrupted}" if interrupted else ""
     try:
         with termination():
             try:
@@ -44,7 +45,7 @@ def run_command(body: Callable[[], Optional[int]], interrupted: str = "", memory
     except UserError as err:
         return _say(f"error: {_one_line(err)}")
     except (KeyboardInterrupt, Terminated):
-        return _say("interrupted" + (f"; {interrupted}" if interrupted else ""), INTERRUPTED)
+        return _say(f"interrupted{kept}", INTERRUPTED)
     except OSError as err:
         gone = isinstance(err, BrokenPipeError) and (_reader_gone(sys.stdout) or _reader_gone(sys.stderr))
         _leave_unwritten()
@@ -52,7 +53,7 @@ def run_command(body: Callable[[], Optional[int]], interrupted: str = "", memory
             return READER_GONE
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
             file = f" ({err.filename})" if err.filename else ""
-            return _say(f"error: the disk is full{file}; free some space" + (f"; {interrupted}" if interrupted else ""))
+            return _say(f"error: the disk is full{file}; free some space{kept}")
         return _say(f"error: {_of_file(err)}")
     except MemoryError:
         return _say(f"error: not enough memory; {memory}")
