@@ -3,7 +3,7 @@
 The keys stand in recipe/fields.py, the variants in spec/variants.py; recipe/settings.py resolves them.
 """
 from pathlib import Path
-from typing import Any, ClassVar, Dict, Union
+from typing import ClassVar, Union
 
 import mindspore.common.dtype as mstype
 from mindformers.models.configuration_utils import PretrainedConfig
@@ -12,6 +12,7 @@ from mindformers.tools.logger import logger
 
 from research.telechat.bridge.compat import MindFormerModuleType, plugin_class
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
 from research.telechat.recipe.fields import DTYPES, FIELDS, FRAMEWORK, ModelSettings
 from research.telechat.recipe.settings import dtype_name, not_needed, resolve, to_variant
 from research.telechat.spec.parameters import gate_up_groups
@@ -35,7 +36,7 @@ class TelechatConfig(PretrainedConfig):
     model_type = "telechat"
     _support_list: ClassVar[list] = []
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, **kwargs: object):
         framework = {key: value for key, value in kwargs.items() if key in FRAMEWORK and key not in FIELDS}
         for line in not_needed(kwargs):
             logger.info(line)
@@ -148,7 +149,7 @@ class TelechatConfig(PretrainedConfig):
         return to_variant(self)
 
     @classmethod
-    def from_hf_config(cls, path_or_dict: Union[str, Path, Dict[str, Any]], **overrides: Any) -> "TelechatConfig":
+    def from_hf_config(cls, path_or_dict: Union[str, Path, JsonObject], **overrides: object) -> "TelechatConfig":
         """The config of an official checkpoint, in the precision of the official code.
 
         Args:

@@ -81,7 +81,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
         return self._pieces
 
     def tokenize(self, text: str, pair: Optional[str] = None, add_special_tokens: bool = False,
-                 **kwargs: Any) -> List[str]:
+                 **kwargs: object) -> List[str]:
         """Pieces of `text`; markers in it are single pieces unless `split_special_tokens` is set."""
         plain = kwargs.get("split_special_tokens", self.split_special_tokens)
         ids = self.vocab.encode(text) if plain else self.vocab.encode_with_specials(text)
@@ -97,7 +97,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
         """Text of the pieces."""
         return self.vocab.decode([self._convert_token_to_id(token) for token in tokens])
 
-    def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> str:
+    def decode(self, token_ids: Any, *args: object, **kwargs: object) -> str:
         """Text of ids (list, array or tensor), or of a single id, which MindFormers' own method does not take."""
         return super().decode([token_ids] if isinstance(token_ids, int) else token_ids, *args, **kwargs)
 
@@ -117,7 +117,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
     def apply_chat_template(self, conversation: Any, chat_template: Optional[str] = None,
                             add_generation_prompt: bool = False, tokenize: bool = True, padding: Any = False,
                             truncation: bool = False, max_length: Optional[int] = None, return_tensors: Any = None,
-                            tools: Any = None, **kwargs: Any) -> Any:
+                            tools: Any = None, **kwargs: object) -> Any:
         """Token ids of a conversation (a list of messages with role and content), written as its family writes them.
 
         MindFormers' `chat` calls it. With `truncation` the oldest turns are dropped until `max_length` ids are left.
@@ -151,7 +151,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
         return (str(target),)
 
     def save_pretrained(self, save_directory: str, save_name: str = "mindspore_model", file_format: str = "yaml",
-                        save_json: bool = True, **kwargs: Any) -> None:
+                        save_json: bool = True, **kwargs: object) -> None:
         """As MindFormers' own, but JSON files by default: its YAML form knows only MindFormers' own tokenizers."""
         super().save_pretrained(save_directory, save_name, file_format, save_json, **kwargs)
 
@@ -183,7 +183,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
         return self.vocab.id_to_token(index)
 
     def _decode(self, token_ids: List[int], skip_special_tokens: bool = False,
-                clean_up_tokenization_spaces: Optional[bool] = None, **kwargs: Any) -> str:
+                clean_up_tokenization_spaces: Optional[bool] = None, **kwargs: object) -> str:
         text = self.vocab.decode(token_ids, skip_special_tokens)
         if clean_up_tokenization_spaces or (clean_up_tokenization_spaces is None and self.clean_up_tokenization_spaces):
             return self.clean_up_tokenization(text)

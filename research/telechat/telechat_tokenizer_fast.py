@@ -8,6 +8,7 @@ from typing import Any, Dict, Optional, Tuple
 
 from research.telechat.bridge.compat import MindFormerModuleType, plugin_class
 from research.telechat.common.errors import VocabError
+from research.telechat.common.files import JsonObject
 from research.telechat.telechat_tokenizer import TelechatTokenizer
 from research.telechat.text.vocab_files import JSON_FILE
 
@@ -36,7 +37,7 @@ class TelechatTokenizerFast(TelechatTokenizer):
         super().__init__(path, unk_token, bos_token, eos_token, pad_token, **kwargs)
 
     @classmethod
-    def read_files_according_specific_by_tokenizer(cls, name_or_path: str) -> Tuple[Dict[str, str], Dict[str, Any]]:
+    def read_files_according_specific_by_tokenizer(cls, name_or_path: str) -> Tuple[Dict[str, str], JsonObject]:
         """Files of a folder given to `from_pretrained` (MindFormers' hook)."""
         files, configs = super().read_files_according_specific_by_tokenizer(name_or_path)
         path = Path(name_or_path) / JSON_FILE

@@ -14,6 +14,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
+from research.telechat.common.files import JsonObject
+
 _BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 14: 8, 15: 16, 16: 2, 17: 8}
 _TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64",
           16: "bfloat16"}
@@ -212,7 +214,7 @@ def _place(domain: str) -> str:
     return ".".join(names)
 
 
-def _purpose(operator: str, node: Any, attributes: Dict[str, Any], instance: str, phase: str) -> str:
+def _purpose(operator: str, node: Any, attributes: JsonObject, instance: str, phase: str) -> str:
     if operator == "Send":
         return "attention" if "RING_ATTENTION_INDEX" in attributes else "pipeline"
     if "parallel_optimizer" in instance:
@@ -295,7 +297,7 @@ def _sum_by(transfers: Dict[Transfer, Counter], field: str) -> Dict[str, int]:
     return dict(sums.most_common())
 
 
-def account(model: Any, mesh: Mesh, rank: int, places: int = 20) -> Dict[str, Any]:
+def account(model: Any, mesh: Mesh, rank: int, places: int = 20) -> JsonObject:
     """Count one rank's step. places: how many of the costliest places of communication to list.
 
     Returns {"communication": {"bytes", "calls", "by_phase", "by_purpose", "by_axes", "by_operator", "places"},

@@ -11,10 +11,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Callable, List, Optional
 
 from research.telechat.ascend_sim import runtime
 from research.telechat.ascend_sim.account import Mesh, account, load
+from research.telechat.common.files import JsonObject
 
 _SLOW_DOWN = 1.0                                # seconds of processor after which a thread counts as polling
 
@@ -49,7 +50,7 @@ def compiler_errors(log: Path, most: int = 8) -> List[str]:
     return found[:most]
 
 
-def _rows(recipe: Dict[str, Any]) -> int:
+def _rows(recipe: JsonObject) -> int:
     """Records of one step: the global batch."""
     runner, plan = recipe.get("runner_config") or {}, recipe.get("parallel_config") or {}
     micro = plan.get("micro_batch_num", 1) if plan.get("pipeline_stage", 1) > 1 else 1
@@ -57,8 +58,8 @@ def _rows(recipe: Dict[str, Any]) -> int:
             * runner.get("gradient_accumulation_steps", 1) * (recipe.get("micro_batch_interleave_num") or 1))
 
 
-def compile_plan(recipe: Dict[str, Any], mesh: Mesh, rank: int, length: int, keep: Optional[Path] = None,
-                 timeout: float = 3600, progress: Optional[Callable[[float], None]] = None) -> Dict[str, Any]:
+def compile_plan(recipe: JsonObject, mesh: Mesh, rank: int, length: int, keep: Optional[Path] = None,
+                 timeout: float = 3600, progress: Optional[Callable[[float], None]] = None) -> JsonObject:
     """Compile `recipe` as rank `rank` of the ranks of `mesh`.
 
     Args:
@@ -113,7 +114,7 @@ def compile_plan(recipe: Dict[str, Any], mesh: Mesh, rank: int, length: int, kee
             if worker.poll() is None:
                 worker.kill()
                 worker.wait()
-    report: Dict[str, Any] = {"ok": False, "error": f"the compiler ended with {code} and without a report"}
+    report: JsonObject = {"ok": False, "error": f"the compiler ended with {code} and without a report"}
     if result.is_file():
         report = json.loads(result.read_text(encoding="utf-8"))
     report["folder"] = str(folder)

@@ -11,12 +11,13 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 if __package__ in (None, ""):            # run by its path: not from this folder, whose modules have one name only
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from research.telechat.common.environment import PLUGIN
+from research.telechat.common.files import JsonObject
 
 
 class _Compiled(BaseException):
@@ -28,7 +29,7 @@ class Report:
 
     def __init__(self, path: Path):
         self.path = path
-        self.data: Dict[str, Any] = {"ok": False, "seconds": {}, "graphs": {}}
+        self.data: JsonObject = {"ok": False, "seconds": {}, "graphs": {}}
         self._started = time.time()
 
     def timed(self, name: str, since: float) -> None:
@@ -72,7 +73,7 @@ def save_graph(network: Any, folder: Path, name: str, report: Report) -> None:
     report.data["graphs"][name] = str(path)
 
 
-def compile_training(job: Dict[str, Any], report: Report) -> None:
+def compile_training(job: JsonObject, report: Report) -> None:
     """Everything up to Model.train, then compile the step for the first batch."""
     started = time.time()
     from mindspore.train.model import Model
@@ -82,7 +83,7 @@ def compile_training(job: Dict[str, Any], report: Report) -> None:
     folder = Path(job["folder"])
     built = time.time()
 
-    def compile_only(model: Any, _epochs: int, train_dataset: Any, *_args: Any, **_kwargs: Any) -> None:
+    def compile_only(model: Any, _epochs: int, train_dataset: Any, *_args: object, **_kwargs: object) -> None:
         report.timed("build", built)
         batch = next(train_dataset.create_tuple_iterator(num_epochs=1))
         network = model._train_network
@@ -102,7 +103,7 @@ def compile_training(job: Dict[str, Any], report: Report) -> None:
                  "runner_config.sink_mode": False}, register_path=str(PLUGIN))
 
 
-def compile_prediction(job: Dict[str, Any], report: Report) -> None:
+def compile_prediction(job: JsonObject, report: Report) -> None:
     """Build the model as for prediction and compile reading a prompt and bringing one token."""
     started = time.time()
     import mindspore as ms

@@ -122,7 +122,7 @@ def prepare_cpu() -> None:
             vars(module)["barrier"] = _cpu_barrier
 
 
-def _cpu_barrier(*_args: Any, **_kwargs: Any) -> None:
+def _cpu_barrier(*_args: object, **_kwargs: object) -> None:
     """A barrier that is a no-op in a single process, where no communication group exists."""
     if "mindspore.communication" in sys.modules and ms.communication.GlobalComm.INITED:
         ms.mint.distributed.barrier()

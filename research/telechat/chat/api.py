@@ -8,7 +8,7 @@ The parts that need no model are in chat/session.py, the choice of tokens in gen
 """
 import difflib
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 
 from mindformers.generation.generation_config import GenerationConfig
 from mindformers.tools.logger import logger
@@ -16,8 +16,9 @@ from mindformers.tools.logger import logger
 from research.telechat.chat.interrupt import Tokens
 from research.telechat.chat.session import History, Session, bot_message, parse_tool_calls, tool_result, with_question
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import read_json_object
+from research.telechat.common.files import JsonObject, read_json_object
 from research.telechat.common.tokens import end_tokens
+from research.telechat.text.messages import Tools
 from research.telechat.text.renderer import Renderer, detect_template
 from research.telechat.text.vocab import check_fit
 
@@ -26,7 +27,7 @@ _READ = ("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "t
          "min_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "user_token_id", "bot_token_id")
 
 
-def read_generation_config(source: Union[str, Path, Dict[str, Any], GenerationConfig, None]) -> GenerationConfig:
+def read_generation_config(source: Union[str, Path, JsonObject, GenerationConfig, None]) -> GenerationConfig:
     """Settings of generation with the official defaults.
 
     Args:
@@ -64,7 +65,7 @@ def check_tokenizer(tokenizer: Any, config: Any) -> Any:
 
 
 def make_session(model: Any, tokenizer: Any, generation_config: Any = None, stop: Sequence[str] = (),
-                 renderer: Optional[Renderer] = None, **changes: Any) -> Session:
+                 renderer: Optional[Renderer] = None, **changes: object) -> Session:
     """A `Session` with `model`. `changes`: fields of the generation config that win over it; see `chat`."""
     vocab = check_tokenizer(tokenizer, model.config)
     if generation_config is None:
@@ -83,7 +84,7 @@ def make_session(model: Any, tokenizer: Any, generation_config: Any = None, stop
                                                "min_new_tokens")}
     ends = end_tokens(settings["eos_token_id"])
 
-    def next_tokens(ids: List[int], limits: Dict[str, Any]) -> Tokens:
+    def next_tokens(ids: List[int], limits: JsonObject) -> Tokens:
         return model.stream(ids, **{**sampling, **limits, "eos_token_id": [*limits["eos_token_id"], *ends]})
 
     session = Session(renderer, next_tokens, model.config.seq_length, settings["max_new_tokens"],
@@ -92,10 +93,10 @@ def make_session(model: Any, tokenizer: Any, generation_config: Any = None, stop
     return session
 
 
-def chat(model: Any, tokenizer: Any, question: Optional[str] = "", history: Optional[Sequence[Dict[str, Any]]] = None,
+def chat(model: Any, tokenizer: Any, question: Optional[str] = "", history: Optional[Sequence[JsonObject]] = None,
          generation_config: Any = None, stream: bool = False, *, system: Optional[str] = None,
-         tools: Optional[Any] = None, stop: Sequence[str] = (), seed: Optional[int] = None,
-         renderer: Optional[Renderer] = None, **changes: Any
+         tools: Tools = None, stop: Sequence[str] = (), seed: Optional[int] = None,
+         renderer: Optional[Renderer] = None, **changes: object
          ) -> Union[Tuple[str, History], Iterator[Tuple[str, History]]]:
     """Answer a question.
 

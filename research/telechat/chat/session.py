@@ -14,6 +14,8 @@ from typing import Any, Callable, Dict, Generator, Iterable, List, NamedTuple, O
 
 from research.telechat.chat.interrupt import Tokens
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
+from research.telechat.text.messages import Tools
 from research.telechat.text.renderer import BOT, TOOL, USER, Renderer
 from research.telechat.text.vocab import IncrementalDecoder
 
@@ -26,21 +28,21 @@ class History(list):
     A list with the methods of the official class of this name; `tokenizer` is taken as that one takes it, and not used.
     """
 
-    def __init__(self, tokenizer: Any = None, history: Optional[Iterable[Dict[str, Any]]] = None):
+    def __init__(self, tokenizer: Any = None, history: Optional[Iterable[JsonObject]] = None):
         if history is None and isinstance(tokenizer, (list, tuple)):
             tokenizer, history = None, tokenizer
         super().__init__(dict(message) for message in history or ())
         self.tokenizer = tokenizer
 
-    def append_left(self, message: Dict[str, Any]) -> None:
+    def append_left(self, message: JsonObject) -> None:
         """Put `message` before all others."""
         self.insert(0, message)
 
-    def pop_left(self) -> Dict[str, Any]:
+    def pop_left(self) -> JsonObject:
         """Remove the oldest message."""
         return self.pop(0)
 
-    def update(self, message: Dict[str, Any]) -> None:
+    def update(self, message: JsonObject) -> None:
         """Replace the newest message."""
         self[-1] = message
 
@@ -122,7 +124,7 @@ class Report:
         """New tokens over the whole time."""
         return self.new_tokens / self.seconds if self.seconds else 0.0
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """For a JSON line."""
         rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items()}
         return {**rounded, "tokens_per_second": round(self.tokens_per_second, 2)}
@@ -134,7 +136,7 @@ class Session:
     Attributes: `report`, of the last answer.
     """
 
-    def __init__(self, renderer: Renderer, next_tokens: Callable[[List[int], Dict[str, Any]], Tokens],
+    def __init__(self, renderer: Renderer, next_tokens: Callable[[List[int], JsonObject], Tokens],
                  context: int, max_new_tokens: Optional[int] = None, max_length: Optional[int] = None,
                  stop: Sequence[str] = ()):
         """
@@ -154,7 +156,7 @@ class Session:
         self.ends = {renderer.end_id, *([renderer.user_id] if renderer.user_id is not None else [])}
         self.report = Report()
 
-    def answer(self, messages: Sequence[Dict[str, Any]], tools: Optional[Any] = None,
+    def answer(self, messages: Sequence[JsonObject], tools: Tools = None,
                seed: Optional[int] = None) -> Generator[str, None, None]:
         """The answer to the last of `messages`, piece by piece, never half a character.
 
@@ -166,7 +168,7 @@ class Session:
         self.report = Report(len(prompt.ids), dropped_turns=prompt.dropped_turns, cut_tokens=prompt.cut_tokens)
         return self._pieces(prompt.ids, settings, self.report)
 
-    def _pieces(self, ids: List[int], settings: Dict[str, Any], report: Report) -> Generator[str, None, None]:
+    def _pieces(self, ids: List[int], settings: JsonObject, report: Report) -> Generator[str, None, None]:
         decoder = IncrementalDecoder(self.renderer.vocab, skip_special_tokens=True)
         stops = StopFilter(self.stop)
         started = time.perf_counter()
@@ -203,7 +205,7 @@ class ToolCalls(NamedTuple):
     """What an answer of TeleChat2 asks for."""
 
     text: str                        # the answer without its calls
-    calls: List[Dict[str, Any]]      # name and arguments of each, in order
+    calls: List[JsonObject]      # name and arguments of each, in order
     faults: List[str]                # calls that are no JSON object with name and arguments, and why
 
 
@@ -248,8 +250,8 @@ def tool_result(result: Any) -> Dict[str, str]:
     return {"role": TOOL, "content": result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)}
 
 
-def with_question(history: Optional[Iterable[Dict[str, Any]]], question: Optional[str],
-                  system: Optional[str] = None) -> Tuple[History, List[Dict[str, Any]]]:
+def with_question(history: Optional[Iterable[JsonObject]], question: Optional[str],
+                  system: Optional[str] = None) -> Tuple[History, List[JsonObject]]:
     """The history with `question` at its end, as a new History, and the messages to render (with `system` first).
 
     Without a question the history must end with a question or the results of tools.

@@ -4,11 +4,11 @@ Knows no model: it talks to a function that answers messages (chat.session.Sessi
 """
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, Generator, List, Optional, TextIO
+from typing import Any, Callable, Generator, List, Optional, TextIO
 
 from research.telechat.chat.session import History, bot_message, with_question
 from research.telechat.common.errors import ConfigError, ConversationError
-from research.telechat.common.files import write_text
+from research.telechat.common.files import JsonObject, write_text
 
 HELP = """/clear          forget the conversation
 /system TEXT    set the system prompt; without TEXT, remove it
@@ -22,7 +22,7 @@ HELP = """/clear          forget the conversation
 class Terminal:
     """One conversation. `answer(messages, seed)` yields pieces of text; `report()` says what the last answer took."""
 
-    def __init__(self, answer: Callable[[List[Dict[str, Any]], Optional[int]], Generator[str, None, None]],
+    def __init__(self, answer: Callable[[List[JsonObject], Optional[int]], Generator[str, None, None]],
                  report: Callable[[], Any], output: TextIO, system: Optional[str] = None, seed: Optional[int] = None):
         self.answer, self.report, self.output = answer, report, output
         self.system, self.seed = system, seed

@@ -26,6 +26,7 @@ from research.telechat.checkpoint.slices import (
 )
 from research.telechat.checkpoint.strategy import read_strategy
 from research.telechat.common.errors import CheckpointError, ConfigError
+from research.telechat.common.files import JsonObject
 from research.telechat.spec.parameters import Param, group_rows, parameters, ungroup_rows
 from research.telechat.spec.variants import Variant
 
@@ -183,10 +184,10 @@ def _alpha_beside(path: Path) -> float:
     return float(read_adapter_config(config)["lora_alpha"])
 
 
-def read_adapter_config(path: Path) -> Dict[str, Any]:
+def read_adapter_config(path: Path) -> JsonObject:
     """adapter_config.json; CheckpointError where it is unusable or asks for what is not plain LoRA."""
     try:
-        config: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: JsonObject = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as err:
         raise CheckpointError(f"{path} cannot be read: {err}; expected the JSON file that PEFT writes") from err
     alpha = config.get("lora_alpha") if isinstance(config, dict) else None
@@ -217,7 +218,7 @@ def _match_params(names: Any, variant: Variant, path: Path) -> Dict[str, Param]:
     return {name: found[name] for name in names}
 
 
-def to_peft(adapter: Adapter, variant: Variant, path: Path) -> Tuple[Dict[str, np.ndarray], Dict[str, Any]]:
+def to_peft(adapter: Adapter, variant: Variant, path: Path) -> Tuple[Dict[str, np.ndarray], JsonObject]:
     """(tensors, adapter_config.json) of `adapter` for PEFT with the official model. Rows of fused weights return to
     the official order; `path` is named in errors."""
     tensors, targets, transposed = {}, [], False

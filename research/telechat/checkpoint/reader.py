@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat.common.errors import CheckpointError
-from research.telechat.common.files import unique_keys
+from research.telechat.common.files import JsonObject, unique_keys
 from research.telechat.common.protobuf import BYTES, VARINT, Data, FileBytes, fields, varint
 
 INDEX_NAMES = ("model.safetensors.index.json", "param_name_map.json")     # the second is MindSpore's name for it
@@ -127,7 +127,7 @@ def open_safetensors(paths: Sequence[Path]) -> Checkpoint:
     return checkpoint
 
 
-def _safetensors_header(path: Path) -> Tuple[int, Dict[str, Any]]:
+def _safetensors_header(path: Path) -> Tuple[int, JsonObject]:
     """(offset of the data, header) of a safetensors file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -166,7 +166,7 @@ def _safetensors_entry(path: Path, name: str, entry: Any) -> Tuple[str, Tuple[in
     return dtype, shape, begin, end
 
 
-def _check_safetensors_size(path: Path, base: int, header: Dict[str, Any]) -> None:
+def _check_safetensors_size(path: Path, base: int, header: JsonObject) -> None:
     """The tensors must fill the file without gap or overlap."""
     position = 0
     for begin, end in sorted(tuple(entry["data_offsets"]) for entry in header.values()):

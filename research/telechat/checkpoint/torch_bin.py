@@ -13,6 +13,7 @@ import numpy as np
 
 from research.telechat.checkpoint.reader import DAMAGED, Checkpoint, TensorInfo
 from research.telechat.common.errors import CheckpointError
+from research.telechat.common.files import JsonObject
 
 _MADV_DONTNEED = 4
 
@@ -97,10 +98,10 @@ def _load(torch: Any, path: Path) -> Any:
                               "more than tensors: copy or download it again") from err
 
 
-def save_bin(path: Path, buffers: Dict[str, np.ndarray], codes: Dict[str, str], shapes: Dict[str, Any]) -> None:
+def save_bin(path: Path, buffers: Dict[str, np.ndarray], codes: Dict[str, str], shapes: JsonObject) -> None:
     """Write one .bin file. buffers: name -> its bytes (uint8, writable, 1-d)."""
     torch = import_torch()
     dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-    state: Dict[str, Any] = {name: torch.from_numpy(data).view(dtypes[codes[name]]).reshape(shapes[name])
+    state: JsonObject = {name: torch.from_numpy(data).view(dtypes[codes[name]]).reshape(shapes[name])
                              for name, data in buffers.items()}
     torch.save(state, path)

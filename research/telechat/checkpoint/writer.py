@@ -11,13 +11,13 @@ import os
 import shutil
 import threading
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
 from research.telechat.checkpoint.dtypes import ITEM_SIZE
 from research.telechat.common.errors import CheckpointError
-from research.telechat.common.files import write_text
+from research.telechat.common.files import JsonObject, write_text
 
 SLICE = 512 << 20                        # bytes of a tensor in one message of a .ckpt, as save_checkpoint cuts
 _CKPT_TYPES = {"F16": "Float16", "BF16": "BFloat16", "F32": "Float32"}
@@ -51,7 +51,7 @@ def safetensors_layout(path: Path, tensors: Sequence[OutTensor], metadata: Dict[
     """Layout of a safetensors file. Wider types come first, so that every tensor is aligned; the header names them in
     the order of their offsets, which MindSpore's reader demands."""
     ordered = sorted(tensors, key=lambda tensor: -ITEM_SIZE[tensor.dtype])
-    header: Dict[str, Any] = {"__metadata__": metadata}
+    header: JsonObject = {"__metadata__": metadata}
     position = 0
     for tensor in ordered:
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape),
@@ -195,7 +195,7 @@ class Journal:
         self.path, self._digest = path, digest
         self._lock = threading.Lock()
         self.done: Dict[str, int] = {layout.path.name: 0 for layout in layouts}
-        self.found: Dict[str, Any] = {}
+        self.found: JsonObject = {}
         old = self._read()
         if old.get("plan") == digest:
             self.found = old["found"]
@@ -208,7 +208,7 @@ class Journal:
                 if Path(name).name == name:
                     remove(partial_path(path.with_name(name)))
 
-    def _read(self) -> Dict[str, Any]:
+    def _read(self) -> JsonObject:
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -217,7 +217,7 @@ class Journal:
                  and all(isinstance(count, int) for count in data["done"].values()))
         return data if sound else {}
 
-    def record(self, name: str, tensors: int, found: Dict[str, Any]) -> None:
+    def record(self, name: str, tensors: int, found: JsonObject) -> None:
         """`tensors` tensors of the file `name` are on disk."""
         with self._lock:
             self.done[name] = max(tensors, self.done[name])

@@ -13,7 +13,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from research.telechat import __version__
 from research.telechat.checkpoint.convert import (
@@ -41,6 +41,7 @@ from research.telechat.checkpoint.writer import (
 )
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import CheckpointError, ConfigError
+from research.telechat.common.files import JsonObject
 from research.telechat.spec.hf_config import hf_config
 from research.telechat.spec.variants import VARIANTS, Variant, get_variant, read_hf_config, variant_from_hf
 
@@ -55,7 +56,7 @@ class Sizes(NamedTuple):
     """Sizes of a model, and the official config they come from (None: from the table of variants)."""
 
     variant: Variant
-    config: Optional[Dict[str, Any]]
+    config: Optional[JsonObject]
 
 
 def _size(text: str) -> int:

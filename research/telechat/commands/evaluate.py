@@ -13,12 +13,12 @@ import os
 import random
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Any, List, Optional
 
 from research.telechat.common.command import run_command
 from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import prepare_log
+from research.telechat.common.files import JsonObject, prepare_log
 from research.telechat.common.versions import fitting_versions
 from research.telechat.evaluation.report import (
     draw_bars,
@@ -31,6 +31,10 @@ from research.telechat.evaluation.report import (
 from research.telechat.evaluation.tasks import count_documents, harness_version, load_tasks, set_shots
 from research.telechat.recipe.options import overrides_of, parse_further, str2bool
 from research.telechat.recipe.read import read_recipe, resolve_config
+
+if TYPE_CHECKING:
+    from research.telechat.telechat import TelechatForCausalLM
+    from research.telechat.telechat_tokenizer import TelechatTokenizer
 
 TEXT_KEYS = ("text", "content", "data")                  # of a record in --perplexity FILE.jsonl; the first it has
 
@@ -138,7 +142,8 @@ def open_model(args: argparse.Namespace, rest: List[str]) -> Any:
     return load_model(config), tokenizer, config
 
 
-def run_tasks(model: Any, tokenizer: Any, loaded: Any, args: argparse.Namespace, first: bool) -> Dict[str, Any]:
+def run_tasks(model: "TelechatForCausalLM", tokenizer: "TelechatTokenizer", loaded: Any, args: argparse.Namespace,
+              first: bool) -> JsonObject:
     """The harness's result, with `notes`: what had to be cut."""
     import numpy as np
     from lm_eval.evaluator import evaluate
@@ -159,8 +164,8 @@ def run_tasks(model: Any, tokenizer: Any, loaded: Any, args: argparse.Namespace,
     return {**result, "notes": dict(lm.counts), "chat_template": lm.chat_template(args.apply_chat_template)}
 
 
-def run_perplexity(model: Any, tokenizer: Any, texts: List[str], args: argparse.Namespace, first: bool
-                   ) -> Dict[str, Any]:
+def run_perplexity(model: "TelechatForCausalLM", tokenizer: "TelechatTokenizer", texts: List[str],
+                   args: argparse.Namespace, first: bool) -> JsonObject:
     """Counts, loss per token, perplexity, bits per byte."""
     from research.telechat.evaluation.score import Scorer, perplexity
     bos = tokenizer.bos_token_id
@@ -183,7 +188,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     started = time.time()
     model, tokenizer, config = open_model(args, rest)
     first = rank() == 0
-    report: Dict[str, Any] = {
+    report: JsonObject = {
         "recipe": args.config, "changes": rest, "checkpoint": str(config.load_checkpoint),
         "tokenizer": str(tokenizer.vocab.path), "tokenizer_sha256": tokenizer.vocab.fingerprint, "tasks": names,
         "seq_length": model.config.seq_length, "compute_dtype": str(model.config.compute_dtype),
@@ -212,7 +217,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     return 0
 
 
-def write(output: Path, report: Dict[str, Any], rows: List[Any], samples: Optional[Dict[str, Any]]) -> List[Path]:
+def write(output: Path, report: JsonObject, rows: List[Any], samples: Optional[JsonObject]) -> List[Path]:
     """Write report, samples and chart; returns their paths. Raises ConfigError."""
     chart = output.with_suffix(".png")
     written = [output] if samples is None else [output, samples_path(output)]

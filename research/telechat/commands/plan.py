@@ -15,11 +15,11 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import write_text
+from research.telechat.common.files import JsonObject, write_text
 from research.telechat.common.table import table
 from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import Plan, find_faults, read_plan
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def complete_recipe(args: argparse.Namespace, overrides: Dict[str, Any]) -> Dict[str, Any]:
+def complete_recipe(args: argparse.Namespace, overrides: JsonObject) -> JsonObject:
     """The recipe with everything from the command line. Raises ConfigError."""
     recipe = copy.deepcopy(read_recipe(resolve_config(args.config)))
     if args.layers:
@@ -66,7 +66,7 @@ def complete_recipe(args: argparse.Namespace, overrides: Dict[str, Any]) -> Dict
     return recipe
 
 
-def read_command(command: str) -> Optional[Tuple[str, Dict[str, Any]]]:
+def read_command(command: str) -> Optional[Tuple[str, JsonObject]]:
     """Recipe and overrides of a run_mindformer.py command; None for another command. Raises ConfigError."""
     words = shlex.split(command)
     script = next((number for number, word in enumerate(words) if Path(word).name == "run_mindformer.py"), None)
@@ -88,7 +88,7 @@ def write(path: Path, content: str) -> None:
         raise ConfigError(f"{path} cannot be written: {err}; name another file") from err
 
 
-def compile_and_compare(plan: Plan, recipe: Dict[str, Any], args: argparse.Namespace) -> Dict[str, Any]:
+def compile_and_compare(plan: Plan, recipe: JsonObject, args: argparse.Namespace) -> JsonObject:
     """Compile, print what the graph holds beside the arithmetic; returns the report."""
     from tqdm import tqdm
 

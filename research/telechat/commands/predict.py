@@ -14,15 +14,16 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Iterator, List, NamedTuple, Optional
 
 from research.telechat.chat import interrupt
 from research.telechat.common.command import run_command
 from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import prepare_log
+from research.telechat.common.files import JsonObject, prepare_log
 from research.telechat.common.versions import fitting_versions
 from research.telechat.recipe.options import or_none, overrides_of, parse_further, str2bool
+from research.telechat.text.messages import Tools
 
 
 class Question(NamedTuple):
@@ -30,7 +31,7 @@ class Question(NamedTuple):
 
     line: int
     text: str
-    history: Optional[List[Dict[str, Any]]] = None       # None: the conversation so far
+    history: Optional[List[JsonObject]] = None       # None: the conversation so far
     fault: str = ""                                      # what is wrong with the line, if anything
 
 
@@ -99,12 +100,12 @@ def _question(number: int, line: bytes) -> Question:
     return Question(number, record["input"], history)
 
 
-def answer_file(session: Any, questions: List[Question], args: argparse.Namespace, tools: Any, output: Path,
+def answer_file(session: Any, questions: List[Question], args: argparse.Namespace, tools: Tools, output: Path,
                 show: bool) -> int:
     """Answer all questions; returns how many could not be. Each answer is on disk before the next question."""
     from research.telechat.chat.session import bot_message, parse_tool_calls, with_question
     from research.telechat.common.errors import ConversationError
-    history: List[Dict[str, Any]] = []
+    history: List[JsonObject] = []
     failed = 0
     with _lines(output, show) as write:
         for place, question in enumerate(questions):
@@ -142,7 +143,7 @@ def _lines(path: Path, active: bool) -> Iterator[Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
-        def write(record: Dict[str, Any]) -> None:
+        def write(record: JsonObject) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
         try:
@@ -199,7 +200,7 @@ def ask(prompt: str) -> str:
         return input(prompt)
 
 
-def read_tools(path: Optional[str]) -> Optional[List[Dict[str, Any]]]:
+def read_tools(path: Optional[str]) -> Optional[List[JsonObject]]:
     """The tools of a file. Raises ConfigError."""
     if not path:
         return None

@@ -5,16 +5,16 @@
 
 The command line is checked before MindSpore is imported, so that a mistake costs no time.
 """
-from typing import Any, Dict, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
 from research.telechat.common.command import run_command
-from research.telechat.common.files import prepare_log
+from research.telechat.common.files import JsonObject, prepare_log
 from research.telechat.common.versions import fitting_versions
 from research.telechat.recipe.options import all_overrides, build_parser
 from research.telechat.recipe.read import read_recipe, resolve_config
 
 
-def start(config: str, overrides: Dict[str, Any], register_path: Optional[str] = None,
+def start(config: str, overrides: JsonObject, register_path: Optional[str] = None,
           predict_data: Optional[List[str]] = None, raw: bool = False) -> None:
     """Read the recipe `config`, import MindFormers and run; arguments as of run/job.py's `run`. Raises ConfigError."""
     recipe = read_recipe(resolve_config(config))

@@ -8,6 +8,8 @@ from typing import Any, Dict, Iterator, List, Tuple, Union
 
 from research.telechat.common.errors import ConfigError
 
+JsonObject = Dict[str, Any]              # or a section of a recipe: what its values are is checked where they are used
+
 
 @contextlib.contextmanager
 def whole(path: Union[str, Path]) -> Iterator[Path]:
@@ -38,7 +40,7 @@ def check_output_folder(path: Union[str, Path], named: str) -> None:
                           "its permissions") from err
 
 
-def prepare_log(output_dir: Any) -> None:
+def prepare_log(output_dir: object) -> None:
     """Let MindFormers, which is to be imported next, write its log into `output_dir` (default: ./output).
 
     Raises ConfigError: the folder cannot be written.
@@ -48,7 +50,7 @@ def prepare_log(output_dir: Any) -> None:
     os.environ.setdefault("LOG_MF_PATH", os.path.join(folder, "log"))
 
 
-def read_json_object(path: Union[str, Path], what: str) -> Dict[str, Any]:
+def read_json_object(path: Union[str, Path], what: str) -> JsonObject:
     """Read a JSON file that must hold an object. Raises ConfigError with the file's name and the fault."""
     path = Path(path)
     try:
@@ -64,7 +66,7 @@ def read_json_object(path: Union[str, Path], what: str) -> Dict[str, Any]:
     return data
 
 
-def write_json(path: Union[str, Path], value: Any) -> None:
+def write_json(path: Union[str, Path], value: object) -> None:
     """`value` as indented JSON, whole or not at all; what JSON does not know is written as its str()."""
     write_text(path, json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")
 
@@ -77,7 +79,7 @@ class DuplicateKeyError(ValueError):
         self.key = key
 
 
-def unique_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def unique_keys(pairs: List[Tuple[str, object]]) -> JsonObject:
     """`object_pairs_hook` for json: the object as a dict. Raises DuplicateKeyError, where a plain dict would silently
     keep only the last value."""
     result = dict(pairs)

@@ -1,8 +1,8 @@
 """Tables as text: aligned columns for a terminal, Markdown for a document."""
-from typing import Any, Sequence
+from typing import Sequence
 
 
-def table(rows: Sequence[Sequence[Any]], places: int = 2) -> str:
+def table(rows: Sequence[Sequence[object]], places: int = 2) -> str:
     """Rows of cells as aligned columns, the first row being the head.
 
     Args:

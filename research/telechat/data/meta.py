@@ -4,25 +4,25 @@ No data is read here; data/scan.py does that where there is no meta.json.
 """
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, List, Optional, Union
 
 from research.telechat import __version__
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import read_json_object
+from research.telechat.common.files import JsonObject, read_json_object
 
 META_FILE = "meta.json"
 FORMAT_VERSION = 1
 _DATA_SUFFIX = ".mindrecord"
 
 
-def write_meta(folder: Union[str, Path], meta: Dict[str, Any]) -> None:
+def write_meta(folder: Union[str, Path], meta: JsonObject) -> None:
     """Write meta.json into `folder`: the same bytes for the same contents."""
     content = json.dumps({"format_version": FORMAT_VERSION, "telechat_version": __version__, **meta},
                          ensure_ascii=False, indent=1)
     (Path(folder) / META_FILE).write_text(content + "\n", encoding="utf-8")
 
 
-def read_meta(dataset: Union[str, Path]) -> Optional[Dict[str, Any]]:
+def read_meta(dataset: Union[str, Path]) -> Optional[JsonObject]:
     """meta.json of a data set (its folder, or a MindRecord file in it); None if there is none. Raises ConfigError."""
     path = _folder(Path(dataset)) / META_FILE
     return read_json_object(path, "data set's meta file") if path.exists() else None
@@ -75,7 +75,7 @@ def _folder(dataset: Path) -> Path:
     return dataset if dataset.is_dir() else dataset.parent
 
 
-def _check_meta(dataset: Path, meta: Dict[str, Any], vocab_size: int, seq_length: int, pad_token_id: Optional[int],
+def _check_meta(dataset: Path, meta: JsonObject, vocab_size: int, seq_length: int, pad_token_id: Optional[int],
                 document_boundaries: bool) -> None:
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
@@ -98,7 +98,7 @@ def _check_meta(dataset: Path, meta: Dict[str, Any], vocab_size: int, seq_length
                           "need; preprocess with --document_boundaries, or switch them off in the recipe")
 
 
-def _check_files(dataset: Path, meta: Dict[str, Any]) -> Optional[str]:
+def _check_files(dataset: Path, meta: JsonObject) -> Optional[str]:
     sizes = meta.get("files") or {}
     for name, size in sizes.items():
         path = _folder(dataset) / name

@@ -8,7 +8,7 @@ import re
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from research.telechat.common.errors import ConversationError, RecordError
-from research.telechat.common.files import DuplicateKeyError, unique_keys
+from research.telechat.common.files import DuplicateKeyError, JsonObject, unique_keys
 from research.telechat.text.renderer import BOT, SYSTEM, USER, Message, to_message
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -112,7 +112,7 @@ def _system(record: Any) -> List[Message]:
     return [] if system is None else [Message(SYSTEM, system)]
 
 
-def _tools(record: Dict[str, Any]) -> Optional[Any]:
+def _tools(record: JsonObject) -> Optional[Any]:
     tools = _get(record, "tools", (list, str), required=False)
     if isinstance(tools, str) and tools.strip():
         try:

@@ -1,9 +1,11 @@
 """What preprocessing did: totals, the printed report, report.json and the histogram of lengths. No tokens, no files."""
 import io
 from collections import Counter
-from typing import Any, Dict, List, Optional
+from typing import Dict, List, Optional
 
 import numpy as np
+
+from research.telechat.common.files import JsonObject
 
 _BINS = 4096                                 # resolution of the lengths that are kept in memory
 SHOWN_ERRORS = 100                           # unusable records that are named one by one
@@ -36,7 +38,7 @@ class Report:
         self.errors.append(error)
         return True
 
-    def summary(self, records: int, seconds: float) -> Dict[str, Any]:
+    def summary(self, records: int, seconds: float) -> JsonObject:
         """The report as it goes into report.json. `records`: rows written; `seconds`: wall time so far."""
         counts = self.counts
         slots = records * self.limit
@@ -113,7 +115,7 @@ class Report:
         return buffer.getvalue()
 
 
-def format_report(summary: Dict[str, Any]) -> str:
+def format_report(summary: JsonObject) -> str:
     """The report for the terminal."""
     conversations, tokens = summary["conversations"], summary["tokens"]
     dropped, unusable = conversations["dropped"], conversations["unusable_records"]

@@ -5,11 +5,11 @@ What meta.json says of a data set is checked in data/meta.py, without reading it
 import contextlib
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Dict, List, Optional, Union
 
 from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import write_text
+from research.telechat.common.files import JsonObject, write_text
 from research.telechat.data.meta import (
     check_dataset_meta,
     check_length,
@@ -134,7 +134,7 @@ def _read(files: List[Path], seq_length: int, most_bytes: int) -> Dict[str, int]
     return found
 
 
-def _remembered(path: Optional[Path]) -> Dict[str, Any]:
+def _remembered(path: Optional[Path]) -> JsonObject:
     """Results of earlier reading; a file of another form counts as none."""
     try:
         known = json.loads(path.read_text(encoding="utf-8")) if path else {}

@@ -72,7 +72,7 @@ def _run(connections: List[Any], processes: List[Any], items: Iterator[Any]) -> 
         yield result
 
 
-def _guard(call: Callable[..., Any], process: Any, *args: Any) -> Any:
+def _guard(call: Callable[..., Any], process: Any, *args: object) -> Any:
     try:
         return call(*args)
     except (EOFError, OSError):                              # OSError too: it died in the middle of a message

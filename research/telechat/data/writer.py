@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import numpy as np
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
 from research.telechat.common.versions import install_line, installed_version
 from research.telechat.data.meta import META_FILE, reason, write_meta
 
@@ -72,7 +73,7 @@ class DatasetWriter:
                               "--output_path, or change its permissions") from err
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._writer = None
         if self._import is not None:
             self._import.join()                  # an interpreter that ends within an import may crash
@@ -91,7 +92,7 @@ class DatasetWriter:
         if len(self._held) >= self._batch:
             self._write_held(whole_batches=True)
 
-    def finish(self, meta: Dict[str, Any], extra: Optional[Dict[str, Optional[bytes]]] = None) -> List[Path]:
+    def finish(self, meta: JsonObject, extra: Optional[Dict[str, Optional[bytes]]] = None) -> List[Path]:
         """Complete the files, put the data set into place, and return the files' paths.
 
         Args:
@@ -164,7 +165,7 @@ class DatasetWriter:
             self._call(self._writer.commit)
             self._writer = None
 
-    def _call(self, method: Callable[..., Any], *arguments: Any) -> None:
+    def _call(self, method: Callable[..., Any], *arguments: object) -> None:
         try:
             method(*arguments)
         except RuntimeError as err:

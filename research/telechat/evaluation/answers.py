@@ -1,11 +1,12 @@
 """Generated answers of an evaluation: what a task's settings mean, and where an answer ends. No MindSpore here."""
-from typing import Any, Container, Dict, Sequence
+from typing import Any, Container, Sequence
 
 import numpy as np
 
 from research.telechat.chat.session import StopFilter
 from research.telechat.common.errors import ConfigError
-from research.telechat.text.vocab import IncrementalDecoder
+from research.telechat.common.files import JsonObject
+from research.telechat.text.vocab import IncrementalDecoder, Vocab
 
 DEFAULT_NEW_TOKENS = 256         # lm-evaluation-harness's own default, where a task names no limit
 _SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty", "min_new_tokens")
@@ -28,7 +29,7 @@ class Answers:
         stops: texts that end an answer.
     """
 
-    def __init__(self, vocab: Any, prompts: Sequence[Sequence[int]], ends: Container[int], stops: Sequence[str]):
+    def __init__(self, vocab: Vocab, prompts: Sequence[Sequence[int]], ends: Container[int], stops: Sequence[str]):
         self.texts = [""] * len(prompts)
         self._ends = ends
         self._decoders = [IncrementalDecoder(vocab, skip_special_tokens=True) for _ in prompts]
@@ -67,7 +68,7 @@ class Answers:
             self.texts[row] += self._filters[row].flush()
 
 
-def read_settings(given: Any) -> Dict[str, Any]:
+def read_settings(given: Any) -> JsonObject:
     """Settings of `generate`, and `until`, from a task's generation_kwargs. Greedy, unless do_sample is set.
 
     `unknown`: names of settings that mean nothing here. Raises ConfigError where a limit or stop string is none.

@@ -16,10 +16,13 @@ from mindformers.tools.logger import logger
 from tqdm import tqdm
 
 from research.telechat.chat.session import divide_context
+from research.telechat.common.files import JsonObject
 from research.telechat.common.tokens import end_tokens
 from research.telechat.evaluation.answers import AllStopped, Answers, read_settings
 from research.telechat.evaluation.batches import fit
 from research.telechat.evaluation.score import Scorer
+from research.telechat.telechat import TelechatForCausalLM
+from research.telechat.telechat_tokenizer import TelechatTokenizer
 from research.telechat.text.renderer import BOT, Renderer, detect_template, to_message
 
 
@@ -42,7 +45,8 @@ class TelechatLM(TemplateLM):
         ConfigError: see `Scorer`; markers of the chat template that the vocabulary lacks.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 8, seed: int = 0, progress: bool = True):
+    def __init__(self, model: TelechatForCausalLM, tokenizer: TelechatTokenizer, batch_size: int = 8, seed: int = 0,
+                 progress: bool = True):
         super().__init__()
         self.scorer = Scorer(model, batch_size, progress)
         self.model, self.tokenizer, self.vocab = model, tokenizer, tokenizer.vocab
@@ -76,7 +80,7 @@ class TelechatLM(TemplateLM):
 
     # Text to tokens
 
-    def tok_encode(self, string: str, add_special_tokens: Optional[bool] = None, **_kwargs: Any) -> List[int]:
+    def tok_encode(self, string: str, add_special_tokens: Optional[bool] = None, **_kwargs: object) -> List[int]:
         """Ids of a text; markers written in it are single tokens, as the tokenizer reads them."""
         known = self._known_prompt(string)
         if known is not None:
@@ -109,7 +113,8 @@ class TelechatLM(TemplateLM):
         """(ids of the rendered prompt that `text` begins with, the rest of the text), or None."""
         if not self._rendered:
             return None
-        marker = self.renderer.template.bot if self.renderer.as_text else self.vocab.decode([self.renderer.bot_id])
+        bot = self.renderer.bot_id
+        marker = self.renderer.template.bot if bot is None else self.vocab.decode([bot])
         end = len(text)
         while end >= 0:
             end = text.rfind(marker, 0, end)
@@ -131,7 +136,7 @@ class TelechatLM(TemplateLM):
         return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
 
     def _loglikelihood_tokens(self, requests: Iterable[Tuple[Tuple[str, str], List[int], List[int]]],
-                              disable_tqdm: bool = False, **_kwargs: Any) -> List[Tuple[float, bool]]:
+                              disable_tqdm: bool = False, **_kwargs: object) -> List[Tuple[float, bool]]:
         """(log-likelihood, greedy) of each continuation, given its context, both as ids.
 
         Of each request only an array is kept: lists of ids take nine times the memory.
@@ -207,7 +212,7 @@ class TelechatLM(TemplateLM):
         blocks = -(-(min(len(group[0].ids), most) + new) // config.block_size)
         return max(min(self.batch_size, config.num_blocks // blocks), 1)
 
-    def _answer(self, prompts: List[List[int]], settings: Dict[str, Any], until: List[str], place: int) -> List[str]:
+    def _answer(self, prompts: List[List[int]], settings: JsonObject, until: List[str], place: int) -> List[str]:
         renderer = self.renderer
         ends = {renderer.end_id, *end_tokens(self.model.config.eos_token_id),
                 *([renderer.user_id] if renderer.user_id is not None else [])}
@@ -228,4 +233,4 @@ class TelechatLM(TemplateLM):
 class _Prompt(NamedTuple):
     number: int
     ids: List[int]
-    settings: Dict[str, Any]
+    settings: JsonObject

@@ -4,9 +4,9 @@ import math
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
-from research.telechat.common.files import whole, write_json
+from research.telechat.common.files import JsonObject, whole, write_json
 from research.telechat.common.table import table
 
 ACCURACIES = ("acc", "acc_norm", "exact_match")          # what the chart shows; the rest is in table and report
@@ -25,7 +25,7 @@ class Row(NamedTuple):
     error: Optional[float]           # standard error of the mean; None: not known
 
 
-def result_rows(results: Dict[str, Any]) -> List[Row]:
+def result_rows(results: JsonObject) -> List[Row]:
     """Rows of a result of the harness: groups first, then tasks that belong to none of them."""
     inside = {name for names in results.get("group_subtasks", {}).values() for name in names}
     groups = results.get("groups", {})
@@ -44,7 +44,7 @@ def result_rows(results: Dict[str, Any]) -> List[Row]:
     return rows
 
 
-def leaves(name: str, results: Dict[str, Any]) -> List[str]:
+def leaves(name: str, results: JsonObject) -> List[str]:
     """The tasks below a group, or the task itself."""
     children = results.get("group_subtasks", {}).get(name)
     return [leaf for child in children for leaf in leaves(child, results)] if children else [name]
@@ -52,7 +52,7 @@ def leaves(name: str, results: Dict[str, Any]) -> List[str]:
 
 def result_table(rows: Sequence[Row]) -> str:
     """Rows as text in columns."""
-    cells: List[List[Any]] = [["task", "metric", "shots", "questions", "value", "+-"]]
+    cells: List[List[object]] = [["task", "metric", "shots", "questions", "value", "+-"]]
     for row in rows:
         metric = row.metric + (f" ({row.filter})" if row.filter else "")
         error = None if row.error is None or math.isnan(row.error) else row.error
@@ -71,7 +71,7 @@ def versions() -> Dict[str, str]:
     return found
 
 
-def write_results(path: Path, report: Dict[str, Any], samples: Optional[Dict[str, List[Dict[str, Any]]]] = None
+def write_results(path: Path, report: JsonObject, samples: Optional[Dict[str, List[JsonObject]]] = None
                   ) -> None:
     """`report` as JSON; `samples`, each question with its answer, as JSON lines beside it. Both whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,15 +5,18 @@ rows that are asked for go through the head, and only their two numbers leave th
 1024 tokens would be 5 GB. lm-evaluation-harness is not known here (evaluation/harness.py is its adapter).
 """
 import math
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from mindspore import Tensor, nn, ops
 from tqdm import tqdm
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
 from research.telechat.evaluation.batches import Scored, count_texts, rolling_windows, score_batches
 from research.telechat.model import kernels
+from research.telechat.telechat import TelechatForCausalLM
+from research.telechat.text.vocab import Vocab
 
 
 class _ScoreGraph(nn.Cell):
@@ -65,7 +68,7 @@ class Scorer:
         ConfigError: a parallel plan that cannot score, or a batch size that it cannot divide.
     """
 
-    def __init__(self, model: Any, batch_size: int = 8, progress: bool = True):
+    def __init__(self, model: TelechatForCausalLM, batch_size: int = 8, progress: bool = True):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ConfigError(f"--batch_size: expected a whole number over 0, found {batch_size!r}")
         plan = model.config.parallel_config
@@ -125,14 +128,14 @@ class Perplexity(NamedTuple):
     bytes: int                     # in UTF-8
     log_likelihood: float          # natural logarithm, of all tokens together
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """The counts, and: perplexity for each token, bits for each byte (comparable between tokenizers)."""
         loss = -self.log_likelihood / max(self.tokens, 1)
         return {**self._asdict(), "loss_per_token": loss, "perplexity": math.exp(min(loss, 700.0)),
                 "bits_per_byte": -self.log_likelihood / math.log(2) / max(self.bytes, 1)}
 
 
-def perplexity(scorer: Scorer, vocab: Any, texts: Iterable[str], prefix: int) -> Perplexity:
+def perplexity(scorer: Scorer, vocab: Vocab, texts: Iterable[str], prefix: int) -> Perplexity:
     """Of texts, each on its own, markers in them taken as ordinary characters."""
     texts = list(texts)
     encoded = vocab.encode_batch(texts)

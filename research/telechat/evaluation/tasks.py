@@ -63,7 +63,7 @@ def data_from(folder: Optional[Path]) -> Iterator[None]:
     import datasets  # type: ignore[import-untyped]    # of Hugging Face, comes with lm-evaluation-harness
     original = datasets.load_dataset
 
-    def load(path: str, name: Optional[str] = None, **kwargs: Any) -> Any:
+    def load(path: str, name: Optional[str] = None, **kwargs: object) -> Any:
         place = _local(folder, path)
         files = find_files(place, name) if place else {}
         if place and not files:

@@ -11,6 +11,7 @@ import mindspore.common.dtype as mstype
 import numpy as np
 from mindspore import Tensor, nn
 
+from research.telechat.common.files import JsonObject
 from research.telechat.generation.batch import Batch, Blocks
 from research.telechat.spec.rope import rope_scaling
 
@@ -163,7 +164,7 @@ class FrameworkEngine:
         context = self.config.seq_length
         ids = np.full((len(batch), context), self.config.pad_token_id, np.int32)
         ids[:, :batch.tokens.shape[1]] = batch.tokens
-        inputs: Dict[str, Any] = {}
+        inputs: JsonObject = {}
         if blocks is not None:
             slots = blocks.newest(batch.lengths)
             if prefill:

@@ -32,7 +32,7 @@ class TelechatGenerationMixin(Model):
 
     def generate(self, input_ids: Any, generation_config: Optional[GenerationConfig] = None,
                  logits_processor: Optional[Any] = None, streamer: Optional[Any] = None, seed: Optional[int] = None,
-                 **kwargs: Any) -> Any:
+                 **kwargs: object) -> Any:
         """Answers to prompts.
 
         Args:
@@ -70,7 +70,7 @@ class TelechatGenerationMixin(Model):
         return record.output(sequences) if config.return_dict_in_generate else sequences
 
     def stream(self, input_ids: Sequence[int], generation_config: Optional[GenerationConfig] = None,
-               seed: Optional[int] = None, **kwargs: Any) -> Generator[int, None, None]:
+               seed: Optional[int] = None, **kwargs: object) -> Generator[int, None, None]:
         """The tokens of the answer to one prompt, one by one; stop iterating to stop the answer. As `generate`."""
         config = self._generation_config(generation_config, kwargs)
         prompts = read_prompts(list(input_ids), None, self.config.vocab_size)
@@ -171,7 +171,8 @@ class TelechatGenerationMixin(Model):
     # What MindFormers' generator and trainer call
 
     def forward(self, input_ids: np.ndarray, valid_length_each_example: np.ndarray, block_tables: Any = None,
-                slot_mapping: Any = None, prefill: Optional[bool] = None, use_past: bool = False, **kwargs: Any) -> Any:
+                slot_mapping: Optional[np.ndarray] = None, prefill: Optional[bool] = None, use_past: bool = False,
+                **kwargs: object) -> Any:
         """One step of MindFormers' generator; reads everything again where the rotary rule makes the cache stale."""
         if use_past and not prefill and self._cache_is_stale(valid_length_each_example):
             positions = np.arange(input_ids.shape[1])
@@ -191,12 +192,13 @@ class TelechatGenerationMixin(Model):
         for layer in self.model.layers:
             layer.attention.add_flags(is_first_iteration=is_first_iteration)
 
-    def set_dynamic_inputs(self, **_kwargs: Any) -> None:
+    def set_dynamic_inputs(self, **_kwargs: object) -> None:
         """Compile for prompts and batches of any size; called where is_dynamic is set."""
         any_2d, any_1d = Tensor(shape=[None, None], dtype=mstype.int32), Tensor(shape=[None], dtype=mstype.int32)
         self.set_inputs(any_2d, None, None, None, None, None, None, any_2d, None, None, any_2d, any_1d, None)
 
-    def prepare_inputs_for_predict_layout(self, input_ids: np.ndarray, **_kwargs: Any) -> Tuple[Optional[Tensor], ...]:
+    def prepare_inputs_for_predict_layout(self, input_ids: np.ndarray, **_kwargs: object
+                                          ) -> Tuple[Optional[Tensor], ...]:
         """Arguments of `construct` with which MindFormers compiles once to learn how the parameters are cut.
 
         input_ids: [B, S].
@@ -211,7 +213,7 @@ class TelechatGenerationMixin(Model):
         slot_mapping = Tensor(np.full(batch * seq, -1), mstype.int32)
         return (tokens, None, None, None, None, None, None, lengths, None, None, block_tables, slot_mapping, None)
 
-    def prepare_inputs_for_generation(self, input_ids: np.ndarray, **kwargs: Any) -> dict:
+    def prepare_inputs_for_generation(self, input_ids: np.ndarray, **kwargs: object) -> dict:
         """Arguments of `construct` for one step of MindFormers' generator."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if not self.use_past:            # the length decides the rotary tables, and only the last logits are needed

@@ -11,7 +11,7 @@ words are counters mixed with the finalizer of MurmurHash3 (Appleby), once per r
 Only for training steps without micro-batches, which would all get one mask: with them MindSpore's kernel is kept.
 """
 import hashlib
-from typing import Any, Tuple
+from typing import Tuple
 
 import mindspore as ms
 import mindspore.common.dtype as mstype
@@ -25,7 +25,7 @@ _WORD = 2**32
 _STRIDE = 0x9E3779B9                                       # 2^32 / golden ratio: spreads neighbouring counters
 
 
-def key_words(*parts: Any) -> Tuple[int, ...]:
+def key_words(*parts: object) -> Tuple[int, ...]:
     """Four words of 32 bits that stand for `parts`."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return tuple(int.from_bytes(digest[4 * number:4 * number + 4], "little") for number in range(4))

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
 from research.telechat.recipe.fields import ModelSettings
 from research.telechat.recipe.settings import dtype_name, resolve, to_variant
 from research.telechat.spec.parameters import Param, parameters
@@ -124,7 +125,7 @@ def _one_layer(variant: Variant) -> List[Param]:
     return parameters(replace(variant, num_layers=1))
 
 
-def _integer(section: Dict[str, Any], key: str, where: str, default: int = 1) -> int:
+def _integer(section: JsonObject, key: str, where: str, default: int = 1) -> int:
     value = section.get(key, default)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -132,7 +133,7 @@ def _integer(section: Dict[str, Any], key: str, where: str, default: int = 1) ->
     return value
 
 
-def _section(recipe: Dict[str, Any], key: str) -> Dict[str, Any]:
+def _section(recipe: JsonObject, key: str) -> JsonObject:
     value = recipe.get(key) or {}
     if not isinstance(value, dict):
         raise ConfigError(f"{key}: expected a section of keys, found {value!r}")
@@ -146,7 +147,7 @@ def _gigabytes(text: Any) -> float:
     return float(match.group(1))
 
 
-def read_plan(recipe: Dict[str, Any]) -> Plan:
+def read_plan(recipe: JsonObject) -> Plan:
     """The plan of a complete recipe (recipe.read.read_recipe). Raises ConfigError on keys that cannot be read."""
     parallel, runner = _section(recipe, "parallel_config"), _section(recipe, "runner_config")
     settings, recompute = _section(recipe, "parallel"), _section(recipe, "recompute_config")

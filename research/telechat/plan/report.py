@@ -2,6 +2,7 @@
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+from research.telechat.common.files import JsonObject
 from research.telechat.common.table import table
 from research.telechat.plan.cost import (
     CHIP,
@@ -60,7 +61,7 @@ def headline(plan: Plan) -> str:
 def memory_table(plan: Plan, memories: Sequence[Memory], layers: Sequence[Sequence[int]]) -> str:
     """GB per card and stage."""
     shown = [(key, name) for key, name in _PARTS if any(getattr(memory, key) for memory in memories)]
-    rows: List[List[Any]] = [["stage", "layers", *(name for _, name in shown), "total*", f"of {plan.limit_gb:g} GB"]]
+    rows: List[List[object]] = [["stage", "layers", *(name for _, name in shown), "total*", f"of {plan.limit_gb:g} GB"]]
     for stage, memory in enumerate(memories):
         counts = "+".join(map(str, layers[stage]))
         rows.append([stage, counts, *(getattr(memory, key) / GB for key, _ in shown), memory.total / GB,
@@ -74,7 +75,7 @@ def traffic_table(plan: Plan, cost: Cost) -> str:
     for item in cost.traffic:
         key = (item.purpose, item.axis, link_of(plan, item.axis))
         sums[key] = sums.get(key, 0) + item.bytes
-    rows: List[List[Any]] = [["for", "over", "link", "MB"]]
+    rows: List[List[object]] = [["for", "over", "link", "MB"]]
     rows += [[purpose, axis, _LINKS[link], size / 1e6] for (purpose, axis, link), size in
              sorted(sums.items(), key=lambda entry: -entry[1])]
     rows.append(["all", "", "", cost.sent / 1e6])
@@ -102,7 +103,7 @@ def text(plan: Plan, rank: int, mfu: float) -> str:
     return "\n\n".join([*parts, "\n".join(lines), *(["\n".join(f"note: {note}" for note in notes)] if notes else [])])
 
 
-def as_json(plan: Plan, rank: int, mfu: float) -> Dict[str, Any]:
+def as_json(plan: Plan, rank: int, mfu: float) -> JsonObject:
     """The same as an object: bytes and counts."""
     cost = cost_of(plan, rank)
     return {
@@ -144,10 +145,10 @@ def draw(plan: Plan, path: Path) -> None:
     pyplot.close(figure)
 
 
-def compared(cost: Cost, compiled: Dict[str, Any]) -> List[List[Any]]:
+def compared(cost: Cost, compiled: JsonObject) -> List[List[object]]:
     """Arithmetic beside the compiled graph, rows of (what, arithmetic, compiled, difference in percent)."""
     communication, memory = compiled["communication"], compiled["memory"]
-    rows: List[List[Any]] = []
+    rows: List[List[object]] = []
 
     def add(what: str, mine: float, theirs: float) -> None:
         apart: Optional[float] = 100 * (mine - theirs) / theirs if theirs else None

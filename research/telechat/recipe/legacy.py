@@ -5,9 +5,10 @@ that is not here, refused. The keys of `model_config` are in recipe/fields.py. P
 """
 import copy
 import os
-from typing import Any, Dict, Iterator, List
+from typing import Iterator, List
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
 from research.telechat.recipe.fields import LEGACY
 
 _ARCHITECTURE = "TelechatForCausalLM"
@@ -17,7 +18,7 @@ _CHECKPOINT_MONITOR, _MISSPELT_MONITOR = "CheckpointMonitor", "CheckpointMointor
 _RECOMPUTED = (r"feed_forward\.mul", r"feed_forward\.silu")
 
 
-def _section(recipe: Dict[str, Any], *names: str) -> Dict[str, Any]:
+def _section(recipe: JsonObject, *names: str) -> JsonObject:
     """The section `a.b`; an empty one, not connected to the recipe, where there is none."""
     for name in names:
         below = recipe.get(name)
@@ -27,7 +28,7 @@ def _section(recipe: Dict[str, Any], *names: str) -> Dict[str, Any]:
     return recipe
 
 
-def _optimizer(recipe: Dict[str, Any]) -> Iterator[str]:
+def _optimizer(recipe: JsonObject) -> Iterator[str]:
     optimizer = _section(recipe, "optimizer")
     if optimizer.get("type") == "FP32StateAdamWeightDecay":
         optimizer["type"] = "AdamW"
@@ -38,7 +39,7 @@ def _optimizer(recipe: Dict[str, Any]) -> Iterator[str]:
         yield f"optimizer.beta1 and beta2 are now optimizer.betas: {optimizer['betas']}"
 
 
-def _callbacks(recipe: Dict[str, Any]) -> Iterator[str]:
+def _callbacks(recipe: JsonObject) -> Iterator[str]:
     for name in ("callbacks", "eval_callbacks"):
         entries = recipe.get(name)
         if not isinstance(entries, list):
@@ -54,7 +55,7 @@ def _callbacks(recipe: Dict[str, Any]) -> Iterator[str]:
                 yield f"{name}: {_MISSPELT_MONITOR} is now spelt {_CHECKPOINT_MONITOR}"
 
 
-def _model(recipe: Dict[str, Any]) -> Iterator[str]:
+def _model(recipe: JsonObject) -> Iterator[str]:
     arch = _section(recipe, "model", "arch")
     if arch.get("type") in _RENAMED_ARCHITECTURES:
         yield (f"model.arch.type {arch['type']} is now {_ARCHITECTURE}, which is cut over cards by parallel_config for "
@@ -80,7 +81,7 @@ def _model(recipe: Dict[str, Any]) -> Iterator[str]:
                           "supported; remove moe_config for a dense model")
 
 
-def _parallel(recipe: Dict[str, Any]) -> Iterator[str]:
+def _parallel(recipe: JsonObject) -> Iterator[str]:
     parallel, plan = _section(recipe, "parallel"), _section(recipe, "parallel_config")
     alone = str(parallel.get("parallel_mode", "")).upper() == "STAND_ALONE"
     degrees = [plan.get(key, 1) for key in ("model_parallel", "pipeline_stage", "context_parallel")]
@@ -106,7 +107,7 @@ def _parallel(recipe: Dict[str, Any]) -> Iterator[str]:
                "whether communication is repeated")
 
 
-def _context(recipe: Dict[str, Any]) -> Iterator[str]:
+def _context(recipe: JsonObject) -> Iterator[str]:
     context = _section(recipe, "context")
     for key in ("enable_graph_kernel", "graph_kernel_flags"):
         if key in context and context.pop(key):
@@ -121,7 +122,7 @@ def _context(recipe: Dict[str, Any]) -> Iterator[str]:
         yield f"context.jit_config.jit_level O1 is now O0 for {recipe['run_mode']}: MindFormers takes O0 or O2 there"
 
 
-def _data(recipe: Dict[str, Any]) -> Iterator[str]:
+def _data(recipe: JsonObject) -> Iterator[str]:
     batch = _section(recipe, "runner_config").get("batch_size", 1)
     for name in ("train_dataset", "eval_dataset"):
         own = _section(recipe, name).pop("batch_size", batch)
@@ -130,7 +131,7 @@ def _data(recipe: Dict[str, Any]) -> Iterator[str]:
         _section(recipe, f"{name}_task").pop("dataset_config", None)     # a copy of the section; MindFormers makes one
 
 
-def translate(recipe: Dict[str, Any]) -> List[str]:
+def translate(recipe: JsonObject) -> List[str]:
     """Change a complete recipe in place to today's keys.
 
     Returns:

@@ -3,8 +3,9 @@
 A command line is read once: what it changes of the recipe is passed on as {dotted key: value}.
 """
 import argparse
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, List, Optional
 
+from research.telechat.common.files import JsonObject
 from research.telechat.recipe.read import parse_overrides, parse_value
 
 # option of a command -> key of the recipe
@@ -88,18 +89,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def overrides_of(args: argparse.Namespace, only: Optional[List[str]] = None) -> Dict[str, Any]:
+def overrides_of(args: argparse.Namespace, only: Optional[List[str]] = None) -> JsonObject:
     """Keys of the recipe that the options in `args` set: those of `only`, else all in OPTION_KEYS that were given."""
     given = {OPTION_KEYS[name]: getattr(args, name, None) for name in only or OPTION_KEYS}
     return {key: value for key, value in given.items() if value is not None}
 
 
-def all_overrides(args: argparse.Namespace, rest: List[str]) -> Dict[str, Any]:
+def all_overrides(args: argparse.Namespace, rest: List[str]) -> JsonObject:
     """Keys of the recipe that a command line of run_mindformer.py sets. Raises ConfigError."""
     return {**overrides_of(args), **parse_overrides(args.options, rest)}
 
 
-def parse_further(words: List[str]) -> Dict[str, Any]:
+def parse_further(words: List[str]) -> JsonObject:
     """Keys of the recipe from words that another command does not know itself: anything that run_mindformer.py takes.
 
     Raises ConfigError.

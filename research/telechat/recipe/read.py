@@ -4,12 +4,13 @@ What the keys mean is recipe/settings.py's and MindFormers' matter; what is done
 """
 import difflib
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Iterator, List
 
 import yaml
 
 from research.telechat.common.environment import PLUGIN, ROOT
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
 
 
 def parse_value(text: str) -> Any:
@@ -73,9 +74,9 @@ def read_recipe(path: Path, above: tuple = ()) -> dict:
     return merge(merged, recipe)
 
 
-def parse_overrides(options: List[str], rest: List[str]) -> Dict[str, Any]:
+def parse_overrides(options: List[str], rest: List[str]) -> JsonObject:
     """{dotted key: value} from `--options a.b=c` and from `--a.b c` or `--a.b=c`; the last of equal keys counts."""
-    overrides: Dict[str, Any] = {}
+    overrides: JsonObject = {}
 
     def put(key: str, text: str) -> None:
         overrides.pop(key, None)                          # the order is that of the last mention
@@ -100,7 +101,7 @@ def parse_overrides(options: List[str], rest: List[str]) -> Dict[str, Any]:
     return overrides
 
 
-def set_key(config: Dict[str, Any], dotted: str, value: Any) -> None:
+def set_key(config: JsonObject, dotted: str, value: Any) -> None:
     """Set `a.b.c`. ConfigError: a section that the recipe lacks, or a key without the section in which it is read."""
     *sections, key = dotted.split(".")
     places = [] if sections or key in config else list(_places(config, key))
@@ -116,7 +117,7 @@ def set_key(config: Dict[str, Any], dotted: str, value: Any) -> None:
     config[key] = value
 
 
-def _places(section: Dict[str, Any], key: str) -> Iterator[str]:
+def _places(section: JsonObject, key: str) -> Iterator[str]:
     """Dotted names under which a section and those within it have `key`."""
     for name, entry in section.items():
         if name == key:

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any, Dict, List, Mapping
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
 from research.telechat.recipe.fields import (
     COMPUTED,
     DTYPES,
@@ -87,13 +88,13 @@ def _amp_dtypes(level: str, low: str) -> Dict[str, str]:
             "layernorm_compute_type": "float32", "softmax_compute_type": "float32"}
 
 
-def _variant_values(name: str) -> Dict[str, Any]:
+def _variant_values(name: str) -> JsonObject:
     """The FIELDS that the variant `name` decides."""
     variant = get_variant(name)
     return {key: value for key, value in variant_fields(variant).items() if key in FIELDS}
 
 
-def _legacy_number(given: Dict[str, Any], key: str, default: float) -> float:
+def _legacy_number(given: JsonObject, key: str, default: float) -> float:
     """A positive number of an earlier YAML. Raises ConfigError."""
     value = default if given.get(key) is None else given[key]
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
@@ -101,7 +102,7 @@ def _legacy_number(given: Dict[str, Any], key: str, default: float) -> float:
     return value
 
 
-def _translate_legacy(given: Dict[str, Any]) -> Dict[str, Any]:
+def _translate_legacy(given: JsonObject) -> JsonObject:
     """Values of FIELDS that follow from keys of earlier YAMLs."""
     values = {RENAMED[key]: given[key] for key in given.keys() & RENAMED.keys()}
     if given.get("use_mup"):
@@ -110,7 +111,7 @@ def _translate_legacy(given: Dict[str, Any]) -> Dict[str, Any]:
     return values
 
 
-def _default_ffn(given: Dict[str, Any], hidden: int) -> int:
+def _default_ffn(given: JsonObject, hidden: int) -> int:
     """Feed-forward width where no intermediate_size is given.
 
     Two thirds of 4 * hidden, times `ffn_dim_multiplier`, rounded up to `multiple_of`. Earlier TeleChat YAMLs give the
@@ -122,7 +123,7 @@ def _default_ffn(given: Dict[str, Any], hidden: int) -> int:
     return int(multiple * math.ceil(int(factor * int(2 * 4 * hidden / 3)) / multiple))
 
 
-def _reject_unknown(given: Dict[str, Any]) -> None:
+def _reject_unknown(given: JsonObject) -> None:
     known = [*FIELDS, *RENAMED, *COMPUTED, *LEGACY]
     for key in given:
         if key not in known:
@@ -169,7 +170,7 @@ def to_variant(settings: object) -> Variant:
     return Variant(**values, hf_layout="telechat_mup" if fused else "telechat_tied" if tied else "telechat")
 
 
-def not_needed(given: Dict[str, Any]) -> List[str]:
+def not_needed(given: JsonObject) -> List[str]:
     """A line for each key of an earlier YAML that is set to something and no longer needed."""
     def is_set(value: Any) -> bool:
         return bool(value) and not (isinstance(value, int) and not isinstance(value, bool) and value == 1)    # 1: off

@@ -5,7 +5,7 @@ MindFormers' Trainer. It computes nothing itself.
 """
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 from mindformers.core.context import build_context
 from mindformers.tools.logger import logger
@@ -17,6 +17,7 @@ from research.telechat import telechat, telechat_config, telechat_tokenizer, tel
 from research.telechat.bridge.compat import apply_template, prepare_cpu, set_output_path
 from research.telechat.common.environment import cores, workers
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
 from research.telechat.recipe.legacy import translate
 from research.telechat.recipe.read import set_key
 from research.telechat.run.preflight import check_checkpoint, check_dataset, model_config
@@ -31,6 +32,7 @@ from research.telechat.run.prompts import (
     write_results,
 )
 from research.telechat.run.training_setup import prepare_training
+from research.telechat.telechat_tokenizer import TelechatTokenizer
 from research.telechat.training import log, optimizer, saving, step
 
 # Classes that MindFormers must not copy and execute once more: importing their modules has registered them.
@@ -40,7 +42,7 @@ _REGISTERED = {cls.__name__ for cls in (telechat.TelechatForCausalLM, telechat_c
                                         step.TelechatTrainOneStepCell, log.TelechatTrainingLog,
                                         optimizer.TelechatAdamW, saving.TelechatCheckpointMonitor)}
 
-def complete_recipe(recipe: Dict[str, Any], overrides: Dict[str, Any]) -> MindFormerConfig:
+def complete_recipe(recipe: JsonObject, overrides: JsonObject) -> MindFormerConfig:
     """The recipe with `overrides`, {dotted key: value}, applied. Raises ConfigError."""
     config = MindFormerConfig(**recipe)
     for key, value in overrides.items():
@@ -51,7 +53,7 @@ def complete_recipe(recipe: Dict[str, Any], overrides: Dict[str, Any]) -> MindFo
     return config
 
 
-def forget_auto_register(config: Any) -> None:
+def forget_auto_register(config: MindFormerConfig) -> None:
     """Remove `auto_register` of classes that are registered already, so that nothing is copied and executed twice."""
     if isinstance(config, dict):
         reference = config.get("auto_register")
@@ -121,7 +123,7 @@ def detect_checkpoint_format(config: MindFormerConfig) -> None:
                 break
 
 
-def prepare_recipe(recipe: Dict[str, Any], overrides: Dict[str, Any]) -> MindFormerConfig:
+def prepare_recipe(recipe: JsonObject, overrides: JsonObject) -> MindFormerConfig:
     """The recipe with `overrides` applied, today's keys, and the settings of the device. Raises ConfigError."""
     config = complete_recipe(recipe, overrides)
     translate_old_keys(config)
@@ -140,7 +142,7 @@ def read_prompts(config: MindFormerConfig, predict_data: Optional[List[str]], ra
     return tokenizer, prompts
 
 
-def predict(config: MindFormerConfig, tokenizer: Any, prompts: List[str]) -> None:
+def predict(config: MindFormerConfig, tokenizer: TelechatTokenizer, prompts: List[str]) -> None:
     """Answer the prompts; the answers are printed and lie in text_generation_result.txt in the output folder."""
     config.save_file = os.path.join(config.output_dir, "text_generation_result.txt")
     batch = config.get("predict_batch_size") or 1
@@ -155,7 +157,7 @@ def predict(config: MindFormerConfig, tokenizer: Any, prompts: List[str]) -> Non
         print_answers(prompts, results, visible(prompts, tokenizer))
 
 
-def run(recipe: Dict[str, Any], overrides: Dict[str, Any], register_path: Optional[str] = None,
+def run(recipe: JsonObject, overrides: JsonObject, register_path: Optional[str] = None,
         predict_data: Optional[List[str]] = None, raw: bool = False) -> None:
     """Carry out `recipe`.
 

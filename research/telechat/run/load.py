@@ -3,7 +3,7 @@
 run_mindformer.py leaves this to MindFormers' Trainer; here the model itself is wanted. Nothing is generated.
 """
 import logging
-from typing import Any, Dict, Tuple
+from typing import Any, Tuple
 
 import mindspore as ms
 import numpy as np
@@ -15,6 +15,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from research.telechat.bridge.compat import apply_template, prepare_cpu, set_output_path
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
 from research.telechat.recipe.read import read_recipe, resolve_config
 from research.telechat.run.job import prepare_recipe
 from research.telechat.run.preflight import check_checkpoint, model_config
@@ -23,7 +24,7 @@ from research.telechat.telechat import TelechatForCausalLM
 from research.telechat.telechat_config import TelechatConfig
 
 
-def prepare_prediction(recipe_name: str, overrides: Dict[str, Any], vocab_file: str = "") -> Tuple[Any, Any]:
+def prepare_prediction(recipe_name: str, overrides: JsonObject, vocab_file: str = "") -> Tuple[Any, Any]:
     """(recipe, tokenizer) of a predict recipe; everything is checked before a model is built.
 
     Args:
@@ -46,7 +47,7 @@ def prepare_prediction(recipe_name: str, overrides: Dict[str, Any], vocab_file: 
     return config, load_tokenizer(config, model_config(config).vocab_size)
 
 
-def load_model(config: Any) -> TelechatForCausalLM:
+def load_model(config: MindFormerConfig) -> TelechatForCausalLM:
     """The model of a recipe that `prepare_prediction` gave, with its weights, whole or this rank's part."""
     config = apply_template(config)
     set_output_path(config.output_dir)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 from mindformers.tools.logger import logger
+from mindformers.tools.register import MindFormerConfig
 
 from research.telechat.checkpoint.folder import open_mindspore
 from research.telechat.common.errors import CheckpointError, ConfigError
@@ -20,7 +21,7 @@ DATASET_CHECKS = "dataset_checks.json"     # in the output folder: what was read
 _SHOWN = 8                                 # faults listed in full; the rest are counted
 
 
-def model_config(config: Any) -> TelechatConfig:
+def model_config(config: MindFormerConfig) -> TelechatConfig:
     """The model config of a recipe, checked; ConfigError names the key at fault."""
     section = (config.get("model") or {}).get("model_config")
     if not section:
@@ -42,7 +43,7 @@ def checkpoint_faults(expected: Dict[str, Tuple[int, ...]], found: Dict[str, Tup
     return other + missing
 
 
-def check_checkpoint(config: Any) -> None:
+def check_checkpoint(config: MindFormerConfig) -> None:
     """Compare the complete checkpoint that `load_checkpoint` names with the recipe's sizes, by its headers.
 
     Checkpoints that are cut already (folders rank_N) are left to MindFormers. Raises ConfigError.
@@ -71,7 +72,7 @@ def check_checkpoint(config: Any) -> None:
                        path, len(extra), _listed(extra))
 
 
-def check_dataset(config: Any, section: str) -> None:
+def check_dataset(config: MindFormerConfig, section: str) -> None:
     """Check that the data set of `section` (train_dataset, eval_dataset) exists and fits the recipe's model.
 
     Raises ConfigError: no path, nothing there, records of another length, token ids beyond the vocabulary, no record.
@@ -104,7 +105,7 @@ def check_dataset(config: Any, section: str) -> None:
         _check_enough_records(config, path)
 
 
-def training_files(config: Any) -> List[str]:
+def training_files(config: MindFormerConfig) -> List[str]:
     """The MindRecord files that the recipe trains on; none where it reads another kind of data."""
     loader = (config.get("train_dataset") or {}).get("data_loader") or {}
     paths = loader.get("dataset_dir") or loader.get("dataset_files")
@@ -120,7 +121,7 @@ def record_count(files: List[str]) -> int:
     return MindDataset(files, shuffle=False).get_dataset_size()
 
 
-def sequences_per_step(config: Any) -> int:
+def sequences_per_step(config: MindFormerConfig) -> int:
     """Sequences of one step over all cards."""
     runner, plan = config.get("runner_config") or {}, config.get("parallel_config") or {}
     micro = plan.get("micro_batch_num", 1) if plan.get("pipeline_stage", 1) > 1 else 1
@@ -128,7 +129,7 @@ def sequences_per_step(config: Any) -> int:
             * (runner.get("gradient_accumulation_steps") or 1) * (config.get("micro_batch_interleave_num") or 1))
 
 
-def _check_enough_records(config: Any, path: Any) -> None:
+def _check_enough_records(config: MindFormerConfig, path: Any) -> None:
     """ConfigError where the data set holds less than one batch: training would end at once without a step."""
     records, batch = record_count(training_files(config)), sequences_per_step(config)
     if records < batch:

@@ -4,14 +4,16 @@ from typing import Any, Iterable, List, Optional
 
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
+from mindformers.tools.register import MindFormerConfig
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import write_text
+from research.telechat.telechat_tokenizer import TelechatTokenizer
 from research.telechat.text.templates import detect_template
 from research.telechat.text.vocab import check_fit
 
 
-def load_tokenizer(config: Any, vocab_size: int) -> Any:
+def load_tokenizer(config: MindFormerConfig, vocab_size: int) -> Any:
     """The tokenizer of the recipe. ConfigError: none named, file missing or broken, or it is another model's."""
     section = (config.get("processor") or {}).get("tokenizer")
     if not section:
@@ -48,7 +50,7 @@ def read_texts(data: Any) -> List[str]:
     return [text.replace(r"\n", "\n") for text in texts]
 
 
-def to_prompts(texts: Iterable[str], tokenizer: Any, raw: bool = False) -> List[str]:
+def to_prompts(texts: Iterable[str], tokenizer: TelechatTokenizer, raw: bool = False) -> List[str]:
     """Plain questions written as the model's template demands; a text with markers, and with `raw` any, stays as it is.
 
     A question without markers is the most common cause of garbage, as the model has only ever seen prompts.
@@ -68,7 +70,7 @@ def to_prompts(texts: Iterable[str], tokenizer: Any, raw: bool = False) -> List[
     return prompts
 
 
-def check_length(prompts: Iterable[str], tokenizer: Any, seq_length: int) -> None:
+def check_length(prompts: Iterable[str], tokenizer: TelechatTokenizer, seq_length: int) -> None:
     """ConfigError where a prompt leaves no room for an answer."""
     for number, prompt in enumerate(prompts, 1):
         length = len(tokenizer(prompt)["input_ids"])
@@ -101,7 +103,7 @@ def write_results(path: str, results: List[Any]) -> None:
     write_text(path, str(results))
 
 
-def visible(prompts: Iterable[str], tokenizer: Any) -> List[str]:
+def visible(prompts: Iterable[str], tokenizer: TelechatTokenizer) -> List[str]:
     """The prompts as results show them: without the markers that are control symbols (TeleChat2)."""
     return [tokenizer.decode(tokenizer(prompt)["input_ids"], skip_special_tokens=True) for prompt in prompts]
 

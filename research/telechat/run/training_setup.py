@@ -5,7 +5,7 @@ Called by run/job.py before anything is built; every fault is a ConfigError.
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
@@ -14,18 +14,19 @@ from research.telechat.checkpoint.lora import check_pet_config, target_params
 from research.telechat.checkpoint.resume import Choice, Name, choose, fault_of, parse, step_of
 from research.telechat.common.environment import rank, workers
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
 from research.telechat.run.preflight import model_config, record_count, sequences_per_step, training_files
 from research.telechat.spec.flops import flops_per_token
 
 _TRUE = (True, "True", "true")
 
 
-def worker_count(config: Any) -> int:
+def worker_count(config: MindFormerConfig) -> int:
     """Processes of the job."""
     return workers() if config.get("use_parallel") else 1
 
 
-def prepare_training(config: Any) -> bool:
+def prepare_training(config: MindFormerConfig) -> bool:
     """Check `pet_config`, choose the checkpoint to resume from, and complete the callbacks of `config` in place.
 
     False: the chosen checkpoint is the end of the training, so that there is nothing to do.
@@ -48,7 +49,7 @@ def prepare_training(config: Any) -> bool:
     return True
 
 
-def total_steps(config: Any) -> int:
+def total_steps(config: MindFormerConfig) -> int:
     """Steps of the whole training; 0 where the number of records is not known."""
     files = training_files(config)
     if not files:
@@ -58,7 +59,7 @@ def total_steps(config: Any) -> int:
     return records // sequences_per_step(config) * int((config.get("runner_config") or {}).get("epochs", 1))
 
 
-def prepare_resume(config: Any) -> Tuple[Optional[Name], int]:
+def prepare_resume(config: MindFormerConfig) -> Tuple[Optional[Name], int]:
     """Turn `resume_training` into the file that MindFormers loads; (its name, its step), or (None, 0).
 
     True: the newest complete checkpoint in load_checkpoint, where that has folders rank_N, else in
@@ -110,7 +111,8 @@ def _named(root: Path, wish: str, ranks: int) -> Choice:
                       "or the name of a file there, such as telechat_rank_0-2_100.ckpt")
 
 
-def complete_monitor(callback: Any, config: Any, pet_config: Any, chosen: Optional[Name]) -> None:
+def complete_monitor(callback: Any, config: MindFormerConfig, pet_config: MindFormerConfig, chosen: Optional[Name]
+                     ) -> None:
     """What training/saving.py needs to know beside MindFormers' own arguments."""
     if callback.get("on_save_error", "stop") not in ("stop", "continue"):
         raise ConfigError(f"callbacks: CheckpointMonitor.on_save_error must be stop or continue, found "
@@ -136,7 +138,7 @@ def complete_monitor(callback: Any, config: Any, pet_config: Any, chosen: Option
         callback["continue_run"] = chosen.stem(rank() if callback["ranks"] > 1 else 0)
 
 
-def run_info(config: Any, recipe: Dict[str, Any], first_step: int) -> Dict[str, Any]:
+def run_info(config: MindFormerConfig, recipe: JsonObject, first_step: int) -> JsonObject:
     """What the training log needs: sizes of a step, floating-point operations, data, recipe."""
     model, cards = model_config(config), worker_count(config)
     weights = sum(param.shape[0] * param.shape[1] for param in target_params(model.to_variant()))

@@ -2,8 +2,8 @@
 
 Only what the official code needs to build the model; where the original config.json exists it is used instead.
 """
-from typing import Any, Dict
 
+from research.telechat.common.files import JsonObject
 from research.telechat.spec.variants import Variant
 
 _COMMON = {"initializer_range": 0.02, "unk_token_id": 0, "use_cache": True}
@@ -26,9 +26,9 @@ _MUP = {
 }
 
 
-def hf_config(variant: Variant) -> Dict[str, Any]:
+def hf_config(variant: Variant) -> JsonObject:
     """An official config.json with the sizes of `variant`; spec.variants.variant_from_hf reads it back."""
-    config: Dict[str, Any] = {
+    config: JsonObject = {
         "n_layer": variant.num_layers, "n_head": variant.num_heads, "vocab_size": variant.vocab_size,
         "layer_norm_epsilon": variant.rms_norm_eps,
         "bos_token_id": variant.bos_token_id, "eos_token_id": variant.eos_token_id,

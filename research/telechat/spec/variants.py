@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Protocol, Type, TypeVar, Union
 
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import read_json_object
+from research.telechat.common.files import JsonObject, read_json_object
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def get_variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def read_hf_config(path_or_dict: Union[str, Path, Dict[str, Any]]) -> Dict[str, Any]:
+def read_hf_config(path_or_dict: Union[str, Path, JsonObject]) -> JsonObject:
     """An official config as a dict. `path_or_dict`: the dict itself, a config.json, or the folder that holds one."""
     if isinstance(path_or_dict, dict):
         return dict(path_or_dict)
@@ -97,7 +97,7 @@ def read_hf_config(path_or_dict: Union[str, Path, Dict[str, Any]]) -> Dict[str, 
 Number = TypeVar("Number", int, float)
 
 
-def _get(cfg: Dict[str, Any], key: str, kind: Type[Number], default: Optional[Number] = None) -> Number:
+def _get(cfg: JsonObject, key: str, kind: Type[Number], default: Optional[Number] = None) -> Number:
     """cfg[key] as `kind`; ConfigError if it is missing (and has no default) or of another type."""
     value: Any = cfg.get(key, default)
     if value is None:
@@ -111,7 +111,7 @@ def _get(cfg: Dict[str, Any], key: str, kind: Type[Number], default: Optional[Nu
     return value
 
 
-def variant_from_hf(cfg: Dict[str, Any], name: Optional[str] = None) -> Variant:
+def variant_from_hf(cfg: JsonObject, name: Optional[str] = None) -> Variant:
     """The variant that an official config describes, told by its structure (the official code has three).
 
     `n_embd` marks the 52B code (fused projections, mu-parametrisation); `base_seqlen` the TeleChat2 code; otherwise
@@ -204,6 +204,6 @@ def check_shape(sizes: Sizes, mp: int = 1, where: str = "model_config.") -> None
         raise ConfigError(fault)
 
 
-def variant_fields(variant: Variant) -> Dict[str, Any]:
+def variant_fields(variant: Variant) -> JsonObject:
     """The variant as a plain dict, as keyword arguments for TelechatConfig."""
     return asdict(variant)

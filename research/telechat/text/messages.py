@@ -4,10 +4,12 @@ Accepts the dicts of OpenAI, roles as in ShareGPT and TeleChat's own, and checks
 where they are rendered (text/renderer.py); whole records of data are read by data/records.py.
 """
 import json
-from typing import Any, NamedTuple, Tuple
+from typing import Any, NamedTuple, Sequence, Tuple, Union
 
 from research.telechat.common.errors import ConversationError
+from research.telechat.common.files import JsonObject
 
+Tools = Union[str, Sequence[JsonObject], None]       # descriptions of tools: as objects, or written already
 SYSTEM, USER, BOT, TOOL = "system", "user", "bot", "tool"
 ROLE_ALIASES = {
     "human": USER, "question": USER, "prompter": USER,

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat.common.errors import ConfigError, ConversationError
-from research.telechat.text.messages import BOT, SYSTEM, TOOL, USER, Message, answer_text, json_text, to_message
+from research.telechat.text.messages import BOT, SYSTEM, TOOL, USER, Message, Tools, answer_text, json_text, to_message
 from research.telechat.text.templates import Template, detect_template, get_template
 from research.telechat.text.vocab import Vocab
 
@@ -127,7 +127,7 @@ class Renderer:
 
     # Training
 
-    def render(self, messages: Sequence[Any], tools: Optional[Any] = None) -> Tuple[List[int], List[int]]:
+    def render(self, messages: Sequence[Any], tools: Tools = None) -> Tuple[List[int], List[int]]:
         """A whole conversation as (token ids, loss mask): 1 on the ids of every answer and of its end marker, else 0.
 
         Args:
@@ -142,7 +142,7 @@ class Renderer:
         rendered = self.assemble(plan, [self.vocab.encode(text) for text in plan.texts])
         return rendered.ids, rendered.mask()
 
-    def plan(self, messages: Sequence[Any], tools: Optional[Any] = None) -> Plan:
+    def plan(self, messages: Sequence[Any], tools: Tools = None) -> Plan:
         """The first half of `render`: what to encode. Raises ConversationError."""
         turns = self._turns(messages, tools, last=BOT)
         spans = [Span((self.start_id,))] if self.start_id is not None else []
@@ -178,14 +178,14 @@ class Renderer:
 
     # Generation
 
-    def prompt(self, messages: Sequence[Any], tools: Optional[Any] = None, limit: Optional[int] = None) -> List[int]:
+    def prompt(self, messages: Sequence[Any], tools: Tools = None, limit: Optional[int] = None) -> List[int]:
         """Token ids up to and including the bot marker, ready for the answer to the last message.
 
         `messages` end with a user message (or tool results). With `limit` at most so many ids, see `fit_prompt`.
         """
         return self.fit_prompt(messages, tools, limit).ids
 
-    def fit_prompt(self, messages: Sequence[Any], tools: Optional[Any] = None, limit: Optional[int] = None) -> Prompt:
+    def fit_prompt(self, messages: Sequence[Any], tools: Tools = None, limit: Optional[int] = None) -> Prompt:
         """The prompt within `limit` ids: the oldest turns go first, whole; the system prompt stays.
 
         If the last question alone is too long, it loses its beginning. Raises ConversationError where not even the
@@ -224,7 +224,7 @@ class Renderer:
         system: Optional[str]
         turns: List[List[Message]]           # each: user or tools, then bot (none in the last turn of a prompt)
 
-    def _turns(self, messages: Sequence[Any], tools: Optional[Any], last: str) -> "Renderer._Turns":
+    def _turns(self, messages: Sequence[Any], tools: Tools, last: str) -> "Renderer._Turns":
         """Check the order of roles and group the messages into turns."""
         if tools and self.template.tools_block is None:
             raise ConversationError(f"the template {self.template.name} has no place for tools; {_NO_TOOLS}")
@@ -269,7 +269,7 @@ class Renderer:
             system = None
         return Renderer._Turns(system, turns)
 
-    def _with_tools(self, system: str, tools: Optional[Any]) -> str:
+    def _with_tools(self, system: str, tools: Tools) -> str:
         if not tools or ("<tools>\n" in system and "\n</tools>" in system):     # in words already, as in official data
             return system
         lines = tools if isinstance(tools, str) else "\n".join(json_text(tool) for tool in tools)
@@ -306,7 +306,7 @@ class Renderer:
         return "\n".join(f"<tool_response>\n{message.content}\n</tool_response>" for message in turn
                          if message.role == TOOL)
 
-    def _prompt_head(self, system: Optional[str], tools: Optional[Any]) -> Tuple[List[int], Tuple[int, ...]]:
+    def _prompt_head(self, system: Optional[str], tools: Tools) -> Tuple[List[int], Tuple[int, ...]]:
         """What stands in front of the turns, and the ids between them."""
         if system is None and tools:
             system = self.template.default_system

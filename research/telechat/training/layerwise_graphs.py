@@ -62,7 +62,7 @@ class Gradient(nn.Cell):
         self.any_trained = len(trained) > 0
         self.grad = C.GradOperation(get_all=True, get_by_list=self.any_trained, sens_param=True)
 
-    def construct(self, sens: Tensor, *inputs: Any) -> Tuple[Any, ...]:
+    def construct(self, sens: Tensor, *inputs: object) -> Tuple[Any, ...]:
         """sens: gradient of the cell's value; inputs: the cell's -> gradient of the first, gradients of `trained`."""
         if self.any_trained:
             gradients = self.grad(self.cell, self.trained)(*inputs, sens)

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional
 
 import mindspore as ms
 import numpy as np
@@ -16,19 +16,21 @@ from mindformers.core.callback.callback import EvalCallBack
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType
 from mindformers.tools.utils import get_output_root_path, get_real_rank
-from mindspore.train.callback import Callback
+from mindspore.train.callback import Callback, RunContext
 
 from research.telechat import __version__
 from research.telechat.bridge.compat import chip_name, mindformers_version, peak_memory, plugin_class
 from research.telechat.checkpoint.resume import checkpoints
 from research.telechat.common.errors import TrainingStopped
-from research.telechat.common.files import write_json, write_text
+from research.telechat.common.files import JsonObject, write_json, write_text
 from research.telechat.spec.flops import peak_flops
 from research.telechat.training import save_thread as training_save_thread
 from research.telechat.training.records import describe_records, record_numbers, step_batches
 from research.telechat.training.report import data_digest, draw_curve, read_rows, row_text, seconds_left, summarise_rows
 from research.telechat.training.step import step_values, to_float
 
+if TYPE_CHECKING:
+    from mindspore.train.callback._callback import _InternalCallbackParam as StepParams
 
 @plugin_class(MindFormerModuleType.CALLBACK)
 class TelechatTrainingLog(Callback):
@@ -46,7 +48,7 @@ class TelechatTrainingLog(Callback):
 
     def __init__(self, file_name: str = "training_log.jsonl", picture: str = "training_curve.png",
                  report: str = "training_report.json", stop_at_nan: bool = True, peak_tflops: Optional[float] = None,
-                 run_info: Optional[Dict[str, Any]] = None, **_: Any):
+                 run_info: Optional[JsonObject] = None, **_: object):
         super().__init__()
         folder = get_output_root_path()
         self.folder = Path(folder)
@@ -57,13 +59,13 @@ class TelechatTrainingLog(Callback):
         self.stop_at_nan = stop_at_nan
         self.info = run_info or {}
         self.peak = peak_flops(chip_name(), peak_tflops)
-        self.rows: List[Dict[str, Any]] = []
+        self.rows: List[JsonObject] = []
         self.started = self.begun = time.time()
         self.first_step = self.last_step = self.total = 0
         self.evaluations: List[Any] = []
         self.length = 0                                            # bytes of the log before its last row
 
-    def on_train_begin(self, run_context: Any) -> None:
+    def on_train_begin(self, run_context: RunContext) -> None:
         """Start a new log; a resumed run goes on in the old one, without the rows behind its checkpoint."""
         params = run_context.original_args()
         self.first_step = self.last_step = int(self.info.get("first_step") or 0)
@@ -77,18 +79,18 @@ class TelechatTrainingLog(Callback):
             callback.on_train_step_end = self._evaluation(callback)
         self.begun = self.started = time.time()
 
-    def on_train_epoch_begin(self, run_context: Any) -> None:
+    def on_train_epoch_begin(self, run_context: RunContext) -> None:
         """Note how many steps there will be."""
         params = run_context.original_args()
         if not self.total:
             done = int(params.cur_epoch_num) - 1
             self.total = (done + int(params.epoch_num)) * int(params.batch_num)
 
-    def on_train_step_begin(self, run_context: Any) -> None:
+    def on_train_step_begin(self, run_context: RunContext) -> None:
         """Note when the step begins."""
         self.started = time.time()
 
-    def on_train_step_end(self, run_context: Any) -> None:
+    def on_train_step_end(self, run_context: RunContext) -> None:
         """Append the step to the log, and stop if it is not finite; a second call for a step does nothing."""
         params = run_context.original_args()
         step = int(params.cur_step_num) + self.first_step
@@ -104,18 +106,18 @@ class TelechatTrainingLog(Callback):
             self._finish("stopped: loss or norm not finite", records)
             raise TrainingStopped(self._explain(step, values, records))
 
-    def before_saving(self, run_context: Any) -> None:
+    def before_saving(self, run_context: RunContext) -> None:
         """Log and evaluate the step now: whoever resumes from its checkpoint then finds its row complete, and a loss
         that is not finite stops the training before it is saved. (MindFormers puts saving first.)"""
         self.on_train_step_end(run_context)
         for callback in self.evaluations:
             callback.on_train_step_end(run_context)
 
-    def on_train_end(self, run_context: Any) -> None:
+    def on_train_end(self, run_context: RunContext) -> None:
         """Draw the curves, write the report."""
         self._finish("complete")
 
-    def _row(self, params: Any, step: int, values: Dict[str, Any]) -> Dict[str, Any]:
+    def _row(self, params: "StepParams", step: int, values: JsonObject) -> JsonObject:
         steps = max(step - self.last_step, 1)                      # more than one with a sink size
         seconds = (time.time() - self.started) / steps
         row = {"step": step, "epoch": int(params.cur_epoch_num), "loss": values["loss"],
@@ -137,7 +139,7 @@ class TelechatTrainingLog(Callback):
             row["skipped"] = "norm"
         return row
 
-    def _append(self, row: Dict[str, Any]) -> None:
+    def _append(self, row: JsonObject) -> None:
         self.rows.append(row)
         try:
             with open(self.path, "a", encoding="utf-8") as log:
@@ -170,13 +172,13 @@ class TelechatTrainingLog(Callback):
 
     def _evaluation(self, callback: EvalCallBack) -> Any:
         """Evaluate at the same steps as without a resumption: MindFormers counts those of this process."""
-        def step_end(run_context: Any) -> None:
+        def step_end(run_context: RunContext) -> None:
             step = int(run_context.original_args().cur_step_num) + self.first_step
             if callback.step_interval > 0 and step % callback.step_interval == 0:
                 callback._execute_eval()
         return step_end
 
-    def _explain(self, step: int, values: Dict[str, Any], records: Dict[int, List[Optional[int]]]) -> str:
+    def _explain(self, step: int, values: JsonObject, records: Dict[int, List[Optional[int]]]) -> str:
         """What a user needs to know when the loss is not finite."""
         training_save_thread.wait()                          # one that is still being written is good as well
         folder = self.folder / "checkpoint" / f"rank_{self.rank}"
@@ -188,7 +190,7 @@ class TelechatTrainingLog(Callback):
         return (f"step {step}: the loss is {values['loss']:g}, the norm {norm:g} ({batch}; {good}). Look at these "
                 "records; lower the learning rate or the loss scale; then go on with --resume_training True")
 
-    def _records(self, params: Any, first: int, last: int) -> Dict[int, List[Optional[int]]]:
+    def _records(self, params: "StepParams", first: int, last: int) -> Dict[int, List[Optional[int]]]:
         """Numbers of the records that this rank read in the steps `first` to `last`; empty where they cannot be found.
 
         In sink mode the device fetches the batches, so that they are not at hand and are read once more.

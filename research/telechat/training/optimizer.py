@@ -43,7 +43,7 @@ class TelechatAdamW(AdamW):
     rates by group) are updated as MindFormers does.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
         self.fused = not self.is_group_lr and all(p.dtype == mstype.float32 for p in self.parameters)
         self.pow, self.sqrt, self.reshape = P.Pow(), P.Sqrt(), P.Reshape()

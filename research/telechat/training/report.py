@@ -4,23 +4,23 @@ import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
-from research.telechat.common.files import whole
+from research.telechat.common.files import JsonObject, whole
 
 _SAMPLE = 1 << 20                          # bytes hashed at both ends of large data files
 _WHOLE = 1 << 30                           # data sets up to this many bytes are hashed whole
 
 
-def seconds_left(rows: Sequence[Dict[str, Any]], step: int, total: int) -> Optional[float]:
+def seconds_left(rows: Sequence[JsonObject], step: int, total: int) -> Optional[float]:
     """Time until step `total`, from the median of the last steps; the first, which compiles, does not count."""
     recent = sorted(row["seconds"] for row in rows[1:][-20:])
     return recent[len(recent) // 2] * max(total - step, 0) if recent else None
 
 
-def read_rows(path: Path, until_step: int) -> List[Dict[str, Any]]:
+def read_rows(path: Path, until_step: int) -> List[JsonObject]:
     """The rows of a log up to `until_step`, which a resumed run keeps; a half-written last line is dropped."""
-    rows: List[Dict[str, Any]] = []
+    rows: List[JsonObject] = []
     if not path.is_file():
         return rows
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -33,13 +33,13 @@ def read_rows(path: Path, until_step: int) -> List[Dict[str, Any]]:
     return rows
 
 
-def row_text(row: Dict[str, Any]) -> str:
+def row_text(row: JsonObject) -> str:
     """A row as strict JSON: numbers that are not finite become null."""
     return json.dumps({key: None if isinstance(value, float) and not math.isfinite(value) else value
                        for key, value in row.items()})
 
 
-def data_digest(files: Sequence[Path]) -> Dict[str, Any]:
+def data_digest(files: Sequence[Path]) -> JsonObject:
     """SHA-256 over names and contents of data files; of large ones only size and both ends (`whole` tells)."""
     whole = sum(path.stat().st_size for path in files) <= _WHOLE
     digest = hashlib.sha256()
@@ -57,7 +57,7 @@ def data_digest(files: Sequence[Path]) -> Dict[str, Any]:
     return {"sha256": digest.hexdigest(), "whole": whole, "files": [str(path) for path in sorted(files)]}
 
 
-def summarise_rows(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+def summarise_rows(rows: Sequence[JsonObject]) -> JsonObject:
     """Figures of a whole run."""
     def series(key: str) -> List[float]:
         return [row[key] for row in rows if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])]
@@ -71,7 +71,7 @@ def summarise_rows(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
             "peak_memory_gb": max(series("memory_gb"), default=None), "perplexity": evaluations}
 
 
-def draw_curve(rows: List[Dict[str, Any]], path: str) -> None:
+def draw_curve(rows: List[JsonObject], path: str) -> None:
     """Loss, learning rate, norm and throughput over steps, as a PNG written whole or not at all."""
     import matplotlib
     matplotlib.use("Agg")

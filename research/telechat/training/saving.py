@@ -11,20 +11,24 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Any, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 from mindformers.core.callback.callback import CheckpointMonitor
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers.tools.utils import get_real_rank
+from mindspore.train.callback import RunContext
 
 from research.telechat.checkpoint.lora import CONFIG_NAME
 from research.telechat.checkpoint.resume import checkpoints, outdated
 from research.telechat.common.errors import TrainingStopped
-from research.telechat.common.files import write_text
+from research.telechat.common.files import JsonObject, write_text
 from research.telechat.training import save_thread as thread
 from research.telechat.training.step import step_values
+
+if TYPE_CHECKING:
+    from mindspore.train.callback._callback import _InternalCallbackParam as StepParams
 
 _LEFTOVER = re.compile(r".*\.tmp|tmp[a-z0-9_]{8}")          # of MindSpore's saving, and of MindFormers' meta.json
 
@@ -32,7 +36,7 @@ _LEFTOVER = re.compile(r".*\.tmp|tmp[a-z0-9_]{8}")          # of MindSpore's sav
 class _Shifted:
     """The trainer's parameters with the step counted from the beginning of the training, not of this process."""
 
-    def __init__(self, params: Any, steps: int):
+    def __init__(self, params: "StepParams", steps: int):
         self._params = params
         self.cur_step_num = params.cur_step_num + steps
 
@@ -44,7 +48,7 @@ class _Write(NamedTuple):
     """A file that is being written beside the training."""
 
     path: str
-    params: Any                                        # of the step that it holds
+    params: "StepParams"                                        # of the step that it holds
     meta: Optional[tuple]                              # what meta.json is to say when it is complete
     adapter: Optional[tuple] = None                    # what is to be written when it is complete
 
@@ -69,9 +73,9 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
 
     _append_step_num: int                              # MindFormers': steps before this process
 
-    def __init__(self, *args: Any, keep_checkpoint_max: int = 5, keep_every_n_steps: int = 0,
-                 on_save_error: str = "stop", adapter_config: Optional[Dict[str, Any]] = None,
-                 continue_run: Optional[str] = None, ranks: int = 1, async_save: Any = False, **kwargs: Any):
+    def __init__(self, *args: object, keep_checkpoint_max: int = 5, keep_every_n_steps: int = 0,
+                 on_save_error: str = "stop", adapter_config: Optional[JsonObject] = None,
+                 continue_run: Optional[str] = None, ranks: int = 1, async_save: Any = False, **kwargs: object):
         self.beside = bool(async_save) and kwargs.get("use_legacy_format", True)
         super().__init__(*args, keep_checkpoint_max=keep_checkpoint_max, async_save=not self.beside and async_save,
                          **kwargs)
@@ -107,7 +111,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
                     path.chmod(0o600)
                     path.unlink()
 
-    def step_end(self, run_context: Any) -> None:
+    def step_end(self, run_context: RunContext) -> None:
         """Save if it is time to, after the step is logged."""
         try:
             for entry in run_context.original_args().list_callback or ():
@@ -122,15 +126,15 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
             self._settle()
         super().step_end(run_context)
 
-    def end(self, run_context: Any) -> None:
+    def end(self, run_context: RunContext) -> None:
         """Save the last step, and wait until it is written."""
         super().end(run_context)
         self._settle()
 
-    def _save_ckpt(self, cb_params: Any, force_to_save: bool = False) -> None:
+    def _save_ckpt(self, cb_params: "StepParams", force_to_save: bool = False) -> None:
         super()._save_ckpt(_Shifted(cb_params, self.first_step), force_to_save)
 
-    def save_checkpoint(self, cb_params: Any) -> None:
+    def save_checkpoint(self, cb_params: "StepParams") -> None:
         """Save everything that resuming needs."""
         self._settle()
         self.saved = False
@@ -142,7 +146,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
             return
         self._guarded(super().save_checkpoint, cb_params)
 
-    def save_checkpoint_network(self, cb_params: Any) -> None:
+    def save_checkpoint_network(self, cb_params: "StepParams") -> None:
         """Save weights or adapter alone where the recipe says so; then delete what is outdated."""
         if self.saved and self.save_network_params and not self.save_trainable_params:
             self._settle()                             # they are worth nothing without the checkpoint
@@ -157,7 +161,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
         if self.save_trainable_params and self.adapter_config:
             write_text(Path(self.trainable_directory) / CONFIG_NAME, json.dumps(self.adapter_config) + "\n")
 
-    def remove_redundancy(self, network: Any, cur_file: str, append_dict: Any, train_network: Any) -> None:
+    def remove_redundancy(self, network: object, cur_file: str, append_dict: object, train_network: object) -> None:
         """Write one file (that is what MindFormers' method does), beside the training if the recipe says so.
 
         An adapter whose checkpoint is being written is copied only; `network` is then the list of its parameters.
@@ -183,7 +187,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
         else:
             super().record_last_ckpt_to_json(epoch, step, ckpt_file)
 
-    def _guarded(self, save: Any, cb_params: Any) -> None:
+    def _guarded(self, save: Any, cb_params: "StepParams") -> None:
         """Run `save`; a failure leaves no half file, and stops the training or not."""
         self._newest, self._meta = "", None
         try:
@@ -225,7 +229,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
         self._prune(write.params.batch_num)
         return None
 
-    def _failure(self, cb_params: Any, err: BaseException) -> str:
+    def _failure(self, cb_params: "StepParams", err: BaseException) -> str:
         """Clean up after a failed save, and say what happened."""
         self.saved = False
         self._remove_leftovers()

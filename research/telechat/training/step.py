@@ -1,6 +1,6 @@
 """The training step and what it returns. The log of a run is training/log.py, saving training/saving.py.
 """
-from typing import Any, Dict, Literal, Tuple, Union
+from typing import Any, Literal, Tuple, Union
 
 import numpy as np
 from mindformers.tools.register import MindFormerModuleType
@@ -10,6 +10,7 @@ from mindspore import nn
 
 from research.telechat.bridge.compat import plugin_class
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
 from research.telechat.model import kernels
 from research.telechat.model.dropout import count_dropout
 from research.telechat.training.layerwise import LayerByLayer, goes_by_layer
@@ -19,7 +20,7 @@ from research.telechat.training.optimizer import ClipGradNorm, is_overflow
 _MICRO_BATCHES = ("MicroBatchInterleaved", "GradAccumulationCell", "PipelineCell")
 
 
-def has_micro_batches(network: Any) -> bool:
+def has_micro_batches(network: nn.Cell) -> bool:
     """Whether one step of `network` computes several batches, which must not share their dropout masks."""
     return any(type(cell).__name__.startswith(_MICRO_BATCHES) for _, cell in network.cells_and_names())
 
@@ -35,7 +36,7 @@ class TelechatTrainOneStepCell(MFTrainOneStepCell):
 
     clip_grad_norm: nn.Cell
 
-    def __init__(self, network: Any, optimizer: Any, *args: Any, **kwargs: Any):
+    def __init__(self, network: nn.Cell, optimizer: nn.Cell, *args: object, **kwargs: object):
         if kernels.dropout_by_step() and not has_micro_batches(network):
             count_dropout(network, optimizer.global_step, get_real_rank())
         super().__init__(network, optimizer, *args, **kwargs)
@@ -48,7 +49,7 @@ class TelechatTrainOneStepCell(MFTrainOneStepCell):
         # Decided in the first step, when everything is known; False: as a whole.
         self.layer_by_layer: Union[LayerByLayer, Literal[False], None] = None
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: object) -> Any:
         """One step, as a whole or layer by layer."""
         if self.layer_by_layer is None:
             self.layer_by_layer = LayerByLayer(self) if goes_by_layer(self, inputs) else False
@@ -75,10 +76,10 @@ def to_float(value: Any) -> float:
     return float(array.mean()) if array.size else float("nan")
 
 
-def step_values(outputs: Any) -> Dict[str, Any]:
+def step_values(outputs: Any) -> JsonObject:
     """What a training step returns: loss, overflow (bool), and where there are any loss_scale, lr, global_norm."""
     outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-    values: Dict[str, Any] = {"loss": to_float(outputs[0]), "overflow": False}
+    values: JsonObject = {"loss": to_float(outputs[0]), "overflow": False}
     if len(outputs) > 1 and outputs[1] is not None:
         values["overflow"] = bool(to_float(outputs[1]))
     for index, key in ((2, "loss_scale"), (3, "lr"), (4, "global_norm")):
