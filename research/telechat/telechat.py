@@ -154,10 +154,10 @@ class TelechatForCausalLM(TelechatGenerationMixin, TelechatPreTrainedModel):
         self.load_checkpoint(config)
 
     def construct(self, input_ids: Tensor, labels: Optional[Tensor] = None, input_position: Optional[Tensor] = None,
-                  position_ids: Any = None, attention_mask: Optional[Tensor] = None, input_embeds: Any = None,
-                  init_reset: Any = None, batch_valid_length: Optional[Tensor] = None, batch_index: Any = None,
-                  zactivate_len: Any = None, block_tables: Optional[Tensor] = None,
-                  slot_mapping: Optional[Tensor] = None, prefix_keys_values: Any = None) -> Any:
+                  position_ids: object = None, attention_mask: Optional[Tensor] = None, input_embeds: object = None,
+                  init_reset: object = None, batch_valid_length: Optional[Tensor] = None, batch_index: object = None,
+                  zactivate_len: object = None, block_tables: Optional[Tensor] = None,
+                  slot_mapping: Optional[Tensor] = None, prefix_keys_values: object = None) -> Any:
         """The arguments are those that MindFormers' trainer and generator pass, by position."""
         actual_seq_len = input_position if self.document_boundaries else None
         if batch_valid_length is not None:

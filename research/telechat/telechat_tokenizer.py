@@ -8,13 +8,14 @@ tokens; where a user's text must not be able to hold any, text/renderer.py rende
 import shutil
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
 
 from research.telechat.bridge.compat import MindFormerModuleType, plugin_class
 from research.telechat.common.errors import VocabError
 from research.telechat.common.files import whole
+from research.telechat.text.messages import Tools
 from research.telechat.text.renderer import Renderer, detect_template
 from research.telechat.text.vocab import Vocab
 from research.telechat.text.vocab_files import JSON_FILE, MODEL_FILE
@@ -44,9 +45,9 @@ class TelechatTokenizer(PreTrainedTokenizer):
     vocab_files_names: Dict[str, str] = {"vocab_file": MODEL_FILE}     # noqa: RUF012 (MindFormers' own form)
     model_input_names: List[str] = ["input_ids", "attention_mask"]      # noqa: RUF012
 
-    def __init__(self, vocab_file: str, unk_token: Any = None, bos_token: Any = None, eos_token: Any = None,
-                 pad_token: Any = None, add_bos_token: bool = False, add_eos_token: bool = False,
-                 additional_special_tokens: Any = (), **kwargs: Any):
+    def __init__(self, vocab_file: str, unk_token: object = None, bos_token: object = None, eos_token: object = None,
+                 pad_token: object = None, add_bos_token: bool = False, add_eos_token: bool = False,
+                 additional_special_tokens: Iterable[object] = (), **kwargs: Any):
         if not vocab_file:
             raise VocabError(f"vocab_file is not set; name the model's {MODEL_FILE}, in the recipe under "
                              "processor.tokenizer or with --processor.tokenizer.vocab_file")
@@ -115,9 +116,9 @@ class TelechatTokenizer(PreTrainedTokenizer):
         return [int(token_id in self.vocab.special_ids) for token_id in token_ids_0]
 
     def apply_chat_template(self, conversation: Any, chat_template: Optional[str] = None,
-                            add_generation_prompt: bool = False, tokenize: bool = True, padding: Any = False,
-                            truncation: bool = False, max_length: Optional[int] = None, return_tensors: Any = None,
-                            tools: Any = None, **kwargs: object) -> Any:
+                            add_generation_prompt: bool = False, tokenize: bool = True, padding: object = False,
+                            truncation: bool = False, max_length: Optional[int] = None, return_tensors: object = None,
+                            tools: Tools = None, **kwargs: object) -> Any:
         """Token ids of a conversation (a list of messages with role and content), written as its family writes them.
 
         MindFormers' `chat` calls it. With `truncation` the oldest turns are dropped until `max_length` ids are left.
@@ -189,7 +190,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
             return self.clean_up_tokenization(text)
         return text
 
-    def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+    def _add_tokens(self, new_tokens: Optional[Iterable[object]], special_tokens: bool = False) -> int:
         """MindFormers would give an unknown token the next free id, for which the weights have no trained row."""
         new_tokens = list(new_tokens or ())
         for token in new_tokens:
@@ -209,14 +210,14 @@ class TelechatTokenizer(PreTrainedTokenizer):
                              f"has id {self.vocab.token_to_id(piece)}; the two do not belong together")
 
 
-def _content(token: Any) -> Optional[str]:
+def _content(token: object) -> Optional[str]:
     """Text of a token given as str, AddedToken, or the dict that a saved AddedToken is."""
     if isinstance(token, dict):
         token = token.get("content")
     return None if token is None else str(token)
 
 
-def _text(token: Any) -> str:
+def _text(token: object) -> str:
     """`_content` of a token that there is."""
     return _content(token) or ""
 

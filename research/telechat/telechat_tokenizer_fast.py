@@ -28,8 +28,9 @@ class TelechatTokenizerFast(TelechatTokenizer):
     # Empty on purpose: with a name in it, MindFormers refuses a YAML that says tokenizer_file and not vocab_file.
     vocab_files_names: Dict[str, str] = {}               # noqa: RUF012 (MindFormers' own form)
 
-    def __init__(self, tokenizer_file: Optional[str] = None, unk_token: Any = "<unk>", bos_token: Any = "<_start>",
-                 eos_token: Any = "<_end>", pad_token: Any = "<pad>", vocab_file: Optional[str] = None, **kwargs: Any):
+    def __init__(self, tokenizer_file: Optional[str] = None, unk_token: object = "<unk>",
+                 bos_token: object = "<_start>", eos_token: object = "<_end>", pad_token: object = "<pad>",
+                 vocab_file: Optional[str] = None, **kwargs: Any):
         path = tokenizer_file or vocab_file
         if not path:
             raise VocabError(f"tokenizer_file is not set; name the model's {JSON_FILE}, in the recipe under "

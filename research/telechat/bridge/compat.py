@@ -43,7 +43,7 @@ set_output_path = first_import("mindformers.tools:set_output_path", "mindformers
                                "mindformers.tools.utils:set_output_path")
 
 
-def apply_template(recipe: Any) -> Any:
+def apply_template(recipe: MindFormerConfig) -> MindFormerConfig:
     """The recipe as a config object, with MindFormers' defaults; ConfigError for keys that it does not know."""
     template = first_import("mindformers.tools.register.template:ConfigTemplate",
                             "mindformers.utils.config:ConfigTemplate")

@@ -8,7 +8,7 @@ The parts that need no model are in chat/session.py, the choice of tokens in gen
 """
 import difflib
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Iterator, List, Optional, Protocol, Sequence, Tuple, Union
 
 from mindformers.generation.generation_config import GenerationConfig
 from mindformers.tools.logger import logger
@@ -18,16 +18,27 @@ from research.telechat.chat.session import History, Session, bot_message, parse_
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, read_json_object
 from research.telechat.common.tokens import end_tokens
+from research.telechat.telechat_config import TelechatConfig
 from research.telechat.text.messages import Tools
 from research.telechat.text.renderer import Renderer, detect_template
-from research.telechat.text.vocab import check_fit
+from research.telechat.text.vocab import Vocab, check_fit
 
 GENERATION_FILE = "generation_config.json"
+GenerationSource = Union[str, Path, JsonObject, GenerationConfig, None]
 _READ = ("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
          "min_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "user_token_id", "bot_token_id")
 
 
-def read_generation_config(source: Union[str, Path, JsonObject, GenerationConfig, None]) -> GenerationConfig:
+class GenerativeModel(Protocol):
+    """What a chat asks of a model (generation/generate.py)."""
+
+    @property
+    def config(self) -> TelechatConfig: ...
+
+    def stream(self, input_ids: List[int], **settings: Any) -> Tokens: ...
+
+
+def read_generation_config(source: GenerationSource) -> GenerationConfig:
     """Settings of generation with the official defaults.
 
     Args:
@@ -46,7 +57,7 @@ def read_generation_config(source: Union[str, Path, JsonObject, GenerationConfig
     return GenerationConfig(**known)
 
 
-def check_tokenizer(tokenizer: Any, config: Any) -> Any:
+def check_tokenizer(tokenizer: object, config: TelechatConfig) -> Vocab:
     """The vocabulary of `tokenizer` (a TelechatTokenizer, or a Vocab), compared with a model's config.
 
     Raises:
@@ -54,8 +65,8 @@ def check_tokenizer(tokenizer: Any, config: Any) -> Any:
     """
     if tokenizer is None:
         raise ConfigError("there is no tokenizer; name tokenizer.model or tokenizer.json of the official checkpoint")
-    vocab = getattr(tokenizer, "vocab", tokenizer)
-    if not hasattr(vocab, "markers"):
+    vocab = tokenizer if isinstance(tokenizer, Vocab) else getattr(tokenizer, "vocab", None)
+    if not isinstance(vocab, Vocab):
         raise ConfigError(f"the tokenizer is {type(tokenizer).__name__}; expected TelechatTokenizer, "
                           "TelechatTokenizerFast or a Vocab")
     warning = check_fit(str(vocab.path), vocab.size, config.vocab_size)
@@ -64,8 +75,8 @@ def check_tokenizer(tokenizer: Any, config: Any) -> Any:
     return vocab
 
 
-def make_session(model: Any, tokenizer: Any, generation_config: Any = None, stop: Sequence[str] = (),
-                 renderer: Optional[Renderer] = None, **changes: object) -> Session:
+def make_session(model: GenerativeModel, tokenizer: object, generation_config: GenerationSource = None,
+                 stop: Sequence[str] = (), renderer: Optional[Renderer] = None, **changes: object) -> Session:
     """A `Session` with `model`. `changes`: fields of the generation config that win over it; see `chat`."""
     vocab = check_tokenizer(tokenizer, model.config)
     if generation_config is None:
@@ -93,9 +104,10 @@ def make_session(model: Any, tokenizer: Any, generation_config: Any = None, stop
     return session
 
 
-def chat(model: Any, tokenizer: Any, question: Optional[str] = "", history: Optional[Sequence[JsonObject]] = None,
-         generation_config: Any = None, stream: bool = False, *, system: Optional[str] = None,
-         tools: Tools = None, stop: Sequence[str] = (), seed: Optional[int] = None,
+def chat(model: GenerativeModel, tokenizer: object, question: Optional[str] = "",
+         history: Optional[Sequence[JsonObject]] = None, generation_config: GenerationSource = None,
+         stream: bool = False, *, system: Optional[str] = None, tools: Tools = None, stop: Sequence[str] = (),
+         seed: Optional[int] = None,
          renderer: Optional[Renderer] = None, **changes: object
          ) -> Union[Tuple[str, History], Iterator[Tuple[str, History]]]:
     """Answer a question.

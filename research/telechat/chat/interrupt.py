@@ -3,7 +3,9 @@ a token is out, it stops the answer instead. No MindSpore here: `held` must come
 """
 import contextlib
 import signal
-from typing import Any, Callable, Generator, List
+from typing import Callable, Generator, List
+
+from research.telechat.common.files import JsonObject
 
 
 @contextlib.contextmanager
@@ -41,7 +43,7 @@ Tokens = Generator[int, None, None]
 
 def checked(next_tokens: Callable[..., Tokens]) -> Callable[..., Tokens]:
     """`next_tokens` with a `check` behind every token."""
-    def tokens(ids: List[int], settings: Any) -> Tokens:
+    def tokens(ids: List[int], settings: JsonObject) -> Tokens:
         with contextlib.closing(next_tokens(ids, settings)) as inner:
             for token in inner:
                 yield token

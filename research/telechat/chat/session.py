@@ -10,7 +10,7 @@ import json
 import re
 import time
 from dataclasses import asdict, dataclass
-from typing import Any, Callable, Dict, Generator, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Generator, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat.chat.interrupt import Tokens
 from research.telechat.common.errors import ConfigError
@@ -28,7 +28,7 @@ class History(list):
     A list with the methods of the official class of this name; `tokenizer` is taken as that one takes it, and not used.
     """
 
-    def __init__(self, tokenizer: Any = None, history: Optional[Iterable[JsonObject]] = None):
+    def __init__(self, tokenizer: object = None, history: Optional[Iterable[JsonObject]] = None):
         if history is None and isinstance(tokenizer, (list, tuple)):
             tokenizer, history = None, tokenizer
         super().__init__(dict(message) for message in history or ())
@@ -237,7 +237,7 @@ def parse_tool_calls(answer: str) -> ToolCalls:
     return ToolCalls(_TOOL_CALL.sub("", answer).strip(), calls, faults)
 
 
-def _literal(text: str) -> Any:
+def _literal(text: str) -> object:
     """The value of a JSON text or of a Python literal; None for anything else. Nothing is executed."""
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
@@ -245,7 +245,7 @@ def _literal(text: str) -> Any:
     return None
 
 
-def tool_result(result: Any) -> Dict[str, str]:
+def tool_result(result: object) -> Dict[str, str]:
     """The message that brings the result of a call back: text as it is, anything else as JSON."""
     return {"role": TOOL, "content": result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)}
 

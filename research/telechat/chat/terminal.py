@@ -4,9 +4,9 @@ Knows no model: it talks to a function that answers messages (chat.session.Sessi
 """
 import json
 from pathlib import Path
-from typing import Any, Callable, Generator, List, Optional, TextIO
+from typing import Callable, Generator, List, Optional, TextIO
 
-from research.telechat.chat.session import History, bot_message, with_question
+from research.telechat.chat.session import History, Report, bot_message, with_question
 from research.telechat.common.errors import ConfigError, ConversationError
 from research.telechat.common.files import JsonObject, write_text
 
@@ -23,7 +23,8 @@ class Terminal:
     """One conversation. `answer(messages, seed)` yields pieces of text; `report()` says what the last answer took."""
 
     def __init__(self, answer: Callable[[List[JsonObject], Optional[int]], Generator[str, None, None]],
-                 report: Callable[[], Any], output: TextIO, system: Optional[str] = None, seed: Optional[int] = None):
+                 report: Callable[[], Report], output: TextIO, system: Optional[str] = None,
+                 seed: Optional[int] = None):
         self.answer, self.report, self.output = answer, report, output
         self.system, self.seed = system, seed
         self.history = History()

@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -189,7 +189,7 @@ def _digest(source: Source, target: Target, options: Options) -> str:
     return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
 
 
-def _bar(total: int, what: str) -> Any:
+def _bar(total: int, what: str) -> tqdm:
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, mininterval=0.3)
 
 

@@ -7,7 +7,7 @@ MindSpore nor PyTorch. Commands: scripts/merge_lora.py, scripts/convert_lora.py.
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -56,7 +56,7 @@ def target_params(variant: Variant) -> List[Param]:
     return [param for param in parameters(variant) if len(param.shape) == 2 and _TARGET.match(param.ms_name)]
 
 
-def check_target_modules(pattern: Any, variant: Variant) -> List[str]:
+def check_target_modules(pattern: object, variant: Variant) -> List[str]:
     """The names of linear layers that `pet_config.target_modules` meets, and those of its alternatives that meet none.
 
     MindFormers matches the pattern against the beginning of the layer's own name (`wq`), not of its path. Returns the
@@ -79,7 +79,7 @@ def check_target_modules(pattern: Any, variant: Variant) -> List[str]:
         raise ConfigError(f"pet_config.target_modules {pattern!r} is no valid pattern: {err}; {known}") from err
 
 
-def check_pet_config(pet_config: Any, variant: Variant) -> List[str]:
+def check_pet_config(pet_config: JsonObject, variant: Variant) -> List[str]:
     """Check the keys that LoRA needs; returns warnings. ConfigError names the key at fault."""
     kind = pet_config.get("pet_type")
     if kind != "lora":
@@ -209,7 +209,7 @@ def add_to_rows(weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) 
     return result
 
 
-def _match_params(names: Any, variant: Variant, path: Path) -> Dict[str, Param]:
+def _match_params(names: Iterable[str], variant: Variant, path: Path) -> Dict[str, Param]:
     found = {param.ms_name: param for param in target_params(variant)}
     unknown = [name for name in names if name not in found]
     if unknown:

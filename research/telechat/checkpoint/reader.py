@@ -146,7 +146,7 @@ def _safetensors_header(path: Path) -> Tuple[int, JsonObject]:
     return 8 + length, header
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

@@ -21,6 +21,7 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, prepare_log
 from research.telechat.common.versions import fitting_versions
 from research.telechat.evaluation.report import (
+    Row,
     draw_bars,
     result_rows,
     result_table,
@@ -142,8 +143,8 @@ def open_model(args: argparse.Namespace, rest: List[str]) -> Any:
     return load_model(config), tokenizer, config
 
 
-def run_tasks(model: "TelechatForCausalLM", tokenizer: "TelechatTokenizer", loaded: Any, args: argparse.Namespace,
-              first: bool) -> JsonObject:
+def run_tasks(model: "TelechatForCausalLM", tokenizer: "TelechatTokenizer", loaded: JsonObject,
+              args: argparse.Namespace, first: bool) -> JsonObject:
     """The harness's result, with `notes`: what had to be cut."""
     import numpy as np
     from lm_eval.evaluator import evaluate
@@ -177,7 +178,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     """Evaluate; returns the exit code. Raises ConfigError."""
     names = check(args)
     texts = read_texts(Path(args.perplexity)) if args.perplexity else []
-    loaded = None
+    loaded: JsonObject = {}
     if names:
         print(f"loading {', '.join(names)} with lm-evaluation-harness {harness_version()}", flush=True)
         loaded = load_tasks(names, args.include_path, args.data)
@@ -217,7 +218,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     return 0
 
 
-def write(output: Path, report: JsonObject, rows: List[Any], samples: Optional[JsonObject]) -> List[Path]:
+def write(output: Path, report: JsonObject, rows: List[Row], samples: Optional[JsonObject]) -> List[Path]:
     """Write report, samples and chart; returns their paths. Raises ConfigError."""
     chart = output.with_suffix(".png")
     written = [output] if samples is None else [output, samples_path(output)]

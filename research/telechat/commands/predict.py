@@ -14,9 +14,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Iterator, List, NamedTuple, Optional
+from typing import Callable, Iterator, List, NamedTuple, Optional
 
 from research.telechat.chat import interrupt
+from research.telechat.chat.session import Session
 from research.telechat.common.command import run_command
 from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError
@@ -100,7 +101,7 @@ def _question(number: int, line: bytes) -> Question:
     return Question(number, record["input"], history)
 
 
-def answer_file(session: Any, questions: List[Question], args: argparse.Namespace, tools: Tools, output: Path,
+def answer_file(session: Session, questions: List[Question], args: argparse.Namespace, tools: Tools, output: Path,
                 show: bool) -> int:
     """Answer all questions; returns how many could not be. Each answer is on disk before the next question."""
     from research.telechat.chat.session import bot_message, parse_tool_calls, with_question
@@ -135,7 +136,7 @@ def answer_file(session: Any, questions: List[Question], args: argparse.Namespac
 
 
 @contextlib.contextmanager
-def _lines(path: Path, active: bool) -> Iterator[Any]:
+def _lines(path: Path, active: bool) -> Iterator[Callable[[JsonObject], None]]:
     """A function that writes a record as a line. The file appears under its name when all is done, or interrupted."""
     if not active:
         yield lambda record: None

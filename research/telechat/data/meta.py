@@ -4,7 +4,7 @@ No data is read here; data/scan.py does that where there is no meta.json.
 """
 import json
 from pathlib import Path
-from typing import Any, List, Optional, Union
+from typing import List, Optional, Union
 
 from research.telechat import __version__
 from research.telechat.common.errors import ConfigError
@@ -114,7 +114,7 @@ def _check_files(dataset: Path, meta: JsonObject) -> Optional[str]:
     return None
 
 
-def check_length(dataset: Path, found: Any, seq_length: int) -> None:
+def check_length(dataset: Path, found: object, seq_length: int) -> None:
     """ConfigError where records of `found` tokens are not those of the recipe's seq_length."""
     if found != seq_length + 1:
         made = f"--max_length {found - 1}" if isinstance(found, int) else "another length"
@@ -123,7 +123,7 @@ def check_length(dataset: Path, found: Any, seq_length: int) -> None:
                           f"{seq_length}, or set seq_length to it")
 
 
-def vocabulary_fault(dataset: Path, greatest: Any, vocab_size: int) -> str:
+def vocabulary_fault(dataset: Path, greatest: object, vocab_size: int) -> str:
     """The message about an id that the model has no embedding for."""
     return (f"data set {dataset} holds token id {greatest}, the recipe's vocab_size is {vocab_size}; preprocess with "
             "the tokenizer of the model, or correct the recipe")

@@ -5,10 +5,11 @@ raises RecordError with a kind, under which it is counted, and what exactly is w
 """
 import json
 import re
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 from research.telechat.common.errors import ConversationError, RecordError
 from research.telechat.common.files import DuplicateKeyError, JsonObject, unique_keys
+from research.telechat.text.messages import Tools
 from research.telechat.text.renderer import BOT, SYSTEM, USER, Message, to_message
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -18,7 +19,7 @@ class Conversation(NamedTuple):
     """Messages in order, the bot's answer last; `notes` are kinds of repairs that were made, to be counted."""
 
     messages: List[Message]
-    tools: Optional[Any] = None
+    tools: Tools = None
     notes: Tuple[str, ...] = ()
 
 
@@ -92,7 +93,7 @@ def _clean(value: Any) -> Any:
     return value
 
 
-def _get(record: Any, key: str, kinds: Any, required: bool = True) -> Any:
+def _get(record: JsonObject, key: str, kinds: Union[type, Tuple[type, ...]], required: bool = True) -> Any:
     """record[key], checked. A missing or null optional key gives None."""
     if not isinstance(record, dict):
         raise RecordError("wrong shape", f"the record is {type(record).__name__}; expected a JSON object")
@@ -102,17 +103,17 @@ def _get(record: Any, key: str, kinds: Any, required: bool = True) -> Any:
     if not isinstance(value, kinds):
         found = "null" if key in record and value is None else type(value).__name__ if key in record else "nothing"
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        expected = " or ".join({str: "text", list: "a list"}[kind] for kind in kinds)
+        expected = " or ".join("text" if kind is str else "a list" for kind in kinds)
         raise RecordError("wrong shape", f"key {key!r} holds {found}; expected {expected}")
     return value
 
 
-def _system(record: Any) -> List[Message]:
+def _system(record: JsonObject) -> List[Message]:
     system = _get(record, "system", str, required=False)
     return [] if system is None else [Message(SYSTEM, system)]
 
 
-def _tools(record: JsonObject) -> Optional[Any]:
+def _tools(record: JsonObject) -> Tools:
     tools = _get(record, "tools", (list, str), required=False)
     if isinstance(tools, str) and tools.strip():
         try:
@@ -124,7 +125,7 @@ def _tools(record: JsonObject) -> Optional[Any]:
     return tools or None
 
 
-def _input_output(record: Any) -> Conversation:
+def _input_output(record: JsonObject) -> Conversation:
     """`input` with <_user> and <_bot> between the turns, `output` is the last answer."""
     question, answer = _get(record, "input", str), _get(record, "output", str)
     messages, whole = split_inline(question)
@@ -160,20 +161,20 @@ def split_inline(text: str) -> Tuple[List[Message], bool]:
     return [Message(BOT if index % 2 else USER, part) for index, part in enumerate(parts)], whole
 
 
-def _message_list(record: Any, key: str) -> List[Message]:
+def _message_list(record: JsonObject, key: str) -> List[Message]:
     messages = [to_message(message, number) for number, message in enumerate(_get(record, key, list), 1)]
     return messages if messages and messages[0].role == SYSTEM else [*_system(record), *messages]
 
 
-def _dialog(record: Any) -> Conversation:
+def _dialog(record: JsonObject) -> Conversation:
     return Conversation(_message_list(record, "dialog"), _tools(record))
 
 
-def _messages(record: Any) -> Conversation:
+def _messages(record: JsonObject) -> Conversation:
     return Conversation(_message_list(record, "messages"), _tools(record))
 
 
-def _sharegpt(record: Any) -> Conversation:
+def _sharegpt(record: JsonObject) -> Conversation:
     """`conversations` of `from` and `value`; a function_call is an answer of the bot."""
     messages = []
     for message in _get(record, "conversations", list):
@@ -186,7 +187,7 @@ def _sharegpt(record: Any) -> Conversation:
     return Conversation(_message_list({**record, "conversations": messages}, "conversations"), _tools(record))
 
 
-def _alpaca(record: Any) -> Conversation:
+def _alpaca(record: JsonObject) -> Conversation:
     """`instruction` with an optional `input` below it, `output`; `history` is a list of question and answer."""
     messages = _system(record)
     for number, pair in enumerate(_get(record, "history", list, required=False) or [], 1):
@@ -198,7 +199,7 @@ def _alpaca(record: Any) -> Conversation:
     return Conversation([*messages, Message(USER, question), Message(BOT, _get(record, "output", str))], None)
 
 
-FORMATS: Dict[str, Callable[[Any], Conversation]] = {
+FORMATS: Dict[str, Callable[[JsonObject], Conversation]] = {
     "input_output": _input_output, "dialog": _dialog, "sharegpt": _sharegpt, "messages": _messages, "alpaca": _alpaca}
 # Keys that tell a format, looked for in this order: Alpaca has `input` and `output`, too.
 _SIGNATURES: Dict[str, Tuple[str, ...]] = {

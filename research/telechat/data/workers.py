@@ -9,6 +9,8 @@ import signal
 import threading
 import traceback
 from collections import deque
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, Callable, Iterable, Iterator, List
 
 from research.telechat.common.errors import WorkerError
@@ -48,7 +50,7 @@ def ordered_map(make: Callable[[], Callable[[Any], Any]], items: Iterable[Any], 
             connection.close()
 
 
-def _run(connections: List[Any], processes: List[Any], items: Iterator[Any]) -> Iterator[Any]:
+def _run(connections: List[Connection], processes: List[BaseProcess], items: Iterator[Any]) -> Iterator[Any]:
     waiting: deque[int] = deque()              # the worker of each item that is on its way, in order
     sent = 0
     exhausted = False
@@ -72,7 +74,7 @@ def _run(connections: List[Any], processes: List[Any], items: Iterator[Any]) -> 
         yield result
 
 
-def _guard(call: Callable[..., Any], process: Any, *args: object) -> Any:
+def _guard(call: Callable[..., Any], process: BaseProcess, *args: object) -> Any:
     try:
         return call(*args)
     except (EOFError, OSError):                              # OSError too: it died in the middle of a message
@@ -81,7 +83,7 @@ def _guard(call: Callable[..., Any], process: Any, *args: object) -> Any:
                           "of memory); try again with a smaller --num_workers") from None
 
 
-def _work(make: Callable[[], Callable[[Any], Any]], connection: Any, others: List[Any]) -> None:
+def _work(make: Callable[[], Callable[[Any], Any]], connection: Connection, others: List[Connection]) -> None:
     """The worker: one thread receives, one computes, one sends, so that the pipe never blocks the main process."""
     for number in (signal.SIGINT, signal.SIGHUP):            # the main process decides what an interruption means
         signal.signal(number, signal.SIG_IGN)
@@ -110,7 +112,7 @@ def _work(make: Callable[[], Callable[[Any], Any]], connection: Any, others: Lis
 _END = object()
 
 
-def _receive(connection: Any, arrived: queue.Queue[Any]) -> None:
+def _receive(connection: Connection, arrived: queue.Queue[Any]) -> None:
     try:
         while True:
             arrived.put(connection.recv())
@@ -118,7 +120,7 @@ def _receive(connection: Any, arrived: queue.Queue[Any]) -> None:
         arrived.put(_END)                                    # the main process is gone
 
 
-def _send(connection: Any, finished: queue.Queue[Any]) -> None:
+def _send(connection: Connection, finished: queue.Queue[Any]) -> None:
     try:
         while True:
             connection.send(finished.get())

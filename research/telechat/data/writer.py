@@ -165,7 +165,7 @@ class DatasetWriter:
             self._call(self._writer.commit)
             self._writer = None
 
-    def _call(self, method: Callable[..., Any], *arguments: object) -> None:
+    def _call(self, method: Callable[..., object], *arguments: object) -> None:
         try:
             method(*arguments)
         except RuntimeError as err:

@@ -1,5 +1,5 @@
 """Generated answers of an evaluation: what a task's settings mean, and where an answer ends. No MindSpore here."""
-from typing import Any, Container, Sequence
+from typing import Any, Container, Optional, Sequence
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class Answers:
             self.texts[row] += self._filters[row].flush()
 
 
-def read_settings(given: Any) -> JsonObject:
+def read_settings(given: Optional[JsonObject]) -> JsonObject:
     """Settings of `generate`, and `until`, from a task's generation_kwargs. Greedy, unless do_sample is set.
 
     `unknown`: names of settings that mean nothing here. Raises ConfigError where a limit or stop string is none.

@@ -8,9 +8,10 @@ import contextlib
 import json
 from collections import Counter
 from functools import lru_cache
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from mindformers.tools.logger import logger
 from tqdm import tqdm
@@ -91,7 +92,7 @@ class TelechatLM(TemplateLM):
         bos = self.tokenizer.bos_token_id
         return [bos, *ids] if add and bos is not None and ids[:1] != [bos] else ids
 
-    def chat_template(self, chat_template: Any = False) -> Optional[str]:
+    def chat_template(self, chat_template: object = False) -> Optional[str]:
         """Name of the renderer's template, for the report."""
         return self.renderer.template.name if chat_template else None
 
@@ -124,7 +125,7 @@ class TelechatLM(TemplateLM):
 
     # What the harness asks
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> List[Tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> List[Tuple[float, bool]]:
         """(log-likelihood, greedy) of the continuation of each request, given its context."""
         bar = tqdm(requests, desc="tokens", unit="text", disable=not self.progress)
         return self._loglikelihood_tokens((request.args, *self._encode_pair(*request.args)) for request in bar)
@@ -157,7 +158,7 @@ class TelechatLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood", pair, result)
         return results
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> List[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> List[float]:
         """Log-likelihood of each whole text, longer than the context or not."""
         texts = [request.args[0] for request in requests]
         encoded = [self.tok_encode(text, add_special_tokens=False) for text in texts]
@@ -166,7 +167,7 @@ class TelechatLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), result)
         return results
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> List[str]:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> List[str]:
         """The answer to each prompt, up to the first of its stop strings, an end token, or the limit of tokens."""
         prompts = [_Prompt(number, self.tok_encode(request.args[0]) or [self.prefix_token_id],
                            read_settings(request.args[1])) for number, request in enumerate(requests)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLITS = {"train": ("train",), "dev": ("dev",), "val": ("val", "validation"), "validation": ("validation", "val"),
@@ -63,7 +64,7 @@ def data_from(folder: Optional[Path]) -> Iterator[None]:
     import datasets  # type: ignore[import-untyped]    # of Hugging Face, comes with lm-evaluation-harness
     original = datasets.load_dataset
 
-    def load(path: str, name: Optional[str] = None, **kwargs: object) -> Any:
+    def load(path: str, name: Optional[str] = None, **kwargs: object) -> object:
         place = _local(folder, path)
         files = find_files(place, name) if place else {}
         if place and not files:
@@ -104,7 +105,7 @@ def _advice(path: str, name: Optional[str], files: Dict[str, List[str]], err: Ex
             "network and copy its HF_HOME (see docs/evaluation.md)")
 
 
-def load_tasks(names: Sequence[str], include_path: Optional[str] = None, data: Optional[str] = None) -> Any:
+def load_tasks(names: Sequence[str], include_path: Optional[str] = None, data: Optional[str] = None) -> JsonObject:
     """The tasks, groups and tags of these names with their data, as the harness's `evaluate` takes them.
 
     Args:
@@ -168,7 +169,7 @@ def _manager(names: Sequence[str], include_path: Optional[str]) -> Any:
     return lm_eval.tasks.TaskManager(include_path=own or None)
 
 
-def set_shots(loaded: Any, num_fewshot: Optional[int], seed: int) -> List[str]:
+def set_shots(loaded: JsonObject, num_fewshot: Optional[int], seed: int) -> List[str]:
     """Set the number of solved examples in front of each question, as the harness's own command does.
 
     Returns the names of tasks that keep theirs: those that have it set to 0. ConfigError: a task has fewer examples.
@@ -187,6 +188,6 @@ def set_shots(loaded: Any, num_fewshot: Optional[int], seed: int) -> List[str]:
     return kept
 
 
-def count_documents(loaded: Any) -> Dict[str, int]:
+def count_documents(loaded: JsonObject) -> Dict[str, int]:
     """Number of questions of each task."""
     return {name: len(task.eval_docs) for name, task in loaded["tasks"].items()}

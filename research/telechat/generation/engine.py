@@ -13,7 +13,7 @@ from mindspore import Tensor, nn
 
 from research.telechat.common.files import JsonObject
 from research.telechat.generation.batch import Batch, Blocks
-from research.telechat.spec.rope import rope_scaling
+from research.telechat.spec.rope import RopeRule, rope_scaling
 
 PREFILL_TOKENS = 256                   # prompts are read together up to so many tokens: attention is over all pairs
 
@@ -179,7 +179,7 @@ class FrameworkEngine:
         return Step(logits, lambda: self.model.argmax(logits, -1).tolist())
 
 
-def scaling_changes(rule: Any, lengths: np.ndarray) -> bool:
+def scaling_changes(rule: RopeRule, lengths: np.ndarray) -> bool:
     """Whether the rotary rule rotates any sequence of `lengths` tokens otherwise than when it was one token shorter, so
     that what the cache holds of it is no longer what the model computes without a cache."""
     return any(rope_scaling(rule, int(length)) != rope_scaling(rule, max(int(length) - 1, 1)) for length in lengths)

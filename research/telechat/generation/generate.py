@@ -19,10 +19,14 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.common.tokens import end_tokens
 from research.telechat.generation.batch import Batch, Blocks, read_prompts
 from research.telechat.generation.engine import DirectEngine, FrameworkEngine, Step, scaling_changes
-from research.telechat.generation.sampling import Sampling, adjust, choose
+from research.telechat.generation.sampling import Random, Sampling, adjust, choose
 
 if TYPE_CHECKING:
+    from mindformers.generation import LogitsProcessorList
+    from mindformers.generation.streamers import BaseStreamer
     from mindformers.models.modeling_utils import PreTrainedModel as Model  # what it is mixed into
+
+    from research.telechat.chat.api import GenerationSource
 else:
     Model = object
 
@@ -30,9 +34,9 @@ else:
 class TelechatGenerationMixin(Model):
     """Mixed into TelechatForCausalLM."""
 
-    def generate(self, input_ids: Any, generation_config: Optional[GenerationConfig] = None,
-                 logits_processor: Optional[Any] = None, streamer: Optional[Any] = None, seed: Optional[int] = None,
-                 **kwargs: object) -> Any:
+    def generate(self, input_ids: object, generation_config: Optional[GenerationConfig] = None,
+                 logits_processor: Optional["LogitsProcessorList"] = None, streamer: Optional["BaseStreamer"] = None,
+                 seed: Optional[int] = None, **kwargs: object) -> Any:
         """Answers to prompts.
 
         Args:
@@ -78,9 +82,9 @@ class TelechatGenerationMixin(Model):
         for tokens in self._steps(batch, config, None, seed, _Record(config)):
             yield tokens[0]
 
-    def chat(self, tokenizer: Any, question: Optional[str] = None, history: Optional[Sequence[dict]] = None,
-             generation_config: Any = None, stream: bool = False, query: Optional[str] = None, instruction: str = "",
-             **kwargs: Any) -> Any:
+    def chat(self, tokenizer: object, question: Optional[str] = None, history: Optional[Sequence[dict]] = None,
+             generation_config: "GenerationSource" = None, stream: bool = False, query: Optional[str] = None,
+             instruction: str = "", **kwargs: Any) -> Any:
         """`telechat_predict_utils.chat` as a method, as in the official README. `query` and `instruction` are the
         question and the system prompt in MindFormers' words."""
         from research.telechat.chat.api import chat
@@ -88,12 +92,12 @@ class TelechatGenerationMixin(Model):
             kwargs.setdefault("system", instruction)
         return chat(self, tokenizer, question or query, history, generation_config, stream, **kwargs)
 
-    def _steps(self, batch: Batch, config: GenerationConfig, processors: Optional[Any], seed: Optional[int],
-               record: "_Record") -> Iterator[List[int]]:
+    def _steps(self, batch: Batch, config: GenerationConfig, processors: Optional["LogitsProcessorList"],
+               seed: Optional[int], record: "_Record") -> Iterator[List[int]]:
         """Extend the batch until all sequences are finished; yields the tokens of each step, one for each sequence."""
         sampling = _sampling(config)
         eos = frozenset(config.eos_token_id)
-        rng = np.random if seed is None else _seeded(seed)
+        rng: Random = np.random if seed is None else _seeded(seed)  # type: ignore[assignment]    # a module with its method
         blocks = self._blocks(batch)
         engine = self._engine()
         phase = self.phase
@@ -249,8 +253,8 @@ def _seeded(seed: int) -> np.random.RandomState:
     return np.random.RandomState(seed)
 
 
-def _choose(step: Step, batch: Batch, sampling: Sampling, eos: Iterable[int], processors: Optional[Any], rng: Any,
-            record: _Record) -> List[int]:
+def _choose(step: Step, batch: Batch, sampling: Sampling, eos: Iterable[int],
+            processors: Optional["LogitsProcessorList"], rng: Random, record: _Record) -> List[int]:
     """The next tokens from the logits of a step; rows that are finished keep token 0."""
     logits = step.logits()
     if record.logits is not None:

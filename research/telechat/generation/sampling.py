@@ -4,7 +4,7 @@ Meaning and order are those of the official code, which uses transformers' proce
 and answer (Keskar et al., 2019), then, when sampling, temperature, top-k and top-p (Holtzman et al., 2020).
 """
 from dataclasses import dataclass
-from typing import Any, Iterable, Optional, Tuple
+from typing import Iterable, Optional, Protocol, Tuple
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class Sampling:
         return not self.do_sample and self.repetition_penalty == 1.0 and self.min_new_tokens == 0
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and np.isfinite(value)
 
 
@@ -99,7 +99,13 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     return order[:int(np.searchsorted(np.cumsum(weights[order]), top_p)) + 1]
 
 
-def choose(logits: np.ndarray, sampling: Sampling, rng: Any) -> int:
+class Random(Protocol):
+    """A source of random numbers, as NumPy's `RandomState` or its module `random`."""
+
+    def random_sample(self, size: None = None) -> float: ...
+
+
+def choose(logits: np.ndarray, sampling: Sampling, rng: Random) -> int:
     """The next token for logits [V] after `adjust`. rng: has NumPy's `random_sample`; drawn from once when sampling."""
     if not sampling.do_sample:
         return int(np.argmax(logits))

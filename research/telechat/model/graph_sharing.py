@@ -4,7 +4,7 @@ MindSpore shares the graph of cells whose `cell_init_args` are equal: their para
 `no_inline = False` the shared graph is put in place of each call before the backend sees it, so that what is executed
 stays the same. MindFormers uses this for whole models in a pipeline (its lazy_inline), and does nothing on one device.
 """
-from typing import Any, Optional
+from typing import Optional
 
 import mindspore as ms
 from mindspore import nn
@@ -51,7 +51,7 @@ class SharedGraph:
     shares_graph = True
 
     @property
-    def cell_init_args(self) -> Any:
+    def cell_init_args(self) -> str:
         """The key, looked up by MindSpore's parser whenever it meets the cell."""
         key = shared_graph_key(self) if self.shares_graph else None
         if key is None:

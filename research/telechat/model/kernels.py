@@ -2,7 +2,7 @@
 
 The only module that asks for the device. Each factory or cell below hides one such choice; the layers do not know it.
 """
-from typing import Any, Optional
+from typing import Optional
 
 import mindspore as ms
 import mindspore.common.dtype as mstype
@@ -20,7 +20,7 @@ from research.telechat.telechat_config import TelechatConfig
 NO_LIMIT = 2**31 - 1                     # of the attention kernel's window
 
 
-def matmul_dtype(dtype: Any) -> Any:
+def matmul_dtype(dtype: mstype.Type) -> mstype.Type:
     """`dtype`, or float32 for bfloat16 on the CPU, which has no bfloat16 matrix multiplication."""
     if dtype == mstype.bfloat16 and on_cpu():
         logger.info("The CPU has no bfloat16 matrix multiplication: float32 is used instead.")

@@ -9,7 +9,7 @@ generation/generate.py.
 Keys are cached rotated. Where the official rotary rule changes with the length of the sequence (spec/rope.py), a cache
 is valid for the lengths that share one scaling; generation/generate.py fills it anew when that changes.
 """
-from typing import Any, Optional, Tuple
+from typing import Optional, Tuple
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -121,7 +121,7 @@ class GenerationStep(nn.Cell):
         return self.mul(self.cast(hidden, self.dtype), self.cast(self.forbidden, self.dtype))
 
 
-def _cache_parameter(shape: Tuple[int, ...], dtype: Any, name: str) -> Parameter:
+def _cache_parameter(shape: Tuple[int, ...], dtype: mstype.Type, name: str) -> Parameter:
     """A part of the cache. It is a parameter only because graphs can write to nothing else: no checkpoint has it."""
     parameter = Parameter(initializer("zeros", shape, dtype), name=name, requires_grad=False, parallel_optimizer=False)
     parameter.param_info.is_pipeline_shared_param = True     # MindSpore saves no parameter with this mark

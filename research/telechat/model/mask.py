@@ -1,5 +1,5 @@
 """Who may attend to whom: causal, padding and document masks, in the form that the attention kernel takes."""
-from typing import Any, Optional, Tuple
+from typing import Optional, Tuple
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -26,7 +26,7 @@ def _positions(size: int) -> Tensor:
     return Tensor(np.arange(size, dtype=np.int32))
 
 
-def forbidden_score(softmax_dtype: Any) -> float:
+def forbidden_score(softmax_dtype: mstype.Type) -> float:
     """What is added to a score to take it out of the softmax; finite, so that a row of only such scores is no NaN."""
     return -3e4 if softmax_dtype == mstype.float16 else -1e30
 

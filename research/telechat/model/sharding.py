@@ -11,8 +11,9 @@ The ranks of one pipeline stage form a mesh dp x cp x mp, mp neighbours side by 
 A strategy is a tuple per input, with the number of pieces per axis. Every cell calls its function here once, at the end
 of its constructor. In modes other than semi_auto_parallel MindSpore ignores all of it.
 """
-from typing import Any, Tuple
+from typing import Tuple
 
+from mindformers.modules.transformer.transformer import TransformerOpParallelConfig
 from mindspore import nn
 from mindspore.parallel import Layout
 
@@ -225,7 +226,7 @@ def loss(cell: nn.Cell, mesh: Mesh) -> None:
     cell.total.shard((row,))
 
 
-def pipeline(model: nn.Cell, plan: Any) -> None:
+def pipeline(model: nn.Cell, plan: TransformerOpParallelConfig) -> None:
     """Stages and gradient fusion groups of what is not a decoder layer; layers are set by MindFormers' LayerSetting.
 
     Between stages the residual stream travels in the 16 bits of the matrix multiplications.
@@ -242,7 +243,7 @@ def pipeline(model: nn.Cell, plan: Any) -> None:
     model.norm_out.set_comm_fusion(group)
 
 
-def causal_lm(cell: nn.Cell, plan: Any) -> None:
+def causal_lm(cell: nn.Cell, plan: TransformerOpParallelConfig) -> None:
     """The inputs over dp; head and loss on the last pipeline stage."""
     cell.slice.shard(((plan.data_parallel, 1),))
     last = plan.pipeline_stage - 1

@@ -48,7 +48,7 @@ class Plan:
     micro_batches: int           # per step: of the pipeline, of gradient accumulation and interleaved
     interleaved_batches: int     # of those, how many run at the same time (micro_batch_interleave_num)
     virtual_stages: int          # pp_interleave_num where pipeline interleaving is on
-    offset: Any
+    offset: object
     optimizer_sharded: bool
     threshold: int               # bytes; smaller parameters are not cut by optimizer parallelism
     recompute: Any               # True, False, or layers per stage
@@ -60,7 +60,7 @@ class Plan:
     lora_bytes: int              # per element of an adapter
     limit_gb: float              # context.max_device_memory
     device: str
-    parallel_mode: Any
+    parallel_mode: object
     alltoall: bool               # parallel.enable_alltoall
 
     @property
@@ -140,7 +140,7 @@ def _section(recipe: JsonObject, key: str) -> JsonObject:
     return value
 
 
-def _gigabytes(text: Any) -> float:
+def _gigabytes(text: object) -> float:
     match = re.fullmatch(r"\s*([\d.]+)\s*GB\s*", str(text or "64GB"), re.IGNORECASE)
     if not match:
         raise ConfigError(f"context.max_device_memory: expected for example '58GB', found {text!r}")
@@ -195,8 +195,8 @@ def stage_layers(plan: Plan) -> List[List[int]]:
     if plan.pp == 1:
         return [[plan.model.num_layers]]
     nested = isinstance(offset, (list, tuple)) and offset and isinstance(offset[0], (list, tuple))
-    rows = offset if nested else [offset]
-    rows = [list(row) if isinstance(row, (list, tuple)) else [row] * plan.pp for row in rows]
+    given: Sequence[object] = offset if isinstance(offset, (list, tuple)) and nested else [offset]
+    rows = [list(row) if isinstance(row, (list, tuple)) else [row] * plan.pp for row in given]
     rows = rows * plan.virtual_stages if len(rows) == 1 else rows
     integers = all(isinstance(value, int) and not isinstance(value, bool) for row in rows for value in row)
     if not integers or len(rows) != plan.virtual_stages or any(len(row) != plan.pp for row in rows):

@@ -1,6 +1,6 @@
 """A plan and its costs for people: tables, a JSON object, a picture. The figures come from plan/cost.py."""
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from research.telechat.common.files import JsonObject
 from research.telechat.common.table import table
@@ -71,7 +71,7 @@ def memory_table(plan: Plan, memories: Sequence[Memory], layers: Sequence[Sequen
 
 def traffic_table(plan: Plan, cost: Cost) -> str:
     """MB that a rank sends in a step, by purpose, axis and link."""
-    sums: Dict[Any, float] = {}
+    sums: Dict[Tuple[str, str, str], float] = {}
     for item in cost.traffic:
         key = (item.purpose, item.axis, link_of(plan, item.axis))
         sums[key] = sums.get(key, 0) + item.bytes

@@ -137,7 +137,7 @@ class ModelSettings:
     pp_interleave_num: int = _pipeline(1, "virtual pipeline stages per stage", positive=True)
 
 
-def _kind(hint: object, metadata: Mapping[str, Any]) -> str:
+def _kind(hint: object, metadata: Mapping[str, object]) -> str:
     """The kind of a field, from its type (without Optional) and its metadata."""
     if metadata["choices"]:
         return "dtype" if metadata["choices"] == DTYPES else "choice"

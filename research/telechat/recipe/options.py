@@ -3,7 +3,7 @@
 A command line is read once: what it changes of the recipe is passed on as {dotted key: value}.
 """
 import argparse
-from typing import Any, Callable, List, Optional
+from typing import Callable, List, Optional
 
 from research.telechat.common.files import JsonObject
 from research.telechat.recipe.read import parse_overrides, parse_value
@@ -34,9 +34,9 @@ def str2bool(text: str) -> bool:
     return value
 
 
-def or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
+def or_none(read: Callable[[str], object]) -> Callable[[str], object]:
     """`read` for an option whose value may be empty, as shell scripts pass what they do not set; None then."""
-    def optional(text: str) -> Any:
+    def optional(text: str) -> object:
         return read(text) if text else None
     return optional
 

@@ -101,7 +101,7 @@ def parse_overrides(options: List[str], rest: List[str]) -> JsonObject:
     return overrides
 
 
-def set_key(config: JsonObject, dotted: str, value: Any) -> None:
+def set_key(config: JsonObject, dotted: str, value: object) -> None:
     """Set `a.b.c`. ConfigError: a section that the recipe lacks, or a key without the section in which it is read."""
     *sections, key = dotted.split(".")
     places = [] if sections or key in config else list(_places(config, key))

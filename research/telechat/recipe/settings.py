@@ -132,7 +132,7 @@ def _reject_unknown(given: JsonObject) -> None:
             raise ConfigError(f"model_config: unknown key {key!r} (value {given[key]!r}); {hint}")
 
 
-def resolve(given: Mapping[str, Any]) -> ModelSettings:
+def resolve(given: Mapping[str, object]) -> ModelSettings:
     """A value for every key of FIELDS, dtypes by name.
 
     given: keys of recipe/fields.py; those of FRAMEWORK are ignored.
@@ -147,7 +147,7 @@ def resolve(given: Mapping[str, Any]) -> ModelSettings:
     values = {key: field.default for key, field in FIELDS.items()}
     name = explicit.get("net_name") or legacy.get("net_name")
     if name:
-        values.update(_variant_values(name))
+        values.update(_variant_values(str(name)))
     if explicit.get("amp_level"):
         level = _check_key("amp_level", explicit["amp_level"], FIELDS["amp_level"])
         low = dtype_name(explicit.get("compute_dtype", "float16"))
@@ -172,7 +172,7 @@ def to_variant(settings: object) -> Variant:
 
 def not_needed(given: JsonObject) -> List[str]:
     """A line for each key of an earlier YAML that is set to something and no longer needed."""
-    def is_set(value: Any) -> bool:
+    def is_set(value: object) -> bool:
         return bool(value) and not (isinstance(value, int) and not isinstance(value, bool) and value == 1)    # 1: off
     return [f"model_config.{key} is no longer needed and has no effect: {LEGACY[key]}."
             for key in sorted(given.keys() & LEGACY.keys()) if is_set(given[key])]

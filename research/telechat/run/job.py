@@ -5,7 +5,7 @@ MindFormers' Trainer. It computes nothing itself.
 """
 import os
 from pathlib import Path
-from typing import Any, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 from mindformers.core.context import build_context
 from mindformers.tools.logger import logger
@@ -133,7 +133,8 @@ def prepare_recipe(recipe: JsonObject, overrides: JsonObject) -> MindFormerConfi
     return config
 
 
-def read_prompts(config: MindFormerConfig, predict_data: Optional[List[str]], raw: bool) -> Tuple[Any, List[str]]:
+def read_prompts(config: MindFormerConfig, predict_data: Optional[List[str]], raw: bool
+                 ) -> Tuple[TelechatTokenizer, List[str]]:
     """(tokenizer, prompts) of a prediction, checked against the model. Raises ConfigError."""
     model = model_config(config)
     tokenizer = load_tokenizer(config, model.vocab_size)

@@ -3,7 +3,7 @@
 run_mindformer.py leaves this to MindFormers' Trainer; here the model itself is wanted. Nothing is generated.
 """
 import logging
-from typing import Any, Tuple
+from typing import Tuple
 
 import mindspore as ms
 import numpy as np
@@ -22,9 +22,11 @@ from research.telechat.run.preflight import check_checkpoint, model_config
 from research.telechat.run.prompts import load_tokenizer
 from research.telechat.telechat import TelechatForCausalLM
 from research.telechat.telechat_config import TelechatConfig
+from research.telechat.telechat_tokenizer import TelechatTokenizer
 
 
-def prepare_prediction(recipe_name: str, overrides: JsonObject, vocab_file: str = "") -> Tuple[Any, Any]:
+def prepare_prediction(recipe_name: str, overrides: JsonObject, vocab_file: str = ""
+                       ) -> Tuple[MindFormerConfig, TelechatTokenizer]:
     """(recipe, tokenizer) of a predict recipe; everything is checked before a model is built.
 
     Args:

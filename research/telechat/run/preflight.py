@@ -5,7 +5,7 @@ read once (data/scan.py).
 """
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Dict, List, Tuple, Union
 
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
@@ -129,7 +129,7 @@ def sequences_per_step(config: MindFormerConfig) -> int:
             * (runner.get("gradient_accumulation_steps") or 1) * (config.get("micro_batch_interleave_num") or 1))
 
 
-def _check_enough_records(config: MindFormerConfig, path: Any) -> None:
+def _check_enough_records(config: MindFormerConfig, path: Union[str, Path]) -> None:
     """ConfigError where the data set holds less than one batch: training would end at once without a step."""
     records, batch = record_count(training_files(config)), sequences_per_step(config)
     if records < batch:

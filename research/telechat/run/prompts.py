@@ -1,6 +1,6 @@
 """Prompts for run_mindformer.py: questions become prompts of the model's template, results become readable answers."""
 import os
-from typing import Any, Iterable, List, Optional
+from typing import Any, Iterable, List, Optional, Sequence, Union
 
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
@@ -13,7 +13,7 @@ from research.telechat.text.templates import detect_template
 from research.telechat.text.vocab import check_fit
 
 
-def load_tokenizer(config: MindFormerConfig, vocab_size: int) -> Any:
+def load_tokenizer(config: MindFormerConfig, vocab_size: int) -> TelechatTokenizer:
     """The tokenizer of the recipe. ConfigError: none named, file missing or broken, or it is another model's."""
     section = (config.get("processor") or {}).get("tokenizer")
     if not section:
@@ -31,7 +31,7 @@ def load_tokenizer(config: MindFormerConfig, vocab_size: int) -> Any:
     return tokenizer
 
 
-def read_texts(data: Any) -> List[str]:
+def read_texts(data: Union[str, Sequence[str], None]) -> List[str]:
     """The texts of --predict_data: one text, a list, or the non-empty lines of a UTF-8 file. Raises ConfigError."""
     texts = [data] if isinstance(data, str) else list(data or [])
     if not texts:
@@ -79,12 +79,12 @@ def check_length(prompts: Iterable[str], tokenizer: TelechatTokenizer, seq_lengt
                               f"{seq_length}; shorten it or raise model.model_config.seq_length")
 
 
-def first_answers(results: Iterable[Any], count: int) -> List[Any]:
+def first_answers(results: Iterable[object], count: int) -> List[object]:
     """Results of MindFormers' text generation, each with one text or a batch of texts, cut to the first `count` texts.
 
     MindFormers takes whole batches only: the last one is filled up with prompts that nobody asked.
     """
-    kept: List[Any] = []
+    kept: List[object] = []
     for result in results or []:
         texts = result.get("text_generation_text") if isinstance(result, dict) else result
         if isinstance(texts, list):
@@ -98,7 +98,7 @@ def first_answers(results: Iterable[Any], count: int) -> List[Any]:
     return kept
 
 
-def write_results(path: str, results: List[Any]) -> None:
+def write_results(path: str, results: List[object]) -> None:
     """Replace a result file by `results`, in MindFormers' form: a Python literal."""
     write_text(path, str(results))
 

@@ -5,7 +5,7 @@ Called by run/job.py before anything is built; every fault is a ConfigError.
 import json
 import re
 from pathlib import Path
-from typing import Any, Optional, Tuple
+from typing import Optional, Tuple
 
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
@@ -111,8 +111,8 @@ def _named(root: Path, wish: str, ranks: int) -> Choice:
                       "or the name of a file there, such as telechat_rank_0-2_100.ckpt")
 
 
-def complete_monitor(callback: Any, config: MindFormerConfig, pet_config: MindFormerConfig, chosen: Optional[Name]
-                     ) -> None:
+def complete_monitor(callback: JsonObject, config: MindFormerConfig, pet_config: MindFormerConfig,
+                     chosen: Optional[Name]) -> None:
     """What training/saving.py needs to know beside MindFormers' own arguments."""
     if callback.get("on_save_error", "stop") not in ("stop", "continue"):
         raise ConfigError(f"callbacks: CheckpointMonitor.on_save_error must be stop or continue, found "

@@ -4,7 +4,7 @@ Accepts the dicts of OpenAI, roles as in ShareGPT and TeleChat's own, and checks
 where they are rendered (text/renderer.py); whole records of data are read by data/records.py.
 """
 import json
-from typing import Any, NamedTuple, Sequence, Tuple, Union
+from typing import NamedTuple, Sequence, Tuple, Union
 
 from research.telechat.common.errors import ConversationError
 from research.telechat.common.files import JsonObject
@@ -27,7 +27,10 @@ class Message(NamedTuple):
     calls: Tuple[str, ...] = ()
 
 
-def to_message(message: Any, number: int) -> Message:
+MessageLike = Union[Message, JsonObject]
+
+
+def to_message(message: object, number: int) -> Message:
     """A message of any of the usual forms as `Message`. `number` names it in a ConversationError."""
     if isinstance(message, Message):
         return message
@@ -52,7 +55,7 @@ def to_message(message: Any, number: int) -> Message:
     return Message(role, content, tuple(_call(call, number) for call in calls))
 
 
-def _call(call: Any, number: int) -> str:
+def _call(call: object, number: int) -> str:
     """A tool call as the JSON text that TeleChat2 writes. Accepts the bare form and OpenAI's, nested in `function`."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -69,6 +72,6 @@ def answer_text(message: Message) -> str:
     return f"{message.content}\n{calls}" if calls and message.content else message.content or calls
 
 
-def json_text(value: Any) -> str:
+def json_text(value: object) -> str:
     """JSON as TeleChat2 writes it: Chinese stays Chinese."""
     return json.dumps(value, ensure_ascii=False)

@@ -14,10 +14,21 @@ that its ids differ from those of the real one.
 """
 import re
 from functools import cached_property
-from typing import Any, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat.common.errors import ConfigError, ConversationError
-from research.telechat.text.messages import BOT, SYSTEM, TOOL, USER, Message, Tools, answer_text, json_text, to_message
+from research.telechat.text.messages import (
+    BOT,
+    SYSTEM,
+    TOOL,
+    USER,
+    Message,
+    MessageLike,
+    Tools,
+    answer_text,
+    json_text,
+    to_message,
+)
 from research.telechat.text.templates import Template, detect_template, get_template
 from research.telechat.text.vocab import Vocab
 
@@ -127,7 +138,7 @@ class Renderer:
 
     # Training
 
-    def render(self, messages: Sequence[Any], tools: Tools = None) -> Tuple[List[int], List[int]]:
+    def render(self, messages: Sequence[MessageLike], tools: Tools = None) -> Tuple[List[int], List[int]]:
         """A whole conversation as (token ids, loss mask): 1 on the ids of every answer and of its end marker, else 0.
 
         Args:
@@ -142,7 +153,7 @@ class Renderer:
         rendered = self.assemble(plan, [self.vocab.encode(text) for text in plan.texts])
         return rendered.ids, rendered.mask()
 
-    def plan(self, messages: Sequence[Any], tools: Tools = None) -> Plan:
+    def plan(self, messages: Sequence[MessageLike], tools: Tools = None) -> Plan:
         """The first half of `render`: what to encode. Raises ConversationError."""
         turns = self._turns(messages, tools, last=BOT)
         spans = [Span((self.start_id,))] if self.start_id is not None else []
@@ -178,14 +189,14 @@ class Renderer:
 
     # Generation
 
-    def prompt(self, messages: Sequence[Any], tools: Tools = None, limit: Optional[int] = None) -> List[int]:
+    def prompt(self, messages: Sequence[MessageLike], tools: Tools = None, limit: Optional[int] = None) -> List[int]:
         """Token ids up to and including the bot marker, ready for the answer to the last message.
 
         `messages` end with a user message (or tool results). With `limit` at most so many ids, see `fit_prompt`.
         """
         return self.fit_prompt(messages, tools, limit).ids
 
-    def fit_prompt(self, messages: Sequence[Any], tools: Tools = None, limit: Optional[int] = None) -> Prompt:
+    def fit_prompt(self, messages: Sequence[MessageLike], tools: Tools = None, limit: Optional[int] = None) -> Prompt:
         """The prompt within `limit` ids: the oldest turns go first, whole; the system prompt stays.
 
         If the last question alone is too long, it loses its beginning. Raises ConversationError where not even the
@@ -224,15 +235,15 @@ class Renderer:
         system: Optional[str]
         turns: List[List[Message]]           # each: user or tools, then bot (none in the last turn of a prompt)
 
-    def _turns(self, messages: Sequence[Any], tools: Tools, last: str) -> "Renderer._Turns":
+    def _turns(self, messages: Sequence[MessageLike], tools: Tools, last: str) -> "Renderer._Turns":
         """Check the order of roles and group the messages into turns."""
         if tools and self.template.tools_block is None:
             raise ConversationError(f"the template {self.template.name} has no place for tools; {_NO_TOOLS}")
-        messages = [to_message(message, number) for number, message in enumerate(messages, 1)]
+        checked = [to_message(message, number) for number, message in enumerate(messages, 1)]
         system = None
         turns: List[List[Message]] = []
-        for number, message in enumerate(messages, 1):
-            before = messages[number - 2].role if number > 1 else None
+        for number, message in enumerate(checked, 1):
+            before = checked[number - 2].role if number > 1 else None
             if message.role == SYSTEM:
                 if before is not None:
                     raise ConversationError(f"message {number}: a system prompt after other messages; it must be the "
@@ -255,9 +266,9 @@ class Renderer:
                                         f"{_NO_TOOLS}")
         if not turns:
             raise ConversationError("there is no user message in the conversation; it needs one at least")
-        ends_with_bot = messages[-1].role == BOT
+        ends_with_bot = checked[-1].role == BOT
         if ends_with_bot != (last == BOT):
-            raise ConversationError(f"the last message is from {messages[-1].role}; expected "
+            raise ConversationError(f"the last message is from {checked[-1].role}; expected "
                                     + ("the bot's answer" if last == BOT else "a user's question"))
         if system is not None and self.system_id is None:
             if self.system_policy == "error":

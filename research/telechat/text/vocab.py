@@ -19,7 +19,7 @@ import re
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 from research.telechat.common.errors import ConfigError, VocabError
 from research.telechat.text.vocab_files import JSON_FILE, MODEL_FILE, ByteLevelBpeFile, SentencePieceFile
@@ -161,7 +161,7 @@ class Vocab:
     def __repr__(self) -> str:
         return f"Vocab({str(self.path)!r}, size={self.size})"
 
-    def __reduce__(self) -> Tuple[Any, ...]:
+    def __reduce__(self) -> Tuple[object, ...]:
         return _reload, (str(self.path), self.special_tokens, self.fingerprint)
 
     @cached_property
@@ -251,7 +251,7 @@ def _find_file(path: Path) -> Path:
     return path
 
 
-def _check_texts(texts: Sequence[Any]) -> None:
+def _check_texts(texts: Sequence[object]) -> None:
     """Raise VocabError for the first of the texts that no library can encode."""
     for number, text in enumerate(texts):
         where = f"text {number + 1} of {len(texts)}" if len(texts) > 1 else "text"

@@ -10,7 +10,7 @@ added, in 16 bits more).
 Which steps can be done like this says `obstacle`; whether they are, training/step.py.
 """
 import copy
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import mindspore as ms
 from mindformers.tools.logger import logger
@@ -46,7 +46,7 @@ def inner_model(network: nn.Cell) -> nn.Cell:
     return network
 
 
-def obstacle(step: nn.Cell, inputs: Sequence[Any]) -> Optional[str]:
+def obstacle(step: nn.Cell, inputs: Sequence[Tensor]) -> Optional[str]:
     """Why `step`, a TelechatTrainOneStepCell, cannot go layer by layer with `inputs`; None where it can."""
     model, optimizer = inner_model(step.network), step.optimizer
     if not step.cpu:
@@ -70,7 +70,7 @@ def obstacle(step: nn.Cell, inputs: Sequence[Any]) -> Optional[str]:
     return None
 
 
-def goes_by_layer(step: nn.Cell, inputs: Sequence[Any]) -> bool:
+def goes_by_layer(step: nn.Cell, inputs: Sequence[Tensor]) -> bool:
     """Whether `step` is to go layer by layer: as `train_layer_by_layer` says, else where the model is deep.
 
     Raises:
@@ -198,7 +198,7 @@ class LayerByLayer:
         self.scale_sense, self.clips = step.scale_sense, step.use_clip_grad
         self.norm_limit = step.global_norm_spike_threshold if step.use_skip_data_by_global_norm else None
 
-    def __call__(self, *inputs: Tensor) -> Tuple[Any, ...]:
+    def __call__(self, *inputs: Tensor) -> Tuple[Tensor, ...]:
         """As MindFormers' training step: loss, overflow, the next loss scale, learning rate, norm."""
         if self.torn:
             raise RuntimeError("the last step was interrupted while it changed the weights: some layers have taken it, "

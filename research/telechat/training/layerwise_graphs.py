@@ -3,7 +3,7 @@
 None of these cells owns a parameter: they hold the network's, the optimizer's, or those of a stand-in. Tensors are
 passed one by one, as MindSpore takes a tuple of them for a constant and compiles anew for each.
 """
-from typing import Any, Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
 from mindspore import Parameter, ParameterTuple, Tensor, nn
 from mindspore.ops import composite as C
@@ -20,7 +20,7 @@ class Stem(nn.Cell):
         self.network = network
 
     def construct(self, input_ids: Tensor, labels: Optional[Tensor] = None, actual_seq_len: Optional[Tensor] = None
-                  ) -> Tuple[Any, ...]:
+                  ) -> Tuple[Tensor, ...]:
         """The network's inputs -> tokens and targets, rows [B N]; x, cos, sin and mask as the layers take them."""
         ends = actual_seq_len if self.network.document_boundaries else None
         tokens, targets, _ = self.network.shifted(input_ids, labels, None)
@@ -62,7 +62,7 @@ class Gradient(nn.Cell):
         self.any_trained = len(trained) > 0
         self.grad = C.GradOperation(get_all=True, get_by_list=self.any_trained, sens_param=True)
 
-    def construct(self, sens: Tensor, *inputs: object) -> Tuple[Any, ...]:
+    def construct(self, sens: Tensor, *inputs: object) -> Tuple[Tensor, ...]:
         """sens: gradient of the cell's value; inputs: the cell's -> gradient of the first, gradients of `trained`."""
         if self.any_trained:
             gradients = self.grad(self.cell, self.trained)(*inputs, sens)
@@ -73,7 +73,7 @@ class Gradient(nn.Cell):
 class LossGradient(Gradient):
     """The loss as well."""
 
-    def construct(self, sens: Tensor, *inputs: Tensor) -> Tuple[Any, ...]:
+    def construct(self, sens: Tensor, *inputs: Tensor) -> Tuple[Tensor, ...]:
         """sens: the loss scale, [] float32; inputs: x and targets -> loss, gradient of x, gradients of `trained`."""
         loss = self.cell(*inputs)
         of_x, of_parameters = super().construct(sens, *inputs)

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional
+from typing import TYPE_CHECKING, Callable, Dict, Iterable, List, Optional
 
 import mindspore as ms
 import numpy as np
@@ -62,7 +62,7 @@ class TelechatTrainingLog(Callback):
         self.rows: List[JsonObject] = []
         self.started = self.begun = time.time()
         self.first_step = self.last_step = self.total = 0
-        self.evaluations: List[Any] = []
+        self.evaluations: List[EvalCallBack] = []
         self.length = 0                                            # bytes of the log before its last row
 
     def on_train_begin(self, run_context: RunContext) -> None:
@@ -151,11 +151,11 @@ class TelechatTrainingLog(Callback):
             logger.warning("step %d is skipped (%s): loss %s, norm %s, loss scale %s", row["step"], row["skipped"],
                            row["loss"], row.get("global_norm"), row.get("loss_scale"))
 
-    def _recorded(self, evaluate: Any) -> Any:
+    def _recorded(self, evaluate: Callable[[], Optional[JsonObject]]) -> Callable[[], Optional[JsonObject]]:
         """`evaluate`, once for each step, with its perplexity noted in the row of the step."""
-        latest: Dict[int, Any] = {}
+        latest: Dict[int, Optional[JsonObject]] = {}
 
-        def run() -> Any:
+        def run() -> Optional[JsonObject]:
             if self.last_step in latest:
                 return latest[self.last_step]
             latest.clear()
@@ -170,7 +170,7 @@ class TelechatTrainingLog(Callback):
             return result
         return run
 
-    def _evaluation(self, callback: EvalCallBack) -> Any:
+    def _evaluation(self, callback: EvalCallBack) -> Callable[[RunContext], None]:
         """Evaluate at the same steps as without a resumption: MindFormers counts those of this process."""
         def step_end(run_context: RunContext) -> None:
             step = int(run_context.original_args().cur_step_num) + self.first_step

@@ -2,7 +2,7 @@
 
 MindFormers composes both of small operators, which Ascend's compiler fuses and a CPU runs one by one.
 """
-from typing import Any, Sequence, Tuple
+from typing import Sequence, Tuple
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -48,7 +48,7 @@ class TelechatAdamW(AdamW):
         self.fused = not self.is_group_lr and all(p.dtype == mstype.float32 for p in self.parameters)
         self.pow, self.sqrt, self.reshape = P.Pow(), P.Sqrt(), P.Reshape()
 
-    def construct(self, gradients: Tuple[Tensor, ...]) -> Any:
+    def construct(self, gradients: Tuple[Tensor, ...]) -> Tensor:
         """gradients: one for each parameter, of its shape."""
         if not self.fused:
             return super().construct(gradients)
@@ -148,7 +148,7 @@ class AdamWPart(nn.Cell):
         self.hyper_map, self.times = C.HyperMap(), GradientsTimes()
 
     def construct(self, factor: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, rate: Tensor, shrink: Tensor,
-                  *gradients: Tensor) -> Any:
+                  *gradients: Tensor) -> Tensor:
         """factor: [1], what the gradients are to be multiplied by; then the rates of the step, and the gradients."""
         gradients = self.times(factor, gradients)
         return self.hyper_map(F.partial(_update, beta1, beta2, eps, rate, shrink), self.decays, self.parameters,

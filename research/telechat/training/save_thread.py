@@ -9,7 +9,7 @@ import atexit
 import os
 import sys
 import threading
-from typing import Any, Callable, List, Optional
+from typing import Callable, List, Optional
 
 _WRITER = "asyn_save_ckpt"                     # as MindSpore calls its thread
 _SYNCER = "sync_checkpoint"
@@ -21,10 +21,10 @@ def watch() -> None:
     """From now on keep what makes the threads fail. Other threads' exceptions go where they went before."""
     if getattr(threading.excepthook, "keeps_faults_of_saving", False):
         return
-    before: Callable[[Any], Any] = threading.excepthook
+    before: Callable[[threading.ExceptHookArgs], object] = threading.excepthook
 
-    def hook(args: Any) -> None:
-        if args.thread is not None and args.thread.name in (_WRITER, _SYNCER):
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None and args.thread is not None and args.thread.name in (_WRITER, _SYNCER):
             _faults.append(args.exc_value)
         else:
             before(args)

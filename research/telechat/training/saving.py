@@ -11,7 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 from mindformers.core.callback.callback import CheckpointMonitor
@@ -40,7 +40,7 @@ class _Shifted:
         self._params = params
         self.cur_step_num = params.cur_step_num + steps
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._params, name)
 
 
@@ -75,7 +75,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
 
     def __init__(self, *args: object, keep_checkpoint_max: int = 5, keep_every_n_steps: int = 0,
                  on_save_error: str = "stop", adapter_config: Optional[JsonObject] = None,
-                 continue_run: Optional[str] = None, ranks: int = 1, async_save: Any = False, **kwargs: object):
+                 continue_run: Optional[str] = None, ranks: int = 1, async_save: object = False, **kwargs: object):
         self.beside = bool(async_save) and kwargs.get("use_legacy_format", True)
         super().__init__(*args, keep_checkpoint_max=keep_checkpoint_max, async_save=not self.beside and async_save,
                          **kwargs)
@@ -187,7 +187,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
         else:
             super().record_last_ckpt_to_json(epoch, step, ckpt_file)
 
-    def _guarded(self, save: Any, cb_params: "StepParams") -> None:
+    def _guarded(self, save: Callable[["StepParams"], object], cb_params: "StepParams") -> None:
         """Run `save`; a failure leaves no half file, and stops the training or not."""
         self._newest, self._meta = "", None
         try:
@@ -212,7 +212,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
         if self._write is None:
             return None
         write, self._write = self._write, None
-        err: Any = thread.take_fault()
+        err = thread.take_fault()
         try:
             if err is None:
                 if write.meta:

@@ -1,12 +1,12 @@
 """The training step and what it returns. The log of a run is training/log.py, saving training/saving.py.
 """
-from typing import Any, Literal, Tuple, Union
+from typing import Literal, Sequence, Tuple, Union
 
 import numpy as np
 from mindformers.tools.register import MindFormerModuleType
 from mindformers.tools.utils import get_real_rank
 from mindformers.wrapper.wrapper import MFTrainOneStepCell
-from mindspore import nn
+from mindspore import Tensor, nn
 
 from research.telechat.bridge.compat import plugin_class
 from research.telechat.common.errors import ConfigError
@@ -49,26 +49,26 @@ class TelechatTrainOneStepCell(MFTrainOneStepCell):
         # Decided in the first step, when everything is known; False: as a whole.
         self.layer_by_layer: Union[LayerByLayer, Literal[False], None] = None
 
-    def __call__(self, *inputs: object) -> Any:
+    def __call__(self, *inputs: object) -> Tuple[Tensor, ...]:
         """One step, as a whole or layer by layer."""
         if self.layer_by_layer is None:
             self.layer_by_layer = LayerByLayer(self) if goes_by_layer(self, inputs) else False
         return self.layer_by_layer(*inputs) if self.layer_by_layer else super().__call__(*inputs)
 
-    def start_overflow_check(self, pre_cond: Any, compute_input: Any) -> Tuple[Any, Any]:
+    def start_overflow_check(self, pre_cond: Tensor, compute_input: Tensor) -> Tuple[Tensor, Tensor]:
         """Clears the overflow flags of devices that have any."""
         if self.cpu:
             return compute_input, compute_input
         return super().start_overflow_check(pre_cond, compute_input)
 
-    def get_overflow_status(self, status: Any, compute_output: Any) -> Any:
+    def get_overflow_status(self, status: Tensor, compute_output: Tensor) -> Tensor:
         """Whether one of the gradients `compute_output` is infinite or NaN, [] bool."""
         if self.cpu:
             return is_overflow(self.clip_grad_norm.norm(compute_output))
         return super().get_overflow_status(status, compute_output)
 
 
-def to_float(value: Any) -> float:
+def to_float(value: Union[Tensor, float, None]) -> float:
     """A scalar from a Tensor, an array or a number; NaN where there is none."""
     if value is None:
         return float("nan")
@@ -76,7 +76,7 @@ def to_float(value: Any) -> float:
     return float(array.mean()) if array.size else float("nan")
 
 
-def step_values(outputs: Any) -> JsonObject:
+def step_values(outputs: Sequence[Tensor]) -> JsonObject:
     """What a training step returns: loss, overflow (bool), and where there are any loss_scale, lr, global_norm."""
     outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
     values: JsonObject = {"loss": to_float(outputs[0]), "overflow": False}
