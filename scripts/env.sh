@@ -126,7 +126,7 @@ telechat_use_own() {
     local missing=() line log
     while IFS= read -r line; do
         if [ -n "$line" ]; then missing+=("$line"); fi
-    done < <("$PYTHON" "$TELECHAT_ROOT/scripts/requirements.py" "$@")
+    done < <("$PYTHON" "$TELECHAT_ROOT/scripts/requirements.py" cpu "$@")
     if [ ${#missing[@]} -gt 0 ]; then
         telechat_say "adding what it lacks: ${missing[*]}"
         log=$(mktemp "${TMPDIR:-/tmp}/telechat-pip.XXXXXX")
@@ -140,7 +140,7 @@ telechat_use_own() {
 telechat_use_venv() {
     local start=$SECONDS found stamp hash extra installed="" missing=""
     stamp=$TELECHAT_VENV/telechat.stamp
-    hash=$(cat "$TELECHAT_ROOT/setup.cfg" "$TELECHAT_ROOT/pyproject.toml" | cksum)
+    hash=$(cd "$TELECHAT_ROOT" && cat setup.cfg setup.py pyproject.toml constraints.txt | cksum)
     PYTHON=$TELECHAT_VENV/bin/python
     if [ -e "$stamp" ] && telechat_venv_works && [ "$(head -n 1 "$stamp")" = "$hash" ]; then
         installed=$(tail -n +2 "$stamp" | tr '\n' ' ')
@@ -171,7 +171,8 @@ telechat_use_venv() {
     telechat_say "installing the pinned dependencies into .venv (a few minutes the first time, about 3.4 GB)."
     list=$(echo "$installed" "$@" | tr ' ' '\n' | grep -v -e '^base$' -e '^torch$' -e '^peft$' -e '^evaluation$' -e '^$' |
         sort -u | paste -sd, -)
-    (cd "$TELECHAT_ROOT" && telechat_pip "$log" install -e ".${list:+[$list]}") || telechat_pip_failed "$log"
+    (cd "$TELECHAT_ROOT" && telechat_pip "$log" install -c constraints.txt -e ".[cpu${list:+,$list}]") ||
+        telechat_pip_failed "$log"
     telechat_check_import
     installed="base ${list//,/ }"
     # Large, and only some tests need them: without them those skip, so that a failure here is no reason to stop.
@@ -185,7 +186,7 @@ telechat_use_venv() {
         esac
         if [ "$name" = peft ] && ! grep -qw torch <<<"$installed"; then continue; fi    # it would bring CUDA's torch
         telechat_say "installing the extra $name, for $what."
-        if (cd "$TELECHAT_ROOT" && telechat_pip "$log.$name" install -e ".[$name]"); then
+        if (cd "$TELECHAT_ROOT" && telechat_pip "$log.$name" install -c constraints.txt -e ".[$name]"); then
             installed="$installed $name"
         else
             tail -n 3 "$log.$name" | sed 's/^/  /'

@@ -44,7 +44,8 @@ def options_of(words: List[str]) -> Dict[str, str]:
 
 def find_recipe(name: str) -> Optional[Path]:
     """The recipe that run_mindformer.py takes for --config `name`; None where it finds none."""
-    return next((folder / name for folder in (Path.cwd(), ROOT, ROOT / "research") if (folder / name).is_file()), None)
+    folders = (Path.cwd(), ROOT, ROOT / "research", ROOT / "research/telechat")
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
 def recipe_digest(words: List[str]) -> Optional[str]:

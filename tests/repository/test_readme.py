@@ -97,8 +97,8 @@ def test_command_has_known_options_and_files(command):
 
 def check_installation(command):
     """What `pip install` names is this project with an extra that it has."""
-    match = re.fullmatch(r"pip install -e '?\.\[(\w+)\]'?", command)
-    assert match, f"expected pip install -e .[EXTRA], found {command}"
+    match = re.fullmatch(r"pip install -e '\.\[(\w+)\]'", command)          # zsh takes unquoted brackets for a pattern
+    assert match, f"expected pip install -e '.[EXTRA]', found {command}"
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     assert match[1] in setup["options.extras_require"], f"setup.cfg has no extra {match[1]}"

@@ -54,8 +54,8 @@ def installed_version(package: str) -> Optional[str]:
     return ""
 
 
-def install_line(mindformers: Optional[str] = None, mindspore: Optional[str] = None) -> str:
-    """The pip command for the release of `mindformers`, else for what fits `mindspore`, else for the newest pair.
+def fitting_pair(mindformers: Optional[str] = None, mindspore: Optional[str] = None) -> Tuple[str, str]:
+    """(mindspore, mindformers): the tested pair for the release of `mindformers`, else `mindspore`, else the newest.
 
     An Ascend machine's driver decides the version of MindSpore, so that one which is there stays where it can.
     """
@@ -65,6 +65,12 @@ def install_line(mindformers: Optional[str] = None, mindspore: Optional[str] = N
             chosen, partner = key, mindspore
         if mindformers and release(key) == release(mindformers):
             chosen, partner = key, mindspore if mindspore in value else value[0]
+    return partner, chosen
+
+
+def install_line(mindformers: Optional[str] = None, mindspore: Optional[str] = None) -> str:
+    """The pip command for `fitting_pair`."""
+    partner, chosen = fitting_pair(mindformers, mindspore)
     return f"pip install mindspore=={partner} mindformers=={chosen}"
 
 

@@ -12,6 +12,8 @@ from research.telechat.common.environment import PLUGIN, ROOT
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 
+BASES = "configs/telechat"                 # below ROOT; in a wheel they are in the plugin's folder `base` (setup.py)
+
 
 def parse_value(text: str) -> Any:
     """A value from the command line, read as YAML: numbers, True, False, lists; anything else is text."""
@@ -28,16 +30,36 @@ def parse_value(text: str) -> Any:
 
 
 def resolve_config(name: str) -> Path:
-    """The recipe `name`: a path from here, from the repository, or from its folder research."""
-    for folder in (Path.cwd(), ROOT, ROOT / "research"):
+    """The recipe `name`: a path from here, the repository, its folder research or the plugin's.
+
+    So a file name is enough for the plugin's own recipes. Raises ConfigError.
+    """
+    folders = list(dict.fromkeys((Path.cwd(), ROOT, PLUGIN.parent, PLUGIN)))
+    for folder in folders:
         path = folder / name
         if path.is_file():
             return path.resolve()
     recipes = [path.name for path in sorted(PLUGIN.glob("*.yaml"))]
     near = difflib.get_close_matches(Path(name).name, recipes, n=1)
-    places = ", ".join(dict.fromkeys(map(str, (Path.cwd(), ROOT, ROOT / "research"))))
-    raise ConfigError(f"--config: {name} does not exist (looked in {places}); "
+    raise ConfigError(f"--config: {name} does not exist (looked in {', '.join(map(str, folders))}); "
                       + (f"did you mean research/telechat/{near[0]}?" if near else "recipes are in research/telechat"))
+
+
+def find_base(recipe: Path, base: str) -> Path:
+    """The file that `recipe` names as `base_config`, a path from the recipe's folder.
+
+    Where there is no `.../configs/telechat/NAME` (a wheel, a recipe copied elsewhere), the plugin's own NAME is taken.
+    Raises ConfigError.
+    """
+    path = (recipe.parent / base).resolve()
+    places = [path]
+    if path.parent.as_posix().endswith("/" + BASES):
+        places += [ROOT / BASES / path.name, PLUGIN / "base" / path.name]
+    for place in places:
+        if place.is_file():
+            return place
+    raise ConfigError(f"recipe {recipe}: base_config {base} does not exist (looked for "
+                      f"{' and '.join(dict.fromkeys(map(str, places)))})")
 
 
 def merge(base: dict, over: dict) -> dict:
@@ -67,10 +89,7 @@ def read_recipe(path: Path, above: tuple = ()) -> dict:
     bases = recipe.pop("base_config", None) or []
     merged: dict = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        base_path = (path.parent / str(base)).resolve()
-        if not base_path.is_file():
-            raise ConfigError(f"recipe {path}: base_config {base} does not exist (looked for {base_path})")
-        merged = merge(merged, read_recipe(base_path, (*above, path)))
+        merged = merge(merged, read_recipe(find_base(path, str(base)), (*above, path)))
     return merge(merged, recipe)
 
 
