@@ -1,25 +1,30 @@
 """The quick start: a tiny TeleChat-12B-shaped model learns the conversations in examples/, on a CPU, by the same
 commands that a real model takes on an Ascend machine.
 
-Started by quickstart.sh, which makes the environment. Everything goes to quickstart_output/; a step whose inputs have
-not changed is reused (step_runner.py). The model is far too small to know anything else than these conversations.
+Started by quickstart.sh, which makes the environment. Each step makes one folder of quickstart_output/. A folder that
+exists is kept; after the first missing one, everything is made again. The model is far too small to know anything else
+than these conversations.
 """
 import argparse
 import ast
+import fcntl
 import json
+import os
 import re
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+if __package__ in (None, ""):
+    sys.path[0] = str(ROOT)
 from research.telechat.recipe.read import read_recipe
-from scripts.step_runner import StepError, Workspace
 
 OUTPUT = ROOT / "quickstart_output"
 EXAMPLES = ROOT / "examples" / "conversations.jsonl"
@@ -31,8 +36,57 @@ MODEL = "telechat_12b"
 QUESTIONS = ["生抽与老抽的区别？", "What is the capital of France?", "什么是二分查找？"]
 # The first pieces of the official 12B tokenizer, in its order: so the markers have the official ids, 20 to 22.
 FIRST_PIECES = [*"0123456789", "_", "\n", "\t", "__", "___", "____", "<_user>", "<_bot>", "<_system>"]
+STEPS = {                   # the folder that a step makes -> what the step does
+    "tokenizer": "Train a SentencePiece tokenizer on the example conversations",
+    "dataset": "Turn the conversations into MindRecord",
+    "official_checkpoint": "Make a checkpoint in the official form, with random weights",
+    "mindspore_checkpoint": "Convert it to MindSpore",
+    "finetune": "Fine-tune on the conversations",
+    "predict": "Ask the fine-tuned model",
+}
+PARTIAL = ".partial-"        # before the name of a step's folder while the step runs
 MARKER = re.compile(r"<_(?:start|end|pad|user|bot|system)>")
 SEED = 0
+POLL = 0.3   # seconds between two looks at a running command
+
+
+class StepError(Exception):
+    """A step failed; the message is what the user should read."""
+
+
+def show(command: Sequence[str]) -> str:
+    """A command as a user would type it here: paths below the working directory are relative, and a step's folder has
+    the name that it gets when it is finished."""
+    return shlex.join(word.replace(f"{Path.cwd()}{os.sep}", "").replace(PARTIAL, "") for word in command)
+
+
+def run_command(command: Sequence[str], log: Path, watch: Optional[Callable[[], None]] = None) -> None:
+    """Print `command` and run it in the repository's root with its output in `log`; `watch` is called now and then.
+
+    The command gets its own process group, so that an interrupt here ends it with all its children. Raises StepError
+    with the command's own error line.
+    """
+    print(f"      $ {show(command)}", flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT,
+                                   start_new_session=True)
+        try:
+            while process.poll() is None:
+                time.sleep(POLL)
+                if watch:
+                    watch()
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if process.returncode:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        error = next((line for line in reversed(lines) if line.startswith("error: ")), None)
+        if error is None:
+            print("\n".join("  | " + line for line in lines[-12:]), file=sys.stderr)
+            error = f"error: exit code {process.returncode}, its last lines are above"
+        raise StepError(f"{Path(command[1]).name}: {error[len('error: '):]} (all output: {log})")
 
 
 def conversations() -> Iterator[Dict[str, str]]:
@@ -93,56 +147,21 @@ def write_official_checkpoint(folder: Path, model_config: Dict[str, Any]) -> Non
 
 
 class TrainingProgress:
-    """Follows the log of a training run, one JSON line per step: a bar on a terminal, else a line every ten seconds."""
+    """Follows the log of a training run, one JSON line per step: prints a line every ten seconds."""
 
     def __init__(self, log: Path, total: int):
-        self.log, self.total, self.position, self.steps, self.loss = log, total, 0, 0, float("nan")
+        self.log, self.total = log, total
         self.start = self.shown = time.time()
-        self.bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-            self.bar = tqdm(total=total, unit="step", desc="      compiling", ncols=100)
 
     def __call__(self) -> None:
-        """Read what is new, and show it."""
-        new = 0
-        if self.log.exists():
-            with open(self.log, "rb") as lines:
-                lines.seek(self.position)
-                for line in lines:
-                    if line.endswith(b"\n"):
-                        self.position += len(line)
-                        self.loss = json.loads(line)["loss"]
-                        new += 1
-        self.steps += new
-        if self.bar is not None:
-            if self.steps:
-                self.bar.set_description("      training", refresh=False)
-                self.bar.set_postfix(loss=f"{self.loss:.3f}", refresh=False)
-            self.bar.update(new)
-            self.bar.refresh()
-        elif time.time() - self.shown > 10:
+        """Look at the log, if it is time to."""
+        if time.time() - self.shown > 10:
             self.shown = time.time()
-            state = f"step {self.steps}/{self.total}, loss {self.loss:.3f}" if self.steps else "compiling"
+            text = self.log.read_text(encoding="utf-8") if self.log.exists() else ""
+            lines = text[:text.rfind("\n") + 1].splitlines()                 # the last line may be half written
+            loss = json.loads(lines[-1])["loss"] if lines else float("nan")
+            state = f"step {len(lines)}/{self.total}, loss {loss:.3f}" if lines else "compiling"
             print(f"      {state}, {self.shown - self.start:.0f} s", flush=True)
-
-    def close(self) -> None:
-        """Show the last steps, and leave the bar as it is."""
-        self()
-        if self.bar is not None:
-            self.bar.close()
-
-
-def read_losses(folder: Path) -> List[float]:
-    """The loss of every step of a training run."""
-    log = folder / "training_log.jsonl"
-    with open(log, encoding="utf-8") as lines:
-        return [json.loads(line)["loss"] for line in lines]
-
-
-def count_records(dataset: Path) -> int:
-    """Records of a folder made by telechat_preprocess.py."""
-    return int(json.loads((dataset / "meta.json").read_text(encoding="utf-8"))["records"])
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -153,8 +172,9 @@ def last_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
-def check_learnt(losses: List[float]) -> None:
-    """Raise StepError unless the loss fell to less than a tenth."""
+def check_learnt(log: Path) -> None:
+    """Raise StepError unless the loss of the training run fell to less than a tenth."""
+    losses = [json.loads(line)["loss"] for line in log.read_text(encoding="utf-8").splitlines()]
     end = sum(losses[-10:]) / len(losses[-10:])
     print(f"      loss {losses[0]:.2f} at step 1, {end:.3f} at step {len(losses)}", flush=True)
     if not end < losses[0] / 10:
@@ -175,115 +195,136 @@ def read_answers(result_file: Path, prompts: List[str]) -> List[str]:
     return answers
 
 
-def ask(space: Workspace, folder: Path, recipe_options: List[str]) -> None:
-    """Predict the answers to QUESTIONS with run_mindformer.py, and write them to answers.json."""
-    prompts = [f"<_user>{question}<_bot>" for question in QUESTIONS]
-    space.run("predict", [*recipe_options, "--output_dir", str(folder), "--predict_data", *prompts], ROOT)
-    pairs = dict(zip(QUESTIONS, read_answers(folder / "text_generation_result.txt", prompts)))
-    (folder / "answers.json").write_text(json.dumps(pairs, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+def make_step(name: str, folder: Path, output: Path) -> None:
+    """Fill `folder` with the results of step `name`, from those of the steps before it. Raises StepError."""
+    recipe = read_recipe(FINETUNE)
+    model, runner = recipe["model"]["model_config"], recipe["runner_config"]
+    tokenizer, dataset = output / "tokenizer" / "tokenizer.model", output / "dataset"
+    official, converted = output / "official_checkpoint", output / "mindspore_checkpoint" / "telechat.ckpt"
+    log = output / "logs" / f"{name}.log"
+    run_mindformer = [sys.executable, str(ROOT / "run_mindformer.py"), "--register_path", str(PLUGIN)]
+    if name == "tokenizer":
+        train_tokenizer(folder, model["vocab_size"])
+    elif name == "dataset":
+        run_command([sys.executable, str(PLUGIN / "telechat_preprocess.py"), "--input_dataset_file", str(EXAMPLES),
+                     "--output_path", str(folder), "--vocab_file_path", str(tokenizer),
+                     "--max_length", str(model["seq_length"]), "--document_boundaries"], log)
+    elif name == "official_checkpoint":
+        write_official_checkpoint(folder, model)
+    elif name == "mindspore_checkpoint":
+        run_command([sys.executable, str(PLUGIN / "convert_weight_torch_to_ms.py"), "--torch_path", str(official),
+                     "--mindspore_path", str(folder / converted.name), "--model_name", MODEL], log)
+    elif name == "finetune":
+        records = json.loads((dataset / "meta.json").read_text(encoding="utf-8"))["records"]
+        progress = TrainingProgress(folder / "training_log.jsonl", runner["epochs"] * (records // runner["batch_size"]))
+        run_command([*run_mindformer, "--config", str(FINETUNE), "--train_dataset", str(dataset),
+                     "--load_checkpoint", str(converted), "--output_dir", str(folder),
+                     # Several conversations share a record. Each is to be learnt for itself, as it will be asked for.
+                     "--model.model_config.document_boundaries", "True"], log, progress)
+        check_learnt(progress.log)
+    elif name == "predict":
+        prompts = [f"<_user>{question}<_bot>" for question in QUESTIONS]
+        run_command([*run_mindformer, "--config", str(PREDICT),
+                     "--load_checkpoint", str(last_checkpoint(output / "finetune")), "--output_dir", str(folder),
+                     "--processor.tokenizer.vocab_file", str(tokenizer), "--predict_data", *prompts], log)
+        answers = dict(zip(QUESTIONS, read_answers(folder / "text_generation_result.txt", prompts)))
+        (folder / "answers.json").write_text(json.dumps(answers, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def check_answer(folder: Path, expected: str) -> None:
+def lock(output: Path) -> Any:
+    """Take the folder for this process, until the returned file is closed. Raises StepError if another run has it."""
+    output.mkdir(parents=True, exist_ok=True)
+    held = open(output / ".lock", "w")  # noqa: SIM115 - held open as long as the process lives
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        held.close()
+        raise StepError(f"another run is using {output}; wait for it or stop it") from None
+    return held
+
+
+def forget(output: Path, first: str) -> None:
+    """Remove the results of step `first` and of those after it. The folder may hold other things, which stay."""
+    names = list(STEPS)
+    for name in names[names.index(first):]:
+        shutil.rmtree(output / name, ignore_errors=True)
+
+
+def run_steps(output: Path) -> None:
+    """Run the steps whose folder is missing, and all after the first of them. Raises StepError."""
+    for number, (name, title) in enumerate(STEPS.items(), 1):
+        head = f"[{number}/{len(STEPS)}] {title}"
+        if (output / name).is_dir():
+            print(f"{head}: done before, kept", flush=True)
+            continue
+        print(head, flush=True)
+        start = time.time()
+        forget(output, name)
+        partial = output / f"{PARTIAL}{name}"
+        shutil.rmtree(partial, ignore_errors=True)          # of a run that was killed
+        partial.mkdir()
+        try:
+            make_step(name, partial, output)
+            os.replace(partial, output / name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        print(f"      {time.time() - start:.1f} s", flush=True)
+
+
+def check_answer(folder: Path) -> None:
     """Print the answers; StepError unless the first is the one in the examples."""
+    expected = {record["input"]: record["output"] for record in conversations()}.get("<_user>" + QUESTIONS[0])
+    if expected is None:
+        raise StepError(f"{EXAMPLES} lacks the question that is asked at the end: {QUESTIONS[0]}")
     answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
     for question, answer in answers.items():
         print(f"\n  {question}\n  {answer}", flush=True)
     if answers[QUESTIONS[0]] != expected:
         raise StepError(f"the model's answer to {QUESTIONS[0]} is wrong; expected the one in {EXAMPLES}: {expected} "
-                        "bash scripts/quickstart.sh --fresh trains anew")
+                        "bash scripts/quickstart.sh --fresh starts over")
     print(f"\nThe answer to {QUESTIONS[0]} is right: it is the one in examples/conversations.jsonl.", flush=True)
+
+
+def print_outlook(output: Path, seconds: float) -> None:
+    """Say where everything is, and what to try next."""
+    chat = [sys.executable, str(PLUGIN / "run_telechat_predict.py"), "--interactive", "--yaml_file", str(PREDICT),
+            "--vocab_file_path", str(output / "tokenizer" / "tokenizer.model"),
+            "--checkpoint_path", str(last_checkpoint(output / "finetune"))]
+    print(f"""
+Done in {seconds:.0f} s. All results are in {show([str(output)])}/:
+  finetune/training_curve.png   loss and learning rate over the steps
+  finetune/checkpoint/          the fine-tuned model; predict/answers.json: its answers; logs/: all output
+For a real model on an Ascend machine: the same commands, printed above, with its recipe; README.md has every step, from
+the official weights on. To chat with the model just trained:
+
+{show(chat)}""")
 
 
 def main() -> int:
     """Run all steps; 1 if one fails or the answer is wrong."""
     parser = argparse.ArgumentParser(description="Fine-tune a tiny TeleChat on a CPU and ask it a question.")
-    parser.add_argument("--fresh", action="store_true", help="remove the results and start over")
+    parser.add_argument("--fresh", action="store_true", help="start over: the same as --from tokenizer")
+    parser.add_argument("--from", dest="first", choices=STEPS, metavar="STEP",
+                        help=f"repeat this step and those after it: {', '.join(STEPS)}")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the results (default: %(default)s)")
     args = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):     # a clean end, in the background too
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):      # a clean end, in the background too
         signal.signal(number, signal.default_int_handler)
-    start = time.time()
+    start, output = time.time(), args.output.resolve()
     try:
-        quickstart(Workspace(args.output.resolve(), steps=6, fresh=args.fresh))
+        with lock(output):
+            if args.fresh or args.first:
+                forget(output, next(iter(STEPS)) if args.fresh else args.first)
+            run_steps(output)
+            check_answer(output / "predict")
     except StepError as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted. Finished steps are kept; the same command goes on from there.", file=sys.stderr)
         return 130
-    print_outlook(args.output, time.time() - start)
+    print_outlook(output, time.time() - start)
     return 0
-
-
-def quickstart(space: Workspace) -> None:
-    """All steps, each from the results of those before. Raises StepError."""
-    recipe = read_recipe(FINETUNE)
-    model, runner = recipe["model"]["model_config"], recipe["runner_config"]
-    expected = {record["input"]: record["output"] for record in conversations()}.get("<_user>" + QUESTIONS[0])
-    if expected is None:
-        raise StepError(f"{EXAMPLES} lacks the question that is asked at the end: {QUESTIONS[0]}")
-    versions = " ".join(metadata.version(name) for name in ("mindspore", "mindformers"))
-    code = [versions, Path(__file__), ROOT / "run_mindformer.py", *sorted(PLUGIN.rglob("*.py"))]
-    bases = sorted((ROOT / "configs" / "telechat").glob("*.yaml"))
-    tokenizer, dataset = space.folder / "tokenizer" / "tokenizer.model", space.folder / "dataset"
-    official, converted = space.folder / "official_checkpoint", space.folder / "mindspore_checkpoint" / "telechat.ckpt"
-    trained = space.folder / "finetune"
-
-    tokenizer_key = space.step(
-        "tokenizer", "Train a SentencePiece tokenizer on the example conversations",
-        [EXAMPLES, Path(__file__), str(model["vocab_size"])],
-        lambda folder: train_tokenizer(folder, model["vocab_size"]))
-    dataset_key = space.step(
-        "dataset", "Turn the conversations into MindRecord", [tokenizer_key, EXAMPLES, *code],
-        lambda folder: space.run("preprocess", [
-            sys.executable, str(PLUGIN / "telechat_preprocess.py"), "--input_dataset_file", str(EXAMPLES),
-            "--output_path", str(folder), "--vocab_file_path", str(tokenizer),
-            "--max_length", str(model["seq_length"]), "--document_boundaries"], ROOT))
-    official_key = space.step(
-        "official_checkpoint", "Make a checkpoint in the official form, with random weights", [FINETUNE, *code],
-        lambda folder: write_official_checkpoint(folder, model))
-    converted_key = space.step(
-        "mindspore_checkpoint", "Convert it to MindSpore", [official_key],
-        lambda folder: space.run("convert", [
-            sys.executable, str(PLUGIN / "convert_weight_torch_to_ms.py"), "--torch_path", str(official),
-            "--mindspore_path", str(folder / converted.name), "--model_name", MODEL], ROOT))
-
-    def train(folder: Path) -> None:
-        total = runner["epochs"] * (count_records(dataset) // runner["batch_size"])
-        progress = TrainingProgress(folder / "training_log.jsonl", total)
-        try:
-            space.run("finetune", [
-                sys.executable, "run_mindformer.py", "--config", str(FINETUNE), "--register_path", str(PLUGIN),
-                "--train_dataset", str(dataset), "--load_checkpoint", str(converted),
-                # Several conversations share a record. Each is to be learnt for itself, as it will be asked for.
-                "--model.model_config.document_boundaries", "True", "--output_dir", str(folder)], ROOT, progress)
-        finally:
-            progress.close()
-        check_learnt(read_losses(folder))
-
-    trained_key = space.step("finetune", "Fine-tune on the conversations",
-                             [dataset_key, converted_key, FINETUNE, *bases], train)
-    space.step(
-        "predict", "Ask the fine-tuned model", [trained_key, PREDICT, *bases],
-        lambda folder: ask(space, folder, [
-            sys.executable, "run_mindformer.py", "--config", str(PREDICT), "--register_path", str(PLUGIN),
-            "--load_checkpoint", str(last_checkpoint(trained)), "--processor.tokenizer.vocab_file", str(tokenizer)]))
-    check_answer(space.folder / "predict", expected)
-
-
-def print_outlook(output: Path, seconds: float) -> None:
-    """Where everything lies, and what to try next."""
-    if ROOT in output.resolve().parents:
-        output = output.resolve().relative_to(ROOT)
-    print(f"""
-Done in {seconds:.0f} s. All results are in {output}/:
-  finetune/training_curve.png   loss and learning rate over the steps
-  finetune/checkpoint/          the fine-tuned model; predict/answers.json: its answers; logs/: all output
-Next: the same commands, printed above, with the recipe of a real model on an Ascend machine, for example
-  bash scripts/msrun_launcher.sh "python run_mindformer.py --config research/telechat/finetune_telechat_12b.yaml \\
-    --register_path research/telechat --train_dataset DATASET --load_checkpoint CHECKPOINT --auto_trans_ckpt True \\
-    --use_parallel True" 8
-README.md has every step, from the official weights on.""")
 
 
 if __name__ == "__main__":

@@ -11,80 +11,83 @@ import numpy as np
 import pytest
 from golden import SHARED, needs_shared
 
-from scripts import quickstart, step_runner
-from scripts.step_runner import StepError, Workspace
+from scripts import quickstart
+from scripts.quickstart import STEPS, StepError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def write(text):
-    """A step that writes `text`."""
-    return lambda folder: (folder / "file").write_text(text)
+@pytest.fixture
+def steps(monkeypatch):
+    """The names of the steps that ran, in order; each writes its name into its folder instead of doing its work."""
+    ran = []
 
+    def make_step(name, folder, output):
+        ran.append(name)
+        (folder / "file").write_text(name)
 
-def release(space):
-    """What the end of the process does."""
-    space._lock.close()
+    monkeypatch.setattr(quickstart, "make_step", make_step)
+    return ran
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name not in (".lock", ".steps.json"))
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
-def test_step_is_reused_while_its_inputs_stay(tmp_path, capsys):
-    source = tmp_path / "source"
-    source.write_text("one")
-    made = []
-
-    def run_once():
-        space = Workspace(tmp_path / "out", steps=1)
-        key = space.step("a", "Title", ["option", source], lambda folder: made.append(write("x")(folder)))
-        release(space)
-        return key
-
-    assert run_once() == run_once() and len(made) == 1
-    assert "reused" in capsys.readouterr().out
-    source.write_text("two")                               # input changed
-    run_once()
-    assert len(made) == 2
-    (tmp_path / "out" / "a" / "file").write_text("longer than before")      # result changed
-    run_once()
-    assert len(made) == 3
-    (tmp_path / "out" / ".steps.json").write_text("{broken")
-    run_once()
-    assert len(made) == 4 and names(tmp_path / "out") == ["a"]
+def test_what_exists_is_kept_and_what_follows_a_repeated_step_is_made_again(tmp_path, steps, capsys):
+    quickstart.run_steps(tmp_path)
+    assert steps == list(STEPS) and names(tmp_path) == sorted(STEPS)
+    quickstart.run_steps(tmp_path)
+    assert steps == list(STEPS) and capsys.readouterr().out.count("done before, kept") == len(STEPS)
+    (tmp_path / "dataset" / "file").unlink()
+    (tmp_path / "dataset").rmdir()
+    quickstart.run_steps(tmp_path)                        # the later folders came from the one that is gone
+    assert steps[len(STEPS):] == list(STEPS)[1:] and names(tmp_path) == sorted(STEPS)
 
 
-def test_failed_step_leaves_nothing_and_keeps_what_was_there(tmp_path):
-    space = Workspace(tmp_path, steps=1)
-    space.step("a", "Title", ["1"], write("first"))
+def test_failed_step_leaves_nothing_and_is_where_the_next_run_begins(tmp_path, steps, monkeypatch):
+    working = quickstart.make_step
 
-    def fail(folder):
-        write("half")(folder)
-        raise StepError("no")
+    def fail(name, folder, output):
+        working(name, folder, output)
+        if name == "finetune":
+            raise StepError("no")
 
+    monkeypatch.setattr(quickstart, "make_step", fail)
     with pytest.raises(StepError):
-        space.step("a", "Title", ["2"], fail)
-    assert names(tmp_path) == ["a"] and (tmp_path / "a" / "file").read_text() == "first"
-    assert space.is_done("a", step_runner.hash_inputs(["a", "1"]))
+        quickstart.run_steps(tmp_path)
+    assert names(tmp_path) == sorted(list(STEPS)[:4])
+    (tmp_path / ".partial-finetune").mkdir()              # left by a run that was killed
+    (tmp_path / ".partial-finetune" / "checkpoint").write_text("half")
+    monkeypatch.setattr(quickstart, "make_step", working)
+    steps.clear()
+    quickstart.run_steps(tmp_path)
+    assert steps == ["finetune", "predict"] and [path.name for path in (tmp_path / "finetune").iterdir()] == ["file"]
 
 
-def test_fresh_removes_only_what_steps_made(tmp_path):
-    space = Workspace(tmp_path, steps=1)
-    space.step("a", "Title", [], write("x"))
-    release(space)
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / ".partial-b").mkdir()
-    release(Workspace(tmp_path, steps=1, fresh=True))
-    assert names(tmp_path) == ["thesis"]
+@pytest.mark.parametrize(("options", "again"), [
+    ([], []), (["--fresh"], list(STEPS)), (["--from", "finetune"], ["finetune", "predict"]),
+])
+def test_options(tmp_path, steps, monkeypatch, options, again):
+    monkeypatch.setattr(quickstart, "check_answer", lambda folder: None)
+    monkeypatch.setattr(quickstart, "print_outlook", lambda output, seconds: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output", str(tmp_path)])
+    assert quickstart.main() == 0
+    (tmp_path / "thesis").mkdir()                         # the user's own
+    steps.clear()
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output", str(tmp_path), *options])
+    assert quickstart.main() == 0 and steps == again and "thesis" in names(tmp_path)
 
 
-def test_two_runs_at_once(tmp_path):
-    space = Workspace(tmp_path, steps=1)
-    with pytest.raises(StepError, match="another run"):
-        Workspace(tmp_path, steps=1)
-    release(space)
-    release(Workspace(tmp_path, steps=1))
+def test_two_runs_at_once(tmp_path, steps, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output", str(tmp_path), "--fresh"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with quickstart.lock(tmp_path):
+        assert quickstart.main() == 1 and steps == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: another run is using ")
+    quickstart.lock(tmp_path).close()
 
 
 @pytest.mark.parametrize("code, message", [
@@ -93,35 +96,47 @@ def test_two_runs_at_once(tmp_path):
 ])
 def test_failed_command_is_one_line(tmp_path, code, message):
     with pytest.raises(StepError) as caught:
-        step_runner.run_command([sys.executable, "-c", code], tmp_path / "log", tmp_path)
+        quickstart.run_command([sys.executable, "-c", code], tmp_path / "log")
     assert message in str(caught.value) and str(tmp_path / "log") in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_interrupt_ends_the_command_and_leaves_no_partial_folder(tmp_path):
+def test_commands_are_shown_as_they_can_be_pasted(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert quickstart.show([str(ROOT / "a/.partial-b/c d"), "/elsewhere/x"]) == "'a/b/c d' /elsewhere/x"
+    monkeypatch.chdir("/")
+    assert quickstart.show([str(ROOT / "a")]) in (str(ROOT / "a"), str(ROOT / "a")[1:])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_ends_the_command_and_leaves_no_partial_folder(tmp_path, number):
+    mark = f"MARK{tmp_path}"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(99)', {mark!r}])"
     program = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
-from scripts.step_runner import Workspace
-space = Workspace(Path({str(tmp_path)!r}), steps=1)
-code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(99)', 'MARK{tmp_path}'])"
-space.step("a", "Title", [], lambda folder: space.run("job", [sys.executable, "-c", code], folder))
+from scripts import quickstart
+quickstart.make_step = lambda name, folder, output: quickstart.run_command([sys.executable, "-c", {code!r}],
+                                                                           output / "logs" / "x.log")
+sys.argv = ["quickstart.py", "--output", {str(tmp_path)!r}]
+sys.exit(quickstart.main())
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True)
 
     def children():
         found = [path for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-        return [path for path in found if f"\0MARK{tmp_path}\0".encode() in safe_read(path)]
+        return [path for path in found if f"\0{mark}\0".encode() in safe_read(path)]
 
     deadline = time.time() + 30
     while not children() and time.time() < deadline:
         time.sleep(0.1)
     assert children(), process.communicate(timeout=5)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
-    assert process.returncode != 0
-    time.sleep(0.5)
+    process.send_signal(number)
+    assert "Finished steps are kept" in process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    while children() and time.time() < deadline + 10:
+        time.sleep(0.1)
     assert not children() and names(tmp_path) == ["logs"]
 
 
@@ -194,50 +209,61 @@ def test_answers_are_read_from_the_result_file(tmp_path):
 
 
 def test_wrong_answer_fails(tmp_path, capsys):
-    for answer in ("right", "wrong"):
+    expected = next(each["output"] for each in quickstart.conversations() if quickstart.QUESTIONS[0] in each["input"])
+    for answer in (expected, "wrong"):
         (tmp_path / "answers.json").write_text(json.dumps({quickstart.QUESTIONS[0]: answer}))
-        if answer == "right":
-            quickstart.check_answer(tmp_path, "right")
+        if answer == expected:
+            quickstart.check_answer(tmp_path)
             assert "is right" in capsys.readouterr().out
         else:
             with pytest.raises(StepError, match="is wrong"):
-                quickstart.check_answer(tmp_path, "right")
+                quickstart.check_answer(tmp_path)
 
 
-def test_loss_must_fall():
-    quickstart.check_learnt([7.0, *[0.1] * 20])
-    for losses in ([7.0, *[3.0] * 20], [7.0, *[float("nan")] * 20]):
+def test_loss_must_fall(tmp_path):
+    log = tmp_path / "log.jsonl"
+
+    def check(*losses):
+        log.write_text("".join(f'{{"loss": {json.dumps(loss)}}}\n' for loss in losses))
+        quickstart.check_learnt(log)
+
+    check(7.0, *[0.1] * 20)
+    for end in (3.0, float("nan")):
         with pytest.raises(StepError, match="did not fall"):
-            quickstart.check_learnt(losses)
+            check(7.0, *[end] * 20)
 
 
-def test_progress_follows_the_log(tmp_path, capsys, monkeypatch):
+def test_progress_follows_the_log(tmp_path, capsys):
     log = tmp_path / "log.jsonl"
     progress = quickstart.TrainingProgress(log, total=9)
     progress()
-    log.write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "lo')     # the second line is being written
-    progress()
-    assert progress.steps == 1 and progress.loss == 5.0
-    with log.open("a") as lines:
-        lines.write('ss": 4.0}\n')
-    progress.shown -= 100
-    progress()
-    assert progress.steps == 2 and "step 2/9, loss 4.000" in capsys.readouterr().out
+    assert capsys.readouterr().out == ""
+    for text, shown in (("", "compiling"), ('{"step": 1, "loss": 5.0}\n{"step": 2, "lo', "step 1/9, loss 5.000"),
+                        ('ss": 4.0}\n', "step 2/9, loss 4.000")):       # the second line is written in two pieces
+        with log.open("a") as lines:
+            lines.write(text)
+        progress.shown -= 100
+        progress()
+        assert shown in capsys.readouterr().out
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)      # a minute or two of work, but on a busy machine...
 def test_whole_quickstart(tmp_path):
-    command = [sys.executable, "scripts/quickstart.py", "--output", str(tmp_path / "out")]
+    output = tmp_path / "out"
+    command = [sys.executable, "scripts/quickstart.py", "--output", str(output)]
     before = set(ROOT.iterdir())
     first = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=1500)
     assert first.returncode == 0, first.stdout + first.stderr
     expected = next(each["output"] for each in quickstart.conversations() if quickstart.QUESTIONS[0] in each["input"])
     assert f"{quickstart.QUESTIONS[0]}\n  {expected}" in first.stdout
-    picture = (tmp_path / "out" / "finetune" / "training_curve.png").read_bytes()
+    picture = (output / "finetune" / "training_curve.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
-    assert names(tmp_path / "out") == sorted(["dataset", "finetune", "logs", "mindspore_checkpoint",
-                                              "official_checkpoint", "predict", "tokenizer"])
+    assert names(output) == sorted([*STEPS, "logs"])
     assert {path.name for path in set(ROOT.iterdir()) - before} <= {"__pycache__", ".pytest_cache", ".hypothesis"}
     second = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=250)
-    assert second.returncode == 0 and second.stdout.count("reused") == 6 and expected in second.stdout
+    assert second.returncode == 0 and second.stdout.count("kept") == len(STEPS) and expected in second.stdout
+    # The last line is a command that can be pasted: the trained model answers in the terminal.
+    chat = subprocess.run(["bash", "-c", second.stdout.splitlines()[-1]], cwd=ROOT, text=True, capture_output=True,
+                          input=f"{quickstart.QUESTIONS[0]}\n", timeout=250)
+    assert chat.returncode == 0 and expected in chat.stdout, chat.stdout + chat.stderr

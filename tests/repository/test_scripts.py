@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.requirements import is_installed, requirements
+from research.telechat.common.versions import fitting_pair
+from scripts import requirements
+from scripts.quickstart import STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "conversations.jsonl"
@@ -36,7 +38,7 @@ case "$*" in
     "-m ruff"*) echo "ran $*"; exit ${FAKE_RUFF:-0} ;;
     "-m codespell_lib"*) echo "ran $*"; exit ${FAKE_CODESPELL:-0} ;;
     "-m pytest"*) echo "ran $*" ;;
-    "scripts/quickstart.py"*) echo "ran $*" ;;
+    */scripts/quickstart.py*) echo "ran $*" ;;
     *) exit 0 ;;
 esac
 """
@@ -47,7 +49,7 @@ def checkout(tmp_path):
     """A copy of the scripts, a folder `bin` with the pretended Pythons, and a way to run bash there."""
     root = tmp_path / "checkout"
     shutil.copytree(ROOT / "scripts", root / "scripts")
-    for name in ("setup.cfg", "pyproject.toml"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, root / name)
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -80,7 +82,8 @@ def test_venv_is_made_once(checkout):
     first = run(checkout)
     assert first.returncode == 0, first.stderr
     assert f"PYTHON={checkout}/.venv/bin/python" in first.stdout
-    assert [call for call in first.calls if "install -e .[dev]" in call] and "800.1 MB" in first.stdout
+    assert any("install -c constraints.txt -e .[cpu,dev]" in call for call in first.calls)
+    assert "800.1 MB" in first.stdout
     second = run(checkout)
     assert second.returncode == 0 and second.calls == [] and second.stdout.startswith("PYTHON=")
     # Changed pins are installed, and so is an extra that was not asked for before.
@@ -159,10 +162,14 @@ def test_own_interpreter_gets_only_what_it_lacks(checkout):
 
 
 def test_quickstart_starts_in_the_environment(checkout):
-    first = run(checkout, "cd / && bash $HOME/scripts/quickstart.sh --fresh")
-    assert first.returncode == 0 and any("install -e ." in call for call in first.calls), first.stderr
-    assert first.stdout.splitlines()[-1] == "ran scripts/quickstart.py --fresh"
+    first = run(checkout, "cd / && bash $HOME/scripts/quickstart.sh --from finetune")
+    assert first.returncode == 0 and any("-e .[cpu]" in call for call in first.calls), first.stderr
+    assert first.stdout.splitlines()[-1] == f"ran {checkout}/scripts/quickstart.py --from finetune"
     assert "unknown argument --fast" in error_lines(run(checkout, "bash scripts/quickstart.sh --fast"))
+    shown = run(checkout, "bash scripts/quickstart.sh --help").stdout
+    assert "--from finetune" in shown and "set -eu" not in shown
+    for step in STEPS:
+        assert step in shown and run(checkout, f"bash scripts/quickstart.sh --from {step}").returncode == 0
 
 
 def test_run_tests_reports_lint_and_tests(checkout):
@@ -178,13 +185,28 @@ def test_run_tests_reports_lint_and_tests(checkout):
         assert "ruff or codespell found errors" in error_lines(lint)
 
 
-def test_requirements_lists_what_is_missing():
-    def lacking(*extras):
-        return subprocess.run([sys.executable, str(ROOT / "scripts" / "requirements.py"), *extras], text=True,
-                              capture_output=True, check=True).stdout.splitlines()
-    assert not any(line.startswith(("numpy", "mindspore")) for line in lacking())
-    assert "mindspore==2.9.0" in requirements([]) and any(line.startswith("pytest==") for line in requirements(["dev"]))
-    assert is_installed("numpy>=1.20,<2") and not is_installed("no-such-distribution==1.0")
+def test_requirements_lists_what_is_missing(monkeypatch):
+    result = subprocess.run([sys.executable, str(ROOT / "scripts" / "requirements.py"), "cpu"], text=True,
+                            capture_output=True, check=True)
+    assert not any(line.startswith(("numpy", "mindspore", "mindformers")) for line in result.stdout.splitlines())
+    assert any(line.startswith("pytest==") for line in requirements.requirements(["dev"]))
+    assert requirements.is_installed("numpy>=1.20") and not requirements.is_installed("no-such-distribution==1.0")
+    # MindFormers is chosen for the MindSpore that is there, as it would replace another one.
+    monkeypatch.setattr(requirements, "is_installed", lambda line: line != "mindformers")
+    monkeypatch.setattr(requirements, "installed_version", {"mindspore": "2.7.1", "mindformers": None}.get)
+    assert requirements.missing(["cpu"]) == ["mindformers==1.7.0"]
+
+
+def test_constraints_pin_the_newest_tested_pair_and_agree_with_setup():
+    lines = [line.split(";")[0].strip() for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+             if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9][0-9a-z.]*", line) for line in lines)
+    assert lines[:2] == ["{}=={}".format(*pair) for pair in zip(("mindspore", "mindformers"), fitting_pair())]
+    pinned = {line.split("==")[0] for line in lines}                # names in lower case
+    for line in requirements.requirements(["cpu", "torch", "evaluation", "peft", "dev"]):
+        requirement = line.split(";")[0].strip().lower()
+        assert re.match("[A-Za-z0-9.-]+", requirement).group() in pinned
+        assert "==" not in requirement or requirement in lines
 
 
 def test_ci_passes_arguments_on():
