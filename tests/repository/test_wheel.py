@@ -1,8 +1,6 @@
 """The wheel: what is in it, what it asks of pip, and (slow) that its commands work outside any checkout."""
 import email
-import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import zipfile
@@ -23,10 +21,7 @@ def build(kind, source, target):
     """Build `source` by the backend that pyproject.toml names, without a network; the path of the result."""
     target.mkdir(parents=True, exist_ok=True)
     code = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(target)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=source, text=True, capture_output=True, check=False,
-                          env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return target / done.stdout.splitlines()[-1]
+    return target / run([sys.executable, "-c", code], source).splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +91,9 @@ def test_bases_are_found_in_checkout_and_wheel(tmp_path, monkeypatch):
 def installed(wheel, tmp_path_factory):
     """Folder `bin` of a fresh venv with the wheel, in which the packages of this environment can be imported too."""
     folder = tmp_path_factory.mktemp("venv")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install", "--quiet",
-                    "--no-deps", "--no-index", str(wheel)], check=True, cwd=folder)
+    run([sys.executable, "-m", "venv", "--without-pip", folder], folder)
+    run([sys.executable, "-m", "pip", "--python", folder / "bin/python", "install", "--no-deps", "--no-index", wheel],
+        folder)
     (site,) = folder.glob("lib/python*/site-packages")
     # A line is a folder of modules; its own .pth files, with the editable installation of a checkout, are not read.
     (site / "environment.pth").write_text("\n".join(dict.fromkeys(sysconfig.get_paths()[key]

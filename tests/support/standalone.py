@@ -39,7 +39,8 @@ def make_inputs(folder: Path) -> Inputs:
 
 def run(words: Sequence[str], cwd: Path, stdin: str = "") -> str:
     """stdout of a command that must succeed, without the variables by which this repository could be found."""
-    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "REGISTER_PATH", "RUN_MODE")}
+    names = ("PYTHONPATH", "REGISTER_PATH", "RUN_MODE", "LOG_MF_PATH")
+    env = {key: value for key, value in os.environ.items() if key not in names}
     done = subprocess.run([str(word) for word in words], cwd=cwd, text=True, capture_output=True, input=stdin,
                           env={**env, "GLOG_v": "3"}, check=False, timeout=600)
     assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
