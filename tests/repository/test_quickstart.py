@@ -248,6 +248,7 @@ def test_progress_follows_the_log(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)      # a minute or two of work, but on a busy machine...
 def test_whole_quickstart(tmp_path):
     output = tmp_path / "out"
