@@ -11,6 +11,7 @@ from mindformers.modules.flash_attention import FlashAttention
 from mindformers.tools.logger import logger
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
+from mindspore.ops.auto_generate import InplaceCopy
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
 from research.telechat.bridge.compat import on_cpu
@@ -50,6 +51,11 @@ def gradient_kernels_of_cpu() -> bool:
     """Whether gradients are clipped and checked by kernels of the CPU (training/optimizer.py), which has no overflow
     flags, and not as MindFormers does."""
     return on_cpu()
+
+
+def writer() -> Any:
+    """The operator that writes a value into a parameter: a copy on the CPU, where assigning knows no bfloat16."""
+    return InplaceCopy() if on_cpu() else P.Assign()
 
 
 def dropout_by_step() -> bool:

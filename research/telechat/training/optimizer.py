@@ -1,6 +1,7 @@
-"""AdamW and gradient clipping from the kernels that a CPU has. On Ascend, MindFormers' own are used.
+"""AdamW with a remainder for 16-bit parameters, and AdamW and gradient clipping from the kernels that a CPU has.
 
-MindFormers composes both of small operators, which Ascend's compiler fuses and a CPU runs one by one.
+On Ascend MindFormers' own AdamW is used where nothing is stored in 16 bits, and its clipping. MindFormers composes both
+of small operators, which Ascend's compiler fuses and a CPU runs one by one.
 """
 from typing import Sequence, Tuple
 
@@ -13,12 +14,16 @@ from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
 from research.telechat.bridge.compat import MindFormerModuleType, plugin_class
+from research.telechat.model import kernels
+from research.telechat.training.remainder import joined, low_part, remainder_like
 
 _update = C.MultitypeFuncGraph("telechat_adamw")
+_update_master = C.MultitypeFuncGraph("telechat_adamw_master")
 _square_sum = C.MultitypeFuncGraph("telechat_square_sum")
 _scaled = C.MultitypeFuncGraph("telechat_scaled")
 _fused_update = P.AdamWeightDecay()
 _product = P.MatMul(transpose_b=True)
+_pow = P.Pow()
 
 
 @_update.register("Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor",
@@ -33,23 +38,69 @@ def _update_parameter(beta1: Tensor, beta2: Tensor, eps: Tensor, rate: Tensor, s
     return True
 
 
+@_update_master.register("Function", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor",
+                         "Tensor", "Tensor", "Tensor", "Bool")
+def _update_parameter_and_remainder(write: Callable[[Parameter, Tensor], object], beta1: Tensor, beta2: Tensor, eps: Tensor, step: Tensor, rate: Tensor,
+                                    weight_decay: Tensor, parameter: Tensor, gradient: Tensor, mean: Tensor,
+                                    square: Tensor, remainder: Tensor, trained: bool) -> Tensor:
+    """One parameter's update in float32, and what of it does not fit into the parameter's type; see TelechatAdamW.
+
+    remainder: float16; anything in float32 says that there is none. All tensors have the parameter's shape or one element.
+    """
+    if not trained:
+        return F.cast(gradient, F.dtype(parameter))
+    gradient = F.cast(gradient, mstype.float32)
+    new_mean = mean * beta1 + gradient * (1 - beta1)
+    new_square = square * beta2 + gradient * gradient * (1 - beta2)
+    step = F.cast(step, mstype.float32)
+    denominator = F.sqrt(new_square / (1 - _pow(beta2, step))) + eps
+    master = joined(parameter, remainder) * (1 - rate * weight_decay)
+    master = master - new_mean / denominator * (rate / (1 - _pow(beta1, step)))
+    stored = F.cast(master, F.dtype(parameter))
+    if F.dtype(remainder) == mstype.float16:
+        F.assign(remainder, low_part(master, stored))
+    F.assign(mean, new_mean)
+    F.assign(square, new_square)
+    write(parameter, stored)
+    return stored
+
+
 @plugin_class(MindFormerModuleType.OPTIMIZER)
 class TelechatAdamW(AdamW):
-    """MindFormers' AdamW (Loshchilov and Hutter, 2019) with one kernel per parameter; same state, same arguments.
+    """MindFormers' AdamW (Loshchilov and Hutter, 2019), same state, same arguments, with exact updates in 16 bits.
 
-    The kernel has no bias correction: m, v <- moments; p <- p - a (m / (sqrt(v) + e) + d p). With c1 = 1 - beta1^t and
-    c2 = 1 - beta2^t, AdamW's p - lr d p - lr (m / c1) / (sqrt(v / c2) + eps) is that of a = lr sqrt(c2) / c1,
-    e = eps sqrt(c2) and d' = d c1 / sqrt(c2). Parameters or groups that the kernel does not know (not float32, learning
-    rates by group) are updated as MindFormers does.
+    With `master_weights` "remainder", each parameter that is stored in 16 bits has a third state beside its moments, what
+    is missing to its float32 value (training/remainder.py). It is stored, cut over ranks and saved as the moments are,
+    `adam_r.NAME`, and updated where it is: nothing of it travels.
+
+    On a CPU float32 parameters are updated by one kernel each, which has no bias correction: m, v <- moments;
+    p <- p - a (m / (sqrt(v) + e) + d p). With c1 = 1 - beta1^t and c2 = 1 - beta2^t, AdamW's
+    p - lr d p - lr (m / c1) / (sqrt(v / c2) + eps) is that of a = lr sqrt(c2) / c1, e = eps sqrt(c2) and
+    d' = d c1 / sqrt(c2). What the kernel does not know (16 bits, learning rates by group) is composed of operators, as
+    MindFormers does it on Ascend.
+
+    Args:
+        master_weights: "remainder", or anything else: parameters are written back in their own type.
+        *args, **kwargs: of MindFormers' AdamW.
     """
 
-    def __init__(self, *args: object, **kwargs: object):
+    def __init__(self, *args: object, master_weights: str = "float32", **kwargs: object):
         super().__init__(*args, **kwargs)
-        self.fused = not self.is_group_lr and all(p.dtype == mstype.float32 for p in self.parameters)
+        on_cpu, low = kernels.gradient_kernels_of_cpu(), [p.dtype != mstype.float32 for p in self.parameters]
+        self.has_remainder = master_weights == "remainder" and any(low)
+        self.fused = on_cpu and not self.is_group_lr and not any(low)
+        self.composed = self.has_remainder or (on_cpu and any(low))
+        self.remainders = self.exp_avg                   # where there is no remainder, a moment holds its place
+        if self.has_remainder:
+            self.remainders = ParameterTuple([remainder_like(p, self.swap) if is_low else mean for p, is_low, mean in
+                                              zip(self.parameters, low, self.exp_avg)])
+        self.write = kernels.writer()
         self.pow, self.sqrt, self.reshape = P.Pow(), P.Sqrt(), P.Reshape()
 
     def construct(self, gradients: Tuple[Tensor, ...]) -> Tensor:
         """gradients: one for each parameter, of its shape."""
+        if self.composed:
+            return self.update_masters(gradients)
         if not self.fused:
             return super().construct(gradients)
         weight_decay = self.get_weight_decay()
@@ -59,6 +110,29 @@ class TelechatAdamW(AdamW):
                                   gradients, self.exp_avg, self.exp_avg_sq, self.optim_filter)
         return self.hyper_map(F.partial(_update, beta1, beta2, eps, rate, shrink, weight_decay), self._parameters,
                               gradients, self.exp_avg, self.exp_avg_sq, self.optim_filter)
+
+    def update_masters(self, gradients: Tuple[Tensor, ...]) -> Any:
+        """The step where some parameters are stored in 16 bits."""
+        weight_decay, rate = self.get_weight_decay(), self.get_lr()
+        self.assignadd(self.global_step, self.global_step_increase_tensor)
+        if self.is_group_lr:
+            result = self.hyper_map(
+                F.partial(_update_master, self.write, self.beta1, self.beta2, self.eps, self.global_step), rate,
+                weight_decay, self._parameters, gradients, self.exp_avg, self.exp_avg_sq, self.remainders,
+                self.optim_filter)
+        elif self.is_group:
+            result = self.hyper_map(
+                F.partial(_update_master, self.write, self.beta1, self.beta2, self.eps, self.global_step, rate),
+                weight_decay, self._parameters, gradients, self.exp_avg, self.exp_avg_sq, self.remainders,
+                self.optim_filter)
+        else:
+            result = self.hyper_map(
+                F.partial(_update_master, self.write, self.beta1, self.beta2, self.eps, self.global_step, rate,
+                          weight_decay), self._parameters, gradients, self.exp_avg, self.exp_avg_sq, self.remainders,
+                self.optim_filter)
+        if self.use_parallel:
+            self.broadcast_params(result)
+        return result
 
     def rates(self) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """beta1, beta2, e, a, c1 / sqrt(c2) of the next step, each [] float32; counts the step."""
