@@ -19,6 +19,8 @@ class TelechatLinear(Linear):
         super().__init__(in_channels, out_channels, has_bias=has_bias, weight_init=Normal(config.initializer_range),
                          param_init_type=config.param_init_type,
                          compute_dtype=kernels.matmul_dtype(config.compute_dtype))
+        if has_bias and config.norm_init_type != config.param_init_type:
+            self.bias = Parameter(initializer("zeros", (out_channels,), config.norm_init_type), name="bias")
 
 
 class RMSNorm(nn.Cell):
@@ -26,7 +28,7 @@ class RMSNorm(nn.Cell):
 
     def __init__(self, config: TelechatConfig):
         super().__init__()
-        self.weight = Parameter(initializer("ones", (config.hidden_size,), config.param_init_type),
+        self.weight = Parameter(initializer("ones", (config.hidden_size,), config.norm_init_type),
                                 parallel_optimizer=False)
         self.compute_dtype = config.layernorm_compute_type
         self.out_dtype = kernels.matmul_dtype(config.compute_dtype)

@@ -44,6 +44,7 @@ def agree(plan, rank, graph):
             assert cost.sent_by("purpose")[purpose] == pytest.approx(size, rel=0.1), purpose
     assert cost.memory.parameters == pytest.approx(memory["parameters"]["bytes"], rel=0.1)
     assert cost.memory.optimizer == pytest.approx(memory["optimizer"]["bytes"], rel=0.1)
+    assert cost.memory.remainder == memory.get("remainder", {"bytes": 0})["bytes"]
     assert cost.memory.gradients == pytest.approx(memory.get("gradients", {"bytes": 0})["bytes"], rel=0.1)
 
 

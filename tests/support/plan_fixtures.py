@@ -19,6 +19,8 @@ def small_recipe(dp=1, mp=1, pp=1, cp=1, model=None, base="finetune", **sections
     recipe["trainer"]["model_name"] = "telechat_small"
     recipe["model"]["model_config"].update(SMALL, **(model or {}))
     recipe["parallel_config"].update(data_parallel=dp, model_parallel=mp, pipeline_stage=pp, context_parallel=cp)
+    if base == "finetune":
+        recipe["optimizer"]["master_weights"] = "remainder"
     for name, keys in sections.items():
         recipe[name] = {**recipe.get(name, {}), **keys} if isinstance(keys, dict) else keys
     return recipe

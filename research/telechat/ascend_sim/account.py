@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from research.telechat.common.files import JsonObject
+from research.telechat.spec.precision import REMAINDER_PREFIX
 
 _BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 14: 8, 15: 16, 16: 2, 17: 8}
 _TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64",
@@ -278,6 +279,8 @@ def _memory(program: Program) -> Dict[str, Dict[str, int]]:
             kind = "gradients"
         elif _STATE.match(name):
             kind = "optimizer"
+        elif name.startswith(REMAINDER_PREFIX):
+            kind = "remainder"
         elif name.endswith(("key_cache", "value_cache")):
             kind = "kv_cache"
         elif "." in name:

@@ -10,6 +10,7 @@ import numpy as np
 from mindformers.modules.flash_attention import FlashAttention
 from mindformers.tools.logger import logger
 from mindspore import Tensor, nn
+from mindspore.ops import Primitive
 from mindspore.ops import operations as P
 from mindspore.ops.auto_generate import InplaceCopy
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
@@ -53,7 +54,7 @@ def gradient_kernels_of_cpu() -> bool:
     return on_cpu()
 
 
-def writer() -> Any:
+def writer() -> Primitive:
     """The operator that writes a value into a parameter: a copy on the CPU, where assigning knows no bfloat16."""
     return InplaceCopy() if on_cpu() else P.Assign()
 

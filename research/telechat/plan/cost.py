@@ -18,6 +18,7 @@ from research.telechat.spec.parameters import parameters
 
 EMBEDDING = "tok_embeddings.embedding_weight"
 STATE_BYTES = 8                        # AdamW: two moments of four bytes
+REMAINDER_BYTES = 2                    # of a 16-bit parameter that has one (training/remainder.py)
 LOGIT_BYTES = 18                       # per logit while the loss is computed: 16-bit and four float32 tensors of it
 SOFTMAX_STATISTICS = 64                # bytes per query and head that flash attention keeps: two rows of eight float32
 CARDS_PER_MACHINE = 8
@@ -26,10 +27,11 @@ CHIP = CHIPS["Ascend910B3"]            # that the recipes are for
 
 @dataclass
 class Memory:
-    """Bytes on one rank. The first four are exact, the others estimates."""
+    """Bytes on one rank. The first five are exact, the others estimates."""
 
     parameters: int = 0
     optimizer: int = 0
+    remainder: int = 0                 # what 16-bit parameters lack to float32
     gradients: int = 0                 # buffers in which micro-batches are added up
     kv_cache: int = 0
     gathered: int = 0                  # parameters put together for the forward pass by optimizer parallelism
@@ -97,6 +99,7 @@ class _Held:
     sharded: bool                      # cut over them by optimizer parallelism
     trained: bool
     item: int                          # bytes per element
+    travels: int                       # bytes per element in which it is gathered
 
 
 def _adapters(plan: Plan, weights: Iterable[Weight]) -> List[Weight]:
@@ -119,12 +122,13 @@ def held_parameters(plan: Plan, stage: int) -> List[_Held]:
     trained_base = not plan.lora_rank
     listed: List[Tuple[Weight, int, int, bool]] = []
     kinds = plan.layer_weights()
-    item = BYTES[model.param_init_type]
-    listed += [(weight, layers, item, trained_base) for weight in kinds]
+    item, vector = BYTES[model.param_init_type], BYTES[model.norm_init_type]
+    listed += [(weight, layers, item if weight.columns > 1 else vector, trained_base) for weight in kinds]
     if first or (last and model.tie_word_embeddings):
         listed.append((ends[EMBEDDING], 1, BYTES[model.embedding_init_type], trained_base))
     if last:
-        listed += [(weight, 1, item, trained_base) for name, weight in ends.items() if name != EMBEDDING]
+        listed += [(weight, 1, item if weight.columns > 1 else vector, trained_base) for name, weight in ends.items()
+                   if name != EMBEDDING]
     if plan.lora_rank:
         listed += [(weight, layers, plan.lora_bytes, True) for weight in _adapters(plan, kinds)]
     held = []
@@ -135,7 +139,10 @@ def held_parameters(plan: Plan, stage: int) -> List[_Held]:
                         if degree > 1 and not (name == "mp" and weight.cut))
         big = elements * size >= plan.threshold
         sharded = plan.optimizer_sharded and weight.shardable and group > 1 and big
-        held.append(_Held(weight, count, elements, group, axis, sharded, trained, size))
+        # A matrix is gathered in the type that it is multiplied in; its gradient comes back as it is stored.
+        whole_table = weight.name.endswith("embedding_weight") and plan.vocab_pieces == 1
+        travels = size if whole_table else min(size, BYTES[model.compute_dtype])
+        held.append(_Held(weight, count, elements, group, axis, sharded, trained, size, travels))
     return held
 
 
@@ -147,9 +154,11 @@ def _state(plan: Plan, stage: int) -> Memory:
         own = part.elements // part.group if part.sharded else part.elements
         memory.parameters += part.count * own * part.item
         if part.sharded:
-            memory.gathered += part.count * part.elements * part.item
+            memory.gathered += part.count * part.elements * part.travels
         if plan.training and part.trained:
             memory.optimizer += part.count * own * STATE_BYTES
+            if plan.remainder and part.item == 2:
+                memory.remainder += part.count * own * REMAINDER_BYTES
             if plan.accumulated:
                 memory.gradients += part.count * part.elements * part.item
             else:
@@ -241,13 +250,9 @@ def _parameter_traffic(plan: Plan, stage: int) -> List[Traffic]:
     for part in held_parameters(plan, stage):
         if part.group == 1 or not plan.training:
             continue
-        # A matrix is gathered in the type that it is multiplied in; its gradient comes back as it is stored.
-        is_table = part.weight.name.endswith("embedding_weight")
-        cast = min(part.item, BYTES[plan.model.compute_dtype])
-        travels = part.item if is_table and plan.vocab_pieces == 1 else cast
         size, count, name = part.elements, part.count, part.weight.name
         if part.sharded:
-            items.append(Traffic("parameters", part.axis, count * gather(size * travels, part.group), name))
+            items.append(Traffic("parameters", part.axis, count * gather(size * part.travels, part.group), name))
         if part.trained:
             send = gather if part.sharded else reduce
             items.append(Traffic("gradients", part.axis, count * send(size * part.item, part.group), name))

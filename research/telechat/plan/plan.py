@@ -12,6 +12,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.recipe.fields import ModelSettings
+from research.telechat.recipe.master_weights import choose as choose_master_weights
 from research.telechat.recipe.settings import dtype_name, resolve, to_variant
 from research.telechat.spec.parameters import Param, parameters
 from research.telechat.spec.variants import Variant, shape_faults
@@ -50,6 +51,7 @@ class Plan:
     virtual_stages: int          # pp_interleave_num where pipeline interleaving is on
     offset: object
     optimizer_sharded: bool
+    remainder: bool              # of 16-bit parameters, in the optimizer
     threshold: int               # bytes; smaller parameters are not cut by optimizer parallelism
     recompute: Any               # True, False, or layers per stage
     recompute_comm: bool         # mp_comm_recompute
@@ -164,6 +166,8 @@ def read_plan(recipe: JsonObject) -> Plan:
     interleaved = _integer(recipe, "micro_batch_interleave_num", "recipe") if training else 1
     steps = _integer(runner, "gradient_accumulation_steps", "runner_config") if training else 1
     micro = _integer(parallel, "micro_batch_num", "parallel_config") if training and pp > 1 else 1
+    master = choose_master_weights(recipe)
+    section = {**section, **(master.keys if master else {})}
     model = resolve({key: value for key, value in section.items() if key != "pet_config"})
     schedule = _section(settings, "pipeline_config")
     return Plan(
@@ -174,6 +178,7 @@ def read_plan(recipe: JsonObject) -> Plan:
         micro_batches=micro * steps * interleaved, interleaved_batches=interleaved,
         virtual_stages=model.pp_interleave_num if schedule.get("pipeline_interleave") and pp > 1 else 1,
         offset=model.offset, optimizer_sharded=bool(settings.get("enable_parallel_optimizer")) and training and used,
+        remainder=master is not None and master.kind == "remainder",
         threshold=1024 * (_section(settings, "parallel_optimizer_config").get("parallel_optimizer_threshold") or 0),
         recompute=recompute.get("recompute", False),
         recompute_comm=bool(recompute.get("mp_comm_recompute", True)),

@@ -18,7 +18,7 @@ from research.telechat.plan.cost import (
 from research.telechat.plan.plan import Plan, bubble, find_notes
 
 GB = 1e9
-_PARTS = (("parameters", "parameters"), ("optimizer", "optimizer"), ("gradients", "gradients"),
+_PARTS = (("parameters", "parameters"), ("optimizer", "optimizer"), ("remainder", "remainder"), ("gradients", "gradients"),
           ("kv_cache", "KV cache"), ("gathered", "gathered*"), ("gradients_passing", "passing*"),
           ("activations", "activations*"), ("loss", "loss*"))
 _LINKS = {"machine": "within a machine", "network": "between machines"}
@@ -33,7 +33,7 @@ def memory_notes(plan: Plan, memories: Sequence[Memory]) -> List[str]:
     """A line for stages that do not fit; what is exact (parameters, states, buffers) is told from what is estimated."""
     worst = max(range(len(memories)), key=lambda stage: memories[stage].total)
     memory = memories[worst]
-    exact = memory.parameters + memory.optimizer + memory.gradients + memory.kv_cache
+    exact = memory.parameters + memory.optimizer + memory.remainder + memory.gradients + memory.kv_cache
     if exact > plan.limit_gb * GB:
         return [f"stage {worst} does not fit: parameters, optimizer state, gradients and cache alone take "
                 f"{exact / GB:.1f} GB of {plan.limit_gb:g} GB (context.max_device_memory); raise model_parallel or "
@@ -154,7 +154,7 @@ def compared(cost: Cost, compiled: JsonObject) -> List[List[object]]:
         apart: Optional[float] = 100 * (mine - theirs) / theirs if theirs else None
         rows.append([what, mine / 1e6, theirs / 1e6, "-" if apart is None else f"{apart:+.1f} %"])
 
-    for key in ("parameters", "optimizer", "gradients", "kv_cache"):
+    for key in ("parameters", "optimizer", "remainder", "gradients", "kv_cache"):
         theirs = memory.get(key, {}).get("bytes", 0)
         if theirs or getattr(cost.memory, key):
             add(f"memory: {key}", getattr(cost.memory, key), theirs)

@@ -159,7 +159,8 @@ def resolve(given: Mapping[str, object]) -> ModelSettings:
     if checked["intermediate_size"] is None:
         checked["intermediate_size"] = _default_ffn(given, checked["hidden_size"])
     checked["n_kv_heads"] = checked["n_kv_heads"] or checked["num_heads"]
-    checked["embedding_init_type"] = checked["embedding_init_type"] or checked["param_init_type"]
+    for key in ("embedding_init_type", "norm_init_type"):
+        checked[key] = checked[key] or checked["param_init_type"]
     return ModelSettings(**checked)
 
 

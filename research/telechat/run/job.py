@@ -18,6 +18,7 @@ from research.telechat.bridge.compat import apply_template, prepare_cpu, set_out
 from research.telechat.common.environment import cores, workers
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
+from research.telechat.recipe import master_weights
 from research.telechat.recipe.legacy import translate
 from research.telechat.recipe.read import set_key
 from research.telechat.run.preflight import check_checkpoint, check_dataset, model_config
@@ -127,6 +128,8 @@ def prepare_recipe(recipe: JsonObject, overrides: JsonObject) -> MindFormerConfi
     """The recipe with `overrides` applied, today's keys, and the settings of the device. Raises ConfigError."""
     config = complete_recipe(recipe, overrides)
     translate_old_keys(config)
+    for line in master_weights.apply(config):
+        logger.info("%s.", line)
     forget_auto_register(config)
     adapt_to_cpu(config)
     detect_checkpoint_format(config)

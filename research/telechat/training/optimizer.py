@@ -9,6 +9,7 @@ import mindspore.common.dtype as mstype
 import numpy as np
 from mindformers.core.optim.adamw import AdamW
 from mindspore import Parameter, ParameterTuple, Tensor, nn
+from mindspore.ops import Primitive
 from mindspore.ops import composite as C
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
@@ -111,7 +112,7 @@ class TelechatAdamW(AdamW):
         return self.hyper_map(F.partial(_update, beta1, beta2, eps, rate, shrink, weight_decay), self._parameters,
                               gradients, self.exp_avg, self.exp_avg_sq, self.optim_filter)
 
-    def update_masters(self, gradients: Tuple[Tensor, ...]) -> Any:
+    def update_masters(self, gradients: Tuple[Tensor, ...]) -> Tensor:
         """The step where some parameters are stored in 16 bits."""
         weight_decay, rate = self.get_weight_decay(), self.get_lr()
         self.assignadd(self.global_step, self.global_step_increase_tensor)

@@ -1,0 +1,115 @@
+"""How training keeps updates that 16 bits would round away, and the refusal of recipes that would lose them. Pure Python.
+
+An update of AdamW is about as large as the learning rate, whatever the weight. A 16-bit weight changes only by what
+exceeds half a step of its type, so that nearly nothing of a fine-tuning at 1e-5 arrives (docs/training.md has figures).
+Weights are therefore stored in float32, or in 16 bits with a remainder in the optimizer (training/remainder.py).
+"""
+from typing import Any, Dict, List, NamedTuple, Optional
+
+from research.telechat.common.errors import ConfigError
+from research.telechat.recipe.fields import ModelSettings
+from research.telechat.recipe.settings import resolve
+
+KINDS = ("float32", "remainder", "none")
+_ADAMW = ("AdamW", "TelechatAdamW")
+_HALF_STEP = {"bfloat16": "1/512", "float16": "1/4096"}      # of a weight, at least
+
+
+class Choice(NamedTuple):
+    """What keeps the updates of a full training, and the keys of model_config that follow from it."""
+
+    kind: str                    # of KINDS
+    keys: Dict[str, str]
+
+
+def _section(recipe: Dict[str, Any], *names: str) -> Dict[str, Any]:
+    for name in names:
+        recipe = recipe.get(name) or {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _learning_rate(recipe: Dict[str, Any]) -> Any:
+    for name in ("lr_schedule", "optimizer"):
+        rate = _section(recipe, name).get("learning_rate")
+        if rate is not None:
+            return rate
+    return "unknown"
+
+
+def _resolved(section: Dict[str, Any], keys: Dict[str, str]) -> ModelSettings:
+    return resolve({**{key: value for key, value in section.items() if key != "pet_config"}, **keys})
+
+
+def _refusal(recipe: Dict[str, Any], key: str, dtype: str) -> ConfigError:
+    return ConfigError(
+        f"model_config.{key} is {dtype} without master weights: a weight would change only by updates above "
+        f"{_HALF_STEP[dtype]} of it (half a step of {dtype}), and at learning rate {_learning_rate(recipe)} most of the "
+        "training would be lost; set optimizer.master_weights to remainder, or the type to float32 (none trains like "
+        "this all the same; docs/training.md, Master weights)")
+
+
+def _check_optimizer(optimizer: Dict[str, Any]) -> None:
+    name = optimizer.get("type", "AdamW")
+    if name not in _ADAMW or optimizer.get("use_fused"):
+        raise ConfigError(f"optimizer.master_weights remainder: {name}{' with use_fused' * (name in _ADAMW)} keeps no "
+                          "remainder; use AdamW without use_fused, or store the parameters in float32 "
+                          "(model_config.amp_level O1)")
+
+
+def choose(recipe: Dict[str, Any]) -> Optional[Choice]:
+    """What keeps the updates of a complete recipe; None where it trains nothing, or an adapter on frozen weights.
+
+    `optimizer.master_weights` says so. Without it, float32 parameters need nothing, and amp_level O2 has the remainder.
+    A recipe that names no type of its parameters gets float32.
+
+    Raises:
+        ConfigError: updates would be lost, or keys contradict each other.
+    """
+    section, optimizer = _section(recipe, "model", "model_config"), _section(recipe, "optimizer")
+    if recipe.get("run_mode") not in ("train", "finetune") or section.get("pet_config") or not section:
+        return None
+    wish = optimizer.get("master_weights")
+    if wish is not None and wish not in KINDS:
+        raise ConfigError(f"optimizer.master_weights: expected {', '.join(KINDS)}, found {wish!r}")
+    keys: Dict[str, str] = {}
+    model = _resolved(section, keys)
+    named = section.get("param_init_type") is not None
+    if not named and (wish == "remainder" or not section.get("amp_level")):
+        low = model.compute_dtype if model.compute_dtype != "float32" else "bfloat16"
+        keys["param_init_type"] = low if wish == "remainder" else "float32"
+        model = _resolved(section, keys)
+    stored = {"param_init_type": model.param_init_type, "embedding_init_type": model.embedding_init_type}
+    short = [key for key, dtype in stored.items() if dtype != "float32"]
+    if not short:
+        if wish == "remainder":
+            raise ConfigError("optimizer.master_weights is remainder, but model_config.param_init_type is float32, "
+                              "which lacks nothing; remove one of the two")
+        return Choice("float32", keys)
+    if wish == "none":
+        return Choice("none", keys)
+    only_table, preset = short == ["embedding_init_type"], model.amp_level == "O2" and not named
+    if wish == "float32" or (wish is None and not only_table and not preset):
+        raise _refusal(recipe, short[0], stored[short[0]])
+    _check_optimizer(optimizer)
+    if section.get("norm_init_type") is None:
+        keys["norm_init_type"] = "float32"
+    return Choice("remainder", keys)
+
+
+def apply(recipe: Dict[str, Any]) -> List[str]:
+    """Complete a recipe in place: keys of the model, and the optimizer that is to be built. Returns lines for the log,
+    without full stop. Raises ConfigError."""
+    chosen, optimizer = choose(recipe), recipe.get("optimizer")
+    if isinstance(optimizer, dict):
+        optimizer.pop("master_weights", None)
+    if chosen is None:
+        return []
+    recipe["model"]["model_config"].update(chosen.keys)
+    if chosen.kind == "remainder":
+        optimizer.update(type="TelechatAdamW", master_weights="remainder")
+        return ["optimizer.master_weights: 16-bit parameters have a float16 remainder in the optimizer; norms and biases "
+                "are float32"]
+    if chosen.kind == "none":
+        return [f"optimizer.master_weights is none: at learning rate {_learning_rate(recipe)} most updates of 16-bit "
+                "parameters are rounded away"]
+    return []
