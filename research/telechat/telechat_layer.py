@@ -52,7 +52,7 @@ class TelechatEmbedding(nn.Cell):
                                                       config.embedding_init_type), name="embedding_weight")
         mesh = sharding.Mesh(config)
         # Where looked-up rows travel between devices, they do so in the 16 bits of the matrix multiplications.
-        self.table_dtype = kernels.matmul_dtype(config.compute_dtype) if mesh.vocab > 1 else config.embedding_init_type
+        self.table_dtype = kernels.matmul_dtype(config.compute_dtype if mesh.vocab > 1 else config.embedding_init_type)
         self.out_dtype = config.res_dtype
         self.input_mult = config.input_mult
         self.gather = P.Gather()

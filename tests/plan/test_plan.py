@@ -134,15 +134,29 @@ def test_rings():
 
 
 def test_memory_of_optimizer_parallelism_by_hand():
-    """8 data-parallel ranks: each keeps an eighth of every matrix, and the norms and biases whole."""
-    plan = plan_of(dp=8)
-    memory = memory_of(plan, 0)
-    matrices = 4096 * 512 + 2 * (4 * 512 ** 2 + 3 * 512 * 1536)
+    """8 data-parallel ranks: each keeps an eighth of every matrix, and the norms and biases whole, in float32."""
+    memory = memory_of(plan_of(dp=8), 0)
+    matrices, table = 4096 * 512 + 2 * (4 * 512 ** 2 + 3 * 512 * 1536), 4096 * 512
     vectors = 512 + 2 * 4 * 512
-    assert memory.parameters == 2 * (matrices // 8 + vectors)
+    assert memory.parameters == 2 * matrices // 8 + 4 * vectors
     assert memory.optimizer == 8 * (matrices // 8 + vectors)
+    assert memory.remainder == 2 * matrices // 8
     assert memory.gathered == 2 * matrices
     assert memory.gradients == 0
+    memory = memory_of(plan_of(dp=8, optimizer={"master_weights": "float32"}, model={"param_init_type": "float32"}), 0)
+    assert memory.parameters == 4 * (matrices // 8 + vectors) and memory.remainder == 0
+    assert memory.optimizer == 8 * (matrices // 8 + vectors)
+    assert memory.gathered == 2 * matrices + 2 * table          # layers travel in 16 bits, the whole table as it is
+
+
+def test_remainders_are_updated_where_they_are():
+    """Nothing more is sent than without them, and half of what float32 gradients are."""
+    def gradients(kind, dtype):
+        plan = plan_of(dp=8, optimizer={"master_weights": kind}, model={"param_init_type": dtype,
+                                                                        "norm_init_type": "float32"})
+        return cost_of(plan, 0).sent_by("purpose")["gradients"]
+    assert gradients("remainder", "float16") == gradients("none", "float16")
+    assert gradients("float32", "float32") == pytest.approx(2 * gradients("none", "float16"), rel=0.01)
 
 
 def test_traffic_of_sequence_parallelism_by_hand():

@@ -23,9 +23,9 @@ NO_LIMIT = 2**31 - 1                     # of the attention kernel's window
 
 
 def matmul_dtype(dtype: mstype.Type) -> mstype.Type:
-    """`dtype`, or float32 for bfloat16 on the CPU, which has no bfloat16 matrix multiplication."""
+    """`dtype`, or float32 for bfloat16 on the CPU, which neither multiplies matrices of it nor looks up rows."""
     if dtype == mstype.bfloat16 and on_cpu():
-        logger.info("The CPU has no bfloat16 matrix multiplication: float32 is used instead.")
+        logger.info("The CPU has no bfloat16 matrix multiplication and no look-up: float32 is used instead.")
         return mstype.float32
     return dtype
 
