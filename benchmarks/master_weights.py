@@ -5,9 +5,9 @@
     python benchmarks/master_weights.py --picture docs/master_weights.png --json FILE
 
 The table: TelechatAdamW, the optimizer of the recipes, takes 1000 steps with a cosine from 1e-5 on weights of standard
-deviation 0.02 and gradients of noise with a drift, all of which bfloat16 holds exactly, so that every kind starts and is
-pushed alike. Beside it AdamW in float64. Share: the distance travelled, projected on the exact one. Relative error: the
-distance from the exact end, as a part of the exact distance.
+deviation 0.02 and gradients of noise with a drift, all of which bfloat16 holds exactly, so that every kind starts alike
+and is pushed alike. Beside it AdamW in float64. Share: the distance travelled, projected on the exact one. Relative error:
+the distance from the exact end, as a part of the exact distance.
 
 The curves: a small model learns a made-up language, then is tuned on another one at 1e-5 with each kind.
 """
@@ -122,7 +122,7 @@ def language(seed: int, sequences: int) -> np.ndarray:
 
 
 def train(kind: Kind, rate: float, text: np.ndarray, start: Dict[str, np.ndarray]) -> Tuple[List[float], Any]:
-    """(loss of each step, model) of the small model on `text`, BATCH sequences a step; start: values by name, if any."""
+    """(loss of each step, model) of the small model on `text`, BATCH sequences a step; start: values by name."""
     import mindspore as ms
 
     from research.telechat.telechat import TelechatForCausalLM
@@ -147,7 +147,7 @@ def train(kind: Kind, rate: float, text: np.ndarray, start: Dict[str, np.ndarray
 
 
 def curves(steps: int) -> Dict[str, List[float]]:
-    """Loss of each step of the tuning, by kind; all begin with the weights, rounded to bfloat16, of one training."""
+    """Loss of each step of the tuning, by kind; all begin with the weights of one training, rounded to bfloat16."""
     _, model = train(KINDS["float32"], 3e-3, language(0, BATCH * LEARNED), {})
     start = {parameter.name: bfloat16(parameter.asnumpy()) for parameter in model.get_parameters()}
     text = language(1, BATCH * steps)
@@ -161,7 +161,7 @@ def smoothed(losses: List[float]) -> np.ndarray:
 
 
 def summary(losses: Dict[str, List[float]]) -> Dict[str, Dict[str, float]]:
-    """Of each curve: loss at its ends (means of some steps), share of float32's fall, largest gap of a step to float32."""
+    """Of each curve: loss at its ends (means of some steps), share of float32's fall, largest gap to float32."""
     truth = np.array(losses["float32"])
     fall = smoothed(losses["float32"])[0] - smoothed(losses["float32"])[-1]
     return {name: {"first": float(smoothed(values)[0]), "last": float(smoothed(values)[-1]),

@@ -27,7 +27,7 @@ def types(recipe):
     """(parameters, table, norms) of a recipe that `apply` has completed."""
     section = {key: value for key, value in recipe["model"]["model_config"].items() if key != "pet_config"}
     model = resolve(section)
-    return model["param_init_type"], model["embedding_init_type"], model["norm_init_type"]
+    return model.param_init_type, model.embedding_init_type, model.norm_init_type
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)

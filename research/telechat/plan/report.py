@@ -18,9 +18,9 @@ from research.telechat.plan.cost import (
 from research.telechat.plan.plan import Plan, bubble, find_notes
 
 GB = 1e9
-_PARTS = (("parameters", "parameters"), ("optimizer", "optimizer"), ("remainder", "remainder"), ("gradients", "gradients"),
-          ("kv_cache", "KV cache"), ("gathered", "gathered*"), ("gradients_passing", "passing*"),
-          ("activations", "activations*"), ("loss", "loss*"))
+_PARTS = (("parameters", "parameters"), ("optimizer", "optimizer"), ("remainder", "remainder"),
+          ("gradients", "gradients"), ("kv_cache", "KV cache"), ("gathered", "gathered*"),
+          ("gradients_passing", "passing*"), ("activations", "activations*"), ("loss", "loss*"))
 _LINKS = {"machine": "within a machine", "network": "between machines"}
 
 

@@ -88,7 +88,8 @@ class ModelSettings:
         "training_seqlen. None: by the sequence's own length, as officially", positive=True)
     amp_level: Optional[str] = _precision(
         None, "preset of the dtypes below: O0 all float32; O1 float32 parameters, 16-bit compute; O2 16-bit "
-        "parameters, compute and residual, trained with a remainder (optimizer.master_weights)", choices=("O0", "O1", "O2"))
+        "parameters, compute and residual, trained with a remainder (optimizer.master_weights)",
+        choices=("O0", "O1", "O2"))
     compute_dtype: str = _precision("float16", "matrix multiplications", choices=DTYPES)
     param_init_type: str = _precision(
         "float16", "parameters; full training without a word of them: float32", choices=DTYPES)

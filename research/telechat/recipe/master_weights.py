@@ -1,4 +1,4 @@
-"""How training keeps updates that 16 bits would round away, and the refusal of recipes that would lose them. Pure Python.
+"""How training keeps updates that 16 bits would round away, and the refusal of recipes that lose them. Pure Python.
 
 An update of AdamW is about as large as the learning rate, whatever the weight. A 16-bit weight changes only by what
 exceeds half a step of its type, so that nearly nothing of a fine-tuning at 1e-5 arrives (docs/training.md has figures).
@@ -24,8 +24,9 @@ class Choice(NamedTuple):
 
 def _section(recipe: Dict[str, Any], *names: str) -> Dict[str, Any]:
     for name in names:
-        recipe = recipe.get(name) or {}
-    return recipe if isinstance(recipe, dict) else {}
+        section = recipe.get(name)
+        recipe = section if isinstance(section, dict) else {}
+    return recipe
 
 
 def _learning_rate(recipe: Dict[str, Any]) -> Any:
@@ -43,9 +44,9 @@ def _resolved(section: Dict[str, Any], keys: Dict[str, str]) -> ModelSettings:
 def _refusal(recipe: Dict[str, Any], key: str, dtype: str) -> ConfigError:
     return ConfigError(
         f"model_config.{key} is {dtype} without master weights: a weight would change only by updates above "
-        f"{_HALF_STEP[dtype]} of it (half a step of {dtype}), and at learning rate {_learning_rate(recipe)} most of the "
-        "training would be lost; set optimizer.master_weights to remainder, or the type to float32 (none trains like "
-        "this all the same; docs/training.md, Master weights)")
+        f"{_HALF_STEP[dtype]} of it (half a step of {dtype}), and at learning rate {_learning_rate(recipe)} most of "
+        "the training would be lost; set optimizer.master_weights to remainder, or the type to float32 (none trains "
+        "like this all the same; docs/training.md, Master weights)")
 
 
 def _check_optimizer(optimizer: Dict[str, Any]) -> None:
@@ -107,8 +108,8 @@ def apply(recipe: Dict[str, Any]) -> List[str]:
     recipe["model"]["model_config"].update(chosen.keys)
     if chosen.kind == "remainder":
         optimizer.update(type="TelechatAdamW", master_weights="remainder")
-        return ["optimizer.master_weights: 16-bit parameters have a float16 remainder in the optimizer; norms and biases "
-                "are float32"]
+        return ["optimizer.master_weights: 16-bit parameters have a float16 remainder in the optimizer; norms and "
+                "biases are float32"]
     if chosen.kind == "none":
         return [f"optimizer.master_weights is none: at learning rate {_learning_rate(recipe)} most updates of 16-bit "
                 "parameters are rounded away"]

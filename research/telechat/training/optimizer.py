@@ -46,7 +46,7 @@ def _update_parameter_and_remainder(write: Callable[[Parameter, Tensor], object]
                                     square: Tensor, remainder: Tensor, trained: bool) -> Tensor:
     """One parameter's update in float32, and what of it does not fit into the parameter's type; see TelechatAdamW.
 
-    remainder: float16; anything in float32 says that there is none. All tensors have the parameter's shape or one element.
+    remainder: float16; anything in float32 says that there is none. All have the parameter's shape or one element.
     """
     if not trained:
         return F.cast(gradient, F.dtype(parameter))
@@ -70,9 +70,9 @@ def _update_parameter_and_remainder(write: Callable[[Parameter, Tensor], object]
 class TelechatAdamW(AdamW):
     """MindFormers' AdamW (Loshchilov and Hutter, 2019), same state, same arguments, with exact updates in 16 bits.
 
-    With `master_weights` "remainder", each parameter that is stored in 16 bits has a third state beside its moments, what
-    is missing to its float32 value (training/remainder.py). It is stored, cut over ranks and saved as the moments are,
-    `adam_r.NAME`, and updated where it is: nothing of it travels.
+    With `master_weights` "remainder", each parameter that is stored in 16 bits has a third state beside its moments:
+    what is missing to its float32 value (training/remainder.py). It is cut over ranks and saved as the moments are,
+    as `adam_r.NAME`, and updated where it is: nothing of it travels.
 
     On a CPU float32 parameters are updated by one kernel each, which has no bias correction: m, v <- moments;
     p <- p - a (m / (sqrt(v) + e) + d p). With c1 = 1 - beta1^t and c2 = 1 - beta2^t, AdamW's

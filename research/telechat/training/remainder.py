@@ -11,8 +11,8 @@ float16's normal numbers (the second term is half a step of the others, below 2^
 above most weights. Beyond 2^12, where (w - p) 2^12 may exceed 65504, the limit costs accuracy and nothing else. For
 float16 parameters, with steps an eighth as long, the bound is 2^-23 |w| + 2^-37.
 
-Rounding p + s / 2^12 to the type of p gives p again, except where w lies so close to half way between two of its numbers
-that s is rounded to the middle.
+Rounding p + s / 2^12 to the type of p gives p again, except where w lies so close to half way between two of its
+numbers that s is rounded to the middle.
 """
 import mindspore.common.dtype as mstype
 from mindspore import Parameter, Tensor
