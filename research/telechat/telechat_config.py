@@ -82,6 +82,7 @@ class TelechatConfig(PretrainedConfig):
         self.compute_dtype = _MSTYPES[settings.compute_dtype]
         self.param_init_type = _MSTYPES[settings.param_init_type]
         self.embedding_init_type = _MSTYPES[settings.embedding_init_type]
+        self.norm_init_type = _MSTYPES[settings.norm_init_type]
         self.layernorm_compute_type = _MSTYPES[settings.layernorm_compute_type]
         self.softmax_compute_type = _MSTYPES[settings.softmax_compute_type]
         self.rotary_dtype = _MSTYPES[settings.rotary_dtype]

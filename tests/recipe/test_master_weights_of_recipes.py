@@ -84,10 +84,10 @@ def test_what_would_lose_updates_is_refused_in_one_line(settings, words):
 
 
 def test_run_mindformer_refuses_before_the_start(capsys, tmp_path):
-    import run_mindformer
+    from research.telechat.commands.run import main
     arguments = ["--config", "research/telechat/finetune_telechat_tiny_cpu.yaml", "--output_dir", str(tmp_path),
                  "--train_dataset", str(tmp_path), "--options", f"{TYPE}=bfloat16"]
-    assert run_mindformer.main(arguments) == 1
+    assert main(arguments) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "would be lost" in lines[0]
 

@@ -87,10 +87,10 @@ class TelechatAdamW(AdamW):
 
     def __init__(self, *args: object, master_weights: str = "float32", **kwargs: object):
         super().__init__(*args, **kwargs)
-        on_cpu, low = kernels.gradient_kernels_of_cpu(), [p.dtype != mstype.float32 for p in self.parameters]
+        plain_kernels, low = kernels.gradient_kernels_of_cpu(), [p.dtype != mstype.float32 for p in self.parameters]
         self.has_remainder = master_weights == "remainder" and any(low)
-        self.fused = on_cpu and not self.is_group_lr and not any(low)
-        self.composed = self.has_remainder or (on_cpu and any(low))
+        self.fused = plain_kernels and not self.is_group_lr and not any(low)
+        self.composed = self.has_remainder or (plain_kernels and any(low))
         self.remainders = self.exp_avg                   # where there is no remainder, a moment holds its place
         if self.has_remainder:
             self.remainders = ParameterTuple([remainder_like(p, self.swap) if is_low else mean for p, is_low, mean in
