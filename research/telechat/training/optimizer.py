@@ -41,9 +41,9 @@ def _update_parameter(beta1: Tensor, beta2: Tensor, eps: Tensor, rate: Tensor, s
 
 @_update_master.register("Function", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor",
                          "Tensor", "Tensor", "Tensor", "Bool")
-def _update_parameter_and_remainder(write: Callable[[Parameter, Tensor], object], beta1: Tensor, beta2: Tensor, eps: Tensor, step: Tensor, rate: Tensor,
-                                    weight_decay: Tensor, parameter: Tensor, gradient: Tensor, mean: Tensor,
-                                    square: Tensor, remainder: Tensor, trained: bool) -> Tensor:
+def _update_parameter_and_remainder(write: Primitive, beta1: Tensor, beta2: Tensor, eps: Tensor, step: Tensor,
+                                     rate: Tensor, weight_decay: Tensor, parameter: Tensor, gradient: Tensor,
+                                     mean: Tensor, square: Tensor, remainder: Tensor, trained: bool) -> Tensor:
     """One parameter's update in float32, and what of it does not fit into the parameter's type; see TelechatAdamW.
 
     remainder: float16; anything in float32 says that there is none. All have the parameter's shape or one element.
