@@ -3,7 +3,8 @@ import os
 
 import pytest
 
-from research.telechat.common.files import whole, write_text
+from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import check_output_folder, whole, write_text
 
 
 def test_a_file_is_replaced_and_nothing_stays_beside(tmp_path):
@@ -39,3 +40,12 @@ def test_others_may_read_what_is_written(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+
+
+def test_an_output_folder_is_made_and_tried(tmp_path):
+    check_output_folder(tmp_path / "a/b", "--out")
+    assert list((tmp_path / "a/b").iterdir()) == []
+    (tmp_path / "file").touch()
+    for path, said in ((tmp_path / "file", "it is a file"), (tmp_path / "file/below", "Not a directory")):
+        with pytest.raises(ConfigError, match=f"^--out {path} cannot be written: {said}; name another folder"):
+            check_output_folder(path, "--out")

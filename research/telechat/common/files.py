@@ -36,8 +36,9 @@ def check_output_folder(path: Union[str, Path], named: str) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as err:
-        raise ConfigError(f"{named} {path} cannot be written: {err.strerror or err}; name another folder, or change "
-                          "its permissions") from err
+        fault = "it is a file" if Path(path).is_file() else err.strerror or err
+        raise ConfigError(f"{named} {path} cannot be written: {fault}; name another folder, or change its permissions"
+                          ) from err
 
 
 def prepare_log(output_dir: object) -> None:
