@@ -217,7 +217,7 @@ def test_prediction_mistakes(capsys, tokenizer_file, tmp_path):
     assert "prompt 1" in line and "seq_length is 128" in line
     line = mistake(capsys, predict_command(tokenizer_file, "--predict_data", "a", "--model.model_config.vocab_size",
                                            "500"))
-    assert "600 tokens" in line and "vocab_size is 500" in line
+    assert "it has 600 tokens, the model 500 (vocab_size)" in line
     assert "none.model" in mistake(capsys, predict_command(tmp_path / "none.model", "--predict_data", "a"))
     (tmp_path / "empty.txt").write_text("\n\n")
     line = mistake(capsys, predict_command(tokenizer_file, "--predict_data", str(tmp_path / "empty.txt")))
