@@ -99,7 +99,7 @@ def test_signals_clean_up(number):
 def test_an_ignored_hangup_stays_ignored():
     process = started(prefix=("nohup",))
     process.send_signal(signal.SIGHUP)
-    time.sleep(0.2)
+    time.sleep(1)                                          # longer than the clean-up would take
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
