@@ -134,7 +134,7 @@ def test_a_reader_that_has_gone_ends_it_quietly(count, options):
     """)
     process = subprocess.Popen([sys.executable, *options, "-c", code], cwd=ROOT, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+                               env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""})
     process.stdout.close()
     process.stdin.close()
     assert process.stderr.read() == ""
@@ -146,5 +146,6 @@ def test_a_reader_that_has_gone_ends_it_quietly(count, options):
 def test_output_to_a_full_disk_is_one_error():
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", "research.telechat", "--help"], cwd=ROOT, stdout=full, text=True,
-                              stderr=subprocess.PIPE, timeout=60, check=False)
+                              stderr=subprocess.PIPE, timeout=60, check=False,
+                              env={**os.environ, "PYTHONUNBUFFERED": ""})
     assert (done.returncode, done.stderr) == (1, "error: the disk is full; free some space\n")
