@@ -164,8 +164,8 @@ telechat_use_venv() {
     fi
     local log=$TELECHAT_VENV/install.log list
     rm -f "$stamp"
-    # An editable installation from pyproject.toml alone needs pip 21.3.
-    if ! "$PYTHON" -c 'import pip, sys; sys.exit(tuple(map(int, pip.__version__.split(".")[:2])) < (21, 3))'; then
+    # An editable installation needs pip 21.3, the test of the wheel 22.3 (pip --python).
+    if ! "$PYTHON" -c 'import pip, sys; sys.exit(tuple(map(int, pip.__version__.split(".")[:2])) < (22, 3))'; then
         telechat_pip "$log" install --upgrade pip || telechat_pip_failed "$log"
     fi
     telechat_say "installing the pinned dependencies into .venv (a few minutes the first time, about 3.4 GB)."

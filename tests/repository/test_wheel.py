@@ -36,7 +36,7 @@ def wheel(tmp_path_factory):
         else:
             shutil.copy(ROOT / name, source / name)
     packed = build("sdist", source, folder / "dist")
-    shutil.unpack_archive(packed, folder / "unpacked", filter="data")
+    shutil.unpack_archive(packed, folder / "unpacked")
     (unpacked,) = (folder / "unpacked").iterdir()
     return build("wheel", unpacked, folder / "dist")
 
