@@ -1,7 +1,8 @@
 """Checks what can be checked before msrun_launcher.sh starts any process. Not for the parallel plan.
 
-Looks at the command's script, its configuration and other input files, the devices of this machine and the scheduler's
-port. Each fault is one line that says what to change; the exit code is 1 then.
+Looks at the command's first words, its script, its configuration and other input files, the devices of this machine,
+and the scheduler's address and port. Each fault is one line that says what to change; the exit code is 1 then. With
+--split it tells the launcher how msrun has to be given the command.
 """
 import argparse
 import glob
@@ -10,13 +11,24 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 ROOT = Path(__file__).resolve().parents[1]
 INPUT_OPTIONS = ("config", "yaml_file", "register_path", "input_file")   # their values must be there already
+MSRUN_PROGRAMS = ("python", "python3", "pytest")    # msrun starts these itself, and gives anything else to `python`
+ASSIGNMENT = re.compile(r"""\s*[A-Za-z_]\w*=(?:[^\s'"\\]|'[^']*'|"(?:[^"\\]|\\.)*"|\\.)*(?=\s)""", re.DOTALL)
+
+
+class Parts(NamedTuple):
+    """A command as msrun has to be given it."""
+
+    assignments: str          # `VAR=x ...` before the program, as text for the shell
+    rest: str                 # the command from the program on, as text for the shell
+    program: bool             # whether it begins with a program that msrun would give to `python` as a script
 
 
 def split_command(command: str) -> List[str]:
@@ -30,6 +42,51 @@ def split_command(command: str) -> List[str]:
     if not words:
         raise ValueError("it is empty")
     return words
+
+
+def split_assignments(command: str) -> Parts:
+    """Variables that are set before the program, the rest, and whether msrun cannot start the program itself.
+
+    Raises ValueError where there is no program, or none that can be run.
+    """
+    if not command.strip():
+        raise ValueError("it is empty")
+    end = 0
+    while True:
+        match = ASSIGNMENT.match(command, end)
+        if not match:
+            break
+        end = match.end()
+    assignments, rest = command[:end].strip(), command[end:].strip()
+    words = split_command(rest) if rest else []
+    if not words or re.match(r"[A-Za-z_]\w*=", words[0]):
+        raise ValueError("it sets variables and starts nothing; write `VAR=value python SCRIPT ...`")
+    first = words[0]
+    if first in MSRUN_PROGRAMS or first.startswith("-") or first.endswith(".py"):
+        return Parts(assignments, rest, False)
+    program = shutil.which(first)
+    if program and is_program(Path(program)):
+        return Parts(assignments, rest, True)
+    if os.path.isfile(first):
+        return Parts(assignments, rest, False)
+    raise ValueError(f"it begins with {first!r}, which is neither a program nor a Python script here; begin it with "
+                     "`python SCRIPT`, after `VAR=value` if variables are to be set")
+
+
+def is_program(path: Path) -> bool:
+    """Whether `path` is to be run as it is: an interpreter, a binary, or a script of another language than Python."""
+    if re.fullmatch(r"python[\d.]*", path.name):
+        return True
+    with path.open("rb") as file:
+        head = file.readline(200)
+    return head.startswith(b"\x7fELF") or (head.startswith(b"#!") and b"python" not in head)
+
+
+def set_variables(assignments: str) -> None:
+    """Set the variables of `VAR=x ...` here, as far as they can be read without a shell: the checks look at some."""
+    for word in shlex.split(assignments):
+        name, _, value = word.partition("=")
+        os.environ[name] = value
 
 
 def options_of(words: List[str]) -> Dict[str, str]:
@@ -133,19 +190,69 @@ def check_port(port: int) -> List[str]:
     return []
 
 
+def check_master(address: str) -> List[str]:
+    """The master's name must resolve, as msrun looks it up on every machine."""
+    name = address.strip()
+    name = name[1:-1] if name.startswith("[") and name.endswith("]") else name       # an IPv6 address in brackets
+    try:
+        socket.getaddrinfo(name, None, socket.AF_UNSPEC, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as err:
+        return [f"MASTER_ADDR {address} cannot be resolved here ({getattr(err, 'strerror', None) or err}); give the "
+                f"first machine's IP address, or enter the name in /etc/hosts of every machine"]
+    return []
+
+
+def is_local(address: str) -> bool:
+    """Whether `address` belongs to this machine, so that msrun starts the scheduler here."""
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(address.strip("[] "), 0, 0, socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as sock:
+            sock.bind(where)
+    except OSError:
+        return False
+    return True
+
+
+def master_warnings(address: str, port: int, node_rank: int) -> List[str]:
+    """What will go wrong later because of where the scheduler starts, which msrun tells by the address alone."""
+    local = is_local(address)
+    if node_rank and local:
+        return [f"MASTER_ADDR {address} is this machine's own address, and NODE_RANK is {node_rank}: msrun starts a "
+                f"scheduler here too. If one listens on port {port} already, it fails, and the job counts as failed "
+                f"although the workers may end well; use one launcher per machine"]
+    if not node_rank and not local:
+        return [f"MASTER_ADDR {address} is no address of this machine, and NODE_RANK is 0: msrun starts no scheduler "
+                f"here, but on the machine that has this address"]
+    return []
+
+
 def main() -> int:
     """Print every fault found; 1 if there is one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workers", type=int, required=True, help="worker processes on this machine")
-    parser.add_argument("--port", type=int, default=0, help="port of the scheduler; 0: not on this machine")
+    parser.add_argument("--workers", type=int, default=1, help="worker processes on this machine")
+    parser.add_argument("--port", type=int, default=0, help="port of the scheduler")
+    parser.add_argument("--master", help="address of the machine with the scheduler; without it, this one")
+    parser.add_argument("--node_rank", type=int, default=0, help="number of this machine")
+    parser.add_argument("--split", action="store_true", help="only print the command in three parts, each ended by "
+                        "a NUL: assignments, the rest, and 1 if msrun cannot start the program itself")
     parser.add_argument("command", help="the command to launch, as one string")
     args = parser.parse_args()
     try:
-        words = split_command(args.command)
+        parts = split_assignments(args.command)
+        words = split_command(parts.rest)
     except ValueError as err:
         faults = [f"the command cannot be read: {err}"]
     else:
-        faults = check_files(words) + check_devices(words, args.workers) + check_port(args.port)
+        if args.split:
+            print(parts.assignments, parts.rest, int(parts.program), "", sep="\0", end="")
+            return 0
+        set_variables(parts.assignments)
+        faults = check_files(words) + check_devices(words, args.workers)
+        faults += check_master(args.master) if args.master else []
+        if not faults and args.master:
+            for warning in master_warnings(args.master, args.port, args.node_rank):
+                print(f"[msrun_launcher] warning: {warning}.", file=sys.stderr)
+        faults += check_port(args.port if args.node_rank == 0 else 0)
         digest = recipe_digest(words)
         if digest and not faults:
             print(f"recipe {options_of(words)['config']} with its bases: sha256 {digest}, the same on every machine")

@@ -9,10 +9,13 @@
 #                                  CLUSTER_TIME_OUT                       on each machine, with its own NODE_RANK
 #
 # COMMAND is read by the shell, so arguments with markers need quotes inside it: --predict_data '<_user>hello<_bot>'.
+# It may begin with `VAR=value`, and with the path of an interpreter; without a program, `python` is put before it.
 # JOIN True waits, shows the output, and names the first error of the first failing rank; JOIN False (the default)
 # returns at once and leaves the workers running. CLUSTER_TIME_OUT: seconds to wait for all workers to turn up.
-# MF_LOG_SUFFIX=x appends _x to the names of the log folders; PLOG_REDICT_TO_OUTPUT=True puts Ascend's own logs under
-# output/plog.
+#
+# Environment: MF_LOG_SUFFIX=x appends _x to the names of the log folders. LOG_MF_PATH is where MindFormers logs
+# (default: output/log). PLOG_REDIRECT_TO_OUTPUT=True (or PLOG_REDICT_TO_OUTPUT, an earlier spelling) puts Ascend's own
+# logs under output/plog. TELECHAT_BIND_CORE=False leaves the workers free to run on any core; they are bound otherwise.
 set -u
 
 SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
@@ -70,6 +73,12 @@ case $JOIN in
     *) die "JOIN must be True or False, found '$JOIN'" ;;
 esac
 
+# An interpreter that COMMAND names by its path brings the msrun beside it.
+ASSIGNED='([A-Za-z_][A-Za-z0-9_]*=[^[:space:]]*[[:space:]]+)*'
+if [[ $COMMAND =~ ^[[:space:]]*$ASSIGNED(/[^[:space:]]*)/python[0-9.]*([[:space:]]|$) ]] &&
+    [ -x "${BASH_REMATCH[2]}/msrun" ] && [ -x "${BASH_REMATCH[2]}/python" ]; then
+    PATH=${BASH_REMATCH[2]}:$PATH
+fi
 if ! command -v msrun >/dev/null && [ -x "$ROOT/.venv/bin/msrun" ]; then PATH=$ROOT/.venv/bin:$PATH; fi
 command -v msrun >/dev/null || die "msrun not found: MindSpore is not installed here, or its environment is not active." \
     "       bash scripts/quickstart.sh makes one in .venv, which this script finds."
@@ -78,15 +87,17 @@ export PATH PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 SUFFIX=${MF_LOG_SUFFIX:+_$MF_LOG_SUFFIX}
 LOG_DIR=$LOG_DIR$SUFFIX
-if [ -n "$SUFFIX" ]; then export LOG_MF_PATH="$PWD/output/log$SUFFIX"; fi
-if [ "${PLOG_REDICT_TO_OUTPUT:-False}" != False ]; then
+export LOG_MF_PATH="${LOG_MF_PATH:-$PWD/output/log$SUFFIX}"
+if [ "${PLOG_REDIRECT_TO_OUTPUT:-${PLOG_REDICT_TO_OUTPUT:-False}}" != False ]; then
     export ASCEND_PROCESS_LOG_PATH="$PWD/output/plog$SUFFIX"
     say "Ascend's own logs go to $ASCEND_PROCESS_LOG_PATH"
 fi
 
-port=$MASTER_PORT
-((NODE_RANK == 0)) || port=0   # only the first machine listens
-python "$SCRIPTS/launcher_check.py" --workers "$LOCAL_WORKER" --port "$port" -- "$COMMAND" || exit 1
+CHECKS=(--workers "$LOCAL_WORKER" --port "$MASTER_PORT" --node_rank "$NODE_RANK")
+if ((NODES > 1)); then CHECKS+=(--master "$MASTER_ADDR"); fi
+python "$SCRIPTS/launcher_check.py" "${CHECKS[@]}" -- "$COMMAND" || exit 1
+mapfile -d '' -t PARTS < <(python "$SCRIPTS/launcher_check.py" --split -- "$COMMAND")
+((${#PARTS[@]} == 3)) || die "COMMAND could not be read"
 python "$SCRIPTS/plan.py" --check --ranks "$WORKER_NUM" --command "$COMMAND" || exit 1
 
 mkdir -p "$LOG_DIR" || die "the log folder $LOG_DIR cannot be made; name another LOG_DIR"
@@ -96,6 +107,7 @@ ulimit -u unlimited 2>/dev/null || true   # only root may; the limit that is set
 
 OPTIONS=(--worker_num="$WORKER_NUM" --local_worker_num="$LOCAL_WORKER" --master_port="$MASTER_PORT"
     --log_dir="$LOG_PATH" --join="$JOIN" --cluster_time_out="$CLUSTER_TIME_OUT")
+case ${TELECHAT_BIND_CORE:-True} in False | false) ;; *) OPTIONS+=(--bind_core=True) ;; esac
 FIRST_RANK=0
 if ((NODES > 1)); then
     FIRST_RANK=$((NODE_RANK * LOCAL_WORKER))
@@ -109,6 +121,15 @@ if ((NODES > 1 && NODE_RANK == 0)); then
         "within $CLUSTER_TIME_OUT s"
 fi
 
+if ((WORKER_NUM == 1)); then
+    say "one worker: MindFormers' launcher starts none and asks for plain python; here it runs, as commands with one" \
+        "worker always have. COMMAND alone does the same without msrun."
+fi
+
+# msrun takes a program it does not know for a script of `python`: that script is then one that becomes the program.
+BECOME=""
+if [ "${PARTS[2]}" = 1 ]; then BECOME="python -c 'import os, sys; os.execvp(sys.argv[1], sys.argv[1:])'"; fi
+MSRUN="msrun $(printf '%q ' "${OPTIONS[@]}")"
 # The processes of this job: msrun tells each of them the scheduler's port by its environment.
 job_pids() {
     local entry
@@ -118,7 +139,7 @@ job_pids() {
 }
 
 if [ "$JOIN" = False ]; then
-    eval "msrun $(printf '%q ' "${OPTIONS[@]}") $COMMAND" || die "msrun could not start the workers (see above)"
+    eval "${PARTS[0]} $MSRUN $BECOME ${PARTS[1]}" || die "msrun could not start the workers (see above)"
     pids=$(job_pids)
     say "the workers run in the background. This does not wait for them, and cannot tell whether they succeed."
     # With pipeline stages only the last rank has the loss.
@@ -129,8 +150,8 @@ if [ "$JOIN" = False ]; then
 fi
 
 # One worker's output is enough on the screen; the others say the same, or their errors are reported at the end.
-OPTIONS+=(--tail_worker_log="$LAST_RANK")
-(eval "exec msrun $(printf '%q ' "${OPTIONS[@]}") $COMMAND") &
+MSRUN="msrun --tail_worker_log=$LAST_RANK ${MSRUN#msrun }"
+(eval "${PARTS[0]} exec $MSRUN $BECOME ${PARTS[1]}") &
 child=$!
 
 stop() {

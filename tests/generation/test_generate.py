@@ -105,6 +105,24 @@ def test_without_graphs(models):
         ms.set_context(mode=ms.GRAPH_MODE)
 
 
+def test_direct_engine_refuses_the_fused_kernels(monkeypatch):
+    """They read the lengths from an input that its graphs do not have: on a card that would be wrong without a word."""
+    from research.telechat.generation.engine import DirectEngine
+    from research.telechat.model import kernels
+    from research.telechat.telechat import TelechatForCausalLM
+    from research.telechat.telechat_config import TelechatConfig
+    config = {**HF_CONFIGS["telechat2_gqa"], "num_hidden_layers": 1}
+
+    def build():
+        return TelechatForCausalLM(TelechatConfig.from_hf_config(config, use_past=True, seq_length=64, num_blocks=4))
+    assert DirectEngine(build())
+    monkeypatch.setattr(kernels, "use_paged_attention", lambda: True)
+    model = build()
+    monkeypatch.undo()                                       # so that `_engine` takes it for one of the CPU
+    with pytest.raises(TypeError, match="no input `batch_valid_length`"):
+        model._engine()
+
+
 def test_end_tokens_and_limits(models):
     model, _ = models("12b", use_past=True)
     full = answers(model, PROMPTS, max_new_tokens=14)

@@ -17,6 +17,7 @@ LAUNCHER = ROOT / "scripts" / "msrun_launcher.sh"
 FAKE_MSRUN = """#!/bin/bash
 printf '%s\\n' "$@" >args
 echo "$PYTHONPATH" >pythonpath
+env >environment
 for word; do case $word in --log_dir=*) logs=${word#*=} ;; esac; done
 [ -z "$FAKE_LOGS" ] || cp "$FAKE_LOGS"/*.log "$logs"
 exit ${FAKE_EXIT:-0}
@@ -44,8 +45,9 @@ def launch(place, *arguments, timeout=60, **env):
     """Run the launcher; the result has msrun's arguments as `args`."""
     result = subprocess.run(["bash", str(LAUNCHER), *arguments], cwd=place, text=True, capture_output=True,
                             timeout=timeout, env={**os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}", **env})
-    args = place / "args"
+    args, seen = place / "args", place / "environment"
     result.args = args.read_text().splitlines() if args.exists() else None
+    result.seen = dict(line.partition("=")[::2] for line in seen.read_text().splitlines()) if seen.exists() else {}
     return result
 
 
@@ -62,7 +64,8 @@ def test_defaults_are_those_users_know(place):
         assert "port 8118 is not free" in result.stderr
         return
     assert set(result.args) == {"--worker_num=8", "--local_worker_num=8", "--master_port=8118", "--join=False",
-                                f"--log_dir={place}/output/msrun_log", "--cluster_time_out=7200", "python", "job.py"}
+                                f"--log_dir={place}/output/msrun_log", "--cluster_time_out=7200", "--bind_core=True",
+                                "python", "job.py"}
     assert "tail -f" in result.stdout and f"{place}/output/msrun_log/worker_7.log" in result.stdout
 
 
@@ -84,6 +87,82 @@ def test_form_with_nine_arguments(place):
     assert "rank 8 to 15" in result.stdout
 
 
+@pytest.mark.parametrize("command, assigned, given", [
+    ("python job.py 'a b'", {}, ["python", "job.py", "a b"]),
+    ("python3 -u job.py", {}, ["python3", "-u", "job.py"]),
+    ("job.py x", {}, ["job.py", "x"]),
+    ("GLOG_v=3 X='a b' python job.py", {"GLOG_v": "3", "X": "a b"}, ["python", "job.py"]),
+    ("X=$PWD/y  {python} job.py", {"X": "{place}/y"}, ["{python}", "job.py"]),
+    ("{python} -u job.py --name=\"a b\"", {}, ["{python}", "-u", "job.py", "--name=a b"]),
+    ("env Y=1 python job.py", {}, ["env", "Y=1", "python", "job.py"]),
+])
+def test_first_words_of_the_command(place, command, assigned, given):
+    """msrun starts `python` by that name only: other programs must reach it as arguments of one, variables not at all."""
+    def fill(text):
+        return text.replace("{python}", str(place / "bin/python")).replace("{place}", str(place))
+    result = launch(place, fill(command), "2", free_port(), "logs", "True", "60")
+    assert result.returncode == 0, result.stderr
+    given = [fill(word) for word in given]
+    assert result.args[-len(given):] == given
+    before = result.args[-len(given) - 1]
+    if given[0] in ("python", "python3", "job.py"):
+        assert before.startswith("--")
+    else:                                                    # msrun's own way: python, and this as its program
+        assert result.args[-len(given) - 3:-len(given) - 1] == ["python", "-c"]
+        (place / "job.py").write_text("import sys\nopen('ran', 'w').write(' '.join(sys.argv))\n")
+        subprocess.run([sys.executable, *result.args[-len(given) - 2:]], cwd=place, check=True)
+        assert (place / "ran").read_text().startswith("job.py")
+    assert {name: result.seen.get(name) for name in assigned} == {name: fill(text) for name, text in assigned.items()}
+
+
+def test_variables_of_the_command_count_for_the_checks(place):
+    (place / "recipe.yaml").write_text("context:\n  device_target: Ascend\n")
+    command = "python job.py --config recipe.yaml"
+    result = launch(place, f"ASCEND_RT_VISIBLE_DEVICES=0,1 {command}", "2", free_port(), "logs", "True", "60")
+    assert result.returncode == 0, result.stderr
+    result = launch(place, f"ASCEND_RT_VISIBLE_DEVICES=0 {command}", "2", free_port(), "logs", "True", "60")
+    assert result.returncode == 1 and "1 are visible" in result.stderr
+
+
+def test_interpreter_with_a_path_brings_its_msrun(place):
+    (place / "other").mkdir()
+    for name in ("msrun", "python"):
+        (place / "bin" / name).rename(place / "other" / name)
+    result = launch(place, f"{place}/other/python job.py", "2", free_port(), "logs", "True", "60")
+    assert result.returncode == 0, result.stderr
+    assert result.seen["PATH"].startswith(f"{place}/other:")
+
+
+def test_log_folders(place):
+    """Names as MindFormers' launcher has them; both spellings of the variable for Ascend's logs."""
+    def variables(**env):
+        result = launch(place, "python job.py", "2", free_port(), "logs", "True", "60", **env)
+        assert result.returncode == 0, result.stderr
+        return result.seen.get("LOG_MF_PATH"), result.seen.get("ASCEND_PROCESS_LOG_PATH")
+    assert variables() == (f"{place}/output/log", None)
+    assert variables(LOG_MF_PATH="/a/b", PLOG_REDIRECT_TO_OUTPUT="False") == ("/a/b", None)
+    assert variables(MF_LOG_SUFFIX="x", PLOG_REDIRECT_TO_OUTPUT="True") == (
+        f"{place}/output/log_x", f"{place}/output/plog_x")
+    assert variables(PLOG_REDICT_TO_OUTPUT="True") == (f"{place}/output/log", f"{place}/output/plog")
+
+
+def test_one_worker_and_unbound_cores(place):
+    result = launch(place, "python job.py", "1", free_port(), "logs", "True", "60", TELECHAT_BIND_CORE="False")
+    assert result.returncode == 0 and "asks for plain python" in result.stdout
+    assert "--worker_num=1" in result.args and "--bind_core=True" not in result.args
+
+
+def test_master_on_the_wrong_machine_is_told(place):
+    """msrun starts the scheduler where MASTER_ADDR is, whatever NODE_RANK says."""
+    form = ["python job.py", "2", "1", "127.0.0.1", free_port(), "1", "l", "True", "3"]
+    second = launch(place, *form)
+    assert second.returncode == 0 and "starts a scheduler here too" in second.stderr
+    form[3], form[5] = "192.0.2.1", "0"
+    assert "starts no scheduler here" in launch(place, *form).stderr
+    form[3], form[5] = "192.0.2.1", "1"
+    assert launch(place, *form).stderr == ""
+
+
 @pytest.mark.parametrize("arguments, words", [
     ([], "found 0 arguments"),
     (["python job.py", "2", "8118"], "found 3 arguments"),
@@ -101,11 +180,18 @@ def test_form_with_nine_arguments(place):
     (["python job.py --config telechat2/finetune_telechat_12b.yaml", "2"], "research/telechat/finetune_telechat_12b.y"),
     (["python job.py --predict_data <_user>hi<_bot>", "2"], "'<' outside of quotes"),
     (["python job.py --name 'open", "2"], "cannot be read"),
+    (["", "2"], "it is empty"),
+    (["X=1", "2"], "sets variables and starts nothing"),
+    (["/no/such/python job.py", "2"], "begins with '/no/such/python'"),
+    (["python job.py", "4", "2", "no-such-host.invalid", "8247", "1", "l", "True", "3"],
+     "MASTER_ADDR no-such-host.invalid cannot be resolved here"),
 ])
 def test_bad_input(place, arguments, words):
     result = launch(place, *arguments)
     assert result.returncode == 1 and result.args is None
     assert words in result.stderr and "Traceback" not in result.stderr
+    faults = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len([line for line in faults if "port 8118" not in line]) == 1   # other jobs of this machine may have that
 
 
 def test_plan_is_checked_and_the_recipe_named(place):

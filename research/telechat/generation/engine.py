@@ -78,9 +78,18 @@ class _TokenGraph(nn.Cell):
 
 
 class DirectEngine:
-    """Graphs of a model with the composed cache, compiled once: one for prompts, one for each batch size."""
+    """Graphs of a model with the composed cache, compiled once: one for prompts, one for each batch size.
+
+    Raises TypeError for a model with the fused kernels of the cache: they read how long the sequences are from the
+    graph's input of the name `batch_valid_length`, on the host. The graphs here call it `lengths`, and the kernels would
+    find nothing.
+    """
 
     def __init__(self, model: nn.Cell):
+        paged = [name for name, cell in model.cells_and_names() if getattr(cell, "paged", False)]
+        if paged:
+            raise TypeError(f"the direct engine's graphs have no input `batch_valid_length`, which the fused attention "
+                            f"kernels in {paged[0]} (one of {len(paged)}) read; FrameworkEngine serves them")
         self.model = model
         self._prompts: Optional[_PromptGraph] = None
         self._tokens: Dict[int, _TokenGraph] = {}
