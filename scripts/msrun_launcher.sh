@@ -84,6 +84,7 @@ command -v msrun >/dev/null || die "msrun not found: MindSpore is not installed 
     "       bash scripts/quickstart.sh makes one in .venv, which this script finds."
 command -v python >/dev/null || die "msrun starts its workers with 'python', and there is no such program on PATH"
 export PATH PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+export TELECHAT_LOCAL_WORKERS=$LOCAL_WORKER   # run/resources.py: how many ranks share this disk and memory
 
 SUFFIX=${MF_LOG_SUFFIX:+_$MF_LOG_SUFFIX}
 LOG_DIR=$LOG_DIR$SUFFIX

@@ -97,7 +97,7 @@ def test_form_with_nine_arguments(place):
     ("env Y=1 python job.py", {}, ["env", "Y=1", "python", "job.py"]),
 ])
 def test_first_words_of_the_command(place, command, assigned, given):
-    """msrun starts `python` by that name only: other programs must reach it as arguments of one, variables not at all."""
+    """msrun starts `python` by that name only: other programs reach it as arguments of one, variables not at all."""
     def fill(text):
         return text.replace("{python}", str(place / "bin/python")).replace("{place}", str(place))
     result = launch(place, fill(command), "2", free_port(), "logs", "True", "60")

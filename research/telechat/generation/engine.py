@@ -80,9 +80,9 @@ class _TokenGraph(nn.Cell):
 class DirectEngine:
     """Graphs of a model with the composed cache, compiled once: one for prompts, one for each batch size.
 
-    Raises TypeError for a model with the fused kernels of the cache: they read how long the sequences are from the
-    graph's input of the name `batch_valid_length`, on the host. The graphs here call it `lengths`, and the kernels would
-    find nothing.
+    Raises TypeError for a model with the fused kernels of the cache: these take the lengths of the sequences from the
+    graph's input of the name `batch_valid_length`, on the host. The graphs here call it `lengths`, and the kernels
+    would find nothing.
     """
 
     def __init__(self, model: nn.Cell):

@@ -32,7 +32,8 @@ from research.telechat.run.prompts import (
     visible,
     write_results,
 )
-from research.telechat.run.training_setup import prepare_training
+from research.telechat.run.resources import check_resources
+from research.telechat.run.training_setup import prepare_training, total_steps
 from research.telechat.telechat_tokenizer import TelechatTokenizer
 from research.telechat.training import log, optimizer, saving, step
 
@@ -184,6 +185,7 @@ def run(recipe: JsonObject, overrides: JsonObject, register_path: Optional[str] 
             check_dataset(config, "eval_dataset")
         if not prepare_training(config):
             return
+        check_resources(config, total_steps(config))
     if config.load_checkpoint and not config.get("resume_training"):
         check_checkpoint(config)
     if config.run_mode == "eval":
