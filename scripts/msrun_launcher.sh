@@ -154,6 +154,9 @@ fi
 MSRUN="msrun --tail_worker_log=$LAST_RANK ${MSRUN#msrun }"
 (eval "${PARTS[0]} exec $MSRUN $BECOME ${PARTS[1]}") &
 child=$!
+rm -f "$LOG_PATH/exits.json"
+python "$SCRIPTS/launcher_watch.py" "$child" "$LOG_PATH" --workers "$LOCAL_WORKER" &
+watcher=$!
 
 stop() {
     trap '' INT TERM
@@ -171,8 +174,9 @@ stop() {
 trap stop INT TERM
 wait "$child"
 status=$?
+wait "$watcher"
 if [ "$status" -ne 0 ]; then
-    python "$SCRIPTS/launcher_report.py" "$LOG_PATH" --since "$STARTED"
+    python "$SCRIPTS/launcher_report.py" "$LOG_PATH" --since "$STARTED" --workers "$WORKER_NUM"
     printf 'error: the job failed (msrun ended with %s); all logs are in %s\n' "$status" "$LOG_PATH" >&2
     exit 1
 fi
