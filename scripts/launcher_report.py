@@ -24,6 +24,8 @@ HARMLESS = re.compile(r"CPU device is not supported|if you are trying to run wit
 CAUSES = (("Failed to create the TCP server",
            "The scheduler could not listen on its port: something else does, perhaps the scheduler of a second "
            "launcher on this machine. Start one launcher per machine, or name another MASTER_PORT."),)
+TIMED_OUT = re.compile(r"worker (\d+) is the first one timed out|The node: (\d+) is timed out")   # of the scheduler
+STOPPED = 15               # the signal with which MindSpore ends a worker when another one is lost
 NOT_COMPLETE = "some processes in the cluster are not successfully spawned"
 CAUSE, OWN, LATER = range(3)
 FATAL, CRITICAL, ERROR = range(3)
@@ -140,6 +142,17 @@ def killed_first(exits: Dict[int, Optional[int]]) -> Optional[Tuple[int, int]]:
     return failed[0][0], -failed[0][1]
 
 
+def lost_rank(logs: List[Path]) -> Optional[Tuple[int, Path, int]]:
+    """(rank, log, line) where the scheduler says which rank it has lost first."""
+    for path in logs:
+        if rank_of(path) == SCHEDULER:
+            for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+                match = TIMED_OUT.search(line)
+                if match:
+                    return int(match.group(1) or match.group(2)), path, number
+    return None
+
+
 def last_lines(path: Path, count: int = 8) -> List[str]:
     """The end of a log."""
     return ["  " + line for line in path.read_text(errors="replace").splitlines()[-count:]]
@@ -153,6 +166,28 @@ def report_killed(rank: int, signal: int, logs: List[Path]) -> str:
         if rank_of(path) == rank:
             text += [f"The end of {path.name}:", *last_lines(path)]
     return "\n".join(text)
+
+
+def report_gone(logs: List[Path], killed: Optional[Tuple[int, int]]) -> Optional[str]:
+    """Text about a process that vanished without an error of its own, or None. killed: what `killed_first` gave."""
+    if killed and killed[1] != STOPPED:
+        return report_killed(*killed, logs)
+    lost, here = lost_rank(logs), {rank_of(path) for path in logs}
+    if lost and lost[0] not in here:
+        return (f"Rank {lost[0]} failed first, on another machine: the scheduler has lost it ({lost[1]}, line "
+                f"{lost[2]}). Look at the launcher's last lines there.")
+    if lost and killed:
+        return f"Rank {lost[0]} failed first: the scheduler has lost it, and it fell silent ({lost[1]}, line {lost[2]})"
+    return report_killed(*killed, logs) if killed else None
+
+
+def report_elsewhere(ranks: List[Path], failure: Optional[Tuple[Path, Finding]], workers: int) -> Optional[str]:
+    """Text where this machine only shows what follows from a fault of another one, or None."""
+    if failure is None or failure[1].weight != LATER or workers <= len(ranks) or NOT_COMPLETE in failure[1].message:
+        return None
+    return (f"No process of this machine (rank {spans(sorted(map(rank_of, ranks)))}) failed by itself; look at the "
+            f"launcher's last lines on the others. The first sign of it here ({failure[0]}, line {failure[1].line}): "
+            f"{failure[1].message}")
 
 
 def report_incomplete(logs: List[Path], path: Path, workers: int) -> str:
@@ -186,8 +221,10 @@ def report(folder: Path, since: float = 0.0, workers: int = 0) -> str:
         return f"{folder} has no worker_*.log of this job: no worker was started."
     exits = read_exits(folder, since)
     failure, killed = first_failure(logs, exits), killed_first(exits)
-    if killed and (failure is None or failure[1].weight != OWN or failure[1].kind == ERROR):
-        return report_killed(*killed, logs)
+    if failure is None or failure[1].weight == LATER or failure[1].kind == ERROR:
+        text = report_gone(logs, killed) or report_elsewhere(ranks, failure, workers)
+        if text:
+            return text
     if failure is None:
         text = [f"No worker's log in {folder} holds an error.",
                 "A worker that was killed, for want of memory perhaps, writes none: see `dmesg | tail`.",

@@ -340,6 +340,26 @@ def test_report_of_a_job_that_was_never_complete(tmp_path):
     assert "\n" not in text
 
 
+LOST = """[ERROR] DISTRIBUTED(5,7f,python):2026-01-02-10:00:30.357.852 [a/meta_server.cc:5] U] The node: 1 is timed out.
+Traceback (most recent call last):
+  File "run.py", line 9, in init
+RuntimeError: The total number of timed out node is 1. Timed out node list is: 1, worker 1 is the first one timed out.
+"""
+
+
+def test_report_names_the_rank_that_is_lost(tmp_path):
+    """Of two machines, the other one dies: MindSpore ends the worker here with signal 15."""
+    (tmp_path / "worker_0.log").write_text("2026-01-02 10:00:09,000 - mindformers - INFO - step 5\n")
+    (tmp_path / "scheduler.log").write_text(LOST)
+    (tmp_path / "exits.json").write_text('[["0", -15], ["scheduler", 1]]')
+    text = launcher_report.report(tmp_path, workers=2)
+    assert text.startswith("Rank 1 failed first, on another machine") and "scheduler.log, line 1" in text
+    (tmp_path / "worker_1.log").write_text("2026-01-02 10:00:09,000 - mindformers - INFO - step 5\n")
+    assert launcher_report.report(tmp_path, workers=2).startswith("Rank 1 failed first: the scheduler has lost it, and")
+    other = write_logs(tmp_path / "other", [2])                      # the machine without the scheduler
+    assert launcher_report.report(other, workers=3).startswith("No process of this machine (rank 2) failed by itself")
+
+
 def test_how_workers_ended_is_noted(tmp_path):
     """launcher_watch.py on a stand-in for msrun, whose first worker to end is killed."""
     program = """
