@@ -1,4 +1,4 @@
-"""scripts/launcher_report.py and launcher_watch.py: what a failed job is told to have died of, from logs and exit codes."""
+"""scripts/launcher_report.py and launcher_watch.py: what a failed job has died of, from logs and exit codes."""
 import os
 import subprocess
 import sys
