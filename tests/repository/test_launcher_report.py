@@ -4,9 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from scripts import launcher_report
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-import launcher_report
 
 LOGS = {
     # Rank 0 and 2 only notice that rank 1 is gone: rank 1 is the cause, though rank 0 has an earlier, harmless line.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from machines import missing, two_machines
-from test_training import ROOT, SEQ, VOCAB, command, read_log, write_records
+from training_fixtures import ROOT, SEQ, VOCAB, command, read_log, write_records
 
 pytestmark = pytest.mark.slow
 MASTER, PORT = "10.99.7.1", "8118"
