@@ -90,7 +90,7 @@ def test_a_disk_of_each_machine_takes_its_ranks_alone(job, told):
 
 
 def test_checkpoints_of_the_resumed_run_make_room(job, tmp_path, monkeypatch):
-    config = job(0.5 * TB, shared=False, resume_training="telechat_rank_0-2_100.ckpt")
+    config = job(0.55 * TB, shared=False, resume_training="telechat_rank_0-2_100.ckpt")
     config.callbacks[2]["continue_run"] = "telechat_rank_11"
     with pytest.raises(ConfigError):
         resources.check_resources(config, 0)
