@@ -19,6 +19,7 @@ from tqdm import tqdm
 from research.telechat.checkpoint.convert_check import check_model, check_source_mp, check_tied_head
 from research.telechat.checkpoint.dtypes import CODES, ITEM_SIZE, NAMES, cast
 from research.telechat.checkpoint.folder import open_files
+from research.telechat.checkpoint.masters import with_masters
 from research.telechat.checkpoint.reader import Checkpoint
 from research.telechat.checkpoint.stream import Stream, Transfer
 from research.telechat.checkpoint.writer import (
@@ -83,10 +84,13 @@ class Options(NamedTuple):
 
 
 def open_source(checkpoint: Checkpoint, variant: Variant, official: bool, source_mp: Optional[int] = None) -> Source:
-    """Check that a checkpoint holds exactly the parameters of `variant`, in their shapes."""
+    """Check that a checkpoint holds exactly the parameters of `variant`, in their shapes. Those with a remainder count
+    as float32."""
     params = parameters(variant)
     for param in params:
         source_groups(param, variant, source_mp)
+    if not official:
+        checkpoint = with_masters(checkpoint)
     return Source(checkpoint, variant, check_model(checkpoint, params, official), official, source_mp)
 
 

@@ -11,10 +11,12 @@ from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 
 from research.telechat.checkpoint.lora import check_pet_config, target_params
+from research.telechat.checkpoint.masters import precision_note
 from research.telechat.checkpoint.resume import Choice, Name, choose, fault_of, parse, step_of
 from research.telechat.common.environment import rank, workers
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
+from research.telechat.recipe.settings import dtype_name
 from research.telechat.run.preflight import model_config, record_count, sequences_per_step, training_files
 from research.telechat.spec.flops import flops_per_token
 
@@ -37,6 +39,8 @@ def prepare_training(config: MindFormerConfig) -> bool:
             logger.warning("%s", warning)
     recipe = json.loads(json.dumps(config.to_dict(), default=str))
     chosen, step = prepare_resume(config)
+    if chosen is not None and not pet_config:
+        _note_precision(config, chosen)
     if chosen is not None and step >= total_steps(config) > 0:
         logger.info("resume_training: training is complete already: the checkpoint has step %d of %d. Raise "
                     "runner_config.epochs to go on.", step, total_steps(config))
@@ -47,6 +51,16 @@ def prepare_training(config: MindFormerConfig) -> bool:
         elif callback.get("type") == "TelechatTrainingLog":
             callback["run_info"] = MindFormerConfig(**run_info(config, recipe, step))
     return True
+
+
+def _note_precision(config: MindFormerConfig, chosen: Name) -> None:
+    """Say where the checkpoint to resume from has another precision than this run."""
+    given = Path(str(config.load_checkpoint))
+    note = precision_note(given if given.is_file() else given / "rank_0" / chosen.file(0),
+                          dtype_name(model_config(config).param_init_type),
+                          (config.get("optimizer") or {}).get("master_weights") == "remainder")
+    if note:
+        logger.warning("resume_training: %s.", note)
 
 
 def total_steps(config: MindFormerConfig) -> int:
