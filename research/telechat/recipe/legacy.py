@@ -10,6 +10,7 @@ from typing import Iterator, List
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.recipe.fields import LEGACY
+from research.telechat.recipe.read import section
 
 _ARCHITECTURE = "TelechatForCausalLM"
 _RENAMED_ARCHITECTURES = ("ParallelTelechatForCausalLM",)
@@ -18,22 +19,13 @@ _CHECKPOINT_MONITOR, _MISSPELT_MONITOR = "CheckpointMonitor", "CheckpointMointor
 _RECOMPUTED = (r"feed_forward\.mul", r"feed_forward\.silu")
 
 
-def _section(recipe: JsonObject, *names: str) -> JsonObject:
-    """The section `a.b`; an empty one, not connected to the recipe, where there is none."""
-    for name in names:
-        below = recipe.get(name)
-        if not isinstance(below, dict):
-            return {}
-        recipe = below
-    return recipe
-
-
 def _optimizer(recipe: JsonObject) -> Iterator[str]:
-    optimizer = _section(recipe, "optimizer")
+    optimizer = section(recipe, "optimizer")
     if optimizer.get("type") == "FP32StateAdamWeightDecay":
         optimizer["type"] = "AdamW"
         yield ("optimizer.type FP32StateAdamWeightDecay is gone from MindFormers: AdamW, whose moments are float32 "
-               "too, takes its place")
+               "too, takes its place; it corrects the bias of the moments, which the old one did not, so that steps "
+               "differ until about 1 / (1 - beta2) of them are taken (the first by sqrt(1 - beta2) / (1 - beta1))")
     if "beta1" in optimizer or "beta2" in optimizer:
         optimizer["betas"] = [optimizer.pop("beta1", 0.9), optimizer.pop("beta2", 0.999)]
         yield f"optimizer.beta1 and beta2 are now optimizer.betas: {optimizer['betas']}"
@@ -56,14 +48,14 @@ def _callbacks(recipe: JsonObject) -> Iterator[str]:
 
 
 def _model(recipe: JsonObject) -> Iterator[str]:
-    arch = _section(recipe, "model", "arch")
+    arch = section(recipe, "model", "arch")
     if arch.get("type") in _RENAMED_ARCHITECTURES:
         yield (f"model.arch.type {arch['type']} is now {_ARCHITECTURE}, which is cut over cards by parallel_config for "
                "prediction as for training")
         arch["type"] = _ARCHITECTURE
     if str(arch.get("auto_register", "")).rpartition(".")[2] in _RENAMED_ARCHITECTURES:
         arch["auto_register"] = f"telechat.{_ARCHITECTURE}"
-    config = _section(recipe, "model", "model_config")
+    config = section(recipe, "model", "model_config")
     if config.pop("fine_grain_interleave", 1) not in (None, 1):       # MindFormers would act on it
         yield f"model_config.fine_grain_interleave has no effect: {LEGACY['fine_grain_interleave']}"
     name = config.get("checkpoint_name_or_path")
@@ -75,14 +67,14 @@ def _model(recipe: JsonObject) -> Iterator[str]:
         else:
             recipe["load_checkpoint"] = name
             yield f"model_config.checkpoint_name_or_path is now load_checkpoint: {name}"
-    experts = _section(recipe, "moe_config").get("expert_num", 1)
+    experts = section(recipe, "moe_config").get("expert_num", 1)
     if isinstance(experts, int) and experts > 1:
         raise ConfigError(f"moe_config.expert_num is {experts}: models with experts (TeleChat2-39B-A12B) are not "
                           "supported; remove moe_config for a dense model")
 
 
 def _parallel(recipe: JsonObject) -> Iterator[str]:
-    parallel, plan = _section(recipe, "parallel"), _section(recipe, "parallel_config")
+    parallel, plan = section(recipe, "parallel"), section(recipe, "parallel_config")
     alone = str(parallel.get("parallel_mode", "")).upper() == "STAND_ALONE"
     degrees = [plan.get(key, 1) for key in ("model_parallel", "pipeline_stage", "context_parallel")]
     if alone and recipe.get("use_parallel") and any(degree != 1 for degree in degrees):
@@ -93,7 +85,7 @@ def _parallel(recipe: JsonObject) -> Iterator[str]:
     if segments not in (None, 1):
         raise ConfigError(f"parallel_config.seq_split_num is {segments}: a pipeline over parts of sequences is not "
                           "supported; set it to 1, and context_parallel for long sequences")
-    recompute = _section(recipe, "recompute_config")
+    recompute = section(recipe, "recompute_config")
     selected = recompute.get("select_recompute")
     by_layers = isinstance(selected, (list, tuple)) and not any(isinstance(entry, str) for entry in selected)
     if selected is True or (by_layers and selected):
@@ -108,7 +100,7 @@ def _parallel(recipe: JsonObject) -> Iterator[str]:
 
 
 def _context(recipe: JsonObject) -> Iterator[str]:
-    context = _section(recipe, "context")
+    context = section(recipe, "context")
     for key in ("enable_graph_kernel", "graph_kernel_flags"):
         if key in context and context.pop(key):
             yield f"context.{key} is gone from MindSpore: context.jit_config.jit_level O1 fuses operators"
@@ -123,12 +115,12 @@ def _context(recipe: JsonObject) -> Iterator[str]:
 
 
 def _data(recipe: JsonObject) -> Iterator[str]:
-    batch = _section(recipe, "runner_config").get("batch_size", 1)
+    batch = section(recipe, "runner_config").get("batch_size", 1)
     for name in ("train_dataset", "eval_dataset"):
-        own = _section(recipe, name).pop("batch_size", batch)
+        own = section(recipe, name).pop("batch_size", batch)
         if own != batch:
             yield f"{name}.batch_size {own} has no effect: runner_config.batch_size ({batch}) decides"
-        _section(recipe, f"{name}_task").pop("dataset_config", None)     # a copy of the section; MindFormers makes one
+        section(recipe, f"{name}_task").pop("dataset_config", None)     # a copy of the section; MindFormers makes one
 
 
 def translate(recipe: JsonObject) -> List[str]:

@@ -4,10 +4,12 @@ An update of AdamW is about as large as the learning rate, whatever the weight. 
 exceeds half a step of its type, so that nearly nothing of a fine-tuning at 1e-5 arrives (docs/training.md has figures).
 Weights are therefore stored in float32, or in 16 bits with a remainder in the optimizer (training/remainder.py).
 """
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
 from research.telechat.recipe.fields import ModelSettings
+from research.telechat.recipe.read import section
 from research.telechat.recipe.settings import resolve
 
 KINDS = ("float32", "remainder", "none")
@@ -22,26 +24,19 @@ class Choice(NamedTuple):
     keys: Dict[str, str]
 
 
-def _section(recipe: Dict[str, Any], *names: str) -> Dict[str, Any]:
-    for name in names:
-        section = recipe.get(name)
-        recipe = section if isinstance(section, dict) else {}
-    return recipe
-
-
-def _learning_rate(recipe: Dict[str, Any]) -> Any:
+def _learning_rate(recipe: JsonObject) -> object:
     for name in ("lr_schedule", "optimizer"):
-        rate = _section(recipe, name).get("learning_rate")
+        rate = section(recipe, name).get("learning_rate")
         if rate is not None:
             return rate
     return "unknown"
 
 
-def _resolved(section: Dict[str, Any], keys: Dict[str, str]) -> ModelSettings:
-    return resolve({**{key: value for key, value in section.items() if key != "pet_config"}, **keys})
+def _resolved(config: JsonObject, keys: Dict[str, str]) -> ModelSettings:
+    return resolve({**{key: value for key, value in config.items() if key != "pet_config"}, **keys})
 
 
-def _refusal(recipe: Dict[str, Any], key: str, dtype: str) -> ConfigError:
+def _refusal(recipe: JsonObject, key: str, dtype: str) -> ConfigError:
     return ConfigError(
         f"model_config.{key} is {dtype} without master weights: a weight would change only by updates above "
         f"{_HALF_STEP[dtype]} of it (half a step of {dtype}), and at learning rate {_learning_rate(recipe)} most of "
@@ -49,7 +44,7 @@ def _refusal(recipe: Dict[str, Any], key: str, dtype: str) -> ConfigError:
         "like this all the same; docs/training.md, Master weights)")
 
 
-def _check_optimizer(optimizer: Dict[str, Any]) -> None:
+def _check_optimizer(optimizer: JsonObject) -> None:
     name = optimizer.get("type", "AdamW")
     if name not in _ADAMW or optimizer.get("use_fused"):
         raise ConfigError(f"optimizer.master_weights remainder: {name}{' with use_fused' * (name in _ADAMW)} keeps no "
@@ -57,7 +52,7 @@ def _check_optimizer(optimizer: Dict[str, Any]) -> None:
                           "(model_config.amp_level O1)")
 
 
-def choose(recipe: Dict[str, Any]) -> Optional[Choice]:
+def choose(recipe: JsonObject) -> Optional[Choice]:
     """What keeps the updates of a complete recipe; None where it trains nothing, or an adapter on frozen weights.
 
     `optimizer.master_weights` says so. Without it, float32 parameters need nothing, and amp_level O2 has the remainder.
@@ -66,19 +61,19 @@ def choose(recipe: Dict[str, Any]) -> Optional[Choice]:
     Raises:
         ConfigError: updates would be lost, or keys contradict each other.
     """
-    section, optimizer = _section(recipe, "model", "model_config"), _section(recipe, "optimizer")
-    if recipe.get("run_mode") not in ("train", "finetune") or section.get("pet_config") or not section:
+    config, optimizer = section(recipe, "model", "model_config"), section(recipe, "optimizer")
+    if recipe.get("run_mode") not in ("train", "finetune") or config.get("pet_config") or not config:
         return None
     wish = optimizer.get("master_weights")
     if wish is not None and wish not in KINDS:
         raise ConfigError(f"optimizer.master_weights: expected {', '.join(KINDS)}, found {wish!r}")
     keys: Dict[str, str] = {}
-    model = _resolved(section, keys)
-    named = section.get("param_init_type") is not None
-    if not named and (wish == "remainder" or not section.get("amp_level")):
+    model = _resolved(config, keys)
+    named = config.get("param_init_type") is not None
+    if not named and (wish == "remainder" or not config.get("amp_level")):
         low = model.compute_dtype if model.compute_dtype != "float32" else "bfloat16"
         keys["param_init_type"] = low if wish == "remainder" else "float32"
-        model = _resolved(section, keys)
+        model = _resolved(config, keys)
     stored = {"param_init_type": model.param_init_type, "embedding_init_type": model.embedding_init_type}
     short = [key for key, dtype in stored.items() if dtype != "float32"]
     if not short:
@@ -92,12 +87,12 @@ def choose(recipe: Dict[str, Any]) -> Optional[Choice]:
     if wish == "float32" or (wish is None and not only_table and not preset):
         raise _refusal(recipe, short[0], stored[short[0]])
     _check_optimizer(optimizer)
-    if section.get("norm_init_type") is None:
+    if config.get("norm_init_type") is None:
         keys["norm_init_type"] = "float32"
     return Choice("remainder", keys)
 
 
-def apply(recipe: Dict[str, Any]) -> List[str]:
+def apply(recipe: JsonObject) -> List[str]:
     """Complete a recipe in place: keys of the model, and the optimizer that is to be built. Returns lines for the log,
     without full stop. Raises ConfigError."""
     chosen, optimizer = choose(recipe), recipe.get("optimizer")

@@ -120,6 +120,16 @@ def parse_overrides(options: List[str], rest: List[str]) -> JsonObject:
     return overrides
 
 
+def section(recipe: JsonObject, *names: str) -> JsonObject:
+    """The section `a.b` of a recipe; an empty one, not connected to the recipe, where there is none."""
+    for name in names:
+        below = recipe.get(name)
+        if not isinstance(below, dict):
+            return {}
+        recipe = below
+    return recipe
+
+
 def set_key(config: JsonObject, dotted: str, value: object) -> None:
     """Set `a.b.c`. ConfigError: a section that the recipe lacks, or a key without the section in which it is read."""
     *sections, key = dotted.split(".")
