@@ -76,7 +76,7 @@ def mindspore_step(shape: Dict[str, Any]) -> Callable[[], float]:
     step = TelechatTrainOneStepCell(model, optimizer, use_clip_grad=True, max_grad_norm=1.0)
     step.set_train(True)
     ids = ms.Tensor(batch_of(shape))
-    return lambda: float(step(ids, ids)[0].asnumpy())
+    return lambda: step(ids, ids)[0].asnumpy().item()
 
 
 def mindspore_matmul(size: int) -> Callable[[], Any]:

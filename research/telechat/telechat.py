@@ -123,8 +123,9 @@ class LMHead(TelechatLinear):
 class TelechatForCausalLM(TelechatGenerationMixin, TelechatPreTrainedModel):
     """TeleChat with language-model head and loss.
 
-    Training: `(input_ids [B, N + 1], labels [B, N + 1])` -> loss, float32 scalar: position i predicts label i + 1;
-    labels equal to `ignore_token_id` do not count. With `document_boundaries` the third input is actual_seq_len.
+    Training: `(input_ids [B, N + 1], labels [B, N + 1])` -> `(sum [], number [1])`, float32, whose quotient is the loss
+    (model/loss.py): position i predicts label i + 1; labels equal to `ignore_token_id` do not count. With
+    `document_boundaries` the third input is actual_seq_len.
     Evaluation: `(input_ids [B, S])` -> logits [B, S, V] float32; with labels `(logits, labels, mask)`.
     """
 

@@ -62,6 +62,10 @@ class TestCompiled:
         assert {place["axes"] for place in sends} == {"pp"}
         # 4 micro-batches of 4 * 512 * 512 / 8 elements of 16 bit, and the gradient of the tied table
         assert sum(place["bytes"] for place in sends) == 2 * (4 * 4 * 512 * 512 // 8 + 4096 * 512 // 8)
+        # Loss, number of tokens, norm and overflow are scalars; all stages have them.
+        sums = [place for place in graphs["step"]["communication"]["places"]
+                if place["operator"] == "AllReduce" and place["axes"] == "pp"]
+        assert 0 < sum(place["bytes"] for place in sums) <= 64
 
     @pytest.mark.parametrize("rank, limit", [(0, 170e6), (8, 150e6)])
     def test_pipeline_sends_little(self, rank, limit):

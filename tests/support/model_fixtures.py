@@ -71,3 +71,9 @@ def logits_of(model: Any, input_ids: np.ndarray, **kwargs: Any) -> np.ndarray:
     result = model(ms.Tensor(np.asarray(input_ids, np.int32)), **kwargs)
     result = result[0] if isinstance(result, tuple) else result
     return result.asnumpy()
+
+
+def loss_of(model: Any, ids: Any, labels: Any) -> float:
+    """The loss of a model in training mode for [B, S + 1] token ids and labels, both Tensors."""
+    total, count = model(ids, labels)
+    return total.asnumpy().item() / count.asnumpy().item()

@@ -18,12 +18,14 @@ SIZES = ["--model.model_config.seq_length", str(SEQ), "--model.model_config.voca
          "--train_dataset.data_loader.shuffle", "False", "--batch_size", str(BATCH)]
 
 
-def write_records(path, rows):
-    """A MindRecord file with input_ids and labels, both `rows` [records, N + 1]."""
+def write_records(path, rows, labels=None):
+    """A MindRecord file with input_ids `rows` [records, N + 1] and `labels`, without which they are the same."""
     from mindspore.mindrecord import FileWriter
     writer = FileWriter(str(path), 1, overwrite=True)
     writer.add_schema({"input_ids": {"type": "int32", "shape": [-1]}, "labels": {"type": "int32", "shape": [-1]}}, "t")
-    writer.write_raw_data([{"input_ids": row, "labels": row} for row in rows.astype(np.int32)])
+    labels = rows if labels is None else labels
+    writer.write_raw_data([{"input_ids": row, "labels": label}
+                           for row, label in zip(rows.astype(np.int32), labels.astype(np.int32))])
     writer.commit()
     return path
 

@@ -16,7 +16,7 @@ from research.telechat.common.versions import TESTED, install_line
 
 PACKAGE = "research.telechat"
 # Modules that register what recipes name by `type` alone: optimizer, training step, callbacks.
-NAMED_BY_RECIPES = ("training.log", "training.optimizer", "training.saving", "training.step")
+NAMED_BY_RECIPES = ("training.log", "training.optimizer", "training.perplexity", "training.saving", "training.step")
 
 
 def first_import(*candidates: str) -> Any:

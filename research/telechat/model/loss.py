@@ -1,15 +1,34 @@
-"""Cross entropy over the labels that count. Only the loss; shifting of labels happens in the model."""
+"""The definition of the loss: the sum of the losses of all tokens that count, divided by the number of these tokens.
+
+It holds for the global batch, in however many parts it is computed (ranks, micro-batches, accumulated steps), and for a
+whole set in evaluation. A mean of means would give the tokens of short answers more weight. So the model returns sum
+and number, whoever joins parts adds both, and the division comes last. Shifting of labels happens in the model.
+"""
+from typing import Tuple
+
 import mindspore.common.dtype as mstype
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
 from mindspore.ops.functional import stop_gradient
+from mindspore.ops.primitive import constexpr
 
 from research.telechat.model import kernels, sharding
 from research.telechat.telechat_config import TelechatConfig
 
+_LITTLE = 1e-20                            # 0 / _LITTLE is 0, and the number of tokens + _LITTLE is itself in float32
+
+
+@constexpr
+def unit(tokens: int) -> float:
+    """The least power of two that is at least `tokens`: dividing by it never rounds."""
+    return float(2 ** (tokens - 1).bit_length())
+
 
 class CrossEntropyLoss(nn.Cell):
-    """Mean of -log softmax(logits)[label] over the labels that are not `ignore_token_id`; 0 if there is none.
+    """Sum of -log softmax(logits)[label] over the labels that are not `ignore_token_id`, and how many these are.
+
+    Both are divided by `unit` of all labels in the step of this process, counted or not, so that gradients of the sum
+    stay in the range of those of the mean, which float16 needs; the quotient is the mean.
 
     Computed as log(sum(exp(logits - max))) + max - logits[label], so that no matrix of probabilities is stored for the
     forward pass. Where a gather will do, no one-hot of the vocabulary exists either.
@@ -19,6 +38,8 @@ class CrossEntropyLoss(nn.Cell):
         super().__init__()
         self.ignore = config.ignore_token_id
         self.vocab_size = config.vocab_size
+        plan = config.parallel_config
+        self.parts = plan.micro_batch_num if plan.pipeline_stage > 1 else 1
         self.by_gather = kernels.gather_labels()
         self.max = kernels.RowMax()
         self.sub = P.Sub()
@@ -34,16 +55,21 @@ class CrossEntropyLoss(nn.Cell):
         self.token_loss = P.Sub()
         self.masked = P.Mul()
         self.total = P.ReduceSum()
+        self.little = Tensor([_LITTLE], mstype.float32)
         self.cast = P.Cast()
         self.reshape = P.Reshape()
         sharding.loss(self, sharding.Mesh(config))
 
-    def construct(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits: [N, V] float32, labels: [N] int32 -> scalar float32."""
-        loss, mask = self.token_losses(logits, labels)
-        return self.total(loss) / (self.total(mask) + 1e-8)
+    def construct(self, logits: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor]:
+        """logits: [N, V] float32, labels: [N] int32 -> sum [] and number [1] of the tokens that count, in units.
 
-    def token_losses(self, logits: Tensor, labels: Tensor):
+        Both float32, in the shapes that MindFormers' steps expect. Where no token counts, their quotient is 0.
+        """
+        loss, mask = self.token_losses(logits, labels)
+        part = 1 / unit(labels.shape[0] * self.parts)
+        return self.total(loss) * part, self.total(mask) * part + self.little
+
+    def token_losses(self, logits: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor]:
         """Loss of each token (0 where the label does not count) and the mask, both [N] float32."""
         mask = self.cast(self.not_equal(labels, self.ignore), mstype.float32)      # [N]
         labels = self.select_label(labels, self.cast(mask, mstype.int32))          # ignored ones become 0

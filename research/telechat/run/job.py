@@ -21,6 +21,7 @@ from research.telechat.common.files import JsonObject
 from research.telechat.recipe import master_weights
 from research.telechat.recipe.legacy import translate
 from research.telechat.recipe.read import set_key
+from research.telechat.run.batches import pad_evaluation, settle_batches
 from research.telechat.run.preflight import check_checkpoint, check_dataset, model_config
 from research.telechat.run.prompts import (
     check_length,
@@ -35,14 +36,15 @@ from research.telechat.run.prompts import (
 from research.telechat.run.resources import check_resources
 from research.telechat.run.training_setup import prepare_training, total_steps
 from research.telechat.telechat_tokenizer import TelechatTokenizer
-from research.telechat.training import log, optimizer, saving, step
+from research.telechat.training import log, optimizer, perplexity, saving, step
 
 # Classes that MindFormers must not copy and execute once more: importing their modules has registered them.
 _REGISTERED = {cls.__name__ for cls in (telechat.TelechatForCausalLM, telechat_config.TelechatConfig,
                                         telechat_tokenizer.TelechatTokenizer,
                                         telechat_tokenizer_fast.TelechatTokenizerFast,
                                         step.TelechatTrainOneStepCell, log.TelechatTrainingLog,
-                                        optimizer.TelechatAdamW, saving.TelechatCheckpointMonitor)}
+                                        optimizer.TelechatAdamW, perplexity.PerplexityMetric,
+                                        saving.TelechatCheckpointMonitor)}
 
 def complete_recipe(recipe: JsonObject, overrides: JsonObject) -> MindFormerConfig:
     """The recipe with `overrides`, {dotted key: value}, applied. Raises ConfigError."""
@@ -88,13 +90,10 @@ def adapt_to_cpu(config: MindFormerConfig) -> None:
         config.use_parallel = False
     plan["data_parallel"] = workers() if config.use_parallel else 1
     parallel = config.setdefault("parallel", MindFormerConfig())
-    parallel.update(parallel_mode=0, full_batch=False, gradients_mean=True, enable_parallel_optimizer=False)
+    parallel.update(parallel_mode=0, full_batch=False, gradients_mean=False, enable_parallel_optimizer=False)
     config.context.pop("jit_config", None)
     if config.get("runner_config"):
         config.runner_config.sink_mode = False
-    wrapper = config.get("runner_wrapper")
-    if wrapper and wrapper.type == "MFTrainOneStepCell":
-        wrapper.type = "TelechatTrainOneStepCell"
     optimizer = config.get("optimizer")
     if optimizer and optimizer.type == "AdamW" and not optimizer.get("use_fused"):
         optimizer.type = "TelechatAdamW"
@@ -133,6 +132,7 @@ def prepare_recipe(recipe: JsonObject, overrides: JsonObject) -> MindFormerConfi
         logger.info("%s.", line)
     forget_auto_register(config)
     adapt_to_cpu(config)
+    settle_batches(config)
     detect_checkpoint_format(config)
     return config
 
@@ -196,6 +196,8 @@ def run(recipe: JsonObject, overrides: JsonObject, register_path: Optional[str] 
     if register_path:
         os.environ["REGISTER_PATH"] = os.path.abspath(register_path)
     config = apply_template(config)
+    if config.run_mode == "eval" or (training and config.get("do_eval")):
+        pad_evaluation(config)
     set_output_path(config.output_dir)
     build_context(config)
     prepare_cpu()

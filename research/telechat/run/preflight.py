@@ -14,10 +14,12 @@ from research.telechat.checkpoint.folder import open_mindspore
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.data.meta import data_files
 from research.telechat.data.scan import check_dataset as check_files
+from research.telechat.run.batches import sequences_per_step, steps_per_epoch
 from research.telechat.spec.parameters import parameters
 from research.telechat.telechat_config import TelechatConfig
 
 DATASET_CHECKS = "dataset_checks.json"     # in the output folder: what was read of data sets without meta.json
+_SHIFTING_HANDLERS = ("PackingHandler", "AlpacaInstructDataHandler")       # of MindFormers' HFDataLoader
 _SHOWN = 8                                 # faults listed in full; the rest are counted
 
 
@@ -81,6 +83,7 @@ def check_dataset(config: MindFormerConfig, section: str) -> None:
     if not loader:
         raise ConfigError(f"the recipe has no section {section}.data_loader; inherit it (base_config: "
                           "../../configs/telechat/finetune.yaml)")
+    _check_labels(loader, section)
     if loader.get("type") != "MindDataset":
         return
     path = loader.get("dataset_dir") or loader.get("dataset_files")
@@ -105,6 +108,25 @@ def check_dataset(config: MindFormerConfig, section: str) -> None:
         _check_enough_records(config, path)
 
 
+def _check_labels(loader: MindFormerConfig, section: str) -> None:
+    """The model shifts labels itself: ConfigError for loaders that have shifted them, a warning for unknown ones."""
+    kind = str(loader.get("type"))
+    inner = loader.get("sub_data_loader") or []
+    for each in inner if isinstance(inner, (list, tuple)) else [inner]:
+        _check_labels(each, section)
+    handlers = loader.get("handler") or []
+    handlers = handlers if isinstance(handlers, (list, tuple)) else [handlers]
+    shifting = [str(handler.get("type")) for handler in handlers if handler.get("type") in _SHIFTING_HANDLERS]
+    if shifting or "Megatron" in kind:
+        found = f"{kind} with {', '.join(shifting)}" if shifting else kind
+        raise ConfigError(f"{section}.data_loader: {found} shifts the labels by one token, and TeleChat shifts them "
+                          "itself: training would learn the token after the next; use MindDataset with data made by "
+                          "research/telechat/telechat_preprocess.py")
+    if kind != "MindDataset" and not inner:
+        logger.warning("%s.data_loader: what %s reads is not checked; its labels must be the tokens themselves, not "
+                       "those one place on: the model shifts them.", section, kind)
+
+
 def training_files(config: MindFormerConfig) -> List[str]:
     """The MindRecord files that the recipe trains on; none where it reads another kind of data."""
     loader = (config.get("train_dataset") or {}).get("data_loader") or {}
@@ -121,18 +143,10 @@ def record_count(files: List[str]) -> int:
     return MindDataset(files, shuffle=False).get_dataset_size()
 
 
-def sequences_per_step(config: MindFormerConfig) -> int:
-    """Sequences of one step over all cards."""
-    runner, plan = config.get("runner_config") or {}, config.get("parallel_config") or {}
-    micro = plan.get("micro_batch_num", 1) if plan.get("pipeline_stage", 1) > 1 else 1
-    return (runner.get("batch_size", 1) * plan.get("data_parallel", 1) * micro
-            * (runner.get("gradient_accumulation_steps") or 1) * (config.get("micro_batch_interleave_num") or 1))
-
-
 def _check_enough_records(config: MindFormerConfig, path: Union[str, Path]) -> None:
     """ConfigError where the data set holds less than one batch: training would end at once without a step."""
     records, batch = record_count(training_files(config)), sequences_per_step(config)
-    if records < batch:
+    if not steps_per_epoch(config, records):
         raise ConfigError(f"train_dataset: {path} holds {records} records, fewer than one step's batch of {batch} "
                           "(batch_size * data_parallel * micro-batches * accumulation); lower runner_config.batch_size "
                           "or use more data")

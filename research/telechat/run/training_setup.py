@@ -13,19 +13,15 @@ from mindformers.tools.register import MindFormerConfig
 from research.telechat.checkpoint.lora import check_pet_config, target_params
 from research.telechat.checkpoint.masters import precision_note
 from research.telechat.checkpoint.resume import Choice, Name, choose, fault_of, parse, step_of
-from research.telechat.common.environment import rank, workers
+from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.recipe.settings import dtype_name
-from research.telechat.run.preflight import model_config, record_count, sequences_per_step, training_files
+from research.telechat.run.batches import sequences_per_step, steps_per_epoch, worker_count
+from research.telechat.run.preflight import model_config, record_count, training_files
 from research.telechat.spec.flops import flops_per_token
 
 _TRUE = (True, "True", "true")
-
-
-def worker_count(config: MindFormerConfig) -> int:
-    """Processes of the job."""
-    return workers() if config.get("use_parallel") else 1
 
 
 def prepare_training(config: MindFormerConfig) -> bool:
@@ -68,9 +64,8 @@ def total_steps(config: MindFormerConfig) -> int:
     files = training_files(config)
     if not files:
         return 0
-    records = record_count(files)
-    records = min(records, config.train_dataset.data_loader.get("num_samples") or records)
-    return records // sequences_per_step(config) * int((config.get("runner_config") or {}).get("epochs", 1))
+    steps = steps_per_epoch(config, record_count(files), config.train_dataset.data_loader.get("num_samples"))
+    return steps * int((config.get("runner_config") or {}).get("epochs", 1))
 
 
 def prepare_resume(config: MindFormerConfig) -> Tuple[Optional[Name], int]:

@@ -35,8 +35,8 @@ from research.telechat.training.optimizer import AdamWPart, TelechatAdamW
 DEEP = 8                                               # layers; deeper models go layer by layer
 _WRAPPERS = ("DataOrderWrapperCell", "PetModel", "LoraModel")          # MindFormers' cells that pass inputs on
 _COLUMNS = ["input_ids", "labels", "input_position"]   # what the model calls its first inputs
-_OPTIONS = ("local_norm", "calculate_per_token_loss", "use_grouped_lr", "use_graceful_exit", "if_dump",
-            "dump_device_local_norm", "print_separate_loss")           # of MindFormers' training step
+_OPTIONS = ("local_norm", "use_grouped_lr", "use_graceful_exit", "if_dump", "dump_device_local_norm",
+            "print_separate_loss")                     # of MindFormers' training step
 
 
 def inner_model(network: nn.Cell) -> nn.Cell:
@@ -53,8 +53,10 @@ def obstacle(step: nn.Cell, inputs: Sequence[Tensor]) -> Optional[str]:
         return "only a CPU trains layer by layer"
     if ms.get_auto_parallel_context("parallel_mode") != "stand_alone":
         return "several processes train together"
+    if step.accumulation is not None:
+        return "gradients are accumulated"
     if not hasattr(model, "shifted"):
-        return f"{type(model).__name__} is around the model (gradient accumulation, for example)"
+        return f"{type(model).__name__} is around the model"
     if not isinstance(optimizer, TelechatAdamW) or not optimizer.fused or optimizer.dynamic_weight_decay:
         return "the optimizer is not AdamW on float32 parameters with one learning rate and a constant weight decay"
     options = [name for name in _OPTIONS if getattr(step, name, False)]

@@ -37,7 +37,8 @@ class Tail(nn.Cell):
 
     def construct(self, x: Tensor, targets: Tensor) -> Tensor:
         """x: rows [T, H], targets: [T] -> loss, [] float32."""
-        return self.network.loss(self.network.logits(self.network.model.norm_out(x)), targets)
+        total, count = self.network.loss(self.network.logits(self.network.model.norm_out(x)), targets)
+        return F.reshape(total / count, ())
 
 
 class LayerForward(nn.Cell):

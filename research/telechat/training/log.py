@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Callable, Dict, Iterable, List, Optional
 
 import mindspore as ms
 import numpy as np
-from mindformers.core.callback.callback import EvalCallBack
+from mindformers.core.callback.callback import EvalCallBack, MFLossMonitor
 from mindformers.tools.logger import logger
-from mindformers.tools.register import MindFormerModuleType
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindspore.train.callback import Callback, RunContext
 
@@ -31,6 +31,16 @@ from research.telechat.training.step import step_values, to_float
 
 if TYPE_CHECKING:
     from mindspore.train.callback._callback import _InternalCallbackParam as StepParams
+
+class TelechatLossMonitor(MFLossMonitor):
+    """MFLossMonitor for a step that returns the loss: MindFormers divides it by the number of micro-batches."""
+
+    def _fix_loss_for_parallel(self, loss: float, *_: object, **__: object) -> float:
+        return loss
+
+
+MindFormerRegister.register_cls(TelechatLossMonitor, MindFormerModuleType.CALLBACK, alias=MFLossMonitor.__name__)
+
 
 @plugin_class(MindFormerModuleType.CALLBACK)
 class TelechatTrainingLog(Callback):
