@@ -37,7 +37,8 @@ class Masters(Checkpoint):
             self._under.read_into(name, start, view)
             return
         first, count = start // _F32, view.nbytes // _F32
-        stored, remainder = np.empty(count, RAW[dtype]), np.empty(count, np.float16)
+        stored: np.ndarray = np.empty(count, RAW[dtype])
+        remainder = np.empty(count, np.float16)
         for key, values in ((name, stored), (REMAINDER_PREFIX + name, remainder)):
             self._under.read_into(key, first * values.itemsize, memoryview(values).cast("B"))
         masters = np.frombuffer(view, np.float32)

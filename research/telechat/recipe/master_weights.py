@@ -101,7 +101,7 @@ def apply(recipe: JsonObject) -> List[str]:
     if chosen is None:
         return []
     recipe["model"]["model_config"].update(chosen.keys)
-    if chosen.kind == "remainder":
+    if chosen.kind == "remainder" and isinstance(optimizer, dict):
         optimizer.update(type="TelechatAdamW", master_weights="remainder")
         return ["optimizer.master_weights: 16-bit parameters have a float16 remainder in the optimizer; norms and "
                 "biases are float32"]
