@@ -134,12 +134,17 @@ def first_failure(logs: List[Path], exits: Dict[int, Optional[int]]) -> Optional
     return min(every, key=lambda pair: pair[1][:5]) if every else None
 
 
-def killed_first(exits: Dict[int, Optional[int]]) -> Optional[Tuple[int, int]]:
-    """(rank, signal) where the first process that did not end well was killed; msrun kills the others afterwards."""
-    failed = [(rank, code) for rank, code in exits.items() if code != 0]
-    if not failed or failed[0][1] is None or failed[0][1] >= 0:
-        return None
-    return failed[0][0], -failed[0][1]
+def killed_first(exits: Dict[int, Optional[int]], logs: List[Path]) -> Optional[Tuple[int, int]]:
+    """(rank, signal) where the first process that did not end well was killed; msrun kills the others afterwards.
+
+    The signal is 0 where nobody saw how the process ended, and its log has no error.
+    """
+    for rank, code in exits.items():
+        if code is None and not any(findings(path) for path in logs if rank_of(path) == rank):
+            return rank, 0
+        if code != 0:
+            return (rank, -code) if code is not None and code < 0 else None
+    return None
 
 
 def lost_rank(logs: List[Path]) -> Optional[Tuple[int, Path, int]]:
@@ -160,7 +165,8 @@ def last_lines(path: Path, count: int = 8) -> List[str]:
 
 def report_killed(rank: int, signal: int, logs: List[Path]) -> str:
     """Text about a process that was killed."""
-    text = [f"{name_of(rank)} failed first: it was killed by signal {signal} and could write no error."
+    text = [(f"{name_of(rank)} failed first: it was killed by signal {signal} and could write no error." if signal else
+             f"{name_of(rank)} failed first: it ended without writing an error, so it was killed perhaps.")
             + (" That is mostly want of memory: see `dmesg | tail`." if signal == 9 else "")]
     for path in logs:
         if rank_of(path) == rank:
@@ -220,7 +226,7 @@ def report(folder: Path, since: float = 0.0, workers: int = 0) -> str:
     if not ranks:
         return f"{folder} has no worker_*.log of this job: no worker was started."
     exits = read_exits(folder, since)
-    failure, killed = first_failure(logs, exits), killed_first(exits)
+    failure, killed = first_failure(logs, exits), killed_first(exits, logs)
     if failure is None or failure[1].weight == LATER or failure[1].kind == ERROR:
         text = report_gone(logs, killed) or report_elsewhere(ranks, failure, workers)
         if text:

@@ -92,6 +92,10 @@ def test_report_never_blames_a_rank_that_ended_well(tmp_path):
     (tmp_path / "worker_1.log").write_text(LOGS[2])
     text = launcher_report.report(tmp_path)
     assert text.startswith("Rank 0 failed first: it was killed by signal 9") and "worker_0.log" in text
+    exits.write_text('[["0", null], ["1", -9]]')                     # msrun was quicker than the look at it
+    assert launcher_report.report(tmp_path).splitlines()[0].endswith("Connection to peer rank 1 is lost")
+    (tmp_path / "worker_0.log").write_text("2026-01-02 10:00:09,000 - mindformers - INFO - step 5\n")
+    assert launcher_report.report(tmp_path).startswith("Rank 0 failed first: it ended without writing an error")
     write_logs(tmp_path, [1])                                        # an error of its own comes before a signal
     assert launcher_report.report(tmp_path).startswith("Rank 1 failed first")
     os.utime(exits, (1, 1))                                          # of an earlier job

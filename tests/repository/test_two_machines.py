@@ -69,7 +69,8 @@ def training(data, output, *driver):
 def test_two_machines_train_as_one_does_though_one_comes_late(data, tmp_path):
     with two_machines("a") as names:
         first = Launch(tmp_path, "first", training(data, tmp_path / "two"), node(0, 240), names[0])
-        one = Launch(tmp_path, "one", training(data, tmp_path / "one"), ["2", "18118", "LOGS", "True", "240"])
+        one = Launch(tmp_path, "one", training(data, tmp_path / "one"), ["2", PORT, "LOGS", "True", "240"],
+                     names[1])                                       # alone on the other one
         assert one.wait()[0] == 0, one.text.read_text()[-3000:]
         assert first.process.poll() is None                          # all this time it has waited for the other one
         second = Launch(tmp_path, "second", training(data, tmp_path / "other"), node(1, 240), names[1])
@@ -107,8 +108,8 @@ def test_a_machine_that_dies(data, tmp_path):
                            node(number, 240), names[number], KILL_RANK="1", MS_NODE_TIMEOUT="10")
                     for number in (0, 1)]
         code, text = launches[1].wait()
-        assert code == 1 and "Rank 1 failed first: it was killed by signal 9" in text, text[-3000:]
+        assert code == 1 and "Rank 1 failed first: it " in text, text[-3000:]       # was killed, and wrote no error
         code, text = launches[0].wait()
         assert code == 1, text[-3000:]
         assert json.loads((launches[0].logs / "exits.json").read_text())
-        assert "rank 1" in text.lower(), text[-3000:]
+        assert "Rank 1 failed first, on another machine" in text, text[-3000:]
