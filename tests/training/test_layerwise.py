@@ -200,6 +200,7 @@ def test_others_do_not():
 @pytest.mark.parametrize(("change", "words"), [
     (lambda step: setattr(step, "cpu", False), "only a CPU"),
     (lambda step: setattr(step, "local_norm", True), "local_norm is set"),
+    (lambda step: setattr(step, "accumulation", object()), "gradients are accumulated"),
     (lambda step: setattr(step, "network", nn.MicroBatchInterleaved(step.network, 2)), "MicroBatchInterleaved is ar"),
     (lambda step: setattr(step.optimizer, "fused", False), "the optimizer is not AdamW on float32"),
     (lambda step: setattr(step.network.model.norm_out.weight, "requires_grad", False), "trains other parameters"),
