@@ -13,7 +13,7 @@ from weight_driver import take_steps
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.run import preflight
-from research.telechat.run.batches import sequences_per_step, settle_batches, steps_per_epoch
+from research.telechat.run.batches import pad_evaluation, sequences_per_step, settle_batches, steps_per_epoch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -201,6 +201,23 @@ def test_steps_of_an_epoch(monkeypatch):
     monkeypatch.setenv("MS_WORKER_NUM", "2")
     cpu = recipe(use_parallel=True, parallel={"parallel_mode": 0, "full_batch": False})
     assert sequences_per_step(cpu) == 4 and steps_per_epoch(cpu, 11) == 3 and steps_per_epoch(cpu, 11, 9) == 2
+
+
+def test_ranks_that_share_the_evaluation_read_no_record_twice(tmp_path, monkeypatch):
+    """Three records for two ranks: the fourth has no label that counts."""
+    path = write_records(tmp_path / "data.mindrecord", np.arange(3 * 5).reshape(3, 5))
+    monkeypatch.setenv("MS_WORKER_NUM", "2")
+    config = recipe(use_parallel=True, parallel={"parallel_mode": 0, "full_batch": False}, run_mode="eval",
+                    model={"model_config": {"ignore_token_id": -1}},
+                    eval_dataset={"data_loader": {"type": "MindDataset", "dataset_dir": str(path)}})
+    pad_evaluation(config)
+    loader = config.eval_dataset.data_loader
+    assert loader.num_padded == 1 and (loader.padded_sample["labels"] == -1).all()
+    assert loader.padded_sample["labels"].shape == loader.padded_sample["input_ids"].shape == (5,)
+    monkeypatch.setenv("MS_WORKER_NUM", "3")
+    del loader["num_padded"], loader["padded_sample"]
+    pad_evaluation(config)
+    assert "num_padded" not in loader
 
 
 @pytest.mark.parametrize(("loader", "found"), [
