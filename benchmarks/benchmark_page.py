@@ -25,6 +25,8 @@ HEADS = {
     "compile": ["layers", "until the end of the first step", "reference: the smallest number of layers",
                 "times the reference"],
     "by_layer": ["model", "further steps (median), first step", "memory", "time of a whole step"],
+    "master_weights": ["weights kept as", "share of the exact distance (relative error)",
+                       "limit: AdamW in float64", "fall of the loss, of that in float32"],
     "generation": ["sequences at once", "decoding (median), first token", "limit: reading weights and cache",
                    "share of the limit"],
     "planner": ["quantity", "compiled", "reference: the planner's arithmetic", "planner against compiled"],
@@ -71,6 +73,13 @@ def by_layer_rows(figures: Any) -> List[List[str]]:
     """Lines of the output of train.py --by_layer."""
     return [[f"{row['layers']} layers, {row['way']}", f"{row['seconds']:.2f} s, {row['first']:.1f} s",
              f"{row['gigabytes']:.2f} GB", f"{row['seconds'] / figures[0]['seconds']:.2f} times"] for row in figures]
+
+
+def master_weights_rows(figures: Any) -> List[List[str]]:
+    """Lines of the output of master_weights.py."""
+    curves = figures.get("curves", {})
+    return [[name, f"{share:.5f} ({error:.5f})", "1 (0)", f"{curves[name]['share']:.2%}" if name in curves else "-"]
+            for name, (share, error) in figures["distances"].items()]
 
 
 def generation_rows(figures: Any) -> List[List[str]]:

@@ -28,7 +28,7 @@ import numpy as np
 RATE, BETAS, EPS = 1e-5, (0.9, 0.95), 1e-8
 SHAPE = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 192, "vocab_size": 256,
          "seq_length": 64}
-BATCH, LEARNED = 8, 200                    # sequences of a step; steps in which the first language is learned
+BATCH = 8                                  # sequences of a step
 
 
 class Kind(NamedTuple):
@@ -146,9 +146,9 @@ def train(kind: Kind, rate: float, text: np.ndarray, start: Dict[str, np.ndarray
     return losses, model
 
 
-def curves(steps: int) -> Dict[str, List[float]]:
+def curves(steps: int, learned: int) -> Dict[str, List[float]]:
     """Loss of each step of the tuning, by kind; all begin with the weights of one training, rounded to bfloat16."""
-    _, model = train(KINDS["float32"], 3e-3, language(0, BATCH * LEARNED), {})
+    _, model = train(KINDS["float32"], 3e-3, language(0, BATCH * learned), {})
     start = {parameter.name: bfloat16(parameter.asnumpy()) for parameter in model.get_parameters()}
     text = language(1, BATCH * steps)
     return {name: train(kind, RATE, text, start)[0] for name, kind in KINDS.items() if kind.dtype != "float16"}
@@ -193,6 +193,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1000, help="of the table; 0: no table")
     parser.add_argument("--size", type=int, default=4096, help="weights of the table")
     parser.add_argument("--tune", type=int, default=600, help="steps of the curves; 0: no curves")
+    parser.add_argument("--learn", type=int, default=200, help="steps in which the first language is learned")
     parser.add_argument("--picture", type=Path, help="draw the curves there")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
@@ -202,7 +203,7 @@ def main() -> int:
         for name, (share, error) in results["distances"].items():
             print(f"{name:24} share of the exact distance {share:8.5f}   relative error {error:8.5f}")
     if args.tune:
-        losses = curves(args.tune)
+        losses = curves(args.tune, args.learn)
         results["curves"] = summary(losses)
         for name, row in results["curves"].items():
             print(f"{name:24} loss {row['first']:.4f} to {row['last']:.4f}, {row['share']:7.2%} of float32's fall, "

@@ -13,9 +13,10 @@ import pytest
 from compile_fixtures import NO_PLUGIN, agree, compiled
 from plan_fixtures import small_recipe
 
-from research.telechat.ascend_sim.account import Mesh
+from research.telechat.ascend_sim.account import Mesh, Program, load
 from research.telechat.ascend_sim.compile import compile_plan
 from research.telechat.ascend_sim.elf import Code, SharedObject, write_library
+from research.telechat.ascend_sim.runtime import mindspore_folder
 from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import find_faults, read_plan
 
@@ -31,6 +32,22 @@ class TestCompiled:
         plan, graphs = compiled(small_recipe(dp=8))
         assert graphs["step"]["communication"]["bytes"] <= 31.4e6
         agree(plan, 0, graphs["step"])
+
+    def test_remainders_are_kept_and_not_sent(self, tmp_path):
+        """Of each matrix the graph computes master - float32(16 bits(master)): the two casts have not cancelled out."""
+        recipe = small_recipe(dp=8, model={"compute_dtype": "bfloat16", "param_init_type": "bfloat16"})
+        plan, graphs = compiled(recipe, keep=tmp_path)
+        agree(plan, 0, graphs["step"])
+        assert graphs["step"]["memory"]["remainder"]["float16"] * 2 == cost_of(plan, 0).memory.remainder
+        program = Program(load(tmp_path / "step.mindir", mindspore_folder()))
+        made_by = {node.output[0]: (graph, node) for graph in program.graphs.values() for node in graph.node}
+        rounded = 0
+        for _, node in made_by.values():
+            if program.operator(node) == "Sub" and node.input[1] in made_by:
+                _, outer = made_by[node.input[1]]
+                inner = made_by.get(outer.input[0], (None, None))[1] if program.operator(outer) == "Cast" else None
+                rounded += inner is not None and program.operator(inner) == "Cast" and inner.input[0] == node.input[0]
+        assert rounded == graphs["step"]["memory"]["remainder"]["count"]
 
     def test_model_parallel(self):
         plan, graphs = compiled(small_recipe(dp=2, mp=4, recompute_config={"recompute_slice_activation": False}))

@@ -123,6 +123,11 @@ def test_rows_of_each_benchmark():
         {"way": "as a whole", "layers": 9, "seconds": 2.0, "first": 30.04, "gigabytes": 3.456},
         {"way": "layer by layer", "layers": 9, "seconds": 2.5, "first": 10, "gigabytes": 1}])[1] == [
             "9 layers, layer by layer", "2.50 s, 10.0 s", "1.00 GB", "1.25 times"]
+    assert benchmark_page.master_weights_rows({
+        "distances": {"float32": [1.0, 0.00001], "float16 and remainder": [0.99999, 0.00005]},
+        "curves": {"float32": {"share": 1.0}}}) == [
+            ["float32", "1.00000 (0.00001)", "1 (0)", "100.00%"],
+            ["float16 and remainder", "0.99999 (0.00005)", "1 (0)", "-"]]
     (row,) = benchmark_page.generation_rows({"results": [
         {"name": "telechat", "batch": 4, "decode_tokens_per_second": 600, "first_token_seconds": 0.02,
          "all_decode_tokens_per_second": [400, 500, 600], "share_of_limit": 0.3}]})
