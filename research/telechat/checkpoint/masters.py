@@ -42,7 +42,7 @@ class Masters(Checkpoint):
         for key, values in ((name, stored), (REMAINDER_PREFIX + name, remainder)):
             self._under.read_into(key, first * values.itemsize, memoryview(values).cast("B"))
         masters = np.frombuffer(view, np.float32)
-        np.multiply(remainder, np.float32(1 / REMAINDER_SCALE), out=masters)
+        np.multiply(remainder.astype(np.float32), np.float32(1 / REMAINDER_SCALE), out=masters)
         masters += cast(stored, dtype, "F32").view(np.float32)
 
     def close(self) -> None:
