@@ -77,7 +77,7 @@ STEPS = (
 assert {step.name for step in STEPS} == set(page.HEADS)
 
 
-def busy_processors(seconds: float = 2.0) -> Optional[float]:
+def busy_processors(seconds: float) -> Optional[float]:
     """How many processors other programs use now, averaged over `seconds`; None where the system does not say."""
     def ticks() -> List[int]:
         return [int(word) for word in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
@@ -98,7 +98,8 @@ def run_step(step: Step, quick: bool, places: Dict[str, str], work: Path) -> Dic
     result: Dict[str, Any] = {"title": step.title, "quick": quick, "load": round(os.getloadavg()[0], 1),
                               "date": datetime.date.today().isoformat(), "versions": page.versions(),
                               "command": " ".join(["python", *(step.quick if quick else step.command)])}
-    busy = busy_processors()
+    watched = 0.2 if quick else 2.0
+    busy = busy_processors(watched)
     started = time.monotonic()
     try:
         done = subprocess.run([sys.executable, *words, "--json", str(target)], cwd=ROOT, timeout=TIMEOUT, text=True,
@@ -114,7 +115,7 @@ def run_step(step: Step, quick: bool, places: Dict[str, str], work: Path) -> Dic
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as err:
         result["error"] = f"{err}" if isinstance(err, ValueError) else f"{type(err).__name__}: {err}"
     result["seconds"] = round(time.monotonic() - started)
-    after = busy_processors()
+    after = busy_processors(watched)
     result["busy"] = None if busy is None or after is None else max(busy, after)
     return result
 

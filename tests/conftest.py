@@ -68,6 +68,14 @@ def vocab_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def ascend_plugin():
+    """MindSpore's Ascend plug-in, which compiles with the simulated runtime."""
+    from compile_fixtures import NO_PLUGIN
+    from needs import require
+    require(not NO_PLUGIN, NO_PLUGIN)
+
+
 @pytest.fixture
 def parsed(monkeypatch):
     """The feed-forward cells that MindSpore's parser has looked at."""

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compile_fixtures import NO_PLUGIN
 from lora_fixtures import ALPHA, command_error, save_adapter
 from model_fixtures import HF_CONFIGS, build_model, logits_of, random_official
 from strategy_fixtures import layout, write_strategies
@@ -236,7 +235,7 @@ def test_merged_slices_give_the_logits_of_the_lora_cells(family, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(NO_PLUGIN), reason=NO_PLUGIN or "the plug-in is there")
+@pytest.mark.usefixtures("ascend_plugin")
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_compiler_cuts_adapters_like_this(fused, tmp_path):
     """The strategy that MindSpore's compiler writes for a LoRA recipe, dp2 mp2 with the optimizer's cut."""

@@ -5,7 +5,18 @@ import subprocess
 import mindspore as ms
 import numpy as np
 import pytest
-from training_fixtures import DROPOUT, SEQ, VOCAB, command, read_log, run, run_killed, run_on_full_disk, write_records
+from training_fixtures import (
+    DROPOUT,
+    SEQ,
+    VOCAB,
+    command,
+    read_log,
+    run,
+    run_killed,
+    run_new,
+    run_on_full_disk,
+    write_records,
+)
 
 from research.telechat.checkpoint import resume as resume
 from research.telechat.common.errors import ConfigError
@@ -86,7 +97,7 @@ def shuffled(data, output, *more, epochs=8, extra=""):
 def unbroken(data, tmp_path_factory):
     """Output folder of 32 steps in 8 shuffled epochs without a kill."""
     folder = tmp_path_factory.mktemp("unbroken")
-    run(shuffled(data, folder / "out"))
+    run_new(shuffled(data, folder / "out"))
     return folder / "out"
 
 
@@ -96,6 +107,7 @@ def files(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ten_kills_at_random_moments_change_nothing(data, unbroken, tmp_path):
     """Among the moments are those while a checkpoint is written, before it is named, and before meta.json changes."""
     chance = random.Random(20240607)

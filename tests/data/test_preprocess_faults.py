@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from needs import require
 from preprocess_fixtures import SAMPLES, SCRIPT, report, run, write_lines
 
 from research.telechat.common.errors import ConfigError, WorkerError
@@ -144,8 +145,7 @@ def test_worker_killed_in_the_middle_of_a_message():
 
 def children(pid):
     tasks = Path(f"/proc/{pid}/task")
-    if not tasks.exists():
-        pytest.skip("needs /proc to see the worker processes")
+    require(tasks.exists(), "needs /proc to see the worker processes")
     return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
 
 

@@ -1,24 +1,17 @@
 """The graph that scores texts compiles for Ascend, cut over cards, with a simulated runtime. Nothing is executed."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import prepared
 import pytest
 from plan_fixtures import small_recipe
 
 from research.telechat.ascend_sim import runtime
 
 ROOT = Path(__file__).resolve().parents[2]
-try:
-    runtime.mindspore_folder()
-    NO_PLUGIN = ""
-except runtime.SimulationError as error:
-    NO_PLUGIN = str(error)
 
 COMPILE = """
 import json, os, sys
-sys.path.insert(0, sys.argv[1])
 import mindspore as ms
 import numpy as np
 from mindformers.core.context import build_context
@@ -44,7 +37,7 @@ os._exit(0)                                     # there is no device to tear dow
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(NO_PLUGIN), reason=NO_PLUGIN or "the plug-in is there")
+@pytest.mark.usefixtures("ascend_plugin")
 @pytest.mark.parametrize("dp, model", [
     (1, {"seq_length": 256, "training_seqlen": 64, "base_seqlen": 64, "tie_word_embeddings": False}),
     (2, {"seq_length": 256})], ids=["mp2", "dp2-mp2"])
@@ -53,6 +46,6 @@ def test_score_graph_compiles(tmp_path, dp, model):
     recipe = small_recipe(dp=dp, mp=2, base="predict", model=model)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     environment = {**runtime.environment(2 * dp, 0), "GLOG_v": "3", "LOG_MF_PATH": str(tmp_path / "log")}
-    done = subprocess.run([sys.executable, "-c", COMPILE, str(ROOT)], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=600, check=False)
+    (tmp_path / "compile.py").write_text(COMPILE)
+    done = prepared.run([tmp_path / "compile.py"], tmp_path, environment, ascend=True)
     assert "compiled for Ascend semi_auto_parallel" in done.stdout, done.stderr[-3000:]

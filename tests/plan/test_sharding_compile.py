@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compile_fixtures import NO_PLUGIN, agree, compiled
+from compile_fixtures import agree, compiled
+from needs import require
 from plan_fixtures import small_recipe
 
 from research.telechat.ascend_sim.account import Mesh, Program, load
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(NO_PLUGIN), reason=NO_PLUGIN or "the plug-in is there")
+@pytest.mark.usefixtures("ascend_plugin")
 class TestCompiled:
     """One compilation each: about twenty seconds on two cores."""
 
@@ -177,8 +178,7 @@ def test_a_made_library_can_be_read_and_loaded(tmp_path):
     import ctypes
     import platform
     machine = {"x86_64": 62, "aarch64": 183}.get(platform.machine())
-    if machine is None:
-        pytest.skip(f"no machine code for {platform.machine()}")
+    require(machine, f"no machine code for {platform.machine()}")
     code = Code(machine)
     symbols = {"aclInit": code.zero(), "aclrtGetDeviceCount": code.answer(8),
                "aclrtGetSocName": code.text("Ascend910B3"), "_ZTIN3acl5ErrorE": None}

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple, Optional
 
 import pytest
 import yaml
-from compile_fixtures import NO_PLUGIN, compile_on_cpu
+from compile_fixtures import compile_on_cpu, compile_plan
 from mindformers.tools.logger import get_logger
 from recipe_classes import unknown_arguments
 
 from research.telechat.ascend_sim.account import Mesh
-from research.telechat.ascend_sim.compile import compile_plan
 from research.telechat.bridge.compat import apply_template
 from research.telechat.commands import plan as plan_command
 from research.telechat.common.errors import ConfigError
@@ -330,7 +329,7 @@ def shrunk(name: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(NO_PLUGIN), reason=NO_PLUGIN or "the plug-in is there")
+@pytest.mark.usefixtures("ascend_plugin")
 @pytest.mark.parametrize("name", ["finetune", "predict"])
 def test_old_recipes_compile_for_ascend(name):
     recipe = shrunk(name)

@@ -9,14 +9,15 @@ pipeline stages one per stage, the fewest that the planner permits), and micro-b
 variant's conventions, precision, recomputation, adapters, cache and everything else stay as the recipe has them.
 """
 import copy
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from compile_fixtures import NO_PLUGIN, agree, compile_on_cpu
+from compile_fixtures import NO_PLUGIN, agree, compile_on_cpu, compile_plan
+from needs import require
 
 from research.telechat.ascend_sim.account import Mesh
-from research.telechat.ascend_sim.compile import compile_plan
 from research.telechat.commands import plan as plan_command
 from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import find_faults, find_notes, read_plan
@@ -80,13 +81,26 @@ def compile_small(path, folder):
     return plan, compile_plan(recipe, mesh, plan.ranks - 1, plan.model.seq_length + 1, timeout=600)
 
 
+def graph_of(path):
+    """What the small recipe's graph depends on: all settings but names, tokens and tokenizer, and the variant's."""
+    recipe = shrunk(read_recipe(path))
+    models = [{key: value for key, value in model.items() if key != "net_name" and not key.endswith("_token_id")}
+              for model in (recipe["model"].pop("model_config"), read_plan(shrunk(read_recipe(path))).model)]
+    return json.dumps([{**recipe, "processor": None, "trainer": None}, models], sort_keys=True, default=str)
+
+
 @pytest.fixture(scope="module")
 def compilations(request, tmp_path_factory):
-    """Recipe -> future of its compilation, of the recipes whose test was chosen; two at a time, each a process."""
+    """Recipe -> future of its compilation, of the recipes whose test was chosen; two at a time, each a process. One
+    for recipes that have the same graph when they are small, such as those of 3B and 7B of TeleChat2."""
     chosen = [item.callspec.params["path"] for item in request.session.items
               if getattr(item, "originalname", "") == "test_recipe_compiles"]
-    pool = ThreadPoolExecutor(2)
-    yield {path: pool.submit(compile_small, path, tmp_path_factory.mktemp(path.stem)) for path in chosen}
+    pool, futures = ThreadPoolExecutor(2), {}
+    for path in chosen:
+        graph = graph_of(path)
+        if graph not in futures:
+            futures[graph] = pool.submit(compile_small, path, tmp_path_factory.mktemp(path.stem))
+    yield {path: futures[graph_of(path)] for path in chosen}
     pool.shutdown(cancel_futures=True)
 
 
@@ -94,8 +108,7 @@ def compilations(request, tmp_path_factory):
 @EACH
 def test_recipe_compiles(path, compilations):
     plan, report = compilations[path].result()
-    if report is None:
-        pytest.skip(NO_PLUGIN)
+    require(report, NO_PLUGIN)
     assert report["ok"], report["error"] + "\n".join(report.get("details") or [])
     assert list(report["graphs"]) == (["step"] if plan.training else ["prefill", "decode"])
     if plan.device == "CPU":

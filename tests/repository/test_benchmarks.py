@@ -30,6 +30,7 @@ def quietly(monkeypatch, work, script):
     step = run_all.Step("conversion", "Title", [str(work / "script.py")], [str(work / "script.py")],
                         lambda figures: [[str(figures), "b", "c", "d"]])
     monkeypatch.setattr(run_all, "STEPS", (step,))
+    monkeypatch.setattr(run_all, "busy_processors", lambda seconds: 0.1)
     return step
 
 
@@ -177,6 +178,7 @@ def test_the_page_has_the_form_that_run_all_writes():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_quick_run_measures_everything(tmp_path):
     store, written = tmp_path / "results.json", tmp_path / "page.md"
     code = run_all.main(["--quick", "--json", str(store), "--write", str(written), "--work_dir", str(tmp_path)])

@@ -1,9 +1,8 @@
 """Prediction with run_mindformer.py in batches that the number of prompts does not fill: one answer for each prompt."""
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
+import prepared
 import pytest
 from chat_fixtures import save_tiny
 from vocab_fixtures import train_sentencepiece
@@ -45,12 +44,11 @@ def test_each_prompt_is_answered_once(tmp_path):
     options = save_tiny(checkpoint)
     vocab = train_sentencepiece(tmp_path / "tokenizer.model")
     prompts = ["one", "two", "three"]
-    done = subprocess.run(
-        [sys.executable, "run_mindformer.py", "--config", "research/telechat/predict_telechat_tiny_cpu.yaml",
+    done = prepared.run(
+        [ROOT / "run_mindformer.py", "--config", "research/telechat/predict_telechat_tiny_cpu.yaml",
          "--register_path", "research/telechat", "--load_checkpoint", str(checkpoint), "--predict_batch_size", "2",
          "--output_dir", str(tmp_path / "out"), "--processor.tokenizer.vocab_file", str(vocab), *options,
-         "--model.model_config.max_decode_length", "40", "--predict_data", *prompts],
-        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+         "--model.model_config.max_decode_length", "40", "--predict_data", *prompts])
     assert done.returncode == 0, done.stderr[-3000:]
     written = ast.literal_eval((tmp_path / "out" / "text_generation_result.txt").read_text(encoding="utf-8"))
     texts = [text for result in written for text in result["text_generation_text"]]

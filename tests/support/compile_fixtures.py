@@ -1,27 +1,31 @@
 """Compilation of plans for Ascend with the simulated runtime, and of recipes on the CPU."""
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import prepared
 import pytest
 
+from research.telechat.ascend_sim import compile as ascend_compile
 from research.telechat.ascend_sim.account import Mesh
-from research.telechat.ascend_sim.compile import compile_plan
 from research.telechat.ascend_sim.runtime import mindspore_folder
 from research.telechat.common.errors import SimulationError
 from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import find_faults, read_plan
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 try:
     mindspore_folder()
     NO_PLUGIN = ""
 except SimulationError as error:
     NO_PLUGIN = str(error)
+
+
+def compile_plan(*args, **options):
+    """ascend_sim.compile.compile_plan by a process that has MindSpore and MindFormers imported already."""
+    def start(words, folder, env, log):
+        log.write_bytes(b"")
+        return prepared.start(words, folder, env, str(log), ascend=True)
+    return ascend_compile.compile_plan(*args, **options, start=start)
 
 
 def compiled(recipe, rank=0, keep=None):
@@ -54,9 +58,7 @@ def compile_on_cpu(recipe, folder):
            "columns": ["input_ids", "labels"], "length": recipe["model"]["model_config"]["seq_length"] + 1, "rows": 8,
            "ranks": 1}
     (folder / "job.json").write_text(json.dumps(job))
-    env = {**os.environ, "LOG_MF_PATH": str(folder / "log"), "GLOG_v": "3", "OMP_NUM_THREADS": "1"}
-    worker = ROOT / "research/telechat/ascend_sim/worker.py"
-    done = subprocess.run([sys.executable, str(worker), str(folder / "job.json")], cwd=folder,
-                          env=env, capture_output=True, text=True, check=False, timeout=600)
+    env = {"LOG_MF_PATH": str(folder / "log"), "GLOG_v": "3", "OMP_NUM_THREADS": "1"}
+    done = prepared.run([ROOT / "research/telechat/ascend_sim/worker.py", folder / "job.json"], folder, env)
     assert (folder / "report.json").is_file(), done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads((folder / "report.json").read_text())

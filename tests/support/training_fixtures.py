@@ -1,13 +1,14 @@
 """Small trainings through run_mindformer.py: records, the command, and the ways to run it."""
 import json
 import os
-import resource
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import prepared
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "research/telechat/finetune_telechat_tiny_cpu.yaml"
@@ -39,27 +40,42 @@ def command(dataset, output, *more):
             "--output_dir", str(output), *SIZES, *more]
 
 
-def run(arguments, cwd=ROOT, **env):
-    """run_mindformer.py in a process of its own; its exit code must be 0."""
-    done = subprocess.run([sys.executable, str(ROOT / "run_mindformer.py"), *arguments], cwd=cwd, text=True,
-                          capture_output=True, env={**os.environ, "GLOG_v": "3", **env}, check=False, timeout=600)
+def run_new(arguments, cwd=ROOT, script="run_mindformer.py"):
+    """run_mindformer.py in an interpreter of its own; its exit code must be 0. For what others are compared with."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=cwd, text=True, capture_output=True,
+                          env={**os.environ, "GLOG_v": "3"}, check=False, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def run(arguments, script="run_mindformer.py", code=0, **env):
+    """run_mindformer.py in a process that has its packages already (prepared.py); it must end with `code`."""
+    done = prepared.run([ROOT / script, *arguments], env={"GLOG_v": "3", **env})
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
 def run_on_full_disk(arguments, limit):
     """run_mindformer.py where no file may exceed `limit` bytes, which stands for a disk that is full in its middle."""
-    return subprocess.run([sys.executable, str(ROOT / "run_mindformer.py"), *arguments], cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, "GLOG_v": "3"}, check=False, timeout=600,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    return prepared.run([ROOT / "run_mindformer.py", *arguments], env={"GLOG_v": "3"}, limit=limit)
 
 
 def run_killed(what, number, arguments):
     """run_mindformer.py, which kill_driver.py must have killed at the `number`th `what`."""
-    driver = str(ROOT / "tests/support/kill_driver.py")
-    done = subprocess.run([sys.executable, driver, what, str(number), *arguments], cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, "GLOG_v": "3"}, check=False, timeout=600)
-    assert done.returncode == -signal.SIGKILL, (what, number, done.stdout[-2000:] + done.stderr[-2000:])
+    run([what, str(number), *arguments], script="tests/support/kill_driver.py", code=-signal.SIGKILL)
+
+
+def run_two(arguments, logs, script="run_mindformer.py", before=(), **env):
+    """The launcher with two processes of run_mindformer.py; before: what starts the launcher."""
+    words = ["python", str(ROOT / script), *(f"'{word}'" if " " in word else word for word in arguments)]
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    return subprocess.run(
+        [*before, "bash", str(ROOT / "scripts/msrun_launcher.sh"), " ".join(words), "2", str(port), str(logs), "True",
+         "300"], cwd=ROOT, text=True, capture_output=True, check=False, timeout=800,
+        env={**os.environ, "GLOG_v": "3", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+             "PYTHONPATH": f"{ROOT / 'tests/support/without_torch'}:{os.environ.get('PYTHONPATH', '')}", **env})
 
 
 DROPOUT = [word for name in ("embed", "hidden", "attention")

@@ -1,21 +1,29 @@
 """Training with async_save through run_mindformer.py: whole files, kills, full disks, adapters, two processes."""
 import json
-import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
-from training_fixtures import ROOT, SEQ, VOCAB, command, read_log, run, run_killed, run_on_full_disk, write_records
+from training_fixtures import (
+    SEQ,
+    VOCAB,
+    command,
+    read_log,
+    run,
+    run_killed,
+    run_new,
+    run_on_full_disk,
+    run_two,
+    write_records,
+)
 
 from research.telechat.checkpoint import resume as resume
 
 pytestmark = pytest.mark.matrix
 
-HERE = Path(__file__).parents[1] / "support"
+SLOW_SAVE = "tests/support/slow_save_driver.py"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +43,7 @@ def training(data, output, *more, epochs=4, every=4, beside=True, extra=""):
 def unbroken(data, tmp_path_factory):
     """Output folder of the training that saves in between its steps."""
     folder = tmp_path_factory.mktemp("unbroken")
-    run(training(data, folder / "out", beside=False))
+    run_new(training(data, folder / "out", beside=False))
     return folder / "out"
 
 
@@ -58,10 +66,7 @@ def equal_results(one, two):
 @pytest.mark.slow
 def test_training_goes_on_while_a_checkpoint_is_written(data, unbroken, tmp_path):
     """The weights change during the write; the file has those of its step."""
-    done = subprocess.run([sys.executable, str(HERE / "slow_save_driver.py"), "0.01",
-                           *training(data, tmp_path / "out")], cwd=ROOT, text=True, capture_output=True, check=False,
-                          env={**os.environ, "GLOG_v": "3"}, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    done = run(["0.01", *training(data, tmp_path / "out")], script=SLOW_SAVE)
     assert int(re.search(r"steps begun while writing: (\d+)", done.stdout)[1]) >= 6
     equal_results(tmp_path / "out", unbroken)
 
@@ -74,10 +79,7 @@ def test_adapters_equal_those_of_a_training_that_saves_between_its_steps(data, t
         arguments = training(data, tmp_path / name, epochs=3, beside=bool(seconds),
                              extra=", save_trainable_params: True")
         arguments[1] = "research/telechat/finetune_telechat_tiny_lora_cpu.yaml"
-        driver = [str(HERE / "slow_save_driver.py"), seconds] if seconds else [str(ROOT / "run_mindformer.py")]
-        done = subprocess.run([sys.executable, *driver, *arguments], cwd=ROOT, text=True, capture_output=True,
-                              check=False, env={**os.environ, "GLOG_v": "3"}, timeout=600)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        done = run([seconds, *arguments], script=SLOW_SAVE) if seconds else run_new(arguments)
         assert not seconds or int(re.search(r"steps begun while writing: (\d+)", done.stdout)[1]) >= 4
         folder = tmp_path / name / "checkpoint_trainable/rank_0"
         adapters.append({path.name: ms.load_checkpoint(str(path)) for path in folder.glob("*.ckpt")})
@@ -126,12 +128,7 @@ def test_full_disk_beside_the_training(setting, data, unbroken, tmp_path):
 def test_two_processes_end_with_the_same_complete_checkpoints(data, tmp_path):
     """Each rank writes by itself; both keep three where one alone would keep two."""
     arguments = training(data, tmp_path / "out", "--use_parallel", "True", "--batch_size", "1", every=1, epochs=2)
-    quoted = " ".join(["python", str(ROOT / "run_mindformer.py"),
-                       *(f"'{word}'" if " " in word else word for word in arguments)])
-    done = subprocess.run(["bash", str(ROOT / "scripts/msrun_launcher.sh"), quoted, "2",
-                           str(20000 + os.getpid() % 20000), str(tmp_path / "logs"), "True", "300"], cwd=ROOT,
-                          text=True, capture_output=True, check=False, timeout=600,
-                          env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    done = run_two(arguments, tmp_path / "logs")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     choice = resume.choose(tmp_path / "out/checkpoint", 2)
     assert choice.step == 8 and choice.notes == []

@@ -2,13 +2,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
 from model_fixtures import loss_of
-from training_fixtures import RECIPE, ROOT, SEQ, VOCAB, command, read_log, run, write_records
+from training_fixtures import RECIPE, ROOT, SEQ, VOCAB, command, read_log, run, run_new, run_two, write_records
 
 from research.telechat.commands.run import main
 from research.telechat.common import environment
@@ -25,7 +24,7 @@ def trained(tmp_path_factory):
     write_records(folder / "data.mindrecord", rows)
     work = folder / "cwd"
     work.mkdir()
-    run(command(folder / "data.mindrecord", folder / "out", "--epochs", "2", "--callbacks",
+    run_new(command(folder / "data.mindrecord", folder / "out", "--epochs", "2", "--callbacks",
                 "[{type: MFLossMonitor}, {type: TelechatTrainingLog}, {type: CheckpointMonitor, prefix: t, "
                 "save_checkpoint_steps: 7, integrated_save: false, async_save: false}]"), cwd=work)
     return folder, rows
@@ -74,12 +73,8 @@ def test_two_processes_have_the_norms_of_one(trained, tmp_path):
     write_records(tmp_path / "paired.mindrecord", paired)
     start = ["--load_checkpoint", str(folder / "out" / "checkpoint" / "rank_0" / "t_rank_0-2_3.ckpt"), "--epochs", "1"]
     run(command(tmp_path / "paired.mindrecord", tmp_path / "one", *start))
-    quoted = " ".join(["python", str(ROOT / "run_mindformer.py"),
-                       *command(data, tmp_path / "two", *start, "--batch_size", "1", "--use_parallel", "True")])
-    port = str(20000 + os.getpid() % 20000)
-    done = subprocess.run(["bash", str(ROOT / "scripts/msrun_launcher.sh"), quoted, "2", port, str(tmp_path / "logs"),
-                           "True", "300"], cwd=ROOT, text=True, capture_output=True, check=False, timeout=600,
-                          env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    done = run_two(command(data, tmp_path / "two", *start, "--batch_size", "1", "--use_parallel", "True"),
+                   tmp_path / "logs")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
     assert len(one) == len(two) == 4

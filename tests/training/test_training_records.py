@@ -1,17 +1,14 @@
 """The records behind a loss that is not finite: which a step has read, in sink mode, shuffled, by rank, resumed."""
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from training_fixtures import ROOT, SEQ, VOCAB, command, read_log, write_records
+from training_fixtures import SEQ, VOCAB, command, read_log, run, run_two, write_records
 
 from research.telechat.training.records import describe_records, record_numbers, step_batches
 
 RECORDS, BATCH, SEED = 11, 2, 0                        # 5 steps per epoch, one record left out of each
+SINK = "tests/support/sink_driver.py"
 POISON = VOCAB - 1                                     # a token whose embedding is NaN
 
 
@@ -142,17 +139,15 @@ def poisoned(data, tmp_path_factory):
 
 
 def sunk(dataset, output, *more):
-    """A command that trains on shuffled data, with callbacks called as in sink mode."""
-    return [sys.executable, str(Path(__file__).parents[1] / "support/sink_driver.py"), *command(
+    """Arguments of a training on shuffled data."""
+    return command(
         dataset, output, "--train_dataset.data_loader.shuffle", "True", "--callbacks", "[{type: TelechatTrainingLog}, "
-        "{type: CheckpointMonitor, prefix: t, save_checkpoint_steps: 1, keep_checkpoint_max: 99}]", *more)]
+        "{type: CheckpointMonitor, prefix: t, save_checkpoint_steps: 1, keep_checkpoint_max: 99}]", *more)
 
 
 def start(arguments, log, code=0):
-    done = subprocess.run(arguments, cwd=ROOT, text=True, capture_output=True, check=False, timeout=600,
-                          env={**os.environ, "GLOG_v": "3", "READ_LOG": str(log),
-                               "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
-    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    """Train with callbacks called as in sink mode; the error lines."""
+    done = run(arguments, script=SINK, code=code, READ_LOG=str(log))
     return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
@@ -218,9 +213,8 @@ def test_each_rank_names_the_records_that_it_has_read(data, poisoned, tmp_path):
     base, write = poisoned
     arguments = sunk(write(4), tmp_path / "out", "--load_checkpoint", str(base), "--epochs", "3", "--use_parallel",
                      "True", "--runner_config.sink_size", "1")
-    quoted = " ".join(["python", *(f"'{word}'" if " " in word else word for word in arguments[1:])])
-    start(["bash", str(ROOT / "scripts/msrun_launcher.sh"), quoted, "2", str(20000 + os.getpid() % 20000),
-           str(tmp_path / "logs"), "True", "300"], tmp_path / "read", code=1)
+    done = run_two(arguments, tmp_path / "logs", script=SINK, READ_LOG=str(tmp_path / "read"))
+    assert done.returncode == 1
     read = [records_read(tmp_path / f"read.{rank}", data[1]) for rank in range(2)]
     step, rank = min((step, rank) for rank in range(2) for step, batch in enumerate(read[rank], 1) if 4 in batch)
     text = (tmp_path / f"logs/worker_{rank}.log").read_text(errors="replace")

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Callable, List, Optional
+from typing import Callable, Dict, List, Optional, Protocol
 
 from research.telechat.ascend_sim import runtime
 from research.telechat.ascend_sim.account import Mesh, account, load
@@ -58,8 +58,30 @@ def _rows(recipe: JsonObject) -> int:
             * runner.get("gradient_accumulation_steps", 1) * (recipe.get("micro_batch_interleave_num") or 1))
 
 
+class Worker(Protocol):
+    """A process, with what is needed of Popen."""
+
+    pid: int
+
+    def wait(self, timeout: Optional[float] = None) -> int:
+        """Its exit code. Raises subprocess.TimeoutExpired."""
+
+    def poll(self) -> Optional[int]:
+        """Its exit code, or None while it runs."""
+
+    def kill(self) -> None:
+        """End it."""
+
+
+def start_worker(words: List[str], folder: Path, env: Dict[str, str], log: Path) -> Worker:
+    """Start Python with `words`, a script and its arguments, in `folder`; what it prints goes to `log`."""
+    with log.open("wb") as handle:
+        return subprocess.Popen([sys.executable, *words], cwd=folder, env=env, stdout=handle, stderr=subprocess.STDOUT)
+
+
 def compile_plan(recipe: JsonObject, mesh: Mesh, rank: int, length: int, keep: Optional[Path] = None,
-                 timeout: float = 3600, progress: Optional[Callable[[float], None]] = None) -> JsonObject:
+                 timeout: float = 3600, progress: Optional[Callable[[float], None]] = None,
+                 start: Callable[[List[str], Path, Dict[str, str], Path], Worker] = start_worker) -> JsonObject:
     """Compile `recipe` as rank `rank` of the ranks of `mesh`.
 
     Args:
@@ -68,7 +90,8 @@ def compile_plan(recipe: JsonObject, mesh: Mesh, rank: int, length: int, keep: O
         length: tokens of a training record, seq_length + 1; not used for prediction.
         keep: folder for log, graphs and strategy files; None: a temporary one, removed unless compiling failed.
         timeout: seconds.
-        progress: called every two seconds with those passed.
+        progress: called every half second with the seconds passed.
+        start: starts the process that compiles.
 
     Returns:
         {"ok", "seconds", "versions", "compiler_memory_mb", "folder"}, and "graphs": {name: what `account` counts} where
@@ -93,28 +116,25 @@ def compile_plan(recipe: JsonObject, mesh: Mesh, rank: int, length: int, keep: O
     env.update(LOG_MF_PATH=str(folder / "log"), GLOG_v="3", OMP_NUM_THREADS=env.get("OMP_NUM_THREADS", "1"))
     log = folder / "worker.log"
     started = time.time()
-    with log.open("w", encoding="utf-8") as handle:
-        worker = subprocess.Popen([sys.executable, str(Path(__file__).with_name("worker.py")),
-                                   str(folder / "job.json")], cwd=folder, env=env, stdout=handle,
-                                  stderr=subprocess.STDOUT)
-        try:
-            while True:
-                try:
-                    code = str(worker.wait(2))
+    worker = start([str(Path(__file__).with_name("worker.py")), str(folder / "job.json")], folder, env, log)
+    try:
+        while True:
+            try:
+                code = str(worker.wait(0.5))
+                break
+            except subprocess.TimeoutExpired:
+                quieten(worker.pid)
+                passed = time.time() - started
+                if progress:
+                    progress(passed)
+                if passed > timeout:
+                    code = f"nothing: it was stopped after {timeout:.0f} s"
                     break
-                except subprocess.TimeoutExpired:
-                    quieten(worker.pid)
-                    passed = time.time() - started
-                    if progress:
-                        progress(passed)
-                    if passed > timeout:
-                        code = f"nothing: it was stopped after {timeout:.0f} s"
-                        break
-        finally:
-            if worker.poll() is None:
-                worker.kill()
-                worker.wait()
-    report: JsonObject = {"ok": False, "error": f"the compiler ended with {code} and without a report"}
+    finally:
+        if worker.poll() is None:
+            worker.kill()
+            worker.wait()
+    report: Dict[str, Any] = {"ok": False, "error": f"the compiler ended with {code} and without a report"}
     if result.is_file():
         report = json.loads(result.read_text(encoding="utf-8"))
     report["folder"] = str(folder)

@@ -1,0 +1,191 @@
+"""Processes that begin with MindSpore and MindFormers imported, which otherwise takes each of them some ten seconds.
+
+One process imports everything and then forks for every start: `run` and `start` take a script and its arguments as
+subprocess does, and the child executes it as `python SCRIPT ARGUMENTS` would, with its own environment, folder, output
+and signals. Not for what such a child cannot show: order of sets (its hash seed is the parent's), and variables that
+are read while packages are imported. Tests of those, and the runs that others are compared with, start Python anew.
+"""
+import atexit
+import json
+import os
+import resource
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence
+
+ROOT = Path(__file__).resolve().parents[2]
+_servers: Dict[bool, "Server"] = {}
+_lock = threading.Lock()
+
+
+class Started:
+    """A process as subprocess.Popen shows it."""
+
+    def __init__(self, connection: socket.socket, args: Sequence[str]):
+        self.connection, self.args, self.returncode = connection, args, None
+        self.lines = connection.makefile("r")
+        self.pid = json.loads(self.lines.readline())
+
+    def wait(self, timeout: Optional[float] = None) -> int:
+        """Its exit code, or minus the signal that has ended it. TimeoutExpired."""
+        if self.returncode is None:
+            if not select.select([self.connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(list(self.args), timeout)
+            line = self.lines.readline()
+            assert line, "the process that starts others has ended"
+            self.returncode = json.loads(line)
+            self.lines.close()
+            self.connection.close()
+        return self.returncode
+
+    def poll(self) -> Optional[int]:
+        """Its exit code, or None while it runs."""
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def kill(self) -> None:
+        """End it."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+class Server:
+    """The process that forks. ascend: with the simulated Ascend runtime."""
+
+    def __init__(self, ascend: bool):
+        env = dict(os.environ)
+        self.folder = tempfile.TemporaryDirectory(prefix="telechat-prepared-")
+        if ascend:
+            from research.telechat.ascend_sim import runtime
+            env = {"OMP_NUM_THREADS": "1", **runtime.environment()}
+        env.update(GLOG_v="3", LOG_MF_PATH=f"{self.folder.name}/log")
+        self.path = f"{self.folder.name}/socket"
+        self.process = subprocess.Popen([sys.executable, __file__, self.path], env=env, cwd=ROOT,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        while self.process.stdout.readline() not in ("prepared\n", ""):
+            pass                                     # what packages print when they are imported
+        assert self.process.poll() is None, "MindSpore and MindFormers cannot be imported"
+        atexit.register(self.stop)
+
+    def start(self, job: Dict[str, Any]) -> Started:
+        """A child that does `job`."""
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(self.path)
+        connection.sendall((json.dumps(job) + "\n").encode())
+        return Started(connection, job["args"])
+
+    def stop(self) -> None:
+        """It ends when its input does."""
+        self.process.stdin.close()
+        self.process.wait()
+        self.folder.cleanup()
+
+
+def start(args: Sequence[str], cwd: Path, env: Dict[str, str], output: str, error: str = "", limit: int = 0,
+          ascend: bool = False) -> Started:
+    """`python ARGS...`: a script and its arguments. output, error: files to append to (error: that of output); limit:
+    bytes that no file may exceed; ascend: `env` is one of the simulated runtime."""
+    with _lock:
+        if ascend not in _servers:
+            _servers[ascend] = Server(ascend)
+    return _servers[ascend].start({"args": list(map(str, args)), "cwd": str(cwd), "env": dict(env), "output": output,
+                                   "error": error, "limit": limit})
+
+
+def run(args: Sequence[str], cwd: Path = ROOT, env: Optional[Dict[str, str]] = None, limit: int = 0,
+        timeout: float = 600, ascend: bool = False) -> "subprocess.CompletedProcess[str]":
+    """As subprocess.run(..., text=True, capture_output=True)."""
+    with tempfile.TemporaryDirectory(prefix="telechat-prepared-") as folder:
+        files = [Path(folder, name) for name in ("output", "error")]
+        process = start(args, cwd, {**os.environ, **(env or {})}, *map(str, files), limit=limit, ascend=ascend)
+        try:
+            process.wait(timeout)
+        finally:
+            process.kill()
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
+    return subprocess.CompletedProcess(list(args), process.returncode, *texts)
+
+
+# ---- the process that forks
+
+
+def become(job: Dict[str, Any]) -> None:
+    """Make this process what `job` asks for."""
+    os.chdir(job["cwd"])
+    os.environ.clear()
+    os.environ.update(job["env"])
+    inputs = os.open(os.devnull, os.O_RDONLY)
+    output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    error = os.open(job["error"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if job["error"] else output
+    for descriptor, target in ((inputs, 0), (output, 1), (error, 2)):
+        os.dup2(descriptor, target)
+    if job["limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+    sys.argv = job["args"]
+    sys.path[0] = str(Path(job["args"][0]).parent)
+    import numpy as np
+    np.random.seed()                                 # as in a process of its own
+
+
+def serve(path: str) -> Optional[Dict[str, Any]]:
+    """Fork for every job that comes in by the socket at `path` until the input ends. In a child: its job."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    print("prepared", flush=True)
+    while True:
+        ready, _, _ = select.select([listener, 0], [], [], 1.0)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+        if 0 in ready:
+            return None
+        if listener not in ready:
+            continue
+        connection, _ = listener.accept()
+        if os.fork():
+            connection.close()
+            continue
+        listener.close()                             # a process that only waits for the next one and says how it ended
+        job = json.loads(connection.makefile("r").readline())
+        child = os.fork()
+        if not child:
+            connection.close()
+            return job
+        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+        connection.sendall(f"{child}\n".encode())
+        _, status = os.waitpid(child, 0)
+        try:
+            connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        finally:
+            os._exit(0)
+
+
+def main() -> None:
+    """The server, and in its children the script."""
+    sys.path[:1] = ["", str(ROOT)]                   # "" is the folder of the script to come
+    import matplotlib.pyplot  # noqa: F401
+    import mindspore.dataset
+    import mindspore.mindrecord  # noqa: F401
+
+    import run_mindformer  # noqa: F401
+    job = serve(sys.argv[1])
+    if job is None:
+        os._exit(0)
+    become(job)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
