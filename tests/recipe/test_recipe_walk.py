@@ -85,7 +85,7 @@ def graph_of(path):
     """What the small recipe's graph depends on: all settings but names, tokens and tokenizer, and the variant's."""
     recipe = shrunk(read_recipe(path))
     models = [{key: value for key, value in model.items() if key != "net_name" and not key.endswith("_token_id")}
-              for model in (recipe["model"].pop("model_config"), read_plan(shrunk(read_recipe(path))).model)]
+              for model in (recipe["model"].pop("model_config"), vars(read_plan(shrunk(read_recipe(path))).model))]
     return json.dumps([{**recipe, "processor": None, "trainer": None}, models], sort_keys=True, default=str)
 
 

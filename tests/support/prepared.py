@@ -6,6 +6,7 @@ and signals. Not for what such a child cannot show: order of sets (its hash seed
 are read while packages are imported. Tests of those, and the runs that others are compared with, start Python anew.
 """
 import atexit
+import importlib
 import json
 import os
 import resource
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
+MODULES = ("mindspore.dataset", "mindspore.mindrecord", "mindformers.trainer", "matplotlib.pyplot",
+           "research.telechat.run.job", "run_mindformer")
 _servers: Dict[bool, "Server"] = {}
 _lock = threading.Lock()
 
@@ -59,9 +62,9 @@ class Started:
 
 
 class Server:
-    """The process that forks. ascend: with the simulated Ascend runtime."""
+    """The process that forks. modules: what it imports; ascend: with the simulated Ascend runtime."""
 
-    def __init__(self, ascend: bool):
+    def __init__(self, modules: Sequence[str] = MODULES, ascend: bool = False):
         env = dict(os.environ)
         self.folder = tempfile.TemporaryDirectory(prefix="telechat-prepared-")
         if ascend:
@@ -69,11 +72,11 @@ class Server:
             env = {"OMP_NUM_THREADS": "1", **runtime.environment()}
         env.update(GLOG_v="3", LOG_MF_PATH=f"{self.folder.name}/log")
         self.path = f"{self.folder.name}/socket"
-        self.process = subprocess.Popen([sys.executable, __file__, self.path], env=env, cwd=ROOT,
+        self.process = subprocess.Popen([sys.executable, __file__, self.path, *modules], env=env, cwd=ROOT,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         while self.process.stdout.readline() not in ("prepared\n", ""):
             pass                                     # what packages print when they are imported
-        assert self.process.poll() is None, "MindSpore and MindFormers cannot be imported"
+        assert Path(self.path).exists(), "one of the modules cannot be imported"
         atexit.register(self.stop)
 
     def start(self, job: Dict[str, Any]) -> Started:
@@ -96,7 +99,7 @@ def start(args: Sequence[str], cwd: Path, env: Dict[str, str], output: str, erro
     bytes that no file may exceed; ascend: `env` is one of the simulated runtime."""
     with _lock:
         if ascend not in _servers:
-            _servers[ascend] = Server(ascend)
+            _servers[ascend] = Server(ascend=ascend)
     return _servers[ascend].start({"args": list(map(str, args)), "cwd": str(cwd), "env": dict(env), "output": output,
                                    "error": error, "limit": limit})
 
@@ -132,8 +135,8 @@ def become(job: Dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
     sys.argv = job["args"]
     sys.path[0] = str(Path(job["args"][0]).parent)
-    import numpy as np
-    np.random.seed()                                 # as in a process of its own
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()           # as in a process of its own
 
 
 def serve(path: str) -> Optional[Dict[str, Any]]:
@@ -175,11 +178,8 @@ def serve(path: str) -> Optional[Dict[str, Any]]:
 def main() -> None:
     """The server, and in its children the script."""
     sys.path[:1] = ["", str(ROOT)]                   # "" is the folder of the script to come
-    import matplotlib.pyplot  # noqa: F401
-    import mindspore.dataset
-    import mindspore.mindrecord  # noqa: F401
-
-    import run_mindformer  # noqa: F401
+    for module in sys.argv[2:]:
+        importlib.import_module(module)
     job = serve(sys.argv[1])
     if job is None:
         os._exit(0)
