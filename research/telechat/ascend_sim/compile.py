@@ -134,7 +134,7 @@ def compile_plan(recipe: JsonObject, mesh: Mesh, rank: int, length: int, keep: O
         if worker.poll() is None:
             worker.kill()
             worker.wait()
-    report: Dict[str, Any] = {"ok": False, "error": f"the compiler ended with {code} and without a report"}
+    report: JsonObject = {"ok": False, "error": f"the compiler ended with {code} and without a report"}
     if result.is_file():
         report = json.loads(result.read_text(encoding="utf-8"))
     report["folder"] = str(folder)
