@@ -18,7 +18,6 @@ from research.telechat.chat.session import History, Session, bot_message, parse_
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, read_json_object
 from research.telechat.common.tokens import end_tokens
-from research.telechat.telechat_config import TelechatConfig
 from research.telechat.text.messages import Tools
 from research.telechat.text.renderer import Renderer, detect_template
 from research.telechat.text.vocab import Vocab, check_fit
@@ -33,7 +32,7 @@ class GenerativeModel(Protocol):
     """What a chat asks of a model (generation/generate.py)."""
 
     @property
-    def config(self) -> TelechatConfig: ...
+    def config(self) -> Any: ...
 
     def stream(self, input_ids: List[int], **settings: Any) -> Tokens: ...
 
@@ -57,7 +56,7 @@ def read_generation_config(source: GenerationSource) -> GenerationConfig:
     return GenerationConfig(**known)
 
 
-def check_tokenizer(tokenizer: object, config: TelechatConfig) -> Vocab:
+def check_tokenizer(tokenizer: object, config: Any) -> Vocab:
     """The vocabulary of `tokenizer` (a TelechatTokenizer, or a Vocab), compared with a model's config.
 
     Raises:
