@@ -111,7 +111,7 @@ def test_direct_engine_refuses_the_fused_kernels(monkeypatch):
     from research.telechat.model import kernels
     from research.telechat.telechat import TelechatForCausalLM
     from research.telechat.telechat_config import TelechatConfig
-    config = {**HF_CONFIGS["telechat2_gqa"], "num_hidden_layers": 1}
+    config = {**HF_CONFIGS["telechat2_gqa"], "n_layer": 1}
 
     def build():
         return TelechatForCausalLM(TelechatConfig.from_hf_config(config, use_past=True, seq_length=64, num_blocks=4))
