@@ -181,6 +181,7 @@ def test_micro_batches_without_a_plan_do_not_make_a_step_larger():
     ({"device": "Ascend", "runner_config": {"gradient_accumulation_steps": 2}}, "on Ascend, accumulation needs"),
     ({"runner_wrapper": {"type": "Other"}}, "expected MFTrainOneStepCell, TelechatTrainOneStepCell, found Other"),
     ({"runner_wrapper": None}, "found None"),
+    ({"device": "Ascend", "plan": {"pipeline_stage": 2, "seq_split_num": 2}}, "seq_split_num is 2: MindFormers cannot"),
     ({"micro_batch_interleave_num": 3}, "does not divide runner_config.batch_size (2)"),
 ])
 def test_parts_that_cannot_be(keys, words):

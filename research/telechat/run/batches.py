@@ -67,6 +67,9 @@ def settle_batches(config: MindFormerConfig) -> None:
     if interleave > 1 and not by_plan(config) and runner.get("batch_size", 1) % interleave:
         raise ConfigError(f"micro_batch_interleave_num is {interleave}, which does not divide runner_config.batch_size "
                           f"({runner.get('batch_size', 1)}); choose a divisor, or 1")
+    if by_plan(config) and plan.get("seq_split_num", 1) > 1:
+        raise ConfigError(f"parallel_config.seq_split_num is {plan['seq_split_num']}: MindFormers cannot weigh tokens "
+                          "alike in a pipeline over parts of sequences; set it to 1")
     if steps == 1:
         return
     if by_plan(config):
