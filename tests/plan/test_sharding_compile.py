@@ -18,6 +18,7 @@ from research.telechat.ascend_sim.account import Mesh, Program, load
 from research.telechat.ascend_sim.compile import compile_plan
 from research.telechat.ascend_sim.elf import Code, SharedObject, write_library
 from research.telechat.ascend_sim.runtime import mindspore_folder
+from research.telechat.checkpoint.strategy import read_strategy
 from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import find_faults, read_plan
 
@@ -49,6 +50,10 @@ class TestCompiled:
                 inner = made_by.get(outer.input[0], (None, None))[1] if program.operator(outer) == "Cast" else None
                 rounded += inner is not None and program.operator(inner) == "Cast" and inner.input[0] == node.input[0]
         assert rounded == graphs["step"]["memory"]["remainder"]["count"]
+        layouts = read_strategy(tmp_path / "output/strategy").layouts          # by which checkpoints are cut and merged
+        kept = [name for name in layouts if name.startswith("adam_r.")]
+        assert len(kept) == rounded
+        assert all(layouts[name] == layouts[name.replace("adam_r.", "adam_m.")] for name in kept)
 
     def test_model_parallel(self):
         plan, graphs = compiled(small_recipe(dp=2, mp=4, recompute_config={"recompute_slice_activation": False}))

@@ -10,9 +10,8 @@ import numpy as np
 from mindformers.modules.flash_attention import FlashAttention
 from mindformers.tools.logger import logger
 from mindspore import Tensor, nn
-from mindspore.ops import Primitive
+from mindspore.ops import Primitive, auto_generate
 from mindspore.ops import operations as P
-from mindspore.ops.auto_generate import InplaceCopy
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
 from research.telechat.bridge.compat import on_cpu
@@ -56,7 +55,7 @@ def gradient_kernels_of_cpu() -> bool:
 
 def writer() -> Primitive:
     """The operator that writes a value into a parameter: a copy on the CPU, where assigning knows no bfloat16."""
-    return InplaceCopy() if on_cpu() else P.Assign()
+    return auto_generate.InplaceCopy() if on_cpu() else P.Assign()
 
 
 def dropout_by_step() -> bool:

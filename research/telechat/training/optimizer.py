@@ -93,9 +93,10 @@ class TelechatAdamW(AdamW):
         self.composed = self.has_remainder or (plain_kernels and any(low))
         self.remainders = self.exp_avg                   # where there is no remainder, a moment holds its place
         if self.has_remainder:
-            self.remainders = ParameterTuple([remainder_like(p, self.swap) if is_low else mean for p, is_low, mean in
+            swap = getattr(self, "swap", False)          # MindFormers 1.9 has it
+            self.remainders = ParameterTuple([remainder_like(p, swap) if is_low else mean for p, is_low, mean in
                                               zip(self.parameters, low, self.exp_avg)])
-        self.write = kernels.writer()
+        self.write = kernels.writer() if self.composed else None
         self.pow, self.sqrt, self.reshape = P.Pow(), P.Sqrt(), P.Reshape()
 
     def construct(self, gradients: Tuple[Tensor, ...]) -> Tensor:
