@@ -6,7 +6,7 @@ import pytest
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.plan.plan import read_plan
-from research.telechat.recipe.master_weights import apply, choose
+from research.telechat.recipe.master_weights import apply, choose, hand_over
 from research.telechat.recipe.read import read_recipe, set_key
 from research.telechat.recipe.settings import resolve
 
@@ -40,6 +40,8 @@ def test_every_recipe_keeps_its_updates(path):
         return
     assert chosen.kind in ("float32", "remainder")
     apply(recipe)
+    assert choose(recipe).kind == chosen.kind                # what checks the completed recipe reads it alike
+    hand_over(recipe)
     stored = types(recipe)
     assert stored == (("float32",) * 3 if chosen.kind == "float32" else ("bfloat16", "bfloat16", "float32"))
     assert recipe["optimizer"]["type"] == ("AdamW" if chosen.kind == "float32" else "TelechatAdamW")
@@ -63,6 +65,9 @@ def test_what_keys_mean(settings, kind, stored):
     assert read_plan(recipe).remainder == (kind == "remainder")
     apply(recipe)
     assert types(recipe) == stored
+    assert choose(recipe).kind == kind and read_plan(recipe).remainder == (kind == "remainder")
+    hand_over(recipe)
+    assert ("master_weights" in recipe["optimizer"]) == (kind == "remainder")
 
 
 @pytest.mark.parametrize(("settings", "words"), [

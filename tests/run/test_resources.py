@@ -52,6 +52,8 @@ def test_a_checkpoint_of_the_largest_model():
     assert whole == pytest.approx(weights * (1 + 8 / (weights / 115.7e9)), rel=0.2)
     tiny = read_plan(read_recipe(ROOT / "research/telechat/finetune_telechat_tiny_cpu.yaml"))
     assert saved_bytes(tiny, 0) == 3 * weight_bytes(tiny, 0)       # float32, two moments
+    medium = read_plan(read_recipe(ROOT / "research/telechat/finetune_telechat_52b.yaml"))
+    assert saved_bytes(medium, 0) == pytest.approx(6 * weight_bytes(medium, 0), rel=1e-3)    # 16 bits, remainders
 
 
 def test_what_several_ranks_hold_alike_is_saved_once():

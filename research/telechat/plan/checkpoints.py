@@ -12,14 +12,14 @@ def weight_bytes(plan: Plan, rank: int) -> int:
 
 
 def saved_bytes(plan: Plan, rank: int, once: bool = False) -> int:
-    """Bytes of the checkpoint that a rank writes: what it holds of parameters and optimizer state.
+    """Bytes of the checkpoint that a rank writes: what it holds of parameters, optimizer state and remainders.
 
     once: what several ranks hold alike is written by one of them (`remove_redundancy`); the rank's mean share then.
     """
     if once:
         plan = dataclasses.replace(plan, optimizer_sharded=True, threshold=0)
     memory = memory_of(plan, stage_of(plan, rank))
-    return memory.parameters + memory.optimizer
+    return memory.parameters + memory.optimizer + memory.remainder
 
 
 def checkpoints_at_once(keep: int, every: int, interval: int, steps: int) -> int:

@@ -93,19 +93,26 @@ def choose(recipe: JsonObject) -> Optional[Choice]:
 
 
 def apply(recipe: JsonObject) -> List[str]:
-    """Complete a recipe in place: keys of the model, and the optimizer that is to be built. Returns lines for the log,
+    """Complete a recipe in place with what `choose` finds, so that it finds it again. Returns lines for the log,
     without full stop. Raises ConfigError."""
-    chosen, optimizer = choose(recipe), recipe.get("optimizer")
-    if isinstance(optimizer, dict):
-        optimizer.pop("master_weights", None)
+    chosen, optimizer = choose(recipe), section(recipe, "optimizer")
     if chosen is None:
+        optimizer.pop("master_weights", None)
         return []
     recipe["model"]["model_config"].update(chosen.keys)
-    if chosen.kind == "remainder" and isinstance(optimizer, dict):
-        optimizer.update(type="TelechatAdamW", master_weights="remainder")
+    optimizer["master_weights"] = chosen.kind
+    if chosen.kind == "remainder":
+        optimizer["type"] = "TelechatAdamW"
         return ["optimizer.master_weights: 16-bit parameters have a float16 remainder in the optimizer; norms and "
                 "biases are float32"]
     if chosen.kind == "none":
         return [f"optimizer.master_weights is none: at learning rate {_learning_rate(recipe)} most updates of 16-bit "
                 "parameters are rounded away"]
     return []
+
+
+def hand_over(recipe: JsonObject) -> None:
+    """Leave `optimizer.master_weights` only where the optimizer is to know it: those of MindFormers do not take it."""
+    optimizer = section(recipe, "optimizer")
+    if optimizer.get("master_weights") != "remainder":
+        optimizer.pop("master_weights", None)

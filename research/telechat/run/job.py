@@ -195,6 +195,7 @@ def run(recipe: JsonObject, overrides: JsonObject, register_path: Optional[str] 
     os.environ["RUN_MODE"] = config.run_mode         # MindFormers reads it; one left over from elsewhere would win
     if register_path:
         os.environ["REGISTER_PATH"] = os.path.abspath(register_path)
+    master_weights.hand_over(config)
     config = apply_template(config)
     if config.run_mode == "eval" or (training and config.get("do_eval")):
         pad_evaluation(config)
