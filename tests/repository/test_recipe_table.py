@@ -152,7 +152,8 @@ def test_optional_keys_exist():
         if section in template_sections():
             known |= set(template_sections()[section].keys())
         if section in KINDS:
-            kind = key.split(".")[1] if section == "callbacks" else "CosineWithWarmUpLR"
+            classes = {"lr_schedule": "CosineWithWarmUpLR", "optimizer": "TelechatAdamW"}
+            kind = key.split(".")[1] if section == "callbacks" else classes[section]
             known |= arguments(MindFormerRegister.get_cls(KINDS[section], kind))
         elsewhere = {"mempool_block_size", "memory_optimize_level", "save_graphs", "save_graphs_path"}   # of MindSpore
         assert name in known | elsewhere or f'"{name}"' in plugin or name == "pipeline_scheduler", key
