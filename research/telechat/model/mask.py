@@ -5,6 +5,7 @@ import mindspore.common.dtype as mstype
 import numpy as np
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
+from mindspore.ops.functional import stop_gradient
 from mindspore.ops.primitive import constexpr
 
 from research.telechat.common.errors import ConfigError
@@ -81,7 +82,9 @@ class AttentionMask(nn.Cell):
             hidden = self.or_padding(hidden, padding)
         if not self.flash:
             return self.mul(self.cast(hidden, self.dtype), self.cast(self.forbidden, self.dtype))
-        hidden = self.cast(hidden, mstype.uint8)
+        # No gradient: where devices exchange parts of the mask, its gradient would travel as uint8, which no collective
+        # takes.
+        hidden = stop_gradient(self.cast(hidden, mstype.uint8))
         return hidden if self.per_sequence or attention_mask is not None else self.reshape(hidden, (seq, seq))
 
 

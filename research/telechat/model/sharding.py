@@ -183,9 +183,10 @@ def decode_layer(cell: nn.Cell, mesh: Mesh) -> None:
 
 
 def mask(cell: nn.Cell, mesh: Mesh) -> None:
-    """Sequences over dp, queries over cp."""
-    row, column, square = (mesh.dp, 1, mesh.cp, 1), (mesh.dp, 1, 1, 1), (mesh.dp, 1, mesh.cp, 1)
-    causal = (1, 1, mesh.cp, 1)
+    """Sequences over dp; queries as attention has them, over the part of cp that ulysses leaves to the sequence."""
+    queries = mesh.cp // mesh.ulysses
+    row, column, square = (mesh.dp, 1, queries, 1), (mesh.dp, 1, 1, 1), (mesh.dp, 1, queries, 1)
+    causal = (1, 1, queries, 1)
     cell.other_document.shard((row, column))
     cell.is_equal.shard((column, ()))
     cell.or_other_document.shard((causal, square))
