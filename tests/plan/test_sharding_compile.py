@@ -108,6 +108,19 @@ class TestCompiled:
         assert {place["axes"] for place in found["places"] if place["operator"] == "Send"} == {"cp"}
         assert graphs["step"]["operators"]["FlashAttentionScore"]["forward"] == 4          # two layers, two rounds
 
+    @pytest.mark.parametrize("kind", ["documents", "padding"])
+    def test_masks_with_context_parallelism(self, kind):
+        """The mask of each sequence stays out of the gradient and is whole where ulysses cuts heads."""
+        form = {"documents": {"document_boundaries": True}, "padding": {"mask_pad_tokens": True}}[kind]
+        recipe = small_recipe(cp=4, parallel={"enable_alltoall": True}, model=form,
+                              parallel_config={"context_parallel_algo": "hybrid_cp", "ulysses_degree_in_cp": 2})
+        if kind == "documents":
+            recipe["train_dataset"]["input_columns"] = ["input_ids", "labels", "actual_seq_len"]
+        plan, graphs = compiled(recipe)
+        agree(plan, 0, graphs["step"])
+        ways = graphs["step"]["attention"]
+        assert [(way["sparse_mode"], way["mask"]) for way in ways] == [(0, ["uint8", [4, 1, 256, 512]])]
+
     def test_prediction(self):
         recipe = small_recipe(mp=4, base="predict", model={"n_kv_heads": 4, "tie_word_embeddings": False})
         plan, graphs = compiled(recipe)

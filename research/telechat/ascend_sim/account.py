@@ -25,6 +25,12 @@ _COLLECTIVES = {"AllReduce", "AllGather", "ReduceScatter", "Broadcast", "AlltoAl
                 "AllToAllV", "AlltoAllVC", "CollectiveGather", "CollectiveScatter", "Reduce"}
 _COUNTED = ("MatMul", "BatchMatMul", "FlashAttentionScore", "FlashAttentionScoreGrad", "PagedAttention",
             "ReshapeAndCache")
+# FlashAttentionScore: inputs behind query, key and value, and MindSpore's numbers for the layouts (str_to_enum).
+_ATTENTION_MASK = 6
+_ATTENTION_SETTINGS = {10: "head_num", 11: "keep_prob", 12: "scale", 13: "pre_tokens", 14: "next_tokens",
+                       16: "layout", 17: "sparse_mode"}
+_LAYOUTS = ("BSH", "BNSD", "SBH", "BSND", "TND", "TH")
+_FLOAT = 1                                               # type of an attribute: AttributeProto.FLOAT
 _STATE = re.compile(r"(adam_[mv]|moments?\d?|exp_avg\w*|fp32_\w+|state\d?|[mv])\.")
 
 
@@ -70,7 +76,7 @@ def _value(attribute: Any) -> Any:
         return list(attribute.ints) if len(attribute.ints) > 1 else attribute.ints[0]
     if attribute.s:
         return _text(attribute.s)
-    return attribute.i
+    return attribute.f if attribute.type == _FLOAT else attribute.i
 
 
 def _text(value: Any) -> str:
@@ -108,6 +114,7 @@ class Program:
         self.parameters = model.graph.parameter
         self.primitives = {primitive.name: primitive for primitive in model.primitives}
         self._values: Dict[str, List[Any]] = {}
+        self.constants: Dict[str, Any] = {}
         self._closures: Dict[str, Set[str]] = {}
         partial = {node.output[0]: node.input[0] for graph in self.graphs.values() for node in graph.node
                    if self.operator(node) == "Partial" and node.input}
@@ -117,6 +124,8 @@ class Program:
                 self._note([item.name], list(item.tensor) or _tensors(item.attr_info), item.attr_info, partial)
             for node in graph.node:
                 for attribute in node.attribute:
+                    if node.op_type == "Constant" and attribute.name == "value":
+                        self.constants[node.output[0]] = _value(attribute)
                     if attribute.name == "shape":
                         self._note(node.output, _tensors(attribute), attribute, partial)
         self.unresolved = 0
@@ -151,6 +160,11 @@ class Program:
     def size(self, key: str) -> int:
         """Bytes of the value called `key`."""
         return _size(self._values.get(key, []))
+
+    def form(self, key: str) -> Optional[List[Any]]:
+        """[dtype, shape] of the tensor called `key`; None where there is none."""
+        tensors = self._values.get(key)
+        return [_TYPES.get(tensors[0].data_type, "other"), list(tensors[0].dims)] if tensors else None
 
     def _count_calls(self) -> Counter:
         called: Dict[str, Counter] = {name: Counter() for name in self.graphs}
@@ -267,6 +281,23 @@ def _transfers(program: Program, mesh: Mesh, rank: int, trains: bool) -> Dict[Tr
     return found
 
 
+def _attention(program: Program) -> List[Dict[str, Any]]:
+    """The different ways in which the graph calls FlashAttentionScore: its settings, and [dtype, shape] of the query
+    and the mask."""
+    found: List[Dict[str, Any]] = []
+    for name, graph in program.graphs.items():
+        for node in graph.node:
+            if program.calls[name] and program.operator(node) == "FlashAttentionScore":
+                way = {setting: program.constants.get(node.input[place])
+                       for place, setting in _ATTENTION_SETTINGS.items()}
+                if isinstance(way["layout"], int):
+                    way["layout"] = _LAYOUTS[way["layout"]]
+                way.update(query=program.form(node.input[0]), mask=program.form(node.input[_ATTENTION_MASK]))
+                if way not in found:
+                    found.append(way)
+    return found
+
+
 def _memory(program: Program) -> Dict[str, Dict[str, int]]:
     """Parameters of the rank by kind: {kind: {count, elements, bytes, dtype...}}."""
     kinds: Dict[str, Counter] = {}
@@ -304,7 +335,8 @@ def account(model: Any, mesh: Mesh, rank: int, places: int = 20) -> JsonObject:
     """Count one rank's step. places: how many of the costliest places of communication to list.
 
     Returns {"communication": {"bytes", "calls", "by_phase", "by_purpose", "by_axes", "by_operator", "places"},
-    "memory": {kind: {"count", "elements", "bytes", dtype: elements}}, "operators": {name: {phase: count}},
+    "memory": {kind: {"count", "elements", "bytes", dtype: elements}}, "attention": the ways in which flash attention is
+    called, "operators": {name: {phase: count}},
     "nodes", "subgraphs", "unresolved_calls"}; all bytes are those of one rank and one step.
     """
     program = Program(model)
@@ -326,6 +358,6 @@ def account(model: Any, mesh: Mesh, rank: int, places: int = 20) -> JsonObject:
             "calls": sum(counts["calls"] for counts in transfers.values()),
             **{f"by_{field}": _sum_by(transfers, field) for field in ("phase", "purpose", "axes", "operator")},
             "places": [{**key._asdict(), **counts} for key, counts in costliest[:places]]},
-        "memory": _memory(program),
+        "memory": _memory(program), "attention": _attention(program),
         "operators": {name: dict(counts) for name, counts in sorted(operators.items())},
         "nodes": nodes, "subgraphs": len(program.graphs), "unresolved_calls": program.unresolved}
