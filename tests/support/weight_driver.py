@@ -26,6 +26,8 @@ def batch():
 def take_steps(rows=slice(None), steps=2, interleave=1, pipelined=1, parallel_mode="stand_alone", **settings):
     """{name of each value: array} after some steps: loss and norm of each, moments after the first, weights at last.
 
+    Then comes a step in which no token counts: its loss and norm, and whether all weights are finite after it.
+
     rows: those of the batch; interleave, pipelined: micro-batches of MindSpore's and of MindFormers' cell around it.
     """
     import mindspore as ms
@@ -52,7 +54,11 @@ def take_steps(rows=slice(None), steps=2, interleave=1, pipelined=1, parallel_mo
         if number == 0:
             found.update({parameter.name.replace("optimizer.", ""): parameter.asnumpy().copy()
                           for parameter in (*optimizer.exp_avg, *optimizer.exp_avg_sq)})
-    found.update({parameter.name: parameter.asnumpy() for parameter in optimizer._parameters})
+    found.update({parameter.name: parameter.asnumpy().copy() for parameter in optimizer._parameters})
+    ids, labels, ends = (each[rows] for each in batch())
+    values = step_values(step(Tensor(ids), Tensor(np.full_like(labels, -100)), Tensor(ends)))
+    found.update({"loss of nothing": values["loss"], "norm of nothing": values["global_norm"]})
+    found["finite"] = float(all(np.isfinite(parameter.asnumpy()).all() for parameter in optimizer._parameters))
     return found
 
 
