@@ -1,17 +1,11 @@
 """Updates that are far below half a step of bfloat16 arrive, with every kind of master weights and with none lost."""
-import sys
-from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
-
-import master_weights as benchmark
-
+from benchmarks import master_weights as benchmark
 from research.telechat.spec.precision import REMAINDER_PREFIX, REMAINDER_SCALE
 from research.telechat.training.optimizer import TelechatAdamW
 from research.telechat.training.remainder import joined, low_part
