@@ -75,8 +75,8 @@ def test_what_is_no_command(capsys):
     assert capsys.readouterr().out == f"telechat {__version__}\n"
     assert entry.main([]) == 2
     assert "usage: telechat COMMAND" in capsys.readouterr().err
-    assert entry.main(["evalute", "--x"]) == 2
-    assert "there is no command 'evalute'; did you mean 'evaluate'?" in capsys.readouterr().err
+    assert entry.main(["evaluat", "--x"]) == 2
+    assert "there is no command 'evaluat'; did you mean 'evaluate'?" in capsys.readouterr().err
     assert entry.main(["qqqq"]) == 2
     err = capsys.readouterr().err
     assert "did you mean" not in err and ", ".join(entry.COMMANDS) in err
