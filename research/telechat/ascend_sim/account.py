@@ -126,6 +126,8 @@ class Program:
                 for attribute in node.attribute:
                     if node.op_type == "Constant" and attribute.name == "value":
                         self.constants[node.output[0]] = _value(attribute)
+                        if attribute.tensors:
+                            self._values[node.output[0]] = list(attribute.tensors)
                     if attribute.name == "shape":
                         self._note(node.output, _tensors(attribute), attribute, partial)
         self.unresolved = 0
