@@ -109,7 +109,7 @@ TRAINING = [
     Row("recompute_config.select_recompute", True, "recompute_config.select_recompute",
         {r"feed_forward\.mul": True, r"feed_forward\.silu": True}, "feed_forward"),
     Row("recompute_config.select_comm_recompute", [8, 8, 10, 11, 10, 7, 5, 4], "recompute_config.select_comm_recompute",
-        False, "mp_comm_recompute"),
+        {r".*_norm\.kernel\.norm": [8, 8, 10, 11, 10, 7, 5, 4]}, "gathered again"),
     Row("callbacks.MFLossMonitor", {}),
     Row("callbacks.CheckpointMointor", {"prefix": "x", "save_checkpoint_steps": 50, "keep_checkpoint_max": 3,
                                         "integrated_save": False, "async_save": False, "checkpoint_format": "ckpt"},

@@ -1,15 +1,24 @@
 """What a parallel plan costs one rank: bytes of memory, bytes sent per step, operations. Pure Python.
 
 Parameters, optimizer state, accumulated gradients and communication follow from how model/sharding.py cuts the model,
-and agree with the compiled graph (scripts/plan.py --compile). Activations are an estimate: what the compiler keeps and
-reuses is its own matter. Bytes sent are those of ring algorithms (Patarasuk and Yuan, 2009): AllReduce of S bytes over
-n ranks 2 S (n - 1) / n, AllGather and ReduceScatter to or from S bytes S (n - 1) / n.
+and agree with the compiled graph (scripts/plan.py --compile). Activations are an estimate (plan/activations.py): what
+the compiler keeps and reuses is its own matter. Bytes sent are those of ring algorithms (Patarasuk and Yuan, 2009):
+AllReduce of S bytes over n ranks 2 S (n - 1) / n, AllGather and ReduceScatter to or from S bytes S (n - 1) / n.
 """
 import math
 import re
 from dataclasses import dataclass
 from typing import Dict, Iterable, List, NamedTuple, Tuple
 
+from research.telechat.plan.activations import (
+    backward_activations,
+    kept_activations,
+    kept_masks,
+    layer_bytes,
+    loss_bytes,
+    recomputed,
+    repeated_gathers,
+)
 from research.telechat.plan.plan import BYTES, CUT_BY_INPUT, Plan, Weight, bubble, ends_of, layers_of, stage_of
 from research.telechat.recipe.settings import to_variant
 from research.telechat.spec.flops import CHIPS, Chip
@@ -19,8 +28,6 @@ from research.telechat.spec.parameters import parameters
 EMBEDDING = "tok_embeddings.embedding_weight"
 STATE_BYTES = 8                        # AdamW: two moments of four bytes
 REMAINDER_BYTES = 2                    # of a 16-bit parameter that has one (training/remainder.py)
-LOGIT_BYTES = 18                       # per logit while the loss is computed: 16-bit and four float32 tensors of it
-SOFTMAX_STATISTICS = 64                # bytes per query and head that flash attention keeps: two rows of eight float32
 CARDS_PER_MACHINE = 8
 CHIP = CHIPS["Ascend910B3"]            # that the recipes are for
 
@@ -37,12 +44,14 @@ class Memory:
     gathered: int = 0                  # parameters put together for the forward pass by optimizer parallelism
     gradients_passing: int = 0         # gradients of one fusion group on their way, without buffers
     activations: int = 0
+    masks: int = 0                     # of attention and dropout
     loss: int = 0                      # logits and what the loss makes of them
+    peak: str = "backward"             # the moment that the estimates are for: loss or backward
 
     @property
     def total(self) -> int:
         """All of them."""
-        return sum(vars(self).values())
+        return sum(value for value in vars(self).values() if isinstance(value, int))
 
 
 class Traffic(NamedTuple):
@@ -172,76 +181,36 @@ def _state(plan: Plan, stage: int) -> Memory:
     return memory
 
 
-def layer_activations(plan: Plan) -> Tuple[int, int]:
-    """(bytes that a recomputed layer keeps, bytes that a layer keeps that is not) per micro-batch on one rank."""
-    model = plan.model
-    tokens, hidden, ffn = plan.tokens, model.hidden_size, model.intermediate_size
-    compute, residual = BYTES[model.compute_dtype], BYTES[model.res_dtype]
-    stream = tokens // plan.mp if plan.sequence_parallel else tokens
-    kept = stream * hidden * residual
-    if plan.sequence_parallel:
-        kept += stream * hidden * compute                      # the scattered result of attention
-    elif plan.slice_activation:
-        kept //= plan.mp
-    full = 2 * stream * hidden * residual                      # the stream before attention and before feed-forward
-    full += 2 * stream * hidden * (BYTES[model.layernorm_compute_type] + compute)      # norms: their input, result
-    if plan.sequence_parallel:
-        full += 2 * tokens * hidden * compute                  # their results, gathered
-    heads = (2 * hidden + 4 * plan.kv_size) // plan.mp         # queries, keys, values; rotated and as they came
-    full += tokens * heads * compute + tokens * hidden // plan.mp * compute               # and the result
-    scores = plan.batch * model.num_heads // plan.mp * model.seq_length ** 2 // plan.cp
-    if model.use_flash_attention:
-        full += tokens * model.num_heads // plan.mp * SOFTMAX_STATISTICS
-    else:
-        full += scores * (compute + BYTES[model.softmax_compute_type])
-    if model.attention_dropout_prob > 0:
-        full += scores // 8
-    full += 4 * tokens * ffn // plan.mp * compute              # gate, silu(gate), up, their product
-    return kept, full
-
-
-def _recomputed(plan: Plan, stage: int) -> int:
-    """Layers of a stage that are recomputed as a whole."""
-    layers = layers_of(plan, stage)
-    setting = plan.recompute
-    if isinstance(setting, bool):
-        return sum(layers) if setting else 0
-    rows = setting if setting and isinstance(setting[0], (list, tuple)) else [setting]
-    counts = [row[stage] if isinstance(row, (list, tuple)) and stage < len(row) else 0 for row in rows]
-    return min(sum(int(count) if not isinstance(count, bool) else (sum(layers) if count else 0) for count in counts),
-               sum(layers))
-
-
-def _in_flight(plan: Plan, stage: int) -> float:
-    """Micro-batches whose activations a stage keeps at most, with one forward, one backward."""
-    if not plan.training:
-        return 0
-    if plan.pp == 1:
-        return plan.interleaved_batches
-    waiting: float = plan.pp - stage
-    if plan.virtual_stages > 1:                                # warm-up of the interleaved schedule, in virtual stages
-        waiting = (2 * (plan.pp - stage - 1) + (plan.virtual_stages - 1) * plan.pp + 1) / plan.virtual_stages
-    return min(plan.micro_batches, waiting * plan.interleaved_batches)
+def _head_gradient(plan: Plan, stage: int) -> int:
+    """Bytes of the whole gradient of the head's weights, as it is computed and as it is stored."""
+    name = EMBEDDING if plan.model.tie_word_embeddings else "lm_head.weight"
+    sizes = [part.elements * (part.item + BYTES[plan.model.compute_dtype]) for part in held_parameters(plan, stage)
+             if part.weight.name == name and part.trained]
+    return sum(sizes)
 
 
 def memory_of(plan: Plan, stage: int) -> Memory:
-    """Memory of a rank of `stage`."""
+    """Memory of a rank of `stage` at its fullest moment.
+
+    That is either in the loss, when gradients do not exist yet and no layer is recomputed, or in the backward pass of
+    the layers, when logits exist no longer. Gathered parameters are held from the first forward pass to the last
+    backward pass. What belongs to the other moment is 0.
+    """
     memory = _state(plan, stage)
-    model = plan.model
-    first, last = ends_of(plan, stage)
-    tokens = plan.tokens if plan.training else plan.batch * model.seq_length
-    kept, full = layer_activations(plan)
-    layers, recomputed = sum(layers_of(plan, stage)), _recomputed(plan, stage)
-    if plan.training:
-        per_batch = recomputed * kept + (layers - recomputed) * full
-        memory.activations = int(_in_flight(plan, stage) * per_batch) + (full if recomputed else 0)
-        if first:
-            memory.activations += tokens * model.hidden_size * BYTES[model.res_dtype]
-        if last:
-            rows = tokens // plan.mp if plan.vocab_pieces == 1 and plan.mp > 1 else tokens
-            memory.loss = rows * model.vocab_size // plan.vocab_pieces * LOGIT_BYTES
-    else:                                                      # the longest prompt, one layer at a time
-        memory.activations = full
+    memory.masks = kept_masks(plan, stage)
+    layer = layer_bytes(plan)
+    if not plan.training:                                      # the longest prompt, one layer at a time
+        memory.activations = layer.full
+        return memory
+    memory.activations = kept_activations(plan, stage)
+    loss = loss_bytes(plan, _head_gradient(plan, stage)) if ends_of(plan, stage)[1] else 0
+    backward = backward_activations(plan, stage)
+    again = layer.masks * plan.interleaved_batches if recomputed(plan, stage) else 0
+    if loss > backward + again + memory.gradients_passing:
+        memory.loss, memory.gradients_passing, memory.peak = loss, 0, "loss"
+    else:
+        memory.activations += backward
+        memory.masks += again
     return memory
 
 
@@ -265,12 +234,13 @@ def _layer_traffic(plan: Plan, stage: int) -> List[Traffic]:
         return []
     model, layers = plan.model, sum(layers_of(plan, stage))
     rows = plan.tokens * model.hidden_size * BYTES[model.compute_dtype]
-    again = _recomputed(plan, stage) / layers if layers else 0
+    again = recomputed(plan, stage) / layers if layers else 0
     whole, part = reduce(rows, plan.mp), gather(rows, plan.mp)
     if not plan.training:
         forward, other = 2 * whole, 0.0
     elif plan.sequence_parallel:
-        forward, other = 4 * part, 4 * part + again * plan.recompute_comm * 2 * part
+        gathers = repeated_gathers(plan, stage) / layers if layers else 0
+        forward, other = 4 * part, 4 * part + again * plan.recompute_comm * 2 * part + gathers * part
     else:
         dropped = 2 if model.hidden_dropout_prob > 0 else 1
         sliced = part if plan.slice_activation else 0          # what a layer keeps is put together again
@@ -308,7 +278,7 @@ def _attention_traffic(plan: Plan, stage: int) -> List[Traffic]:
     keys = plan.tokens * 2 * plan.kv_size // plan.mp * compute                    # keys and values of this rank
     queries = plan.tokens * model.hidden_size // plan.mp * compute
     layers = sum(layers_of(plan, stage))
-    again = _recomputed(plan, stage) / layers if layers else 0
+    again = recomputed(plan, stage) / layers if layers else 0
     gathering = plan.cp // plan.ulysses
     forward = keys * (gathering - 1)
     backward = forward * (2 if model.use_ring_attention else 1)                 # a ring carries them and gradients

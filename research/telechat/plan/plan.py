@@ -54,6 +54,8 @@ class Plan:
     remainder: bool              # of 16-bit parameters, in the optimizer
     threshold: int               # bytes; smaller parameters are not cut by optimizer parallelism
     recompute: Any               # True, False, or layers per stage
+    select_recompute: Any        # operators by pattern, with layers per stage or True
+    select_comm_recompute: Any   # the same for the communication behind operators
     recompute_comm: bool         # mp_comm_recompute
     slice_activation: bool
     aggregation_groups: int
@@ -181,6 +183,8 @@ def read_plan(recipe: JsonObject) -> Plan:
         remainder=master is not None and master.kind == "remainder",
         threshold=1024 * (_section(settings, "parallel_optimizer_config").get("parallel_optimizer_threshold") or 0),
         recompute=recompute.get("recompute", False),
+        select_recompute=recompute.get("select_recompute", False),
+        select_comm_recompute=recompute.get("select_comm_recompute", False),
         recompute_comm=bool(recompute.get("mp_comm_recompute", True)),
         slice_activation=bool(recompute.get("recompute_slice_activation")),
         aggregation_groups=_integer(parallel, "gradient_aggregation_group", "parallel_config", 4),

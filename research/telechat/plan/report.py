@@ -4,6 +4,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from research.telechat.common.files import JsonObject
 from research.telechat.common.table import table
+from research.telechat.plan import checkpoints, hccl
 from research.telechat.plan.cost import (
     CHIP,
     Cost,
@@ -20,7 +21,7 @@ from research.telechat.plan.plan import Plan, bubble, find_notes
 GB = 1e9
 _PARTS = (("parameters", "parameters"), ("optimizer", "optimizer"), ("remainder", "remainder"),
           ("gradients", "gradients"), ("kv_cache", "KV cache"), ("gathered", "gathered*"),
-          ("gradients_passing", "passing*"), ("activations", "activations*"), ("loss", "loss*"))
+          ("gradients_passing", "passing*"), ("activations", "activations*"), ("masks", "masks*"), ("loss", "loss*"))
 _LINKS = {"machine": "within a machine", "network": "between machines"}
 
 
@@ -59,13 +60,14 @@ def headline(plan: Plan) -> str:
 
 
 def memory_table(plan: Plan, memories: Sequence[Memory], layers: Sequence[Sequence[int]]) -> str:
-    """GB per card and stage."""
+    """GB per card and stage, at the fullest moment of each."""
     shown = [(key, name) for key, name in _PARTS if any(getattr(memory, key) for memory in memories)]
-    rows: List[List[object]] = [["stage", "layers", *(name for _, name in shown), "total*", f"of {plan.limit_gb:g} GB"]]
+    rows: List[List[object]] = [["stage", "layers", *(name for _, name in shown), "total*", f"of {plan.limit_gb:g} GB",
+                                  *(["fullest in"] if plan.training else [])]]
     for stage, memory in enumerate(memories):
         counts = "+".join(map(str, layers[stage]))
         rows.append([stage, counts, *(getattr(memory, key) / GB for key, _ in shown), memory.total / GB,
-                     f"{memory.total / GB / plan.limit_gb:.0%}"])
+                     f"{memory.total / GB / plan.limit_gb:.0%}", *([memory.peak] if plan.training else [])])
     return table(rows)
 
 
@@ -99,7 +101,8 @@ def text(plan: Plan, rank: int, mfu: float) -> str:
                      f"{plan.step_tokens / speed:.2f} s per step")
     if plan.pp > 1 and plan.training:
         lines.append(f"pipeline bubble {bubble(plan):.1%}")
-    notes = find_notes(plan) + memory_notes(plan, memories)
+    lines += hccl.lines(plan, rank) + checkpoints.lines(plan)
+    notes = find_notes(plan) + memory_notes(plan, memories) + hccl.notes(plan, rank)
     return "\n\n".join([*parts, "\n".join(lines), *(["\n".join(f"note: {note}" for note in notes)] if notes else [])])
 
 
@@ -117,7 +120,15 @@ def as_json(plan: Plan, rank: int, mfu: float) -> JsonObject:
         "rank": {"rank": rank, "stage": cost.stage, "layers": cost.layers, "sent_bytes": cost.sent,
                  "by_purpose": cost.sent_by("purpose"), "by_axis": cost.sent_by("axis"),
                  "traffic": [{**item._asdict(), "link": link_of(plan, item.axis)} for item in cost.traffic]},
-        "notes": find_notes(plan) + memory_notes(plan, stages(plan)),
+        "hccl": {"communicators": hccl.communicators(plan, rank), "buffer_mb": hccl.buffer_mb(),
+                 "bytes": hccl.buffer_bytes(plan, rank, hccl.buffer_mb()), "recommended_mb": hccl.recommended_mb(plan),
+                 "spare_bytes": hccl.spare_bytes(plan)},
+        "checkpoint": {"disk_gb_per_second": checkpoints.DISK_GB_PER_SECOND,
+                       "bytes": checkpoints.saved_bytes(plan, rank),
+                       "weight_bytes": checkpoints.weight_bytes(plan, rank),
+                       "save_seconds": checkpoints.disk_seconds(plan),
+                       "load_seconds": checkpoints.disk_seconds(plan, weights_only=True)},
+        "notes": find_notes(plan) + memory_notes(plan, stages(plan)) + hccl.notes(plan, rank),
     }
 
 

@@ -17,6 +17,8 @@ _RENAMED_ARCHITECTURES = ("ParallelTelechatForCausalLM",)
 _CHECKPOINT_MONITOR, _MISSPELT_MONITOR = "CheckpointMonitor", "CheckpointMointor"
 # Operators of a layer that `select_recompute: True` means: cheap to repeat, large to keep.
 _RECOMPUTED = (r"feed_forward\.mul", r"feed_forward\.silu")
+# What `select_comm_recompute: True` means: the gathers of sequence parallelism, behind the norms.
+_GATHERED = r".*_norm\.kernel\.norm"
 
 
 def _optimizer(recipe: JsonObject) -> Iterator[str]:
@@ -94,9 +96,9 @@ def _parallel(recipe: JsonObject) -> Iterator[str]:
     selected = recompute.get("select_comm_recompute")
     if selected and not isinstance(selected, dict) and not any(
             isinstance(entry, str) for entry in (selected if isinstance(selected, (list, tuple)) else [])):
-        recompute["select_comm_recompute"] = False
-        yield ("recompute_config.select_comm_recompute names no operators and is left out: mp_comm_recompute says "
-               "whether communication is repeated")
+        recompute["select_comm_recompute"] = {_GATHERED: copy.deepcopy(selected)}
+        yield (f"recompute_config.select_comm_recompute names no operators: what use_seq_parallel gathers behind "
+               f"{_GATHERED} is gathered again")
 
 
 def _context(recipe: JsonObject) -> Iterator[str]:
