@@ -324,6 +324,8 @@ def shrunk(name: str) -> dict:
     recipe = written(RECIPES[name])
     recipe["model"]["model_config"].update(SMALL)
     recipe["parallel_config"]["pipeline_stage"] = 1
+    if "recompute_config" in recipe:                   # numbers of layers, of one stage then
+        recipe["recompute_config"]["select_comm_recompute"] = [1]
     recipe["context"].pop("ascend_config")             # names a file that is not there
     return recipe
 

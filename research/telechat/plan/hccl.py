@@ -66,7 +66,8 @@ def lines(plan: Plan, rank: int) -> List[str]:
         return []
     taken, spare, advised = buffer_bytes(plan, rank, size), spare_bytes(plan), recommended_mb(plan)
     count = f"{len(names)} communicator{'s' if len(names) > 1 else ''} ({', '.join(names)})"
-    text = (f"HCCL buffers: {count} x 2 x {size} MB = {taken / 1e9:.1f} GB, of the {spare / 1e9:.1f} GB that max_device_memory leaves of a card's {CHIP.memory_gb:g}")
+    text = (f"HCCL buffers: {count} x 2 x {size} MB = {taken / 1e9:.1f} GB, of the "
+            f"{spare / 1e9:.1f} GB that max_device_memory leaves of a card's {CHIP.memory_gb:g}")
     if taken > SUBSTANTIAL * spare and advised < size:
         text += f"; {VARIABLE}={advised} is recommended: {buffer_bytes(plan, rank, advised) / 1e9:.1f} GB"
     return [text]
@@ -77,8 +78,9 @@ def notes(plan: Plan, rank: int) -> List[str]:
     taken, spare = buffer_bytes(plan, rank, buffer_mb()), spare_bytes(plan)
     if plan.device != "Ascend" or taken <= spare:
         return []
+    most = math.floor(CHIP.memory_gb - taken / 1e9)
     return [f"HCCL's buffers take {taken / 1e9:.1f} GB, but context.max_device_memory ({plan.limit_gb:g} GB) leaves "
-            f"{spare / 1e9:.1f} GB of the card for them: set it to at most {CHIP.memory_gb - taken / 1e9:.0f}GB, or "
+            f"{spare / 1e9:.1f} GB of the card for them: set it to at most {most}GB, or "
             f"{VARIABLE} to {recommended_mb(plan)}"]
 
 
