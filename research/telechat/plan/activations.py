@@ -5,6 +5,9 @@ the loss, is worked on. Tensors that nothing reads again are free at once: resul
 another tensor, queries and keys before rotation (a rotation's gradient needs cos and sin only), results of a
 ReduceScatter that are added to the residual stream. A Cast to the type that a tensor has makes no tensor. The compiler
 may fuse operators and keep less; it cannot keep less than what is read again, unless it computes it twice. Pure Python.
+
+Not counted: the gradient of a matrix on its way to the buffer in which micro-batches are added up, and temporaries of a
+kernel; both are small beside a layer.
 """
 import re
 from typing import Any, List, NamedTuple, Tuple
