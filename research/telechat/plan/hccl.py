@@ -75,13 +75,14 @@ def lines(plan: Plan, rank: int) -> List[str]:
 
 def notes(plan: Plan, rank: int) -> List[str]:
     """A line where the buffers do not fit beside context.max_device_memory. Raises ConfigError."""
-    taken, spare = buffer_bytes(plan, rank, buffer_mb()), spare_bytes(plan)
+    size, advised = buffer_mb(), recommended_mb(plan)
+    taken, spare = buffer_bytes(plan, rank, size), spare_bytes(plan)
     if plan.device != "Ascend" or taken <= spare:
         return []
-    most = math.floor(CHIP.memory_gb - taken / 1e9)
+    other = f", or {VARIABLE} to {advised}" if advised < size else ""
     return [f"HCCL's buffers take {taken / 1e9:.1f} GB, but context.max_device_memory ({plan.limit_gb:g} GB) leaves "
-            f"{spare / 1e9:.1f} GB of the card for them: set it to at most {most}GB, or "
-            f"{VARIABLE} to {recommended_mb(plan)}"]
+            f"{spare / 1e9:.1f} GB of the card for them: set it to at most "
+            f"{math.floor(CHIP.memory_gb - taken / 1e9)}GB{other}"]
 
 
 __all__ = ["buffer_bytes", "buffer_mb", "communicators", "lines", "notes", "recommended_mb", "spare_bytes"]
