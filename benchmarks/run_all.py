@@ -88,7 +88,8 @@ def busy_processors(seconds: float) -> Optional[float]:
     except (OSError, ValueError):
         return None
     idle = spent[3] + spent[4]                           # idle, and waiting for disks
-    return round((os.cpu_count() or 1) * (1 - idle / max(sum(spent), 1)), 1)
+    busy = 1 - idle / max(sum(spent), 1)                 # Linux may take waiting for disks back: keep to 0 .. 1
+    return round((os.cpu_count() or 1) * min(max(busy, 0.0), 1.0), 1)
 
 
 def run_step(step: Step, quick: bool, places: Dict[str, str], work: Path) -> Dict[str, Any]:

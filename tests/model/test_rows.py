@@ -6,6 +6,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
+from model_fixtures import loss_and_gradients
 
 from research.telechat.model.rows import HeadsToRows, RowsToHeads, RowsToTokens, TokensToRows
 from research.telechat.telechat import TelechatForCausalLM
@@ -66,8 +67,7 @@ def test_model_computes_the_same():
         model.set_train(False)
         logits = model(ids[:, :16]).asnumpy()
         model.set_train(True)
-        loss, gradients = ms.value_and_grad(model, None, model.trainable_params())(ids, labels)
-        results.append((logits, float(loss), [g.asnumpy() for g in gradients]))
+        results.append((logits, *loss_and_gradients(model, ids, labels)))
     np.testing.assert_allclose(results[1][0], results[0][0], atol=1e-5)
     assert results[1][1] == pytest.approx(results[0][1], abs=1e-6)
     for one, other in zip(results[0][2], results[1][2]):

@@ -53,7 +53,8 @@ ids = np.load("ids.npy")
 logits = model(ms.Tensor(ids)).asnumpy()
 answer = model.generate([ids[0, :8].tolist()], do_sample=False, max_new_tokens=6, eos_token_id=[-1])[0]
 model.set_train(True)
-loss = model(ms.Tensor(ids), ms.Tensor(ids)).asnumpy()
+total, count = model(ms.Tensor(ids), ms.Tensor(ids))
+loss = (total / count).asnumpy().item()
 np.savez("computed.npz", logits=logits, answer=answer, loss=loss)
 """
 

@@ -77,3 +77,20 @@ def loss_of(model: Any, ids: Any, labels: Any) -> float:
     """The loss of a model in training mode for [B, S + 1] token ids and labels, both Tensors."""
     total, count = model(ids, labels)
     return total.asnumpy().item() / count.asnumpy().item()
+
+
+def loss_and_gradients(model: Any, ids: Any, labels: Any) -> Any:
+    """(loss, gradient of each trainable parameter, in their order) of a model in training mode; inputs are Tensors."""
+    import mindspore as ms
+    from mindspore import nn
+
+    class MeanLoss(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__(auto_prefix=False)
+            self.model = model
+
+        def construct(self, ids: Any, labels: Any) -> Any:
+            total, count = self.model(ids, labels)
+            return (total / count).reshape(())
+    loss, gradients = ms.value_and_grad(MeanLoss(), None, model.trainable_params())(ids, labels)
+    return loss.asnumpy().item(), [gradient.asnumpy() for gradient in gradients]
