@@ -94,8 +94,36 @@ def test_long_answer_continues_with_context():
 def test_long_question_loses_its_beginning_behind_the_marker():
     rendered = conversation(0, [(100, 10)])
     result = cut(rendered, marked_ids([rendered])[0], 40)
-    assert ids_of(result.pieces[0]) == [0, *range(81, 110)]
-    assert result.dropped == 80 and trained(result.pieces[0]) == list(range(100, 110))
+    assert ids_of(result.pieces[0]) == [0, *range(71, 110)]       # as much as the answer leaves free
+    assert result.dropped == 70 and trained(result.pieces[0]) == list(range(100, 110))
+
+
+@given(question=st.integers(20, 200), answer=st.integers(1, 60), limit=st.integers(40, 200))
+@settings(max_examples=200, deadline=None)
+def test_long_question_loses_only_what_does_not_fit(question, answer, limit):
+    rendered = conversation(0, [(question, answer)])
+    result = cut(rendered, marked_ids([rendered])[0], limit)
+    too_many = question + answer - limit
+    if too_many <= 0:
+        assert result.dropped == 0
+    elif answer <= limit // 2:                       # the answer leaves more than half of the length to the question
+        assert result.dropped <= too_many
+    assert sorted(token for piece in result.pieces for token in trained(piece)) == list(
+        range(question, question + answer))
+
+
+@given(turns=st.lists(st.tuples(st.integers(2, 40), st.integers(1, 40), st.booleans()), min_size=1, max_size=6),
+       limit=st.integers(9, 120))
+@settings(max_examples=200, deadline=None)
+def test_answers_without_loss_are_context_only(turns, limit):
+    rendered = conversation(0, [turn[:2] for turn in turns])
+    loss = [run for question, answer, train in turns for run in ((question, False), (answer, train))]
+    rendered = rendered._replace(loss=loss)
+    marked = marked_ids([rendered])[0]
+    result = cut(rendered, marked, limit)
+    assert sorted(token for piece in result.pieces for token in trained(piece)) == trained(marked)
+    assert all(trained(piece) for piece in result.pieces)            # no piece that trains nothing
+    assert result.kept + result.dropped == len(rendered.ids)
 
 
 def test_truncate_keeps_the_first_turns():

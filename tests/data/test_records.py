@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.telechat.common.errors import ConfigError, RecordError
-from research.telechat.data import sources as data_sources
+from research.telechat.data import stream as data_stream
 from research.telechat.data.encoding import source_formats
 from research.telechat.data.records import FORMATS, detect_format, parse_record, split_inline
 from research.telechat.data.sources import Source, find_sources, peek_records, read_chunks, total_bytes
@@ -48,8 +48,8 @@ TWO = [*ONE, (USER, "r"), (BOT, "b")]
     ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"},
                                     {"from": "human", "value": "r"}, {"from": "gpt", "value": "b"}]}, TWO),
     ("sharegpt", {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"},
-                                    {"from": "function_call", "value": "{}"}, {"from": "observation", "value": "1"},
-                                    {"from": "gpt", "value": "a"}]},
+                                    {"from": "function_call", "value": '{"name": "f"}'},
+                                    {"from": "observation", "value": "1"}, {"from": "gpt", "value": "a"}]},
      [(SYSTEM, "s"), (USER, "q"), (BOT, ""), (TOOL, "1"), (BOT, "a")]),
     ("sharegpt", {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, ONE),
     ("alpaca", {"instruction": "q", "input": "", "output": "a"}, ONE),
@@ -205,7 +205,7 @@ def read(path, **options):
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.jsonl.zst", "d.json", "d.json.gz"])
 @pytest.mark.parametrize("array", [False, True])
 def test_files(tmp_path, monkeypatch, name, array):
-    monkeypatch.setattr(data_sources, "_BLOCK", 64)          # several blocks, and records across their borders
+    monkeypatch.setattr(data_stream, "_BLOCK", 64)          # several blocks, and records across their borders
     data = json.dumps(RECORDS, ensure_ascii=False, indent=1).encode() if array else LINES
     path = write(tmp_path / name, data)
     assert read(path, chunk_bytes=100) == list(enumerate(RECORDS, 1))
@@ -220,10 +220,10 @@ def test_line_ends_blank_lines_and_byte_order_mark(tmp_path):
 
 
 def test_huge_line_is_skipped_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_sources, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(data_stream, "MAX_RECORD_BYTES", 1000)
     path = write(tmp_path / "d.jsonl", b'{"a": 1}\n' + b"x" * 5000 + b'\n{"a": 2}\n')
     chunk, = read_chunks([Source(path)])
-    assert (chunk.numbers, chunk.records) == ([1, 2, 3], [b'{"a": 1}\n', b"", b'{"a": 2}\n'])
+    assert (chunk.numbers, chunk.records) == ([1, 2, 3], [b'{"a": 1}', b"", b'{"a": 2}'])
 
 
 def test_array_with_invalid_utf8_names_the_record(tmp_path):

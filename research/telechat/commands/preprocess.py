@@ -22,7 +22,7 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.data.encoding import Encoded, Encoder, source_formats
 from research.telechat.data.packing import LONG_MODES, FirstFitPacker, ShuffleBuffer, pack_all, to_record
 from research.telechat.data.records import FORMATS
-from research.telechat.data.report import Report, format_report
+from research.telechat.data.report import Report, format_report, ignored_line
 from research.telechat.data.sources import Source, find_sources, read_chunks, total_bytes
 from research.telechat.data.workers import ordered_map
 from research.telechat.data.writer import DatasetWriter
@@ -41,7 +41,8 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--input_dataset_file", nargs="+", required=True, metavar="PATH",
-        help="files (.jsonl, .json, also .gz or .zst), folders of them, or a JSON file that lists files (with weights)")
+        help="files (.jsonl, .json, also .gz or .zst; .csv, .parquet), folders of them, or a JSON file that lists "
+        "files (with weights)")
     add("--output_path", required=True, metavar="DIR", help="folder for the data set and the report")
     add("--vocab_file_path", required=True, metavar="FILE", help="tokenizer.model or tokenizer.json of the model")
     add("--max_length", type=int, default=2048, help="seq_length of the recipe; records are one token longer")
@@ -51,7 +52,7 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     for role in ("start", "user", "bot", "end", "pad"):
         add(f"--{role}_token", help="marker in front of each conversation; default: none" if role == "start" else
             "another marker than the template's")
-    add("--format", choices=["auto", *FORMATS], default="auto", help="of the records; auto: told per file")
+    add("--format", choices=["auto", *FORMATS], default="auto", help="of the records; auto: told by their keys")
     add("--long", choices=LONG_MODES, default="split", help="what to do with conversations longer than a record")
     add("--system_prompt", choices=["ignore", "prepend", "error"], default="ignore",
         help="where the template has no place for one: leave out and count, put before the first question, or refuse")
@@ -88,15 +89,19 @@ def make_renderer(args: argparse.Namespace) -> Renderer:
 def preprocess(args: argparse.Namespace) -> dict:
     """Make the data set; returns the report. Raises ConfigError and WorkerError, and then leaves nothing behind."""
     started = time.perf_counter()
-    sources = find_sources(args.input_dataset_file)
+    ignored: List[Path] = []
+    sources = find_sources(args.input_dataset_file, ignored)
+    if ignored:
+        print(ignored_line([str(path) for path in ignored]))
     renderer = make_renderer(args)
     formats = source_formats(sources, None if args.format == "auto" else args.format)
     length = args.max_length + 1
     slots = args.max_documents if args.document_boundaries else 0
     side = args.padding_side or renderer.template.padding_side
     columns = {"input_ids": length, "labels": length, **({"actual_seq_len": slots} if slots else {})}
-    encoder = Encoder(renderer, formats, length, args.long)
+    encoder = Encoder(renderer, formats, length, args.long, named=args.format != "auto")
     report = Report(length)
+    report.ignored = [str(path) for path in ignored]
     packer = FirstFitPacker(length, args.pack_window, slots - 1 if slots else length, args.seed)
     shuffle = ShuffleBuffer(args.shuffle_buffer, args.seed)
     with DatasetWriter(Path(args.output_path), columns, args.file_megabytes << 20) as writer:
@@ -123,7 +128,7 @@ def _pieces(results: Iterator[Encoded], sources: List[Source], report: Report, m
     """The pieces of all chunks; counts, shows progress, and stops at too many unusable records."""
     with tqdm(total=total_bytes(sources), unit="B", unit_scale=True, desc="preprocess", mininterval=0.5) as bar:
         for encoded in results:
-            report.add(encoded.counts, encoded.lengths)
+            report.add(encoded.counts, encoded.lengths, str(sources[encoded.source].path), encoded.unused)
             bar.update(encoded.progress)
             for number, error in encoded.errors:
                 named = f"{sources[encoded.source].path}:{number}: {error}"

@@ -23,6 +23,7 @@ class Encoded(NamedTuple):
     sizes: np.ndarray                        # int32, tokens of each piece
     lengths: np.ndarray                      # int32, tokens of each conversation before it was cut
     counts: Dict[str, int]
+    unused: Dict[str, int]                   # keys of the records that nobody read
     errors: List[Tuple[int, str]]
     progress: int
 
@@ -38,22 +39,27 @@ class Encoder:
     Args:
         renderer: writes the conversations.
         formats: the data format of each source (see `source_formats`).
+        named: the user has named it; if not, each record's own keys go first.
         limit: tokens of one record, N + 1.
         long: what to do with longer conversations (data.packing.LONG_MODES).
     """
 
-    def __init__(self, renderer: Renderer, formats: Sequence[str], limit: int, long: str = "split"):
+    def __init__(self, renderer: Renderer, formats: Sequence[str], limit: int, long: str = "split",
+                 named: bool = False):
         self.renderer, self.formats, self.limit, self.long = renderer, list(formats), limit, long
+        self.named = named
 
     def __call__(self, chunk: Chunk) -> Encoded:
         counts: Counter[str] = Counter(records=len(chunk.records))
+        counts.update(f"note: {note}" for note in chunk.notes)
+        unused: Counter[str] = Counter()
         errors: List[Tuple[int, str]] = []
         plans = []
         data_format = self.formats[chunk.source]
         for number, raw in zip(chunk.numbers, chunk.records):
             counts["bytes"] += len(raw)
             try:
-                conversation = parse_record(raw, data_format)
+                conversation = parse_record(raw, data_format, self.named)
                 plans.append(self.renderer.plan(conversation.messages, conversation.tools))
             except RecordError as err:
                 counts[f"unusable: {err.kind}"] += 1
@@ -64,6 +70,7 @@ class Encoder:
                 errors.append((number, str(err)))
                 continue
             counts.update(f"note: {note}" for note in conversation.notes)
+            unused.update(conversation.unused)
             if conversation.messages[0].role == "system" and self.renderer.system_id is None:
                 counts[f"note: system prompt, policy {self.renderer.system_policy!r}"] += 1
         encoded = iter(self.renderer.vocab.encode_batch([text for plan in plans for text in plan.texts], num_threads=1))
@@ -77,7 +84,7 @@ class Encoder:
         counts["answer tokens"] = int((tokens >= 0).sum())
         sizes = np.array([len(piece) for piece in pieces], np.int32)
         lengths = np.array([len(rendered.ids) for rendered in conversations], np.int32)
-        return Encoded(chunk.source, tokens, sizes, lengths, dict(counts), errors, chunk.progress)
+        return Encoded(chunk.source, tokens, sizes, lengths, dict(counts), dict(unused), errors, chunk.progress)
 
 
 def _count(counts: Counter[str], result: Cut, tokens: int) -> None:
@@ -98,14 +105,21 @@ def source_formats(sources: Sequence[Source], named: Optional[str] = None) -> Li
 
 
 def _detect(source: Source) -> str:
-    first = None
+    first = fault = None
     for raw in peek_records(source):
-        found = detect_format(raw)
+        try:
+            found = detect_format(raw)
+        except RecordError as err:
+            fault = fault or str(err)
+            found = None
         if found:
             return found
         first = first or raw
     if first is None:
         return "input_output"                    # an empty file: any format reads nothing from it
     start = first[:60].decode("utf-8", "replace").strip()
+    if fault:
+        raise ConfigError(f"input file {source.path} holds no record that can be read: the first ({start!r}...) is "
+                          f"{fault}; expected JSON, CSV with column names, or Parquet")
     raise ConfigError(f"the format of {source.path} cannot be told from its first records ({start!r}...); name it "
                       "with --format")

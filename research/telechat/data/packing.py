@@ -51,7 +51,7 @@ def cut(rendered: Rendered, marked: np.ndarray, limit: int, long: str = "split")
             first part only. "drop": nothing.
     """
     if not (marked[1:] >= 0).any():
-        return Cut([], 0, len(marked), 0, "no answer")
+        return Cut([], 0, len(marked), 0, "nothing to train")
     if len(marked) <= limit:
         return Cut([marked], len(marked), 0, 0, "whole")
     if long == "drop":
@@ -61,12 +61,16 @@ def cut(rendered: Rendered, marked: np.ndarray, limit: int, long: str = "split")
         return Cut([], 0, len(marked), 0, "system prompt fills the length")
     spans = _spans(rendered)
     windows = _windows(spans, marked, limit - head, rendered.opening)
+    bodies = [np.concatenate([_without_loss(marked[start:end], max(new - start, 0)) for start, end in parts])
+              for parts, new in windows]
+    chosen = [number for number, body in enumerate(bodies) if (body >= 0).any()]     # the others would train nothing
+    if not chosen:
+        return Cut([], 0, len(marked), 0, "nothing to train")
     if long == "truncate":
-        windows = windows[:1]
+        chosen = chosen[:1]
     pieces, covered, length = [], np.zeros(len(marked), bool), 0
     covered[:head] = True
-    for parts, new in windows:
-        body = np.concatenate([_without_loss(marked[start:end], max(new - start, 0)) for start, end in parts])
+    for parts, body in ((windows[number][0], bodies[number]) for number in chosen):
         pieces.append(np.concatenate([marked[:head], body]))
         length += len(pieces[-1])
         for start, end in parts:
@@ -124,7 +128,7 @@ def _turn_windows(start: int, end: int, marked: np.ndarray, room: int, opening: 
     least = min(_LEAST_ANSWER, room // 2, end - answer)
     if answer - start + least > room:
         front = min(opening, room // 4)
-        tail = answer - room // 2 + front
+        tail = answer - max(room // 2, room - (end - answer)) + front       # half, or what the answer leaves free
         done = min(tail + room - front, end)
         yield [(start, start + front), (tail, done)], start
     else:

@@ -9,6 +9,8 @@ from research.telechat.common.files import JsonObject
 
 _BINS = 4096                                 # resolution of the lengths that are kept in memory
 SHOWN_ERRORS = 100                           # unusable records that are named one by one
+_KEYS = 50                                   # unused keys that are named per file, and of them on the terminal:
+_SHOWN_KEYS, _SHOWN_FILES = 8, 10
 
 
 class Report:
@@ -19,13 +21,19 @@ class Report:
         self.counts: Counter[str] = Counter()
         self.errors: List[str] = []          # the first SHOWN_ERRORS, as they were found
         self.unusable = 0                    # records that could not be used
+        self.unused: Dict[str, Counter[str]] = {}            # by file: keys of its records that nobody read
+        self.ignored: List[str] = []         # files of the input folders that are no data
         self._width = max(limit // 256, 1)   # tokens per bin
         self._lengths = np.zeros(_BINS + 1, np.int64)
         self._longest = 0
 
-    def add(self, counts: Dict[str, int], lengths: np.ndarray) -> None:
-        """Add one chunk."""
+    def add(self, counts: Dict[str, int], lengths: np.ndarray, file: str = "",
+            unused: Optional[Dict[str, int]] = None) -> None:
+        """Add one chunk of `file`."""
         self.counts.update(counts)
+        keys = self.unused.setdefault(file, Counter()) if unused else Counter()
+        for key, count in (unused or {}).items():
+            keys[key if key in keys or len(keys) < _KEYS else "other keys"] += count
         if len(lengths):
             self._lengths += np.bincount(np.minimum(lengths // self._width, _BINS), minlength=_BINS + 1)
             self._longest = max(self._longest, int(lengths.max()))
@@ -71,6 +79,8 @@ class Report:
             "tokens_per_second": round(counts["tokens"] / seconds) if seconds > 0 else 0,
             "megabytes_per_second": round(counts["bytes"] / seconds / 1e6, 3) if seconds > 0 else 0,
             "unusable_first": self.errors,
+            "unused_keys": {file: dict(keys) for file, keys in self.unused.items()},
+            "ignored_files": self.ignored,
         }
 
     def _group(self, prefix: str) -> Dict[str, int]:
@@ -129,6 +139,12 @@ def format_report(summary: JsonObject) -> str:
         f"unusable   {sum(unusable.values()):,} records{_reasons(unusable)}",
     ]
     lines += [f"note       {count:,} x {note}" for note, count in conversations["notes"].items()]
+    for file, keys in list(summary["unused_keys"].items())[:_SHOWN_FILES]:
+        shown = [f"{_name(key)} ({count:,})" for key, count in list(keys.items())[:_SHOWN_KEYS]]
+        rest = len(keys) - len(shown)
+        lines.append(f"not used   {file}: keys {', '.join(shown)}" + (f" and {rest} more" if rest else ""))
+    if len(summary["unused_keys"]) > _SHOWN_FILES:
+        lines.append(f"not used   keys of {len(summary['unused_keys']) - _SHOWN_FILES} more files, see report.json")
     lines += [
         f"written    {summary['records_written']:,} records of {summary['pieces_per_record']} conversations or parts, "
         f"padding {summary['padding_share']:.2%}",
@@ -136,6 +152,17 @@ def format_report(summary: JsonObject) -> str:
         f"{summary['megabytes_per_second']:.1f} MB/s",
     ]
     return "\n".join(lines)
+
+
+def ignored_line(files: List[str]) -> str:
+    """What is said of files of the input folders that are no data."""
+    rest = len(files) - _SHOWN_FILES
+    return f"ignored    {len(files)} files that are no data: {', '.join(files[:_SHOWN_FILES])}" + (
+        f" and {rest} more" if rest > 0 else "")
+
+
+def _name(key: str) -> str:
+    return key[:40] if key.isprintable() else ascii(key[:40])
 
 
 def _reasons(counts: Dict[str, int]) -> str:

@@ -1,23 +1,22 @@
 """Input files of preprocessing: which ones, how often each is read, and their records as raw bytes.
 
-Reads JSON lines and JSON arrays, plain or compressed (.gz, .zst), as a stream: the memory needed does not grow with the
-files. It does not look into a record (data/records.py does that, in the worker processes).
+What one file holds is read by data/stream.py, what a record says by data/records.py, in the worker processes.
 """
-import codecs
-import gzip
-import io
 import itertools
 import json
 import random
 from pathlib import Path
-from typing import BinaryIO, Iterator, List, NamedTuple, Sequence, Tuple, cast
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.data import tables
+from research.telechat.data.stream import is_metadata, open_content, read_records
 
 SUFFIXES = (".jsonl", ".json")
 COMPRESSED = (".gz", ".zst")
-MAX_RECORD_BYTES = 16 << 20                  # longer ones are counted as unusable: they would break the memory bound
-_BLOCK = 1 << 20                             # bytes read at once
+# Beside data: what the commands of this project write, and what data hubs and the datasets library do.
+_OURS = ("meta.json", "report.json", "dataset_checks.json", "training_log.jsonl")
+_HUB = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 _SAMPLE_BLOCK = 64                           # records among which a fractional weight chooses
 
 
@@ -32,35 +31,53 @@ class Chunk(NamedTuple):
     """Consecutive records of one source, the unit of work of a worker process."""
 
     source: int                              # index in the list of sources
-    numbers: List[int]                       # line of each record in its file (or its place in a JSON array), from 1
-    records: List[bytes]                     # one JSON text each; b"" for a line beyond MAX_RECORD_BYTES
+    numbers: List[int]                       # of each record, as `stream.read_records` gives it
+    records: List[bytes]                     # one JSON text each; b"" for one that is too long
     progress: int                            # bytes of the file read for it, compressed ones where it is compressed
+    notes: Tuple[str, ...] = ()              # what should be said of the file
 
 
-def find_sources(names: Sequence[str]) -> List[Source]:
+def find_sources(names: Sequence[str], ignored: Optional[List[Path]] = None) -> List[Source]:
     """The files that the names mean, in a reproducible order.
 
-    A name is a file, a folder (all its .jsonl and .json files, also compressed, sorted), or a JSON file that lists
-    files: an array of names, or an object from name to weight. Names in such a list are relative to the list's folder
-    or, if they do not exist there, to the working directory. Raises ConfigError.
+    A name is a file, a folder (all its data files, see `_folder_files`), or a JSON file that lists files: an array of
+    names, or an object from name to weight. Names in such a list are relative to the list's folder or, if they do not
+    exist there, to the working directory. Files of folders that are no data are appended to `ignored`. Raises
+    ConfigError.
     """
     sources: List[Source] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file() and _is_data(file)
-                           and not any(part.startswith(".") for part in file.relative_to(path).parts))
-            if not found:
-                raise ConfigError(f"folder {path} holds no data file (.jsonl or .json, also with .gz or .zst); "
-                                  "name the folder or the files with the data")
-            sources += map(Source, found)
+            sources += map(Source, _folder_files(path, [] if ignored is None else ignored))
         elif not path.exists():
             raise ConfigError(f"input file not found: {path}; give files, folders, or a .json file that lists them")
         else:
-            sources += _listed_files(path) if path.suffix == ".json" else [Source(path)]
+            sources += _listed_files(path, ignored) if path.suffix == ".json" else [Source(path)]
     if not sources:
         raise ConfigError("no input file; name one with --input_dataset_file")
     return sources
+
+
+def _folder_files(folder: Path, ignored: List[Path]) -> List[Path]:
+    """The data files below a folder, sorted; the others, hidden ones aside, go to `ignored`.
+
+    Data are .jsonl and .json files, also compressed, or else (without any of these) .csv, .tsv, .parquet and .arrow.
+    No data: what this project writes beside a data set, what data hubs put beside data, and JSON objects that neither
+    are records nor hold them.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file()
+                   and not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    data_sets = {file.parent for file in files if ".mindrecord" in file.name}
+    found = [file for file in files if _is_data(file) and not (
+        file.name in _HUB or (file.name in _OURS and (file.parent in data_sets or file.suffix == ".jsonl"))
+        or (file.suffix == ".json" and is_metadata(file)))]
+    found = found or [file for file in files if file.suffix in tables.SUFFIXES]
+    if not found:
+        raise ConfigError(f"folder {folder} holds no data file (.jsonl or .json, also with .gz or .zst, .csv, "
+                          ".parquet); name the folder or the files with the data")
+    ignored += [file for file in files if file not in set(found)]
+    return found
 
 
 def read_chunks(sources: Sequence[Source], seed: int = 0, chunk_bytes: int = 1 << 20) -> Iterator[Chunk]:
@@ -75,10 +92,11 @@ def read_chunks(sources: Sequence[Source], seed: int = 0, chunk_bytes: int = 1 <
             share = min(source.weight - number, 1.0)
             if share <= 0:
                 continue
-            records = _records(source.path)
+            notes: List[str] = []
+            records = read_records(source.path, notes.append)
             if share < 1.0:
                 records = _sample(records, share, f"{seed}/{index}/{number}")
-            yield from _chunks(index, records, chunk_bytes)
+            yield from _chunks(index, records, chunk_bytes, notes)
 
 
 def total_bytes(sources: Sequence[Source]) -> int:
@@ -88,16 +106,16 @@ def total_bytes(sources: Sequence[Source]) -> int:
 
 def peek_records(source: Source, count: int = 100) -> Iterator[bytes]:
     """The first records of a source. Raises ConfigError as `read_chunks` does."""
-    return (record for _, record, _ in itertools.islice(_records(source.path), count))
+    return (record for _, record, _ in itertools.islice(read_records(source.path), count))
 
 
 def _is_data(path: Path) -> bool:
     return path.suffix in SUFFIXES or (path.suffix in COMPRESSED and Path(path.stem).suffix in SUFFIXES)
 
 
-def _listed_files(path: Path) -> List[Source]:
+def _listed_files(path: Path, ignored: Optional[List[Path]] = None) -> List[Source]:
     """The files listed in a .json file, or the file itself where it holds records."""
-    content, file = _open(path)
+    content, file = open_content(path)
     with file, content:
         head = content.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     names_first = head[:1] == b"[" and head[1:].lstrip()[:1] == b'"'
@@ -119,94 +137,12 @@ def _listed_files(path: Path) -> List[Source]:
         if found is None:
             raise ConfigError(f"{path} lists {name}, which is neither in the folder {path.parent} nor in the working "
                               "directory; correct the list")
-        sources += [source._replace(weight=float(weight)) for source in find_sources([str(found)])]
+        sources += [source._replace(weight=float(weight)) for source in find_sources([str(found)], ignored)]
     return [source for source in sources if source.weight > 0]
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _open(path: Path) -> Tuple[io.BufferedReader, io.FileIO]:
-    """The file's content, decompressed, and the file itself, whose position tells how far it has been read."""
-    try:
-        file = open(path, "rb", buffering=0)      # noqa: SIM115 (the caller closes it)
-    except OSError as err:
-        raise ConfigError(f"input file {path} cannot be read: {err.strerror or err}") from err
-    if path.suffix == ".gz":
-        return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=file)), _BLOCK), file
-    if path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            file.close()
-            raise ConfigError(f"{path} is compressed with zstd: install the package zstandard, or unpack the "
-                              "file") from None
-        stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        return io.BufferedReader(cast(io.RawIOBase, stream), _BLOCK), file
-    return io.BufferedReader(file, _BLOCK), file
-
-
-def _records(path: Path) -> Iterator[Tuple[int, bytes, int]]:
-    """(number, JSON text, position in the file) of each record."""
-    content, file = _open(path)
-    try:
-        with file, content:
-            head = content.peek(4096)[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")
-            for number, record in _array_records(path, content) if head[:1] == b"[" else _line_records(content):
-                yield number, record, file.tell()
-    except EOFError as err:
-        raise ConfigError(f"input file {path} is cut off: {err}; copy it again") from err
-    except Exception as err:
-        if isinstance(err, OSError) or type(err).__name__ == "ZstdError":
-            raise ConfigError(f"input file {path} cannot be read to its end: {err}; is it complete?") from err
-        raise
-
-
-def _line_records(content: BinaryIO) -> Iterator[Tuple[int, bytes]]:
-    number = 0
-    while True:
-        line = content.readline(MAX_RECORD_BYTES + 1)
-        if not line:
-            return
-        number += 1
-        if len(line) > MAX_RECORD_BYTES:
-            while line and not line.endswith(b"\n"):
-                line = content.readline(_BLOCK)
-            yield number, b""
-            continue
-        if number == 1 and line.startswith(codecs.BOM_UTF8):
-            line = line[len(codecs.BOM_UTF8):]
-        if line and not line.isspace():
-            yield number, line
-
-
-def _array_records(path: Path, content: BinaryIO) -> Iterator[Tuple[int, bytes]]:
-    """Records of a JSON array. Bytes that are no UTF-8 pass through, for the record's own check to find."""
-    decode = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape").decode
-    scan = json.JSONDecoder().raw_decode
-    text = decode(content.read(_BLOCK)).lstrip("\ufeff")
-    position = text.index("[") + 1
-    number = 0
-    while True:
-        while position < len(text) and text[position] in " \t\r\n,":
-            position += 1
-        if text[position:position + 1] == "]":
-            return
-        try:
-            _, end = scan(text, position)
-        except (ValueError, RecursionError) as err:
-            block = content.read(max(_BLOCK, len(text) - position))
-            if not block or len(text) - position > MAX_RECORD_BYTES:
-                raise ConfigError(f"input file {path}: the JSON array breaks off or has a fault behind record "
-                                  f"{number}: {err}; correct it there, or copy the file again") from err
-            text, position = text[position:] + decode(block), 0
-            continue
-        number += 1
-        yield number, text[position:end].encode("utf-8", "surrogateescape")
-        position = end
-        if position > _BLOCK:
-            text, position = text[position:], 0
 
 
 def _sample(records: Iterator[Tuple[int, bytes, int]], share: float,
@@ -232,7 +168,8 @@ def _sample(records: Iterator[Tuple[int, bytes, int]], share: float,
     yield from chosen()
 
 
-def _chunks(source: int, records: Iterator[Tuple[int, bytes, int]], chunk_bytes: int) -> Iterator[Chunk]:
+def _chunks(source: int, records: Iterator[Tuple[int, bytes, int]], chunk_bytes: int,
+            notes: List[str]) -> Iterator[Chunk]:
     numbers: List[int] = []
     texts: List[bytes] = []
     size = reported = position = 0
@@ -241,7 +178,8 @@ def _chunks(source: int, records: Iterator[Tuple[int, bytes, int]], chunk_bytes:
         texts.append(record)
         size += len(record)
         if size >= chunk_bytes:
-            yield Chunk(source, numbers, texts, position - reported)
+            yield Chunk(source, numbers, texts, position - reported, tuple(notes))
+            notes.clear()
             numbers, texts, size, reported = [], [], 0, position
-    if numbers:
-        yield Chunk(source, numbers, texts, position - reported)
+    if numbers or notes:
+        yield Chunk(source, numbers, texts, position - reported, tuple(notes))

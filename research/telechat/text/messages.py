@@ -4,7 +4,7 @@ Accepts the dicts of OpenAI, roles as in ShareGPT and TeleChat's own, and checks
 where they are rendered (text/renderer.py); whole records of data are read by data/records.py.
 """
 import json
-from typing import NamedTuple, Sequence, Tuple, Union
+from typing import List, NamedTuple, Sequence, Tuple, Union
 
 from research.telechat.common.errors import ConversationError
 from research.telechat.common.files import JsonObject
@@ -19,12 +19,20 @@ ROLE_ALIASES = {
 }
 
 
+CALL_ROLES = ("function_call", "tool_call")          # a bot's message that is nothing but calls, as JSON
+MEDIA = ("image", "images", "image_url", "video", "videos", "video_url", "audio", "audios", "input_audio")
+
+
 class Message(NamedTuple):
-    """One message, its role one of system, user, bot, tool; `calls` are the tools that a bot calls, as JSON texts."""
+    """One message, its role one of system, user, bot, tool.
+
+    `calls` are the tools that a bot calls, as JSON texts; `train` is False for an answer that is context only.
+    """
 
     role: str
     content: str
     calls: Tuple[str, ...] = ()
+    train: bool = True
 
 
 MessageLike = Union[Message, JsonObject]
@@ -36,23 +44,67 @@ def to_message(message: object, number: int) -> Message:
         return message
     if not isinstance(message, dict):
         raise ConversationError(f"message {number} is {type(message).__name__}; expected role and content")
+    for key in MEDIA:
+        if message.get(key):
+            raise ConversationError(f"message {number}: it has {key!r}; a text model cannot use that")
     role = message.get("role")
+    if role in CALL_ROLES:
+        return Message(BOT, "", calls_of(message.get("content"), number))
     role = ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
     if role not in (SYSTEM, USER, BOT, TOOL):
         raise ConversationError(f"message {number}: role {role!r} is unknown; expected system, user, bot or tool")
-    content, calls = message.get("content"), message.get("tool_calls") or ()
-    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str)
-                                         for part in content):
-        content = "".join(part["text"] for part in content)
+    calls = message.get("tool_calls") or ()
+    legacy = message.get("function_call")                # OpenAI's older form: one call
+    if legacy and calls:
+        raise ConversationError(f"message {number}: it has both tool_calls and function_call; expected one of them")
+    if legacy:
+        calls = [legacy]
+    if calls and (role != BOT or not isinstance(calls, list)):
+        raise ConversationError(f"message {number}: tool_calls must be a list in a bot's message")
+    content = _content(message, number)
     if content is None and calls:
         content = ""
     if not isinstance(content, str):
         raise ConversationError(f"message {number}: its content is {type(content).__name__}; expected text")
-    if not calls:
-        return Message(role, content)
-    if role != BOT or not isinstance(calls, list):
-        raise ConversationError(f"message {number}: tool_calls must be a list in a bot's message")
     return Message(role, content, tuple(_call(call, number) for call in calls))
+
+
+def _content(message: JsonObject, number: int) -> object:
+    """The content, text parts joined; OpenAI's `refusal` is the content of an answer without another."""
+    content = message.get("content")
+    if content is None and isinstance(message.get("refusal"), str):
+        return message["refusal"]
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
+        kind = part.get("type") if isinstance(part, dict) else None
+        kind = kind or next((key for key in MEDIA if isinstance(part, dict) and part.get(key)), "text")
+        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+            raise ConversationError(f"message {number}: its content has a part of type {str(kind)[:40]!r}; expected "
+                                    "parts of type 'text' only")
+        texts.append(text)
+    return "".join(texts)
+
+
+def calls_of(text: object, number: int) -> Tuple[str, ...]:
+    """The calls in a message that is nothing but calls: a JSON object, a list of them, or several in a row."""
+    values: List[object] = [text]
+    if isinstance(text, str):
+        values, position, text = [], 0, text.strip()
+        try:
+            while position < len(text):
+                value, end = json.JSONDecoder().raw_decode(text, position)
+                values.append(value)
+                position = end + len(text[end:]) - len(text[end:].lstrip(" \t\r\n,;"))
+        except (ValueError, RecursionError):
+            raise ConversationError(f"message {number}: a tool call is no JSON ({text[:40]!r}); expected an object "
+                                    "with name and arguments") from None
+    calls = [call for value in values for call in (value if isinstance(value, list) else [value])]
+    if not calls:
+        raise ConversationError(f"message {number}: it should call a tool, but holds no call")
+    return tuple(_call(call, number) for call in calls)
 
 
 def _call(call: object, number: int) -> str:
@@ -60,10 +112,42 @@ def _call(call: object, number: int) -> str:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ConversationError(f"message {number}: a tool call has no name; expected name and arguments")
-    arguments = function.get("arguments", {})
-    if not isinstance(arguments, str):           # OpenAI's form has them as JSON text already
-        arguments = json_text(arguments)
-    return f'{{"name": {json_text(function["name"])}, "arguments": {arguments}}}'
+    arguments = function.get("arguments", function.get("parameters"))
+    name = json_text(function["name"])
+    return f'{{"name": {name}, "arguments": {_arguments(arguments, function["name"], number)}}}'
+
+
+def _arguments(value: object, name: str, number: int) -> str:
+    """Arguments as the text of a JSON object. OpenAI's form has them as JSON text already, which stays as it is."""
+    text = value.strip() if isinstance(value, str) else None
+    if value is None or text == "":
+        return "{}"
+    try:
+        read = value if text is None else json.loads(text, parse_constant=_no_json)
+        if isinstance(read, str) and read.strip():           # exported twice: a JSON text within a JSON text
+            text, read = read.strip(), json.loads(read, parse_constant=_no_json)
+        if isinstance(read, dict):
+            return text if text is not None else json.dumps(read, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):
+        pass
+    raise ConversationError(f"message {number}: the arguments of the call of {name[:40]!r} are "
+                            f"{str(value)[:40]!r}; expected a JSON object")
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def join_calls(messages: Sequence[Message], roles: Sequence[object]) -> List[Message]:
+    """Messages in which calls that stand in messages of their own (`roles`) belong to the bot's message before."""
+    joined: List[Message] = []
+    for message, role in zip(messages, roles):
+        before = joined[-1] if joined else None
+        if role in CALL_ROLES and before and before.role == BOT and before.train == message.train:
+            joined[-1] = before._replace(calls=before.calls + message.calls)
+        else:
+            joined.append(message)
+    return joined
 
 
 def answer_text(message: Message) -> str:

@@ -141,6 +141,8 @@ class Renderer:
     def render(self, messages: Sequence[MessageLike], tools: Tools = None) -> Tuple[List[int], List[int]]:
         """A whole conversation as (token ids, loss mask): 1 on the ids of every answer and of its end marker, else 0.
 
+        An answer whose `Message.train` is False has 0 throughout.
+
         Args:
             messages: dicts with `role` and `content` (and `tool_calls`), or `Message`s: an optional system prompt, then
                 user (or tool results) and bot in turn, the bot last.
@@ -294,7 +296,8 @@ class Renderer:
         user, bot, end = self._marker_spans
         spans = [user, Span((), self._question(turn))]
         if turn[-1].role == BOT:
-            spans += [bot, Span((), answer_text(turn[-1]), True), end]
+            train = turn[-1].train
+            spans += [bot, Span((), answer_text(turn[-1]), train), end if train else end._replace(loss=False)]
         return spans
 
     def _text_turn(self, turn: List[Message], last: bool) -> List[Span]:
@@ -304,10 +307,10 @@ class Renderer:
         token, which only the last answer has, and the two must not compete for the same place.
         """
         spans = self._guarded([(self.template.user, False), (self._question(turn), True), (self.template.bot, False)])
-        answer = answer_text(turn[-1])
+        answer, train = answer_text(turn[-1]), turn[-1].train
         if last:
-            return [*spans, *self._guarded([(answer, True)], loss=True), Span((self.end_id,), loss=True)]
-        spans += self._guarded([(answer, True), (self._text_end, False)], loss=True)
+            return [*spans, *self._guarded([(answer, True)], loss=train), Span((self.end_id,), loss=train)]
+        spans += self._guarded([(answer, True), (self._text_end, False)], loss=train)
         spans[-1] = spans[-1]._replace(tail=self._text_end_length)
         return spans
 

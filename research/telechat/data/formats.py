@@ -1,0 +1,200 @@
+"""The formats of records: which keys tell each of them, and how it becomes messages.
+
+One function per format. What else stands in a record is looked after by data/markers.py.
+"""
+import json
+import re
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+
+from research.telechat.common.errors import RecordError
+from research.telechat.common.files import JsonObject
+from research.telechat.data.markers import is_empty, mark, record_trains, unused_keys
+from research.telechat.text.messages import Tools, join_calls
+from research.telechat.text.renderer import BOT, SYSTEM, USER, Message, to_message
+
+_SYSTEMS = ("system", "system_prompt")
+
+
+class Conversation(NamedTuple):
+    """Messages in order, the bot's answer last.
+
+    `notes` are kinds of repairs that were made, to be counted; `unused` the keys of the record that nobody read.
+    """
+
+    messages: List[Message]
+    tools: Tools = None
+    notes: Tuple[str, ...] = ()
+    unused: Tuple[str, ...] = ()
+
+
+def read_format(record: Any, data_format: str) -> Conversation:
+    """A parsed record of a format. Raises RecordError and ConversationError."""
+    if not isinstance(record, dict):
+        raise RecordError("wrong shape", f"the record is {type(record).__name__}; expected a JSON object")
+    conversation = FORMATS[data_format](record)
+    if not record_trains(record):
+        messages = [message._replace(train=False) if message.role == BOT else message
+                    for message in conversation.messages]
+        conversation = conversation._replace(
+            messages=messages, notes=(*conversation.notes, "record left out of the loss by its marker"))
+    return conversation
+
+
+def told_format(record: Any) -> Optional[str]:
+    """The format of a parsed record by its keys; None if it cannot be told."""
+    if not isinstance(record, dict):
+        return None
+    return next((name for name, keys in _SIGNATURES.items()
+                 if all(record.get(key) is not None or (key in record and len(keys) == 1) for key in keys)), None)
+
+
+def _get(record: JsonObject, key: str, kinds: Union[type, Tuple[type, ...]], required: bool = True) -> Any:
+    """record[key], checked. A missing or null optional key gives None."""
+    value = record.get(key)
+    if value is None and not required:
+        return None
+    if not isinstance(value, kinds):
+        found = "null" if key in record and value is None else type(value).__name__ if key in record else "nothing"
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        expected = " or ".join("text" if kind is str else "a list" for kind in kinds)
+        raise RecordError("wrong shape", f"key {key!r} holds {found}; expected {expected}")
+    return value
+
+
+def _system(record: JsonObject, messages: Tuple[Message, ...] = ()) -> List[Message]:
+    """The record's system prompt as a message; none where `messages` bring the same one."""
+    texts = [text for text in (_get(record, key, str, required=False) for key in _SYSTEMS) if text is not None]
+    given = messages[0].content if messages and messages[0].role == SYSTEM else None
+    if given is not None:
+        texts = [text for text in texts if text.strip()]
+        texts.append(given)
+    if any(text != texts[0] for text in texts):
+        raise RecordError("two system prompts", f"{texts[0][:30]!r} and {texts[-1][:30]!r}; a conversation has one, "
+                                                "leave out the other")
+    return [Message(SYSTEM, texts[0])] if texts and given is None else []
+
+
+def _tools(record: JsonObject, messages: Tuple[Any, ...] = ()) -> Tools:
+    """The tools of a record: under `tools`, the older `functions`, or in its system message."""
+    found = [_tool_list(record, "tools"), _functions(record)]
+    found += [_tool_list(message, "tools") for message in messages if isinstance(message, dict)]
+    lists = [tools for tools in found if tools]
+    if any(tools != lists[0] for tools in lists):
+        raise RecordError("two lists of tools", "tools are listed in more than one place, and differ; leave one list")
+    return lists[0] if lists else None
+
+
+def _functions(record: JsonObject) -> Optional[List[Any]]:
+    functions = _tool_list(record, "functions")
+    return functions and [{"type": "function", "function": function} for function in functions]
+
+
+def _tool_list(record: JsonObject, key: str) -> Optional[List[Any]]:
+    tools = _get(record, key, (list, str), required=False)
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise RecordError("wrong shape", f"key {key!r} is a text, but not JSON; expected a list of tools") from None
+        if not isinstance(tools, list):
+            raise RecordError("wrong shape", f"key {key!r} holds {type(tools).__name__}; expected a list of tools")
+    return tools if isinstance(tools, list) and tools else None
+
+
+def _refuse(record: JsonObject, keys: Tuple[str, ...], data_format: str) -> None:
+    """Keys of other formats that a format would lose: they belong to the question."""
+    for key in keys:
+        if not is_empty(record.get(key)):
+            raise RecordError("key of another format", f"key {key!r} in a record of the format {data_format!r}, which "
+                                                       "has no place for it")
+
+
+def _input_output(record: JsonObject) -> Conversation:
+    """`input` with <_user> and <_bot> between the turns, `output` is the last answer."""
+    _refuse(record, ("instruction", "history"), "input_output")
+    question, answer = _get(record, "input", str), _get(record, "output", str)
+    messages, whole = split_inline(question)
+    if answer.startswith("<_bot>"):
+        answer = answer[len("<_bot>"):]
+    notes = () if whole else ("marker in the input read as text",)
+    used = ("input", "output", "tools", "functions", *_SYSTEMS)
+    return Conversation([*_system(record), *messages, Message(BOT, answer)], _tools(record), notes,
+                        unused_keys(record, used, [], ""))
+
+
+def split_inline(text: str) -> Tuple[List[Message], bool]:
+    """Messages of an `input` with inline markers: user, bot, ..., user. And whether every marker opened a turn.
+
+    <_bot> opens an answer only where a question stands before it and another question follows the answer; any other
+    marker is text that somebody typed. <_end> directly before <_user> closes an answer and is left out.
+    """
+    if text.startswith("<_user>"):
+        text = text[len("<_user>"):]
+    pieces = re.split("(<_user>|<_bot>)", text)
+    parts = [pieces[0]]
+    whole = True
+    for marker, piece in zip(pieces[1::2], pieces[2::2]):
+        if marker == ("<_bot>" if len(parts) % 2 else "<_user>"):
+            parts.append(piece)
+        else:
+            parts[-1] += marker + piece
+            whole = False
+    if len(parts) % 2 == 0:                      # it ends within an answer, though `output` is the answer
+        parts[-2:] = [f"{parts[-2]}<_bot>{parts[-1]}"]
+        whole = False
+    for index in range(1, len(parts), 2):
+        if parts[index].endswith("<_end>"):
+            parts[index] = parts[index][:-len("<_end>")]
+    return [Message(BOT if index % 2 else USER, part) for index, part in enumerate(parts)], whole
+
+
+def _message_list(record: JsonObject, key: str) -> Conversation:
+    """A conversation from the list of messages under `key`."""
+    sources = _get(record, key, list)
+    messages, notes = mark([to_message(source, number) for number, source in enumerate(sources, 1)], sources)
+    messages = join_calls(messages, [isinstance(source, dict) and source.get("role") for source in sources])
+    used = (key, "tools", "functions", *_SYSTEMS)
+    return Conversation([*_system(record, tuple(messages)), *messages], _tools(record, tuple(sources)), notes,
+                        unused_keys(record, used, sources, key))
+
+
+def _dialog(record: JsonObject) -> Conversation:
+    return _message_list(record, "dialog")
+
+
+def _messages(record: JsonObject) -> Conversation:
+    return _message_list(record, "messages")
+
+
+def _sharegpt(record: JsonObject) -> Conversation:
+    """`conversations` of `from` and `value`; a function_call is an answer of the bot, or follows one."""
+    messages = []
+    for message in _get(record, "conversations", list):
+        if isinstance(message, dict) and "from" in message and message.get("role") is None:
+            rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+            message = {**rest, "role": message["from"], "content": message.get("value")}
+        messages.append(message)
+    return _message_list({**record, "conversations": messages}, "conversations")
+
+
+def _alpaca(record: JsonObject) -> Conversation:
+    """`instruction` with an optional `input` below it, `output`; `history` is a list of question and answer."""
+    messages = _system(record)
+    for number, pair in enumerate(_get(record, "history", list, required=False) or [], 1):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise RecordError("wrong shape", f"entry {number} of 'history' is {str(pair)[:60]}; expected "
+                                             "[question, answer]")
+        messages += [Message(USER, pair[0]), Message(BOT, pair[1])]
+    question = "\n".join(filter(None, (_get(record, "instruction", str), _get(record, "input", str, required=False))))
+    used = ("instruction", "input", "output", "history", "tools", "functions", *_SYSTEMS)
+    return Conversation([*messages, Message(USER, question), Message(BOT, _get(record, "output", str))],
+                        _tools(record), (), unused_keys(record, used, [], ""))
+
+
+FORMATS: Dict[str, Callable[[JsonObject], Conversation]] = {
+    "input_output": _input_output, "dialog": _dialog, "sharegpt": _sharegpt, "messages": _messages, "alpaca": _alpaca}
+# Keys that tell a format, looked for in this order: Alpaca has `input` and `output`, too.
+_SIGNATURES: Dict[str, Tuple[str, ...]] = {
+    "dialog": ("dialog",), "messages": ("messages",), "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"), "input_output": ("input", "output")}
+SIGNATURE_KEYS = tuple(_SIGNATURES.values())
