@@ -98,14 +98,15 @@ def _count(counts: Counter[str], result: Cut, tokens: int) -> None:
 
 
 def source_formats(sources: Sequence[Source], named: Optional[str] = None) -> List[str]:
-    """The data format of each source: `named`, or told from its first usable record. Raises ConfigError."""
+    """The data format of each source: `named`, or that of its first usable record. Raises ConfigError."""
     if named:
         return [named] * len(sources)
     return [_detect(source) for source in sources]
 
 
 def _detect(source: Source) -> str:
-    first = fault = None
+    first: Optional[bytes] = None
+    fault: Optional[str] = None
     for raw in peek_records(source):
         try:
             found = detect_format(raw)

@@ -31,7 +31,7 @@ class Report:
             unused: Optional[Dict[str, int]] = None) -> None:
         """Add one chunk of `file`."""
         self.counts.update(counts)
-        keys = self.unused.setdefault(file, Counter()) if unused else Counter()
+        keys: Counter[str] = self.unused.setdefault(file, Counter()) if unused else Counter()
         for key, count in (unused or {}).items():
             keys[key if key in keys or len(keys) < _KEYS else "other keys"] += count
         if len(lengths):
@@ -157,7 +157,7 @@ def format_report(summary: JsonObject) -> str:
 def ignored_line(files: List[str]) -> str:
     """What is said of files of the input folders that are no data."""
     rest = len(files) - _SHOWN_FILES
-    return f"ignored    {len(files)} files that are no data: {', '.join(files[:_SHOWN_FILES])}" + (
+    return f"ignored    files that are no data ({len(files):,}): {', '.join(files[:_SHOWN_FILES])}" + (
         f" and {rest} more" if rest > 0 else "")
 
 
