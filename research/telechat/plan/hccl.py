@@ -25,7 +25,7 @@ def buffer_mb(environment: Optional[Mapping[str, str]] = None) -> int:
     if not found:
         return DEFAULT_MB
     if not found.isdigit() or int(found) < 1:
-        raise ConfigError(f"{VARIABLE} is {found!r} in the environment: expected a whole number of MB, at least 1; "
+        raise ConfigError(f"HCCL_BUFFSIZE is {found!r} in the environment: expected a whole number of MB, at least 1; "
                           f"set it to {DEFAULT_MB}, or unset it")
     return int(found)
 
