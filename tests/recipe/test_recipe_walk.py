@@ -129,7 +129,8 @@ def check_attention(plan, graph):
         assert way["head_num"] == model.num_heads // plan.mp // plan.ulysses
         assert way["keep_prob"] == pytest.approx(keep)
         assert way["scale"] == pytest.approx((model.hidden_size // model.num_heads) ** -0.5)
-        assert way["pre_tokens"] == 2**31 - 1 and way["next_tokens"] == 0
+        if not model.use_ring_attention:                       # which looks at the blocks of other ranks in other ways
+            assert way["pre_tokens"] == 2**31 - 1 and way["next_tokens"] == 0
     if plan.training and not model.use_ring_attention:
         assert [(way["layout"], way["sparse_mode"], way["mask"]) for way in graph["attention"]] == [
             ("BNSD", 2, ["uint8", [2048, 2048]])]
