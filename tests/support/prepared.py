@@ -6,6 +6,7 @@ and signals. Not for what such a child cannot show: order of sets (its hash seed
 are read while packages are imported. Tests of those, and the runs that others are compared with, start Python anew.
 """
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
@@ -139,6 +141,27 @@ def become(job: Dict[str, Any]) -> None:
         sys.modules["numpy"].random.seed()           # as in a process of its own
 
 
+def execute(script: str) -> None:
+    """Run `script` and end as Python does: threads, what is registered for the exit, the exit code. What is then left
+    out, the destruction of every module, takes seconds in a process that shares its memory."""
+    code: Any = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
 def serve(path: str) -> Optional[Dict[str, Any]]:
     """Fork for every job that comes in by the socket at `path` until the input ends. In a child: its job."""
     listener = socket.socket(socket.AF_UNIX)
@@ -180,11 +203,13 @@ def main() -> None:
     sys.path[:1] = ["", str(ROOT)]                   # "" is the folder of the script to come
     for module in sys.argv[2:]:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()                                      # so that children need not copy what they do not change
     job = serve(sys.argv[1])
     if job is None:
         os._exit(0)
     become(job)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    execute(sys.argv[0])
 
 
 if __name__ == "__main__":
