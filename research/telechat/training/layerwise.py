@@ -7,7 +7,9 @@ and one for the update of a layer. The graphs of a layer belong to a stand-in, w
 storage in turn. The arithmetic is that of the whole graph; rounding differs (in float32 where squares of gradients are
 added, in 16 bits more).
 
-Which steps can be done like this says `obstacle`; whether they are, training/step.py.
+Which steps can be done like this says `obstacle`; whether they are, training/step.py. This file and layerwise_graphs.py
+are all of it: without them a 64-layer model needs half a minute before its first step on a CPU instead of five seconds,
+and the rest of the plugin would not change.
 """
 import copy
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
