@@ -17,7 +17,8 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 TIME = re.compile(r"(20\d\d)-(\d\d)-(\d\d)[-T ](\d\d):(\d\d):(\d\d)(?:[.,](\d{3})(?:\.(\d{3}))?)?")
 # What a rank says when another one is gone, or when it is being stopped.
 AFTERMATH = re.compile(r"connection|heartbeat|timed?[ -]?out|peer|scheduler|cluster|killed|terminated|hccl|"
-                       r"KeyboardInterrupt", re.IGNORECASE)
+                       r"KeyboardInterrupt|"
+                       r"Launch kernel failed: \S*/(All|Reduce|Broadcast|Send|Receive|Neighbor)\w*-op", re.IGNORECASE)
 # Errors by their level only: a job that ends well has these lines too, or they repeat what stands beside them.
 HARMLESS = re.compile(r"CPU device is not supported|if you are trying to run with a single device")
 # What stops a job by itself although it speaks of connections, and what it means.
@@ -71,6 +72,15 @@ def traceback_end(lines: List[str], start: int) -> int:
     return min(end, len(lines) - 1)
 
 
+def with_details(lines: List[str], end: int) -> str:
+    """The message in line `end`; where an exception's own is empty, as MindSpore's of a kernel, what follows it."""
+    message = lines[end].strip()
+    if re.fullmatch(r"\w+(Error|Exception):", message):
+        told = [line.strip() for line in lines[end + 1:end + 6] if line.strip() and not line.startswith("-")]
+        message = " ".join([message, *told[:1]])
+    return message
+
+
 def findings(path: Path) -> List[Finding]:
     """The errors in the log of a worker or the scheduler, the first of each kind."""
     rank = rank_of(path)
@@ -92,7 +102,7 @@ def findings(path: Path) -> List[Finding]:
             kind = ERROR
         else:
             continue
-        message = lines[end].strip()
+        message = with_details(lines, end)
         if HARMLESS.search(message):
             continue
         key = (weigh(message), kind)

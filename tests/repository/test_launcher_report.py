@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from scripts import launcher_report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +119,28 @@ Traceback (most recent call last):
   File "run.py", line 9, in init
 RuntimeError: The total number of timed out node is 1. Timed out node list is: 1, worker 1 is the first one timed out.
 """
+
+
+KERNEL = """2026-01-02 10:00:09,000 - mindformers - INFO - step 5
+Traceback (most recent call last):
+  File "api.py", line 8, in run
+RuntimeError:{space}
+----------------------------------------------------
+- Kernel error:
+----------------------------------------------------
+Launch kernel failed: Default/network-Net/{operator}-op0
+"""
+
+
+@pytest.mark.parametrize(("operator", "blamed"), [("AllReduce", "Rank 1 failed first, on another machine"),
+                                                  ("MatMul", "Rank 0 failed first")])
+def test_a_collective_that_fails_is_not_the_cause(tmp_path, operator, blamed):
+    """MindSpore's exception has no message of its own; what failed stands below it."""
+    (tmp_path / "worker_0.log").write_text(KERNEL.format(operator=operator, space=" "))
+    (tmp_path / "scheduler.log").write_text(LOST)
+    (tmp_path / "exits.json").write_text('[["scheduler", 1], ["0", -15]]')
+    text = launcher_report.report(tmp_path, workers=2)
+    assert text.startswith(blamed) and ("Launch kernel failed" in text) == (operator == "MatMul")
 
 
 def test_report_names_the_rank_that_is_lost(tmp_path):
