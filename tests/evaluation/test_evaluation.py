@@ -24,8 +24,7 @@ from model_fixtures import HF_CONFIGS, build_model, random_official
 from vocab_fixtures import train_sentencepiece
 
 from research.telechat.common.errors import ConfigError
-from research.telechat.evaluation import report as report
-from research.telechat.evaluation import tasks as tasks
+from research.telechat.evaluation import report, tasks
 from research.telechat.evaluation.batches import Scored, rolling_windows
 from research.telechat.text.renderer import Renderer, get_template
 from research.telechat.text.vocab import Vocab

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from vocab_fixtures import train_sentencepiece
 
 from research.telechat.common.errors import ConfigError
-from research.telechat.evaluation import report as report
-from research.telechat.evaluation import tasks as tasks
+from research.telechat.evaluation import report, tasks
 from research.telechat.evaluation.answers import AllStopped, Answers, read_settings
 from research.telechat.evaluation.batches import Scored, bucket_of, fit, rolling_windows, score_batches
 from research.telechat.text.vocab import Vocab

@@ -93,6 +93,17 @@ def test_old_command_finds_the_recipe_below_research():
     assert resolve_config("telechat/finetune_telechat_52b.yaml").is_file()
 
 
+def result_of(script, folder):
+    """What `script` prints as JSON behind RESULT, run where MindFormers registers classes as its own script does."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "REGISTER_PATH": str(ROOT / "research/telechat"), "GLOG_v": "3",
+           "LOG_MF_PATH": str(folder / "log"), "HOME": str(folder)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=env, text=True, capture_output=True,
+                          check=False, timeout=300)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(lines[0].split(" ", 1)[1])
+
+
 @pytest.mark.slow
 def test_classes_exist_once_when_mindformers_copies_the_files(tmp_path):
     """MindFormers' auto_register, as its own run_mindformer.py uses it on these recipes, yields the real classes."""
@@ -111,13 +122,7 @@ found = [MindFormerRegister.get_cls("config", "TelechatConfig") is TelechatConfi
          MindFormerRegister.get_cls("tokenizer", "TelechatTokenizer") is TelechatTokenizer]
 print("RESULT", json.dumps(found))
 """
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "REGISTER_PATH": str(ROOT / "research/telechat"), "GLOG_v": "3",
-           "LOG_MF_PATH": str(tmp_path / "log"), "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, text=True, capture_output=True,
-                          check=False, timeout=300)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, done.stdout[-2000:] + done.stderr[-2000:]
-    assert json.loads(lines[0].split(" ", 1)[1]) == [True, True, True]
+    assert result_of(script, tmp_path) == [True, True, True]
 
 
 @pytest.mark.slow
@@ -144,13 +149,7 @@ before = known()
 MindFormerRegister.auto_register("telechat.TelechatForCausalLM", module_type="models")
 print("RESULT", json.dumps([before, known()]))
 """
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "REGISTER_PATH": str(ROOT / "research/telechat"), "GLOG_v": "3",
-           "LOG_MF_PATH": str(tmp_path / "log"), "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, text=True, capture_output=True,
-                          check=False, timeout=300)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, done.stdout[-2000:] + done.stderr[-2000:]
-    before, after = json.loads(lines[0].split(" ", 1)[1])
+    before, after = result_of(script, tmp_path)
     assert sorted(alone - after.keys()) == []
     assert not before["CheckpointMonitor"].startswith("research"), "MindFormers' own, before the plugin replaces it"
     assert after["CheckpointMonitor"] == "research.telechat.training.saving"

@@ -8,8 +8,8 @@ import pytest
 from model_fixtures import loss_of
 from training_fixtures import ROOT, SEQ, VOCAB, command, read_log, run, run_new, write_records
 
-from research.telechat.spec import flops as flops
-from research.telechat.training import report as report
+from research.telechat.spec import flops
+from research.telechat.training import report
 
 QUIET = ["--callbacks", "[{type: TelechatTrainingLog}, {type: CheckpointMonitor, prefix: t, save_checkpoint_steps: 1, "
          "keep_checkpoint_max: 99}]"]

@@ -12,7 +12,6 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.plan.cost import CHIP, cost_of
 from research.telechat.plan.plan import BYTES, Plan
 
-VARIABLE = "HCCL_BUFFSIZE"
 DEFAULT_MB = 200
 MB = 2 ** 20
 WORLD = "world"
@@ -21,7 +20,7 @@ SUBSTANTIAL = 0.25                     # of the memory beside max_device_memory;
 
 def buffer_mb(environment: Optional[Mapping[str, str]] = None) -> int:
     """MB of one buffer, from the environment (os.environ). Raises ConfigError if it is no whole number from 1 on."""
-    found = (os.environ if environment is None else environment).get(VARIABLE, "").strip()
+    found = (os.environ if environment is None else environment).get("HCCL_BUFFSIZE", "").strip()
     if not found:
         return DEFAULT_MB
     if not found.isdigit() or int(found) < 1:
@@ -69,7 +68,7 @@ def lines(plan: Plan, rank: int) -> List[str]:
     text = (f"HCCL buffers: {count} x 2 x {size} MB = {taken / 1e9:.1f} GB, of the "
             f"{spare / 1e9:.1f} GB that max_device_memory leaves of a card's {CHIP.memory_gb:g}")
     if taken > SUBSTANTIAL * spare and advised < size:
-        text += f"; {VARIABLE}={advised} is recommended: {buffer_bytes(plan, rank, advised) / 1e9:.1f} GB"
+        text += f"; HCCL_BUFFSIZE={advised} is recommended: {buffer_bytes(plan, rank, advised) / 1e9:.1f} GB"
     return [text]
 
 
@@ -79,7 +78,7 @@ def notes(plan: Plan, rank: int) -> List[str]:
     taken, spare = buffer_bytes(plan, rank, size), spare_bytes(plan)
     if plan.device != "Ascend" or taken <= spare:
         return []
-    other = f", or {VARIABLE} to {advised}" if advised < size else ""
+    other = f", or HCCL_BUFFSIZE to {advised}" if advised < size else ""
     return [f"HCCL's buffers take {taken / 1e9:.1f} GB, but context.max_device_memory ({plan.limit_gb:g} GB) leaves "
             f"{spare / 1e9:.1f} GB of the card for them: set it to at most "
             f"{math.floor(CHIP.memory_gb - taken / 1e9)}GB{other}"]
