@@ -4,14 +4,17 @@ Every other module imports moved names from here, so that a new MindFormers vers
 fit, and the check before anything is imported, is in common/versions.py.
 """
 import importlib
+import logging
 import resource
 import sys
 from typing import Any, Callable, Tuple
 
 import mindspore as ms
+from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.printable import PrintableFilter
 from research.telechat.common.versions import TESTED, install_line
 
 PACKAGE = "research.telechat"
@@ -53,6 +56,16 @@ def apply_template(recipe: MindFormerConfig) -> MindFormerConfig:
     except (KeyError, TypeError, ValueError) as err:
         raise ConfigError(f"recipe: {err.args[0] if err.args else err}") from err
     return MindFormerConfig(**(changed or plain))
+
+
+def log_printable(log: logging.Logger) -> None:
+    """Let nothing from data, a model or a file name reach this log, or the terminal through it, raw."""
+    if not any(isinstance(each, PrintableFilter) for each in log.filters):
+        log.addFilter(PrintableFilter())
+
+
+if isinstance(logger, logging.Logger):
+    log_printable(logger)
 
 
 def plugin_class(module_type: str) -> Callable[[type], type]:

@@ -1,5 +1,6 @@
 """A chat in the terminal: answers appear as they are generated, Ctrl-C stops the answer and not the program.
 
+What the model writes is shown without characters that the terminal would obey; /save and the history keep it as it is.
 Knows no model: it talks to a function that answers messages (chat.session.Session.answer).
 """
 import json
@@ -9,6 +10,7 @@ from typing import Callable, Generator, List, Optional, TextIO
 from research.telechat.chat.session import History, Report, bot_message, with_question
 from research.telechat.common.errors import ConfigError, ConversationError
 from research.telechat.common.files import JsonObject, write_text
+from research.telechat.common.printable import printable
 
 HELP = """/clear          forget the conversation
 /system TEXT    set the system prompt; without TEXT, remove it
@@ -73,7 +75,7 @@ class Terminal:
         try:
             for piece in pieces:
                 content += piece
-                self.output.write(piece)
+                self.output.write(printable(piece))
                 self.output.flush()
         except KeyboardInterrupt:
             self.output.write(" (stopped)")
@@ -121,5 +123,5 @@ class Terminal:
             self._say(f"{message['role']}: {message['content']}")
 
     def _say(self, text: str) -> None:
-        self.output.write(text + "\n")
+        self.output.write(printable(text) + "\n")
         self.output.flush()

@@ -42,6 +42,7 @@ from research.telechat.checkpoint.writer import (
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.common.files import JsonObject
+from research.telechat.common.printable import one_line, printable
 from research.telechat.spec.hf_config import hf_config
 from research.telechat.spec.variants import VARIANTS, Variant, get_variant, read_hf_config, variant_from_hf
 
@@ -208,11 +209,11 @@ def run_conversion(args: argparse.Namespace, source: Source, sizes: Sizes, out: 
     target = (official_target if official else mindspore_target)(
         out, args.format, [transfer.out for transfer in transfers.values()], sizes, args.max_shard_size)
     for note in source.checkpoint.notes:
-        print(note)
+        print(one_line(note))
     shown = len(source.checkpoint.notes)
     report = convert(source, target, transfers, Options(dtype, args.verify, args.strict, args.workers))
     report.notes.extend(source.checkpoint.notes[shown:])
-    print("\n".join(summary(report, target, dtype_names(transfers))))
+    print(printable("\n".join(summary(report, target, dtype_names(transfers)))))
 
 
 def add_torch_to_mindspore(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from research.telechat.common.command import run_command
 from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, prepare_log
+from research.telechat.common.printable import printable
 from research.telechat.common.versions import fitting_versions
 from research.telechat.evaluation.report import (
     Row,
@@ -31,7 +32,7 @@ from research.telechat.evaluation.report import (
 )
 from research.telechat.evaluation.tasks import count_documents, harness_version, load_tasks, set_shots
 from research.telechat.recipe.options import overrides_of, parse_further, str2bool
-from research.telechat.recipe.read import read_recipe, resolve_config
+from research.telechat.recipe.read import check_overrides, read_recipe, resolve_config
 
 if TYPE_CHECKING:
     from research.telechat.telechat import TelechatForCausalLM
@@ -135,6 +136,7 @@ def open_model(args: argparse.Namespace, rest: List[str]) -> Any:
     """(model, tokenizer, complete recipe). Raises ConfigError."""
     options = ["use_parallel", "auto_trans_ckpt", "output_dir", *(["load_checkpoint"] if args.load_checkpoint else [])]
     overrides = {**overrides_of(args, options), **parse_further(rest)}
+    check_overrides(read_recipe(resolve_config(args.config)), overrides)
     prepare_log(overrides.get("output_dir"))
     with fitting_versions():
         from research.telechat.run.load import load_model, prepare_prediction, quieten
@@ -210,7 +212,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     if not first:
         return 0
     report["seconds"] = round(time.time() - started, 1)
-    print(text, flush=True)
+    print(printable(text), flush=True)
     for note, count in report.get("notes", {}).items():
         print(f"note: {count} {note}")
     written = write(Path(args.output), report, rows, samples)

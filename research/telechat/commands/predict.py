@@ -22,8 +22,10 @@ from research.telechat.common.command import run_command
 from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, prepare_log
+from research.telechat.common.printable import one_line, printable
 from research.telechat.common.versions import fitting_versions
 from research.telechat.recipe.options import or_none, overrides_of, parse_further, str2bool
+from research.telechat.recipe.read import check_overrides, read_recipe, resolve_config
 from research.telechat.text.messages import Tools
 
 
@@ -122,7 +124,7 @@ def answer_file(session: Session, questions: List[Question], args: argparse.Name
                     fault = str(err)
             if fault:
                 failed += 1
-                print(f"error: {args.input_file}, line {question.line}: {fault}", file=sys.stderr, flush=True)
+                print(one_line(f"error: {args.input_file}, line {question.line}: {fault}"), file=sys.stderr, flush=True)
                 write({"line": question.line, "error": fault})
                 continue
             history = [*messages, bot_message(answer)]
@@ -131,7 +133,8 @@ def answer_file(session: Session, questions: List[Question], args: argparse.Name
                 record["tool_calls"] = parse_tool_calls(answer).calls
             write(record)
             if show:
-                print(f"question: {question.text}\nanswer: {answer}\n截至目前的聊天记录是: {history}\n", flush=True)
+                print(printable(f"question: {question.text}\nanswer: {answer}\n截至目前的聊天记录是: {history}\n"),
+                      flush=True)
     return failed
 
 
@@ -165,6 +168,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     tools = read_tools(args.tools_file)
     overrides = {**overrides_of(args, ["load_checkpoint", "use_parallel", "auto_trans_ckpt", "output_dir", "use_past"]),
                  **parse_further(rest)}
+    check_overrides(read_recipe(resolve_config(args.yaml_file)), overrides)
     prepare_log(overrides.get("output_dir"))
     with fitting_versions():
         from research.telechat.chat.api import make_session, read_generation_config

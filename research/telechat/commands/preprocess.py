@@ -19,6 +19,7 @@ from tqdm import tqdm
 from research.telechat.common.command import run_command
 from research.telechat.common.environment import cores
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.printable import one_line, printable
 from research.telechat.data.encoding import Encoded, Encoder, source_formats
 from research.telechat.data.packing import LONG_MODES, FirstFitPacker, ShuffleBuffer, pack_all, to_record
 from research.telechat.data.records import FORMATS
@@ -92,7 +93,7 @@ def preprocess(args: argparse.Namespace) -> dict:
     ignored: List[Path] = []
     sources = find_sources(args.input_dataset_file, ignored)
     if ignored:
-        print(ignored_line([str(path) for path in ignored]))
+        print(one_line(ignored_line([str(path) for path in ignored])))
     renderer = make_renderer(args)
     formats = source_formats(sources, None if args.format == "auto" else args.format)
     length = args.max_length + 1
@@ -133,7 +134,7 @@ def _pieces(results: Iterator[Encoded], sources: List[Source], report: Report, m
             for number, error in encoded.errors:
                 named = f"{sources[encoded.source].path}:{number}: {error}"
                 if report.add_error(named):
-                    tqdm.write(named, file=sys.stderr)
+                    tqdm.write(one_line(named), file=sys.stderr)
                 if max_errors >= 0 and report.unusable >= max(max_errors, 1):
                     raise ConfigError(f"stopped at {report.unusable} records that cannot be used, named above; correct "
                                       "them, name the right --format, or allow more with --max_errors")
@@ -170,6 +171,6 @@ def _run(argv: Optional[Sequence[str]]) -> None:
     unnamed = sum(summary["conversations"]["unusable_records"].values()) - len(summary["unusable_first"])
     if unnamed:
         print(f"... and {unnamed} more records that cannot be used", file=sys.stderr)
-    print(format_report(summary))
+    print(printable(format_report(summary)))
     print(f"data set   {', '.join(summary['files'])}")
     print(f"details    {Path(summary['files'][0]).parent}: meta.json, report.json, lengths.png")

@@ -11,13 +11,14 @@ from research.telechat.common.command import run_command
 from research.telechat.common.files import JsonObject, prepare_log
 from research.telechat.common.versions import fitting_versions
 from research.telechat.recipe.options import all_overrides, build_parser
-from research.telechat.recipe.read import read_recipe, resolve_config
+from research.telechat.recipe.read import check_overrides, read_recipe, resolve_config
 
 
 def start(config: str, overrides: JsonObject, register_path: Optional[str] = None,
           predict_data: Optional[List[str]] = None, raw: bool = False) -> None:
     """Read the recipe `config`, import MindFormers and run; arguments as of run/job.py's `run`. Raises ConfigError."""
     recipe = read_recipe(resolve_config(config))
+    check_overrides(recipe, overrides)
     prepare_log(overrides.get("output_dir") or recipe.get("output_dir"))
     with fitting_versions():
         from research.telechat.run.job import run

@@ -18,6 +18,7 @@ from typing import Callable, Iterator, Optional, TextIO
 
 from research.telechat.common.environment import workers
 from research.telechat.common.errors import UserError
+from research.telechat.common.printable import one_line
 
 INTERRUPTED = 130
 READER_GONE = 141
@@ -43,7 +44,7 @@ def run_command(body: Callable[[], Optional[int]], interrupted: str = "", memory
             finally:
                 sys.stdout.flush()                         # a reader who has gone is noticed here, not at the exit
     except UserError as err:
-        return _say(f"error: {_one_line(err)}")
+        return _say(f"error: {one_line(err)}")
     except (KeyboardInterrupt, Terminated):
         return _say(f"interrupted{kept}", INTERRUPTED)
     except OSError as err:
@@ -52,7 +53,7 @@ def run_command(body: Callable[[], Optional[int]], interrupted: str = "", memory
         if gone:
             return READER_GONE
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
-            file = f" ({err.filename})" if err.filename else ""
+            file = f" ({one_line(err.filename)})" if err.filename else ""
             return _say(f"error: the disk is full{file}; free some space{kept}")
         return _say(f"error: {_of_file(err)}")
     except MemoryError:
@@ -94,12 +95,8 @@ def _say(line: str, code: int = 1) -> int:
     return code
 
 
-def _one_line(err: BaseException) -> str:
-    return " ".join(str(err).split("\n"))
-
-
 def _of_file(err: OSError) -> str:
-    return f"{err.filename}: {err.strerror or err}" if err.filename else _one_line(err)
+    return one_line(f"{os.fsdecode(err.filename)}: {err.strerror or err}" if err.filename else err)
 
 
 def _reader_gone(stream: TextIO) -> bool:

@@ -2,6 +2,7 @@
 
 What the keys mean is recipe/settings.py's and MindFormers' matter; what is done with a recipe, run/job.py's.
 """
+import copy
 import difflib
 from pathlib import Path
 from typing import Any, Iterator, List
@@ -11,6 +12,7 @@ import yaml
 from research.telechat.common.environment import PLUGIN, ROOT
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
+from research.telechat.recipe.values import conform, load
 
 BASES = "configs/telechat"                 # below ROOT; in a wheel they are in the plugin's folder `base` (setup.py)
 
@@ -18,15 +20,9 @@ BASES = "configs/telechat"                 # below ROOT; in a wheel they are in 
 def parse_value(text: str) -> Any:
     """A value from the command line, read as YAML: numbers, True, False, lists; anything else is text."""
     try:
-        value = yaml.safe_load(text)
+        return load(text)
     except (yaml.YAMLError, ValueError, RecursionError):      # ValueError: a date that does not exist
         return text
-    if isinstance(value, str):
-        try:
-            return float(value)          # YAML 1.1 reads 1e-5 as text
-        except ValueError:
-            return value
-    return value
 
 
 def resolve_config(name: str) -> Path:
@@ -62,12 +58,16 @@ def find_base(recipe: Path, base: str) -> Path:
                       f"{' and '.join(dict.fromkeys(map(str, places)))})")
 
 
-def merge(base: dict, over: dict) -> dict:
-    """`base` with the keys of `over`: sections merge key by key, everything else is replaced."""
+def merge(base: dict, over: dict, at: str = "") -> dict:
+    """`base` with the keys of `over`: sections merge key by key, everything else is replaced.
+
+    at: dotted name of the section, with its dot. Raises ConfigError: text where `base` has a number.
+    """
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        name = f"{at}{key}"
+        merged[key] = merge(merged[key], value, name + ".") if both else conform(value, merged.get(key), name)
     return merged
 
 
@@ -79,7 +79,7 @@ def read_recipe(path: Path, above: tuple = ()) -> dict:
     if path in above:
         raise ConfigError(f"recipe {path} inherits itself: {' -> '.join(file.name for file in (*above, path))}")
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(f"recipe {path} cannot be read: {err}") from err
     except (yaml.YAMLError, ValueError, RecursionError) as err:
@@ -90,7 +90,10 @@ def read_recipe(path: Path, above: tuple = ()) -> dict:
     merged: dict = {}
     for base in bases if isinstance(bases, list) else [bases]:
         merged = merge(merged, read_recipe(find_base(path, str(base)), (*above, path)))
-    return merge(merged, recipe)
+    try:
+        return merge(merged, recipe)
+    except ConfigError as err:
+        raise ConfigError(f"recipe {path}: {err}") from err
 
 
 def parse_overrides(options: List[str], rest: List[str]) -> JsonObject:
@@ -131,19 +134,48 @@ def section(recipe: JsonObject, *names: str) -> JsonObject:
 
 
 def set_key(config: JsonObject, dotted: str, value: object) -> None:
-    """Set `a.b.c`. ConfigError: a section that the recipe lacks, or a key without the section in which it is read."""
+    """Set `a.b.c`; an entry of a list is named by its number, from 0 on, or by its `type`.
+
+    Raises:
+        ConfigError: a section or an entry that the recipe lacks, a key without the section in which it is read, or text
+            where the recipe has a number.
+    """
     *sections, key = dotted.split(".")
     places = [] if sections or key in config else list(_places(config, key))
     if places:
         raise ConfigError(f"--{key}: the recipe has this key in a section; write --{' or --'.join(places)}")
-    for depth, section in enumerate(sections):
-        if not isinstance(config.get(section), dict):
-            near = difflib.get_close_matches(section, list(config), n=1)
-            known = ", ".join(key for key, entry in config.items() if isinstance(entry, dict))
+    place: Any = config
+    for depth, name in enumerate(sections):
+        below = place[_entry(place, name, sections[:depth], dotted)] if isinstance(place, list) else place.get(name)
+        if not isinstance(below, (dict, list)):
+            near = difflib.get_close_matches(name, [key for key in place if key != name], n=1)
+            known = ", ".join(key for key, entry in place.items() if isinstance(entry, (dict, list)))
             raise ConfigError(f"--{dotted}: the recipe has no section {'.'.join(sections[:depth + 1])!r}; "
                               + (f"did you mean {near[0]!r}?" if near else f"sections there are: {known or 'none'}"))
-        config = config[section]
-    config[key] = value
+        place = below
+    if isinstance(place, list):
+        place[_entry(place, key, sections, dotted)] = value
+    else:
+        place[key] = conform(value, place.get(key), f"--{dotted}")
+
+
+def check_overrides(recipe: JsonObject, overrides: JsonObject) -> None:
+    """What `set_key` says of {dotted key: value}, before anything slow is imported. The recipe is not changed."""
+    recipe = copy.deepcopy(recipe)
+    for dotted, value in overrides.items():
+        set_key(recipe, dotted, value)
+
+
+def _entry(entries: List[Any], name: str, sections: List[str], dotted: str) -> int:
+    """The index of the entry that `name` names in the list below `sections`. Raises ConfigError."""
+    kinds = [entry.get("type") if isinstance(entry, dict) else None for entry in entries]
+    if name.isdecimal() and int(name) < len(entries):
+        return int(name)
+    if kinds.count(name) == 1:
+        return kinds.index(name)
+    listed = ", ".join(f"{number} {kind}" if kind else str(number) for number, kind in enumerate(kinds))
+    raise ConfigError(f"--{dotted}: {'.'.join(sections)} is a list; name one of its entries by its number or type "
+                      f"({listed or 'it is empty'}), not {name!r}")
 
 
 def _places(section: JsonObject, key: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ from mindformers.tools.register import MindFormerConfig
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import write_text
+from research.telechat.common.printable import printable
 from research.telechat.telechat_tokenizer import TelechatTokenizer
 from research.telechat.text.templates import detect_template
 from research.telechat.text.vocab import check_fit
@@ -117,4 +118,4 @@ def print_answers(prompts: List[str], results: Iterable[Any], shown: Optional[Li
         texts += [value] if isinstance(value, str) else list(value)
     for prompt, start, text in zip(prompts, shown or prompts, texts):
         begin = next((len(one) for one in (prompt, start) if text.startswith(one)), 0)
-        print(f"prompt: {prompt}\nanswer: {text[begin:].strip()}", flush=True)
+        print(printable(f"prompt: {prompt}\nanswer: {text[begin:].strip()}"), flush=True)
