@@ -1,5 +1,6 @@
 """The records behind a loss that is not finite: which a step has read, in sink mode, shuffled, by rank, resumed."""
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -96,6 +97,53 @@ def test_rows_of_the_log_stand_for_the_steps_between_two_returns(data, tmp_path,
     assert f"one of the steps 13 to 16, which read these records of the training data: {expected};" in str(caught.value)
     report = json.loads((tmp_path / "training_report.json").read_text())
     assert report["records_of_steps"] == {str(step): order[step - 1] for step in range(13, 17)}
+
+
+TRACKER = """
+calls = []
+def init(**named): calls.append(("init", named))
+def log(values, step): calls.append(("log", step, values)); 1 / (step != 3)
+def finish(): calls.append(("finish",))
+"""
+
+
+def test_rows_go_to_tensorboard_and_to_a_tracker(tmp_path, monkeypatch):
+    """All figures arrive; a tracker that fails does not end the training; a step that is saved is marked."""
+    from types import SimpleNamespace
+
+    import mindspore as ms
+
+    from research.telechat.common.errors import ConfigError
+    from research.telechat.training import log
+    (tmp_path / "own_tracker.py").write_text(TRACKER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(log, "get_output_root_path", lambda: str(tmp_path))
+    board = []
+    writer = SimpleNamespace(add_scalar=lambda name, value, global_step: board.append((name, global_step, value)))
+    monkeypatch.setattr(log, "get_tensorboard_writer", lambda: writer)
+    info = {"tokens_per_step_per_card": 100, "flops_per_token": 1e3, "cards": 1}
+    callback = log.TelechatTrainingLog(run_info=info, tracker="own_tracker", tracker_args={"project": "p"},
+                                       peak_tflops=1.0)
+    params = SimpleNamespace(cur_step_num=0, cur_epoch_num=1, epoch_num=1, batch_num=4, list_callback=[])
+    context = SimpleNamespace(original_args=lambda: params)
+    callback.on_train_begin(context)
+    for step in range(1, 5):
+        params.cur_step_num = step
+        params.net_outputs = (ms.Tensor(2.0), ms.Tensor(False), ms.Tensor(1.0), ms.Tensor(1e-3), ms.Tensor(1.0))
+        (callback.before_saving if step == 4 else callback.on_train_step_end)(context)
+    callback.on_train_end(context)
+    rows = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
+    assert [row.get("checkpoint", False) for row in rows] == [False, False, False, True]
+    calls = sys.modules["own_tracker"].calls
+    assert calls[0] == ("init", {"config": info, "project": "p"}) and calls[-1] == ("finish",)
+    sent = [call for call in calls if call[0] == "log"]
+    assert [call[1] for call in sent] == [1, 2, 3, 4, 4] and sent[1][2]["loss"] == 2.0 and "mfu" in sent[1][2]
+    assert {(name, step) for name, step, _ in board} == {(name, step) for name in (
+        "tokens per second per card", "mfu", "memory (GB)") for step in range(1, 5)}
+    with pytest.raises(ConfigError, match=r"no_such_tracker.*install it"):
+        log.TelechatTrainingLog(tracker="no_such_tracker")
+    with pytest.raises(ConfigError, match=r"'json' has no function log\(values"):
+        log.TelechatTrainingLog(tracker="json")
 
 
 def test_data_that_cannot_be_read_again_do_not_hide_the_stop(tmp_path, monkeypatch):

@@ -42,6 +42,8 @@ def mindformers_version() -> str:
 LayerSetting = first_import("mindformers.models.utils:LayerSetting",
                             "mindformers.parallel_core.training_graph.transformer.utils:LayerSetting")
 lazy_inline = first_import("mindformers.models.utils:lazy_inline", "mindformers.version_control:get_lazy_inline")
+get_tensorboard_writer = first_import("mindformers.core.callback.callback:get_tensorboard_writer",
+                                      "mindformers.utils.tensorboard:get_tensorboard_writer")
 set_output_path = first_import("mindformers.tools:set_output_path", "mindformers.utils.file_utils:set_output_path",
                                "mindformers.tools.utils:set_output_path")
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from research.telechat.common.command import run_command
 from research.telechat.common.environment import cores
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.picture import LANGUAGES
 from research.telechat.common.printable import one_line, printable
 from research.telechat.data.encoding import Encoded, Encoder, source_formats
 from research.telechat.data.packing import LONG_MODES, FirstFitPacker, ShuffleBuffer, pack_all, to_record
@@ -65,6 +66,7 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--shuffle_buffer", type=int, default=8192, help="conversations among which the next is chosen; 0: keep order")
     add("--pack_window", type=int, default=256, help="records that are filled at the same time")
     add("--file_megabytes", type=int, default=2048, help="begin another file at that many megabytes of tokens")
+    add("--lang", choices=LANGUAGES, default="en", help="language of lengths.png")
     add("--num_workers", type=int, default=None, help="processes that tokenise; default: one per core")
     args = parser.parse_args(argv)
     args.num_workers = cores() if args.num_workers is None else args.num_workers
@@ -113,7 +115,7 @@ def preprocess(args: argparse.Namespace) -> dict:
         if not writer.records:
             raise ConfigError(_nothing(sources, report))
         summary = report.summary(writer.records, time.perf_counter() - started)
-        extra = {"lengths.png": report.histogram_png()}
+        extra = {"lengths.png": report.histogram_png(args.lang)}
         files = writer.finish(_meta(args, renderer, side, summary), extra)
     summary = report.summary(writer.records, time.perf_counter() - started)
     report_file = Path(args.output_path) / "report.json"

@@ -1,16 +1,20 @@
 """What preprocessing did: totals, the printed report, report.json and the histogram of lengths. No tokens, no files."""
-import io
 from collections import Counter
 from typing import Dict, List, Optional
 
 import numpy as np
 
 from research.telechat.common.files import JsonObject
+from research.telechat.common.picture import ACCENT, DARK, LIGHT, drawing, png
 
 _BINS = 4096                                 # resolution of the lengths that are kept in memory
 SHOWN_ERRORS = 100                           # unusable records that are named one by one
 _KEYS = 50                                   # unused keys that are named per file, and of them on the terminal:
 _SHOWN_KEYS, _SHOWN_FILES = 8, 10
+_CHINESE = {"Lengths of {count} conversations": "{count} 段对话的长度分布",
+            "tokens in a conversation": "每段对话的 token 数",
+            "conversations": "对话数", " (last bar: {least} or more)": "（最后一柱：{least} 及以上）",
+            "max_length {length}: a record holds {limit} tokens": "max_length {length}：每条记录 {limit} 个 token"}
 
 
 class Report:
@@ -96,33 +100,30 @@ class Report:
         quantiles = {f"p{share}": min(number * self._width, self._longest) for share, number in bins.items()}
         return {"mean": round(self.counts["tokens"] / total), **quantiles, "max": self._longest}
 
-    def histogram_png(self) -> Optional[bytes]:
+    def histogram_png(self, language: str = "en") -> Optional[bytes]:
         """The histogram of the conversations' lengths as a PNG; None if there are none, or no matplotlib."""
         used = np.flatnonzero(self._lengths)
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError:
-            return None
         if not len(used):
             return None
-
         per_bar = -(-int(used[-1] + 1) // 100)               # at most 100 bars
         counts = np.add.reduceat(self._lengths[:used[-1] + 1], np.arange(0, used[-1] + 1, per_bar))
         width = per_bar * self._width
-        figure = Figure(figsize=(7, 4), dpi=110)
-        axes = figure.add_subplot()
-        axes.bar(np.arange(len(counts)) * width, counts, width=width, align="edge", color="#3b6ea5")
-        if self.limit <= len(counts) * width:
-            axes.axvline(self.limit, color="#c0392b", linewidth=1, label=f"length of a record: {self.limit}")
-            axes.legend()
-        axes.set_xlabel("tokens in a conversation" + (f" (last bar: {_BINS * self._width} or more)"
-                                                      if self._lengths[-1] else ""))
-        axes.set_ylabel("conversations")
-        figure.tight_layout()
-        buffer = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(buffer)
-        return buffer.getvalue()
+        try:
+            with drawing((7, 4), _CHINESE, language) as (figure, word):
+                axes = figure.add_subplot()
+                axes.bar(np.arange(len(counts)) * width, counts, width=width, align="edge", color=LIGHT, edgecolor=DARK,
+                         linewidth=0.5)
+                axes.axvline(self.limit, color=ACCENT, linestyle="--", linewidth=1.5,
+                             label=word("max_length {length}: a record holds {limit} tokens",
+                                        length=f"{self.limit - 1:,}", limit=f"{self.limit:,}"))
+                axes.legend()
+                axes.set_title(word("Lengths of {count} conversations", count=f"{int(self._lengths.sum()):,}"))
+                axes.set_xlabel(word("tokens in a conversation") + (
+                    word(" (last bar: {least} or more)", least=_BINS * self._width) if self._lengths[-1] else ""))
+                axes.set_ylabel(word("conversations"))
+                return png(figure)
+        except ImportError:
+            return None
 
 
 def format_report(summary: JsonObject) -> str:

@@ -1,8 +1,9 @@
 """What a training run says about itself: one JSON line per step, a picture and a report at the end, a stop at NaN.
 
 Arithmetic, picture and report are training/report.py's; what the run is (sizes, recipe, data) comes as
-`run_info` from run/job.py. TensorBoard is MindFormers' matter (`tensorboard:` in the recipe).
+`run_info` from run/job.py. TensorBoard and trackers: training/tracker.py.
 """
+import contextlib
 import math
 import os
 import sys
@@ -19,15 +20,23 @@ from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindspore.train.callback import Callback, RunContext
 
 from research.telechat import __version__
-from research.telechat.bridge.compat import chip_name, mindformers_version, peak_memory, plugin_class
+from research.telechat.bridge.compat import (
+    chip_name,
+    get_tensorboard_writer,
+    mindformers_version,
+    peak_memory,
+    plugin_class,
+)
 from research.telechat.checkpoint.resume import checkpoints
-from research.telechat.common.errors import TrainingStopped
+from research.telechat.common.errors import ConfigError, TrainingStopped
 from research.telechat.common.files import JsonObject, write_json, write_text
+from research.telechat.common.picture import LANGUAGES
 from research.telechat.spec.flops import peak_flops
 from research.telechat.training import save_thread as training_save_thread
 from research.telechat.training.records import describe_records, record_numbers, step_batches
 from research.telechat.training.report import data_digest, draw_curve, read_rows, row_text, seconds_left, summarise_rows
 from research.telechat.training.step import step_values, to_float
+from research.telechat.training.tracker import Tracker, to_tensorboard
 
 if TYPE_CHECKING:
     from mindspore.train.callback._callback import _InternalCallbackParam as StepParams
@@ -48,16 +57,24 @@ class TelechatTrainingLog(Callback):
 
     Files in the output folder: `training_log.jsonl` with, per step, step, epoch, loss, lr, global_norm, loss_scale,
     seconds, tokens_per_second_per_card, mfu (known chips), memory_gb, seconds_left, skipped ("overflow", "norm") and
-    perplexity (steps with an evaluation); `training_curve.png`; `training_report.json`.
+    perplexity (steps with an evaluation) and checkpoint (steps that are saved); `training_curve.png`;
+    `training_report.json`.
 
     Args:
         stop_at_nan: end the training at a loss, or a norm without overflow, that is not finite.
         peak_tflops: peak of the chip for the MFU where the table does not have it.
+        lang: language of the picture, en or zh.
+        tracker: module with wandb's `init`, `log` and `finish`, which gets every row as well; see training/tracker.py.
+        tracker_args: arguments of its `init`.
         run_info: set by run/job.py.
+
+    Raises:
+        ConfigError: an unknown language, a tracker that is not installed.
     """
 
     def __init__(self, file_name: str = "training_log.jsonl", picture: str = "training_curve.png",
                  report: str = "training_report.json", stop_at_nan: bool = True, peak_tflops: Optional[float] = None,
+                 lang: str = "en", tracker: Optional[str] = None, tracker_args: Optional[JsonObject] = None,
                  run_info: Optional[JsonObject] = None, **_: object):
         super().__init__()
         folder = get_output_root_path()
@@ -67,6 +84,10 @@ class TelechatTrainingLog(Callback):
         self.rank = get_real_rank()
         self.enabled = self.rank == 0
         self.stop_at_nan = stop_at_nan
+        if lang not in LANGUAGES:
+            raise ConfigError(f"callbacks: TelechatTrainingLog.lang: expected {' or '.join(LANGUAGES)}, found {lang!r}")
+        self.lang = lang
+        self.tracker = Tracker(tracker, tracker_args) if tracker and self.enabled else None
         self.info = run_info or {}
         self.peak = peak_flops(chip_name(), peak_tflops)
         self.rows: List[JsonObject] = []
@@ -83,6 +104,8 @@ class TelechatTrainingLog(Callback):
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             self.rows = read_rows(Path(self.path), self.first_step)
             write_text(self.path, "".join(row_text(row) + "\n" for row in self.rows))
+        if self.tracker:
+            self.tracker.start(self.info)
         self.evaluations = [entry for entry in params.list_callback or () if isinstance(entry, EvalCallBack)]
         for callback in self.evaluations:
             callback.eval_func = self._recorded(callback.eval_func)
@@ -122,6 +145,8 @@ class TelechatTrainingLog(Callback):
         self.on_train_step_end(run_context)
         for callback in self.evaluations:
             callback.on_train_step_end(run_context)
+        if self.enabled and self.rows:
+            self._amend(checkpoint=True)
 
     def on_train_end(self, run_context: RunContext) -> None:
         """Draw the curves, write the report."""
@@ -149,7 +174,26 @@ class TelechatTrainingLog(Callback):
             row["skipped"] = "norm"
         return row
 
+    def _amend(self, **values: object) -> None:
+        """Add to the last row, which is written again."""
+        row = {**self.rows.pop(), **values}
+        with contextlib.suppress(OSError):
+            os.truncate(self.path, self.length)
+        self._write(row)
+        to_tensorboard(get_tensorboard_writer(), {"step": row["step"], **values})
+        if self.tracker:
+            self.tracker.log({"step": row["step"], **values})
+
     def _append(self, row: JsonObject) -> None:
+        self._write(row)
+        to_tensorboard(get_tensorboard_writer(), row)
+        if self.tracker:
+            self.tracker.log(row)
+        if row.get("skipped"):
+            logger.warning("step %d is skipped (%s): loss %s, norm %s, loss scale %s", row["step"], row["skipped"],
+                           row["loss"], row.get("global_norm"), row.get("loss_scale"))
+
+    def _write(self, row: JsonObject) -> None:
         self.rows.append(row)
         try:
             with open(self.path, "a", encoding="utf-8") as log:
@@ -157,9 +201,6 @@ class TelechatTrainingLog(Callback):
                 log.write(row_text(row) + "\n")
         except OSError as err:                                     # a full disk must not end the training here
             logger.error("step %d could not be logged, training goes on: %s", row["step"], err)
-        if row.get("skipped"):
-            logger.warning("step %d is skipped (%s): loss %s, norm %s, loss scale %s", row["step"], row["skipped"],
-                           row["loss"], row.get("global_norm"), row.get("loss_scale"))
 
     def _recorded(self, evaluate: Callable[[], Optional[JsonObject]]) -> Callable[[], Optional[JsonObject]]:
         """`evaluate`, once for each step, with its perplexity noted in the row of the step."""
@@ -173,10 +214,8 @@ class TelechatTrainingLog(Callback):
             for value in (result or {}).values():
                 value = value.get("PPL") if isinstance(value, dict) else value
                 if value is not None and self.enabled and self.rows:
-                    row = {**self.rows.pop(), "perplexity": to_float(value)}
-                    os.truncate(self.path, self.length)            # the row is written anew
-                    self._append(row)
-                    logger.info("step %d: perplexity %.4f on the evaluation data", row["step"], row["perplexity"])
+                    self._amend(perplexity=to_float(value))
+                    logger.info("step %d: perplexity %.4f on the evaluation data", self.last_step, to_float(value))
             return result
         return run
 
@@ -222,10 +261,12 @@ class TelechatTrainingLog(Callback):
             return {}
 
     def _finish(self, ending: str, records: Optional[Dict[int, List[Optional[int]]]] = None) -> None:
+        if self.tracker:
+            self.tracker.finish()
         if not self.enabled or not self.rows:
             return
         try:
-            draw_curve(self.rows, self.picture)
+            draw_curve(self.rows, self.picture, self.lang)
             write_json(self.report, {
                 "ending": ending, **({"records_of_steps": records} if records else {}),
                 "seconds": round(time.time() - self.begun, 1), "resumed_at_step": self.first_step,

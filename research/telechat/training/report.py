@@ -4,9 +4,13 @@ import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple
 
 from research.telechat.common.files import JsonObject, whole
+from research.telechat.common.picture import ACCENT, DARK, LIGHT, Words, drawing, png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _SAMPLE = 1 << 20                          # bytes hashed at both ends of large data files
 _WHOLE = 1 << 30                           # data sets up to this many bytes are hashed whole
@@ -71,35 +75,70 @@ def summarise_rows(rows: Sequence[JsonObject]) -> JsonObject:
             "peak_memory_gb": max(series("memory_gb"), default=None), "perplexity": evaluations}
 
 
-def draw_curve(rows: List[JsonObject], path: str) -> None:
-    """Loss, learning rate, norm and throughput over steps, as a PNG written whole or not at all."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6), dpi=110, sharex=True)
-    panels = (("loss", "loss"), ("lr", "learning rate"), ("global_norm", "global gradient norm"),
-              ("tokens_per_second_per_card", "tokens/s per card"))
-    for axis, (key, label) in zip(axes.flat, panels):
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        if key == "tokens_per_second_per_card":
-            points = points[1:]                              # the first step compiles
-        if points:
-            axis.plot(*zip(*points), color="#1f5aa6", linewidth=1.2)
-        skipped = [(step, value) for step, value in points if any(
-            row["step"] == step and row.get("skipped") for row in rows)]
-        if skipped:
-            axis.plot(*zip(*skipped), "x", color="#b3261e", label="skipped")
-            axis.legend()
-        axis.set_title(label, fontsize=10)
-        axis.grid(alpha=0.3)
-        if key == "loss" and any("perplexity" in row for row in rows):
+_CHINESE = {"training loss": "训练损失", "step": "步数", "learning rate": "学习率",
+            "global gradient norm": "梯度全局范数", "tokens/s per card": "每卡吞吐（token/秒）", "each step": "每步",
+            "smoothed over {width} steps": "{width} 步平滑", "skipped step": "跳过的步", "checkpoint": "权重保存点",
+            "held-out perplexity": "验证集困惑度"}
+_PANELS = (("loss", "training loss"), ("lr", "learning rate"), ("global_norm", "global gradient norm"),
+           ("tokens_per_second_per_card", "tokens/s per card"))
+_DECADE = 10.0                             # a loss that falls by more is drawn on a logarithmic axis
+
+
+def smoothed(values: Sequence[float], width: int) -> List[float]:
+    """The mean of the `width` values around each, of fewer at the ends; it does not lag behind a falling curve."""
+    half = width // 2
+    parts = [values[max(at - half, 0):at + half + 1] for at in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def draw_curve(rows: List[JsonObject], path: str, language: str = "en") -> None:
+    """Loss, learning rate, norm and throughput over steps, as a PNG written whole or not at all.
+
+    Rows with `perplexity`, `skipped` and `checkpoint` are marked. Raises ImportError without matplotlib.
+    """
+    with drawing((10, 6), _CHINESE, language) as (figure, word):
+        axes = figure.subplots(2, 2, sharex=True)
+        for axis, (key, label) in zip(axes.flat, _PANELS):
+            axis.set_title(word(label))
+            points = [(row["step"], row[key]) for row in rows
+                      if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])]
+            if key == "tokens_per_second_per_card":
+                points = points[1:]                          # the first step compiles
+            if points:
+                _panel(axis, rows, points, key, word)
+        for axis in axes[1]:
+            axis.set_xlabel(word("step"))
+        with whole(path) as beside:
+            beside.write_bytes(png(figure))
+
+
+def _panel(axis: "Axes", rows: List[JsonObject], points: List[Tuple[int, float]], key: str, word: Words) -> None:
+    """One curve with its marks. points: (step, value)."""
+    steps, values = [list(column) for column in zip(*points)]
+    width = max(len(points) // 50, 5)
+    if key == "lr" or len(points) < 2 * width:
+        axis.plot(steps, values, color=DARK, linewidth=1.2)
+    else:
+        axis.plot(steps, values, color=LIGHT, linewidth=0.8, label=word("each step"))
+        axis.plot(steps, smoothed(values, width), color=DARK, linewidth=1.6,
+                  label=word("smoothed over {width} steps", width=width))
+    skipped = [(row["step"], row[key]) for row in rows if row.get("skipped") and (row["step"], row.get(key)) in points]
+    if skipped:
+        axis.plot(*zip(*skipped), "x", color=ACCENT, label=word("skipped step"))
+    if key == "loss":
+        if min(values) > 0 and max(values) / min(values) > _DECADE:
+            axis.set_yscale("log")
+        saved = [row["step"] for row in rows if row.get("checkpoint")]
+        if saved:
+            axis.plot(saved, [0.02] * len(saved), "^", color=DARK, markersize=5, markerfacecolor="white",
+                      transform=axis.get_xaxis_transform(), label=word("checkpoint"))
+        evaluated = [(row["step"], row["perplexity"]) for row in rows if row.get("perplexity") is not None]
+        if evaluated:
             other = axis.twinx()
-            other.plot(*zip(*[(row["step"], row["perplexity"]) for row in rows if "perplexity" in row]), "o-",
-                       color="#c97b1a", markersize=3)
-            other.set_ylabel("held-out perplexity", fontsize=8)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    figure.tight_layout()
-    with whole(path) as beside:
-        figure.savefig(beside, format="png")
-    pyplot.close(figure)
+            other.grid(False)
+            other.plot(*zip(*evaluated), "s--", color=ACCENT, markersize=4, markerfacecolor="white", linewidth=1)
+            axis.plot([], [], "s--", color=ACCENT, markersize=4, markerfacecolor="white", linewidth=1,
+                      label=word("held-out perplexity"))
+            other.set_ylabel(word("held-out perplexity"))
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(loc="best")
