@@ -37,6 +37,19 @@ def test_candidates_are_the_official_ones(seed, size, temperature, top_k, top_p)
     assert list(ids) == sorted(ids)
 
 
+def test_penalties_of_the_answer_and_bias():
+    """Presence and frequency penalty count the answer's tokens only, and the bias comes on top."""
+    logits, seen = np.zeros(6, np.float32), np.array([1, 1, 2, 3, 3, 4])           # the prompt is 1 1 2
+    sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((0, 2.0), (3, -1.0)))
+    assert not sampling.greedy
+    np.testing.assert_allclose(adjust(logits, seen, 3, [], sampling), [2, 0, 0, -2, -0.75, 0])
+    np.testing.assert_allclose(adjust(logits, seen, 0, [], sampling), [2, 0, 0, -1, 0, 0])
+    with pytest.raises(ConfigError, match="token 6 is not among the 6"):
+        adjust(logits, seen, 0, [], Sampling(logit_bias=((6, 1.0),)))
+    with pytest.raises(ConfigError, match="presence_penalty"):
+        Sampling(presence_penalty=float("nan"))
+
+
 def test_draws_follow_the_probabilities():
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     rng = np.random.RandomState(0)

@@ -1,7 +1,9 @@
-"""From logits to the next token: repetition penalty, temperature, top-k, top-p, minimal length. NumPy only.
+"""From logits to the next token: penalties, bias, temperature, top-k, top-p, minimal length. NumPy only.
 
 Meaning and order are those of the official code, which uses transformers' processors: repetition penalty over prompt
-and answer (Keskar et al., 2019), then, when sampling, temperature, top-k and top-p (Holtzman et al., 2020).
+and answer (Keskar et al., 2019), then, when sampling, temperature, top-k and top-p (Holtzman et al., 2020). Presence
+penalty, frequency penalty and bias, which the official code does not have, come behind the repetition penalty and mean
+what they do in OpenAI's API: logit - frequency * (times in the answer) - presence * (1 if in the answer) + bias.
 """
 from dataclasses import dataclass
 from typing import Iterable, Optional, Protocol, Tuple
@@ -27,6 +29,9 @@ class Sampling:
     top_p: Optional[float] = None        # only the likeliest that hold this share of probability; None, 1: all
     repetition_penalty: float = 1.0      # over 1: tokens seen before become less likely
     min_new_tokens: int = 0              # so many tokens before an answer may end
+    presence_penalty: float = 0.0        # taken from the logit of each token that the answer has
+    frequency_penalty: float = 0.0       # taken from it once for every time that the answer has it
+    logit_bias: Tuple[Tuple[int, float], ...] = ()     # (token, what is added to its logit)
 
     def __post_init__(self) -> None:
         checks = (("temperature", self.temperature, "a number over 0 (for the likeliest token, set do_sample to False)",
@@ -36,7 +41,11 @@ class Sampling:
                   ("top_p", self.top_p, "a number over 0, at most 1",
                    self.top_p is None or (_number(self.top_p) and 0 < self.top_p <= 1)),
                   ("repetition_penalty", self.repetition_penalty, "a number over 0 (1: none)",
-                   _number(self.repetition_penalty) and self.repetition_penalty > 0))
+                   _number(self.repetition_penalty) and self.repetition_penalty > 0),
+                  ("presence_penalty", self.presence_penalty, "a number", _number(self.presence_penalty)),
+                  ("frequency_penalty", self.frequency_penalty, "a number", _number(self.frequency_penalty)),
+                  ("logit_bias", self.logit_bias, "pairs of a token and a number",
+                   all(token >= 0 and _number(bias) for token, bias in self.logit_bias)))
         for name, value, expected, good in checks:
             if not good:
                 raise ConfigError(f"{name}: expected {expected}, found {value!r}")
@@ -44,7 +53,8 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token of the untouched logits is the choice."""
-        return not self.do_sample and self.repetition_penalty == 1.0 and self.min_new_tokens == 0
+        return (not self.do_sample and self.repetition_penalty == 1.0 and self.min_new_tokens == 0
+                and not self.presence_penalty and not self.frequency_penalty and not self.logit_bias)
 
 
 def _number(value: object) -> bool:
@@ -52,9 +62,10 @@ def _number(value: object) -> bool:
 
 
 def adjust(logits: np.ndarray, seen: np.ndarray, new_tokens: int, eos: Iterable[int], sampling: Sampling) -> np.ndarray:
-    """Repetition penalty and minimal length, for both greedy and sampled choice.
+    """Penalties, bias and minimal length, for both greedy and sampled choice.
 
     logits: [V] float32; seen: ids of prompt and answer so far, `new_tokens` of them the answer's -> new array [V].
+    Raises ConfigError: a token of the bias that is not among the V.
     """
     logits = logits.astype(np.float32)
     if sampling.repetition_penalty != 1.0:
@@ -62,6 +73,14 @@ def adjust(logits: np.ndarray, seen: np.ndarray, new_tokens: int, eos: Iterable[
         scores = logits[ids]
         penalty = np.float32(sampling.repetition_penalty)
         logits[ids] = np.where(scores < 0, scores * penalty, scores / penalty)
+    if (sampling.presence_penalty or sampling.frequency_penalty) and new_tokens:
+        ids, counts = np.unique(seen[len(seen) - new_tokens:], return_counts=True)
+        logits[ids] -= np.float32(sampling.frequency_penalty) * counts.astype(np.float32)
+        logits[ids] -= np.float32(sampling.presence_penalty)
+    for token, bias in sampling.logit_bias:
+        if token >= len(logits):
+            raise ConfigError(f"logit_bias: token {token} is not among the {len(logits)} of the model's vocabulary")
+        logits[token] += np.float32(bias)
     if new_tokens < sampling.min_new_tokens:
         logits[[token for token in eos if 0 <= token < len(logits)]] = -np.inf
     return logits
