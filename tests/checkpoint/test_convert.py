@@ -145,7 +145,8 @@ def test_a_folder_gets_mindspore_ckpt_and_the_config(tmp_path):
     variant = small_variant("telechat_12b")
     source = write_official(tmp_path / "hf", variant, official_tensors(variant))
     assert to_ms(source, tmp_path / "out") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "mindspore.ckpt"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "mindspore.ckpt",
+                                                                      "telechat_manifest.json"]
     assert to_torch(tmp_path / "out", tmp_path / "back") == 0               # finds sizes and model in config.json
     before = (source / "config.json").read_bytes()
     assert to_ms(source, source) == 0                                       # beside the input, as was common

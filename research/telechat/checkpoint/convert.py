@@ -19,6 +19,8 @@ from tqdm import tqdm
 from research.telechat.checkpoint.convert_check import check_model, check_source_mp, check_tied_head
 from research.telechat.checkpoint.dtypes import CODES, ITEM_SIZE, NAMES, cast
 from research.telechat.checkpoint.folder import open_files
+from research.telechat.checkpoint.integrity import file_entry, is_ours
+from research.telechat.checkpoint.manifest import FileEntry, Manifest, is_manifest, with_files, write_manifest
 from research.telechat.checkpoint.masters import with_masters
 from research.telechat.checkpoint.reader import Checkpoint
 from research.telechat.checkpoint.stream import Stream, Transfer
@@ -33,10 +35,11 @@ from research.telechat.checkpoint.writer import (
     remove,
 )
 from research.telechat.common.errors import CheckpointError
-from research.telechat.common.files import write_text
+from research.telechat.common.files import refuse_foreign, write_text
 from research.telechat.spec.parameters import Match, grouped_order, hf_buffers, parameters, source_groups
 from research.telechat.spec.variants import Variant
 
+_HASHES = 2                      # files whose hashes are still being computed while another is written
 JOURNAL_BYTES = 1 << 30          # bytes written between two entries of the journal: what an interruption can cost
 
 
@@ -51,13 +54,15 @@ class Source(NamedTuple):
 
 
 class Target(NamedTuple):
-    """The result: its files, and texts that are written beside them at the end."""
+    """The result: its files, texts that are written beside them at the end, and the manifest, but for its files."""
 
     layouts: List[Layout]
     texts: Dict[Path, str]
     journal: Path
     official: bool
     folder_is_model: bool = False        # the folder is loaded as a whole, so that no other weights may lie in it
+    manifest: Manifest = Manifest("mindspore")
+    manifest_path: Optional[Path] = None # None: no manifest is written
 
 
 @dataclass
@@ -81,6 +86,7 @@ class Options(NamedTuple):
     verify: bool = False
     strict: bool = False                 # read the input once beforehand; NaN or infinity stops the conversion
     workers: Optional[int] = None        # threads
+    overwrite: bool = False              # replace files that are not known to be ours
 
 
 def open_source(checkpoint: Checkpoint, variant: Variant, official: bool, source_mp: Optional[int] = None) -> Source:
@@ -128,6 +134,7 @@ def convert(source: Source, target: Target, transfers: Dict[str, Transfer], opti
     started = time.monotonic()
     _check_paths(source, target)
     journal = Journal(target.journal, _digest(source, target, options), target.layouts)
+    _check_overwrite(target, journal, options.overwrite)
     report.resumed_tensors = sum(journal.done.values())
     kept = sum(tensor.nbytes for layout in target.layouts for tensor in layout.tensors[:journal.done[layout.path.name]])
     check_free_space(target.journal.parent, sum(layout.size for layout in target.layouts), kept)
@@ -143,7 +150,7 @@ def convert(source: Source, target: Target, transfers: Dict[str, Transfer], opti
                 f"{kept / 1e9:.2f} GB, are there already")
         target.journal.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write(stream, source, target, transfers, journal, report)
+            entries = _write(stream, source, target, transfers, journal, report)
             if options.verify:
                 report.verified_tensors = _verify(stream, source, target, transfers)
         except CheckpointError:                       # faulty input or disk: continuing later would not mend it
@@ -151,9 +158,13 @@ def convert(source: Source, target: Target, transfers: Dict[str, Transfer], opti
                 remove(partial_path(layout.path))
             journal.remove()
             raise
+    journal.publish()
     publish(target.layouts)
     for path, text in target.texts.items():
         write_text(path, text)
+        entries[path.name] = file_entry(path)
+    if target.manifest_path is not None:
+        write_manifest(target.manifest_path, with_files(target.manifest, entries))
     journal.remove()
     report.bytes_written = sum(layout.size for layout in target.layouts)
     report.seconds = time.monotonic() - started
@@ -179,6 +190,15 @@ def _check_paths(source: Source, target: Target) -> None:
         if strangers:
             raise CheckpointError(f"{folder} already holds other weights, which would be loaded with the new ones or "
                                   f"instead: {', '.join(strangers)}; remove them or give another folder")
+
+
+def _check_overwrite(target: Target, journal: Journal, overwrite: bool) -> None:
+    """OverwriteError where a file is in the way that no conversion wrote."""
+    paths = [*(layout.path for layout in target.layouts), *target.texts]
+    if not journal.publishing:
+        refuse_foreign(paths, is_ours, overwrite)
+    if target.manifest_path is not None:
+        refuse_foreign([target.manifest_path], is_manifest, overwrite)
 
 
 def _digest(source: Source, target: Target, options: Options) -> str:
@@ -216,9 +236,12 @@ def _nonfinite(found: Dict[str, Dict[str, int]]) -> str:
 
 
 def _write(stream: Stream, source: Source, target: Target, transfers: Dict[str, Transfer], journal: Journal,
-           report: Report) -> None:
-    """Write every file that is not complete yet, and count what is odd in the numbers that pass by."""
+           report: Report) -> Dict[str, FileEntry]:
+    """Write every file that is not complete yet, and count what is odd in the numbers that pass by; size and SHA-256 of
+    every file, by its name."""
     lock = threading.Lock()
+    entries: Dict[str, FileEntry] = {}
+    hashing: List[OutputFile] = []                     # finished, but for their hashes
 
     def tally(transfer: Transfer, counts: Dict[str, int]) -> None:
         with lock:
@@ -234,6 +257,7 @@ def _write(stream: Stream, source: Source, target: Target, transfers: Dict[str, 
             report.found.update((transfer.source, journal.found[transfer.source]) for transfer in ordered[:done]
                                 if transfer.source in journal.found)
             if done == len(ordered):
+                entries[layout.path.name] = file_entry(partial_path(layout.path))
                 continue
             output = OutputFile(layout, done)
             tracker = _Tracker(output, journal, ordered, done, report.found)
@@ -245,9 +269,16 @@ def _write(stream: Stream, source: Source, target: Target, transfers: Dict[str, 
                 stream.stop()
                 with contextlib.suppress(OSError):     # a full disk: what could not be saved is written again
                     tracker.save()
+                for unfinished in (*hashing, output):
+                    unfinished.close()
                 raise
-            finally:
-                output.close()
+            hashing.append(output)
+            while len(hashing) > _HASHES:              # no further behind the writing
+                oldest = hashing.pop(0)
+                entries[oldest.layout.path.name] = oldest.entry()
+    for output in hashing:
+        entries[output.layout.path.name] = output.entry()
+    return entries
 
 
 class _Tracker:

@@ -26,6 +26,7 @@ _SAFETENSORS_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I
                      "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64}
 _CKPT_CODES = {"Float16": "F16", "BFloat16": "BF16", "Float32": "F32"}
 _LONGEST_TEXT = 10_000                                                    # bytes; longer is no name or type
+_CRC_BYTES = 17                                                           # of a trailer: "crc_num" and ten more
 _HEADER_LIMIT = 100_000_000                                               # bytes, as in the safetensors library
 
 
@@ -194,7 +195,7 @@ def open_ckpt(path: Path) -> Checkpoint:
     try:
         with open(path, "rb", buffering=4096) as file:
             data = FileBytes(file)
-            for field, wire, begin, end in fields(data, 0, size - _crc_trailer(path)):
+            for field, wire, begin, end in fields(data, 0, size - (0 if crc_trailer(path) is None else _CRC_BYTES)):
                 position = begin
                 if (field, wire) != (1, BYTES):
                     raise ValueError("no entry")
@@ -213,11 +214,13 @@ def open_ckpt(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _crc_trailer(path: Path) -> int:
-    """Length of the checksum that save_checkpoint(crc_check=True) appends: 17 bytes or none."""
+def crc_trailer(path: Path) -> Optional[int]:
+    """The checksum that save_checkpoint(crc_check=True) appends, the CRC-32 of all bytes before its own 17; None where
+    there is none. Holding the file against it is checkpoint/integrity.py's matter."""
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 17))
-        return 17 if file.read(7) == b"crc_num" else 0
+        file.seek(max(0, path.stat().st_size - _CRC_BYTES))
+        tail = file.read(_CRC_BYTES)
+    return int.from_bytes(tail[7:], "big") if tail[:7] == b"crc_num" else None
 
 
 def _ckpt_entry(data: Data, begin: int, end: int) -> Tuple[_CkptEntry, Extent]:

@@ -11,13 +11,15 @@ import os
 import shutil
 import threading
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from research.telechat.checkpoint.dtypes import ITEM_SIZE
+from research.telechat.checkpoint.manifest import FileEntry, Manifest, manifest_path, with_files, write_manifest
 from research.telechat.common.errors import CheckpointError
 from research.telechat.common.files import JsonObject, write_text
+from research.telechat.common.hashing import FollowingHash
 
 SLICE = 512 << 20                        # bytes of a tensor in one message of a .ckpt, as save_checkpoint cuts
 _CKPT_TYPES = {"F16": "Float16", "BF16": "BFloat16", "F32": "Float32"}
@@ -117,10 +119,14 @@ def partial_path(path: Path) -> Path:
 
 
 class OutputFile:
-    """A file of the result while it is written. `done` tensors of it are kept from an interrupted run."""
+    """A file of the result while it is written. `done` tensors of it are kept from an interrupted run.
+
+    Its SHA-256 is computed behind the writing (common/hashing.py).
+    """
 
     def __init__(self, layout: Layout, done: int) -> None:
         self.layout = layout
+        self._hash: Optional[FollowingHash] = None
         self._buffers: Dict[str, np.ndarray] = {}
         self._descriptor = -1
         self._lock = threading.Lock()
@@ -129,11 +135,17 @@ class OutputFile:
                 self._buffers = {tensor.name: np.empty(tensor.nbytes, np.uint8) for tensor in layout.tensors}
             return
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | (0 if done else os.O_TRUNC)
-        self._descriptor = os.open(partial_path(layout.path), flags, 0o644)
+        self._descriptor = os.open(partial_path(layout.path), flags, 0o666)
         os.ftruncate(self._descriptor, layout.size)
-        if not done:
-            for offset, data in layout.literals:
+        self._hash = FollowingHash(partial_path(layout.path), layout.size)
+        for offset, data in layout.literals:
+            if done:
+                self._hash.written(offset, len(data))
+            else:
                 self._pwrite(offset, memoryview(data))
+        for tensor in layout.tensors[:done]:
+            for offset, length in layout.places[tensor.name]:
+                self._hash.written(offset, length)
 
     def write(self, name: str, start: int, view: memoryview) -> None:
         """Write bytes of a tensor from byte `start` of it on. Thread-safe."""
@@ -151,6 +163,7 @@ class OutputFile:
                 start -= length
 
     def _pwrite(self, offset: int, view: memoryview) -> None:
+        first, size = offset, view.nbytes
         while view.nbytes:
             if hasattr(os, "pwrite"):
                 count = os.pwrite(self._descriptor, view, offset)
@@ -159,6 +172,8 @@ class OutputFile:
                     os.lseek(self._descriptor, offset, os.SEEK_SET)
                     count = os.write(self._descriptor, view)
             offset, view = offset + count, view[count:]
+        if self._hash is not None:
+            self._hash.written(first, size)
 
     def sync(self) -> None:
         """Wait until what was written is on disk."""
@@ -173,12 +188,24 @@ class OutputFile:
             save_bin(partial_path(self.layout.path), self._buffers, {tensor.name: tensor.dtype for tensor in tensors},
                      {tensor.name: tensor.shape for tensor in tensors})
             self._buffers = {}
-            self._descriptor = os.open(partial_path(self.layout.path), os.O_RDWR | getattr(os, "O_BINARY", 0))
+            partial = partial_path(self.layout.path)
+            self._descriptor = os.open(partial, os.O_RDWR | getattr(os, "O_BINARY", 0))
+            self._hash = FollowingHash(partial, partial.stat().st_size)
+            self._hash.written(0, partial.stat().st_size)
         self.sync()
-        self.close()
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def entry(self) -> FileEntry:
+        """Size and SHA-256 of the finished file, for the manifest; waits for the rest of the hash. Raises OSError."""
+        if self._hash is None:
+            raise ValueError(f"{self.layout.path} is not finished")
+        return FileEntry(self._hash.size, self._hash.result())
 
     def close(self) -> None:
-        """Close the file, complete or not."""
+        """Close the file, which will not be completed now."""
+        if self._hash is not None:
+            self._hash.stop()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -196,9 +223,11 @@ class Journal:
         self._lock = threading.Lock()
         self.done: Dict[str, int] = {layout.path.name: 0 for layout in layouts}
         self.found: JsonObject = {}
+        self.publishing = False                  # an earlier run was giving the complete files their names
         old = self._read()
         if old.get("plan") == digest:
             self.found = old["found"]
+            self.publishing = bool(old.get("publishing"))
             for layout in layouts:
                 partial = partial_path(layout.path)
                 if partial.is_file() and (layout.kind == "bin" or partial.stat().st_size == layout.size):
@@ -221,7 +250,19 @@ class Journal:
         """`tensors` tensors of the file `name` are on disk."""
         with self._lock:
             self.done[name] = max(tensors, self.done[name])
-            write_text(self.path, json.dumps({"plan": self._digest, "done": self.done, "found": found}))
+            self.found = found
+            self._save()
+
+    def publish(self) -> None:
+        """All files are complete and get their names now: what has one of them is ours, even where this is the last
+        word of the run."""
+        self.publishing = True
+        with self._lock:
+            self._save()
+
+    def _save(self) -> None:
+        write_text(self.path, json.dumps({"plan": self._digest, "done": self.done, "found": self.found,
+                                          "publishing": self.publishing}))
 
     def remove(self) -> None:
         """The conversion is complete."""
@@ -235,8 +276,11 @@ def publish(layouts: Sequence[Layout]) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: Path, tensors: Sequence[OutTensor], metadata: Dict[str, str]) -> Iterator[OutputFile]:
+def new_file(path: Path, tensors: Sequence[OutTensor], metadata: Dict[str, str], manifest: Optional[Manifest] = None
+             ) -> Iterator[OutputFile]:
     """A checkpoint to write into, .ckpt or .safetensors; it gets its name when the block ends, and is gone if it fails.
+
+    manifest: what is written beside it, but for the file itself; None: nothing.
 
     Raises CheckpointError: another suffix, or no room for it.
     """
@@ -249,7 +293,10 @@ def new_file(path: Path, tensors: Sequence[OutTensor], metadata: Dict[str, str])
     try:
         yield file
         file.finish()
+        entry = file.entry()
         publish([layout])
+        if manifest is not None:
+            write_manifest(manifest_path(path, False), with_files(manifest, {path.name: entry}))
     except BaseException:
         file.close()
         remove(partial_path(path))

@@ -13,9 +13,10 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat import __version__
+from research.telechat.checkpoint.agreement import CONFLICT, Disagreement, disagreements_of, recipe_wins
 from research.telechat.checkpoint.convert import (
     Options,
     Source,
@@ -28,6 +29,15 @@ from research.telechat.checkpoint.convert import (
 )
 from research.telechat.checkpoint.dtypes import CODES
 from research.telechat.checkpoint.folder import open_mindspore, open_official
+from research.telechat.checkpoint.integrity import check_files
+from research.telechat.checkpoint.manifest import (
+    Manifest,
+    ModelFacts,
+    facts_beside,
+    facts_of,
+    manifest_path,
+    official_texts,
+)
 from research.telechat.checkpoint.reader import BIN_INDEX_NAME, INDEX_NAMES, Checkpoint
 from research.telechat.checkpoint.writer import (
     Layout,
@@ -42,6 +52,7 @@ from research.telechat.checkpoint.writer import (
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.common.files import JsonObject
+from research.telechat.common.lock import output_lock
 from research.telechat.common.printable import one_line, printable
 from research.telechat.spec.hf_config import hf_config
 from research.telechat.spec.variants import VARIANTS, Variant, get_variant, read_hf_config, variant_from_hf
@@ -54,10 +65,12 @@ _BIN_SHARD = 10**9               # bytes; torch writes a .bin from memory, so th
 
 
 class Sizes(NamedTuple):
-    """Sizes of a model, and the official config they come from (None: from the table of variants)."""
+    """Sizes of a model, the official config they come from (None: from the table of variants), and all else that the
+    checkpoint says (None: nothing is known)."""
 
     variant: Variant
     config: Optional[JsonObject]
+    facts: Optional[ModelFacts] = None
 
 
 def _size(text: str) -> int:
@@ -82,7 +95,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(_DTYPES), help="type of the result (default: as it is)")
     parser.add_argument("--max_shard_size", type=_size, metavar="SIZE",
                         help="largest file of a folder of shards, such as 5GB (default: 5GB; 1GB for .bin)")
-    parser.add_argument("--verify", action="store_true", help="read the result back and compare every tensor")
+    parser.add_argument("--verify", action="store_true",
+                        help="hold the input against the hashes of its manifest, where it has one; read the result "
+                             "back and compare every tensor")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace files that are in the way and that no conversion wrote")
+    parser.add_argument("--checkpoint_conflict", choices=CONFLICT, default="stop",
+                        help="what wins where --config or --model_name contradict the manifest of a MindSpore "
+                             "checkpoint: recipe (the options), checkpoint (the manifest); default: stop")
     parser.add_argument("--strict", action="store_true",
                         help="read the input once beforehand and stop if it has NaN or infinity (otherwise they are "
                              "counted on the way)")
@@ -103,6 +123,25 @@ def sizes_for(args: argparse.Namespace, folder: Path) -> Optional[Sizes]:
         return Sizes(variant_from_hf(config, args.model_name), config)
     except ConfigError as err:
         raise ConfigError(f"{path / 'config.json' if path.is_dir() else path}: {err}") from err
+
+
+def sizes_from_manifest(args: argparse.Namespace, path: Path) -> Optional[Sizes]:
+    """Sizes that the manifest beside a MindSpore checkpoint says; None where there is none.
+
+    Raises ConfigError where --config or --model_name contradict it, and nothing says which of them wins.
+    """
+    facts = facts_beside(path)
+    if facts is None:
+        return None
+    sizes = Sizes(facts.to_variant(), facts.config, facts)
+    if args.model_name and facts.name and args.model_name != facts.name:
+        disagreements = [Disagreement("model_name", args.model_name, facts.name)]
+    elif args.config is not None:
+        given = variant_from_hf(read_hf_config(args.config), args.model_name or facts.name)
+        disagreements = disagreements_of(given, sizes.variant)
+    else:
+        return sizes
+    return None if recipe_wins(disagreements, args.checkpoint_conflict, path, "--checkpoint_conflict") else sizes
 
 
 def sizes_from_table(args: argparse.Namespace, folder: Path) -> Sizes:
@@ -148,17 +187,19 @@ def mindspore_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes:
     if path.suffix in (".ckpt", ".safetensors") and not path.is_dir():
         layout = (ckpt_layout(path, tensors) if path.suffix == ".ckpt"
                   else safetensors_layout(path, tensors, metadata))
-        return Target([layout], {}, _journal(path), False)
+        return Target([layout], {}, _journal(path), False, False, *_manifest("mindspore", sizes, path, False))
     if path.suffix in (".bin", ".pt", ".pth") and not path.is_dir():
         raise CheckpointError(f"--mindspore_path {path} must end in .ckpt or .safetensors, or be a folder")
     texts = _config_text(path, sizes) if sizes.config is not None else {}
     if kind == "ckpt":
-        return Target([ckpt_layout(path / "mindspore.ckpt", tensors)], texts, _journal(path / "mindspore.ckpt"), False)
+        return Target([ckpt_layout(path / "mindspore.ckpt", tensors)], texts, _journal(path / "mindspore.ckpt"), False,
+                      False, *_manifest("mindspore", sizes, path, True))
     layouts = _shards(path, "model", ".safetensors", tensors, shard or 5 * 10**9,
                       lambda file, part: safetensors_layout(file, part, metadata))
     for name in INDEX_NAMES:
         texts[path / name] = index_text(layouts)
-    return Target(layouts, texts, _journal(path / "conversion"), False, True)
+    return Target(layouts, texts, _journal(path / "conversion"), False, True,
+                  *_manifest("mindspore", sizes, path, True))
 
 
 def official_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: Sizes, shard: Optional[int]) -> Target:
@@ -166,8 +207,11 @@ def official_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: 
     if path.suffix in (".bin", ".pth", ".pt", ".safetensors") and not path.is_dir():
         layout = (safetensors_layout(path, tensors, {"format": "pt"}) if path.suffix == ".safetensors"
                   else bin_layout(path, tensors))
-        return Target([layout], {}, _journal(path), True)
+        return Target([layout], {}, _journal(path), True, False, *_manifest("official", sizes, path, False))
     texts = _config_text(path, sizes)
+    for name, text in official_texts(sizes.facts).items():
+        if not (path / name).is_file() or (path / name).read_text(encoding="utf-8", errors="replace") != text:
+            texts[path / name] = text
     if kind == "bin":
         layouts = _shards(path, "pytorch_model", ".bin", tensors, shard or _BIN_SHARD, bin_layout)
         index = BIN_INDEX_NAME
@@ -177,7 +221,14 @@ def official_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: 
         index = INDEX_NAMES[0]
     if len(layouts) > 1:
         texts[path / index] = index_text(layouts)
-    return Target(layouts, texts, _journal(path / "conversion"), True, True)
+    return Target(layouts, texts, _journal(path / "conversion"), True, True,
+                  *_manifest("official", sizes, path, True))
+
+
+def _manifest(kind: str, sizes: Sizes, path: Path, folder: bool) -> Tuple[Manifest, Path]:
+    """The manifest of a result, but for its files, and where it goes."""
+    facts = sizes.facts or facts_of(sizes.variant, config=sizes.config)
+    return Manifest(kind, model=facts), manifest_path(path, folder)
 
 
 def _config_text(folder: Path, sizes: Sizes) -> Dict[Path, str]:
@@ -211,7 +262,7 @@ def run_conversion(args: argparse.Namespace, source: Source, sizes: Sizes, out: 
     for note in source.checkpoint.notes:
         print(one_line(note))
     shown = len(source.checkpoint.notes)
-    report = convert(source, target, transfers, Options(dtype, args.verify, args.strict, args.workers))
+    report = convert(source, target, transfers, Options(dtype, args.verify, args.strict, args.workers, args.overwrite))
     report.notes.extend(source.checkpoint.notes[shown:])
     print(printable("\n".join(summary(report, target, dtype_names(transfers)))))
 
@@ -249,31 +300,43 @@ def add_mindspore_to_torch(parser: argparse.ArgumentParser) -> None:
 def convert_to_mindspore(args: argparse.Namespace) -> None:
     """Official, or MindSpore in another order, -> MindSpore. Raises CheckpointError, ConfigError, OSError."""
     path = args.torch_path or args.from_mindspore
-    folder = path if path.is_dir() else path.parent
     if args.torch_path is not None and args.source_mp is not None:
         raise CheckpointError("--source_mp belongs to --from_mindspore; official checkpoints know no such degree")
-    checkpoint = (open_official(path, args.source_format) if args.torch_path is not None
-                  else open_mindspore(path, "--from_mindspore"))
-    try:
-        sizes = sizes_for(args, folder)
-        if sizes is None:
-            sizes = (sizes_from_table(args, folder) if args.torch_path is not None
-                     else sizes_from_shapes(args, checkpoint, folder))
-        source = open_source(checkpoint, sizes.variant, args.torch_path is not None, args.source_mp)
-        run_conversion(args, source, sizes, args.mindspore_path, official=False)
-    finally:
-        checkpoint.close()
+    with output_lock(args.mindspore_path, _is_folder(args.mindspore_path)):
+        checkpoint = (open_official(path, args.source_format) if args.torch_path is not None
+                      else open_mindspore(path, "--from_mindspore"))
+        _convert(args, checkpoint, path, args.mindspore_path, args.torch_path is not None, False)
 
 
 def convert_to_torch(args: argparse.Namespace) -> None:
     """MindSpore -> official. Raises CheckpointError, ConfigError, OSError."""
-    path = args.mindspore_path
+    with output_lock(args.torch_path, _is_folder(args.torch_path)):
+        checkpoint = open_mindspore(args.mindspore_path)
+        _convert(args, checkpoint, args.mindspore_path, args.torch_path, False, True)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether an output is a folder, existing or to be made."""
+    return path.is_dir() or path.suffix not in (".ckpt", ".safetensors", ".bin", ".pt", ".pth")
+
+
+def _convert(args: argparse.Namespace, checkpoint: Checkpoint, path: Path, out: Path, from_official: bool,
+             to_official: bool) -> None:
+    """Check the open `checkpoint` at `path`, find the sizes, and convert it to `out`."""
     folder = path if path.is_dir() else path.parent
-    checkpoint = open_mindspore(path)
     try:
-        sizes = sizes_for(args, folder) or sizes_from_shapes(args, checkpoint, folder)
-        source = open_source(checkpoint, sizes.variant, False, args.source_mp)
-        run_conversion(args, source, sizes, args.torch_path, official=True)
+        checked = check_files(checkpoint.files, remember=False, all_of_it=args.verify)
+        if checked:
+            checkpoint.notes.append(f"{checked} of {len(checkpoint.files)} files of the input are as they were written "
+                                    "(SHA-256, or MindSpore's CRC)")
+        sizes = None if from_official else sizes_from_manifest(args, path)
+        sizes = sizes or sizes_for(args, folder)
+        if sizes is None:
+            sizes = sizes_from_table(args, folder) if from_official else sizes_from_shapes(args, checkpoint, folder)
+        if sizes.facts is None:
+            sizes = sizes._replace(facts=facts_of(sizes.variant, args.model_name, folder, sizes.config))
+        source = open_source(checkpoint, sizes.variant, from_official, args.source_mp)
+        run_conversion(args, source, sizes, out, to_official)
     finally:
         checkpoint.close()
 

@@ -24,6 +24,14 @@ class TrainingStopped(ConfigError):
     """Training ended early for a reason that the user can fix; the message names the step."""
 
 
+class OutputBusyError(ConfigError):
+    """Another process is writing the output."""
+
+
+class OverwriteError(ConfigError):
+    """A file would be replaced that none of these commands has written."""
+
+
 class CheckpointError(UserError, ValueError):
     """A checkpoint that cannot be used."""
 

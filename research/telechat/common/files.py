@@ -4,9 +4,9 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple, Union
 
-from research.telechat.common.errors import ConfigError
+from research.telechat.common.errors import ConfigError, OverwriteError
 
 JsonObject = Dict[str, Any]              # or a section of a recipe: what its values are is checked where they are used
 
@@ -27,6 +27,32 @@ def write_text(path: Union[str, Path], text: str) -> None:
     """A text file in UTF-8, whole or not at all."""
     with whole(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def refuse_foreign(paths: Iterable[Path], ours: Callable[[Path], bool], overwrite: bool) -> None:
+    """OverwriteError where one of `paths` exists and is not `ours`, unless --overwrite is given."""
+    foreign = [path for path in paths if not overwrite and os.path.lexists(path) and not ours(path)]
+    if foreign:
+        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+        raise OverwriteError(f"{foreign[0]}{more} would be replaced, and is not a file that this command wrote, or was "
+                             "changed since; name another place, or give --overwrite to replace it. Nothing was "
+                             "written")
+
+
+def umask() -> int:
+    """Permissions that new files do not get. Read without setting it, which other threads would notice."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    value = os.umask(0o022)
+    os.umask(value)
+    return value
+
+
+def set_usual_permissions(path: Union[str, Path]) -> None:
+    """Give a file the permissions of any new file; libraries make theirs readable for the owner alone."""
+    os.chmod(path, 0o666 & ~umask())
 
 
 def check_output_folder(path: Union[str, Path], named: str) -> None:
