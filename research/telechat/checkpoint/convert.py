@@ -1,4 +1,4 @@
-"""Conversion of checkpoints: checks, plan, run, resume, verification, report. Both directions, one code.
+"""Conversion of checkpoints: checks, plan, run, resume, verification, report. Between all layouts, one code.
 
 The commands convert_weight_torch_to_ms.py and convert_weight_ms_to_torch.py are thin fronts of `convert`. Names and row
 orders come from spec/parameters.py, files from checkpoint/reader.py, the moving of bytes from checkpoint/stream.py.
@@ -11,12 +11,12 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
 
-from research.telechat.checkpoint.convert_check import check_model, check_source_mp, check_tied_head
+from research.telechat.checkpoint.convert_check import check_model, check_source_mp, check_tied_head, check_zeros
 from research.telechat.checkpoint.dtypes import CODES, ITEM_SIZE, NAMES, cast
 from research.telechat.checkpoint.folder import open_files
 from research.telechat.checkpoint.integrity import file_entry, is_ours
@@ -36,7 +36,18 @@ from research.telechat.checkpoint.writer import (
 )
 from research.telechat.common.errors import CheckpointError
 from research.telechat.common.files import refuse_foreign, write_text
-from research.telechat.spec.parameters import Match, grouped_order, hf_buffers, parameters, source_groups
+from research.telechat.spec.parameters import (
+    LLAMA,
+    MINDSPORE,
+    OFFICIAL,
+    Match,
+    Param,
+    hf_buffers,
+    llama_zero_biases,
+    parameters,
+    row_order,
+    source_groups,
+)
 from research.telechat.spec.variants import Variant
 
 _HASHES = 2                      # files whose hashes are still being computed while another is written
@@ -44,13 +55,23 @@ JOURNAL_BYTES = 1 << 30          # bytes written between two entries of the jour
 
 
 class Source(NamedTuple):
-    """The input: an open checkpoint, what is in it, and whether it is an official one."""
+    """The input: an open checkpoint, what is in it, and its layout (spec/parameters.py)."""
 
     checkpoint: Checkpoint
     variant: Variant
     match: Match
-    official: bool
+    layout: str
     source_mp: Optional[int] = None      # tensor-parallel degree of an earlier converter, MindSpore checkpoints only
+
+    def tensors(self, param: Param) -> Tuple[str, ...]:
+        """The tensors that hold a parameter, as the checkpoint names them."""
+        return param.names(LLAMA) if self.layout == LLAMA else (self.match.found[param.ms_name],)
+
+    def groups(self, param: Param) -> int:
+        """Groups of rows of a parameter."""
+        if self.layout == MINDSPORE:
+            return source_groups(param, self.variant, self.source_mp)
+        return param.groups_in(self.layout)
 
 
 class Target(NamedTuple):
@@ -59,7 +80,7 @@ class Target(NamedTuple):
     layouts: List[Layout]
     texts: Dict[Path, str]
     journal: Path
-    official: bool
+    layout: str
     folder_is_model: bool = False        # the folder is loaded as a whole, so that no other weights may lie in it
     manifest: Manifest = Manifest("mindspore")
     manifest_path: Optional[Path] = None # None: no manifest is written
@@ -75,7 +96,7 @@ class Report:
     seconds: float = 0.0
     resumed_tensors: int = 0
     verified_tensors: Optional[int] = None
-    found: Dict[str, Dict[str, int]] = field(default_factory=dict)   # tensor of the input -> nan, inf, overflow
+    found: Dict[str, Dict[str, int]] = field(default_factory=dict)   # tensor of the input -> nan, inf, overflow, ...
     notes: List[str] = field(default_factory=list)
 
 
@@ -89,41 +110,41 @@ class Options(NamedTuple):
     overwrite: bool = False              # replace files that are not known to be ours
 
 
-def open_source(checkpoint: Checkpoint, variant: Variant, official: bool, source_mp: Optional[int] = None) -> Source:
+def open_source(checkpoint: Checkpoint, variant: Variant, layout: str, source_mp: Optional[int] = None) -> Source:
     """Check that a checkpoint holds exactly the parameters of `variant`, in their shapes. Those with a remainder count
     as float32."""
-    params = parameters(variant)
-    for param in params:
+    for param in parameters(variant):
         source_groups(param, variant, source_mp)
-    if not official:
+    if layout == MINDSPORE:
         checkpoint = with_masters(checkpoint)
-    return Source(checkpoint, variant, check_model(checkpoint, params, official), official, source_mp)
+    return Source(checkpoint, variant, check_model(checkpoint, variant, layout), layout, source_mp)
 
 
-def plan_tensors(source: Source, dtype: Optional[str], official: bool) -> Dict[str, Transfer]:
-    """The transfers that make the result (official or MindSpore), by the name of the tensor in the result."""
+def plan_tensors(source: Source, dtype: Optional[str], layout: str) -> Dict[str, Transfer]:
+    """The transfers that make the result, a checkpoint of `layout`, by the name of the tensor in the result."""
     transfers: Dict[str, Transfer] = {}
     for param in parameters(source.variant):
-        name = source.match.found[param.ms_name]
-        code = source.checkpoint.tensors[name].dtype
-        groups_in = 1 if source.official else source_groups(param, source.variant, source.source_mp)
-        groups_out = 1 if official else param.groups
-        order = None
-        if groups_in != groups_out:
-            rows = param.shape[0]
-            inverse = np.argsort(grouped_order(rows, param.parts, groups_in))
-            order = inverse[grouped_order(rows, param.parts, groups_out)]
-        out = OutTensor(param.hf_name if official else param.ms_name, CODES[dtype] if dtype else code,
-                        param.hf_shape if official else param.shape)
-        transfers[out.name] = Transfer(out, name, code, order, source.official and param.transposed,
-                                       official and param.transposed)
-    if official:
-        code = next(iter(transfers.values())).out.dtype
+        sources, names = source.tensors(param), param.names(layout)
+        code = source.checkpoint.tensors[sources[0]].dtype
+        order = row_order(param, source.groups(param), param.groups_in(layout))
+        if order is None and len(names) > 1:
+            order = np.arange(param.shape[0])
+        for name, part in zip(names, [None] if order is None else np.split(order, len(names))):
+            out = OutTensor(name, CODES[dtype] if dtype else code, param.tensor_shape(layout))
+            transfers[name] = Transfer(
+                out, sources, code, part, source.layout == OFFICIAL and param.transposed,
+                layout == OFFICIAL and param.transposed,
+                scale=param.llama_scale ** ((layout == LLAMA) - (source.layout == LLAMA)), whole=len(names) == 1)
+    code = next(iter(transfers.values())).out.dtype
+    if layout == OFFICIAL:
         raw = {"F32": np.float32}.get(code, np.float16)
         for name, value in hf_buffers(source.variant).items():
             data = np.array(value, np.float32).reshape(1).view(np.uint32)
             data = data if raw is np.float32 else cast(data, "F32", code)
             transfers[name] = Transfer(OutTensor(name, code, ()), constant=data.tobytes())
+    elif layout == LLAMA:
+        for name, length in llama_zero_biases(source.variant).items():
+            transfers[name] = Transfer(OutTensor(name, code, (length,)), constant=bytes(length * ITEM_SIZE[code]))
     return transfers
 
 
@@ -141,7 +162,8 @@ def convert(source: Source, target: Target, transfers: Dict[str, Transfer], opti
     with Stream(options.workers) as stream:
         if source.match.tied_head:
             check_tied_head(source.checkpoint, source.match)
-        if not source.official:
+        check_zeros(source.checkpoint, source.match)
+        if source.layout == MINDSPORE:
             check_source_mp(source.checkpoint, source.variant, source.match, source.source_mp)
         if options.strict:
             _scan(stream, source)
@@ -172,7 +194,7 @@ def convert(source: Source, target: Target, transfers: Dict[str, Transfer], opti
 
 
 def _elements(transfer: Transfer) -> int:
-    return transfer.out.nbytes // ITEM_SIZE[transfer.out.dtype] if transfer.source else 0
+    return transfer.out.nbytes // ITEM_SIZE[transfer.out.dtype] if transfer.sources else 0
 
 
 def _check_paths(source: Source, target: Target) -> None:
@@ -209,7 +231,7 @@ def _digest(source: Source, target: Target, options: Options) -> str:
         inputs.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     outputs = [[layout.path.name, layout.size, [tensor._asdict() for tensor in layout.tensors]]
                for layout in target.layouts]
-    plan = [1, inputs, outputs, target.official, source.source_mp, options.dtype, repr(source.variant)]
+    plan = [2, inputs, outputs, source.layout, target.layout, source.source_mp, options.dtype, repr(source.variant)]
     return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
 
 
@@ -219,7 +241,7 @@ def _bar(total: int, what: str) -> tqdm:
 
 def _scan(stream: Stream, source: Source) -> None:
     """CheckpointError if anything that will be converted has NaN or infinity."""
-    names = list(source.match.found.values())
+    names = [name for param in parameters(source.variant) for name in source.tensors(param)]
     with _bar(sum(source.checkpoint.tensors[name].nbytes for name in names), "check") as bar:
         found = stream.scan(source.checkpoint, names, bar.update)
     if found:
@@ -245,7 +267,7 @@ def _write(stream: Stream, source: Source, target: Target, transfers: Dict[str, 
 
     def tally(transfer: Transfer, counts: Dict[str, int]) -> None:
         with lock:
-            entry = report.found.setdefault(transfer.source or transfer.out.name, {"nan": 0, "inf": 0, "overflow": 0})
+            entry = report.found.setdefault(transfer.label, dict.fromkeys(("nan", "inf", "overflow", "rounded"), 0))
             for kind, count in counts.items():
                 entry[kind] += count
 
@@ -254,8 +276,8 @@ def _write(stream: Stream, source: Source, target: Target, transfers: Dict[str, 
             done = journal.done[layout.path.name]
             ordered = [transfers[tensor.name] for tensor in layout.tensors]
             bar.update(sum(transfer.source_bytes for transfer in ordered[:done]))
-            report.found.update((transfer.source, journal.found[transfer.source]) for transfer in ordered[:done]
-                                if transfer.source in journal.found)
+            report.found.update((transfer.label, journal.found[transfer.label]) for transfer in ordered[:done]
+                                if transfer.label in journal.found)
             if done == len(ordered):
                 entries[layout.path.name] = file_entry(partial_path(layout.path))
                 continue
@@ -366,6 +388,9 @@ def summary(report: Report, target: Target, dtypes: Sequence[str]) -> List[str]:
     if overflowed:
         lines.append(f"WARNING: {sum(overflowed.values())} numbers were too large for {dtypes[0]} and became infinite, "
                      f"in {', '.join(overflowed)}")
+    for name, counts in sorted(report.found.items()):
+        if counts["rounded"]:
+            lines.append(f"{name}: {counts['rounded']} numbers were rounded by the factor that Llama has no place for")
     if report.verified_tensors is not None:
         lines.append(f"verified: {report.verified_tensors} of {report.tensors} tensors read back and compared, all "
                      "equal")

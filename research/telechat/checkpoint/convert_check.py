@@ -2,7 +2,7 @@
 
 They read headers, and of the contents only what they need.
 """
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -10,9 +10,13 @@ from research.telechat.checkpoint.dtypes import ITEM_SIZE, NAMES, RAW, cast
 from research.telechat.checkpoint.reader import Checkpoint
 from research.telechat.common.errors import CheckpointError
 from research.telechat.spec.parameters import (
+    LLAMA,
+    OFFICIAL,
     Match,
     Param,
     explained_by_groups,
+    llama_zero_biases,
+    match_llama,
     match_mindspore,
     match_official,
     parameters,
@@ -25,10 +29,28 @@ _EXPLAINED = 0.02                # share of variance that a grouping must explai
 _CHUNK = 32 << 20
 
 
-def check_model(checkpoint: Checkpoint, params: Sequence[Param], official: bool) -> Match:
+def _match(checkpoint: Checkpoint, variant: Variant, layout: str) -> Match:
+    params = parameters(variant)
+    if layout == LLAMA:
+        return match_llama(params, llama_zero_biases(variant), checkpoint.tensors)
+    return (match_official if layout == OFFICIAL else match_mindspore)(params, checkpoint.tensors)
+
+
+def _expected(params: Sequence[Param], match: Match, variant: Variant, layout: str) -> Dict[str, Tuple[int, ...]]:
+    """The tensors found, and their shapes."""
+    expected: Dict[str, Tuple[int, ...]] = {}
+    for param in params:
+        if param.ms_name in match.found:
+            names = param.names(LLAMA) if layout == LLAMA else (match.found[param.ms_name],)
+            expected.update(dict.fromkeys(names, param.tensor_shape(layout)))
+    zeros = llama_zero_biases(variant) if match.zeros else {}
+    return {**expected, **{name: (zeros[name],) for name in match.zeros}}
+
+
+def check_model(checkpoint: Checkpoint, variant: Variant, layout: str) -> Match:
     """Match the checkpoint with the parameters; CheckpointError lists everything that does not fit."""
     where = checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.files[0].parent
-    match = (match_official if official else match_mindspore)(params, checkpoint.tensors)
+    params, match = parameters(variant), _match(checkpoint, variant, layout)
     faults: List[str] = []
     if match.missing:
         faults.append(f"{len(match.missing)} parameters are missing: {summarise(match.missing)}")
@@ -38,15 +60,17 @@ def check_model(checkpoint: Checkpoint, params: Sequence[Param], official: bool)
     if match.duplicate:
         faults.append(f"{len(match.duplicate)} stand twice under two names: {summarise(match.duplicate)}")
     misfits: Dict[str, List[str]] = {}                     # what is wrong -> the tensors
-    for param in params:
-        name = match.found.get(param.ms_name)
-        if name is None:
-            continue
-        info, shape = checkpoint.tensors[name], param.hf_shape if official else param.shape
+    for name, shape in _expected(params, match, variant, layout).items():
+        info = checkpoint.tensors[name]
         if info.shape != shape:
             misfits.setdefault(f"shape {list(info.shape)}, expected {list(shape)}", []).append(name)
         elif info.dtype not in ITEM_SIZE:
             misfits.setdefault(f"type {info.dtype}, expected {', '.join(NAMES.values())}", []).append(name)
+    if layout == LLAMA:
+        for param in params:
+            types = {checkpoint.tensors[name].dtype for name in param.llama_names if param.ms_name in match.found}
+            if len(types) > 1:
+                misfits.setdefault(f"types {' and '.join(sorted(types))}, expected one", []).extend(param.llama_names)
     faults += [f"{summarise(names)}: {what}" for what, names in misfits.items()]
     if match.tied_head and checkpoint.tensors[match.tied_head][:2] != checkpoint.tensors[
             match.found.get(params[0].ms_name, match.tied_head)][:2]:
@@ -84,6 +108,18 @@ def check_tied_head(checkpoint: Checkpoint, match: Match) -> None:
             raise CheckpointError(f"{match.tied_head} differs from {embedding}, but this model ties the two; is "
                                   "--model_name right? (a model with a head of its own is telechat_12b)")
     checkpoint.notes.append(f"left out: {match.tied_head}, equal to {embedding} and tied to it")
+
+
+def check_zeros(checkpoint: Checkpoint, match: Match) -> None:
+    """Biases of a Llama checkpoint that TeleChat lacks may only be dropped if they are zero."""
+    for name in match.zeros:
+        info = checkpoint.tensors[name]
+        data = bytearray(info.nbytes)
+        checkpoint.read_into(name, 0, memoryview(data))
+        if cast(np.frombuffer(data, RAW[info.dtype]), info.dtype, "F32").view(np.float32).any():
+            raise CheckpointError(f"{checkpoint.tensors[name].file}: {name} has values other than zero, and TeleChat "
+                                  "has no such bias; train without the biases of q, k, v, gate and up, or use this "
+                                  "checkpoint as Llama only")
 
 
 def check_source_mp(checkpoint: Checkpoint, variant: Variant, match: Match, source_mp: Optional[int]) -> None:

@@ -5,24 +5,25 @@ the files is checkpoint/reader.py.
 """
 import re
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, Iterable, List, Optional, Tuple
 
 from research.telechat.checkpoint.reader import BIN_INDEX_NAME, INDEX_NAMES, Checkpoint, open_ckpt, open_safetensors
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.common.files import read_json_object
-from research.telechat.spec.parameters import summarise
+from research.telechat.spec.parameters import LLAMA, MINDSPORE, OFFICIAL, summarise
 
 _NOT_WEIGHTS = {"hyper_param.safetensors", "training_args.bin", "optimizer.bin", "scheduler.bin"}
 
 
-def open_official(path: Path, source_format: str = "auto") -> Checkpoint:
+def open_official(path: Path, source_format: str = "auto", option: str = "--torch_path") -> Checkpoint:
     """Open an official (Hugging Face) checkpoint: a folder, or one .safetensors or .bin file.
 
     source_format: "safetensors", "bin", or "auto" (safetensors where both are there, as transformers does).
+    option: how the user named it, for messages.
     """
     if path.is_file():
         return open_files([path], "bin" if path.suffix in (".bin", ".pt", ".pth") else "safetensors")
-    _must_be_folder(path, "--torch_path")
+    _must_be_folder(path, option)
     found = {"safetensors": _weights(path, "model*.safetensors") or _weights(path, "*.safetensors"),
              "bin": _weights(path, "pytorch_model*.bin") or _weights(path, "*.bin")}
     indexes = {"safetensors": _first(path, INDEX_NAMES), "bin": _first(path, (BIN_INDEX_NAME,))}
@@ -60,6 +61,24 @@ def open_mindspore(path: Path, option: str = "--mindspore_path") -> Checkpoint:
         names = ", ".join(file.name for file in ckpts) or "none"
         raise CheckpointError(f"{path} must hold *.safetensors or exactly one *.ckpt, found {names}; name the file")
     return open_files(ckpts, "ckpt")
+
+
+def layout_of_names(names: Iterable[str]) -> str:
+    """The layout of a checkpoint, told by its tensors: Llama's, MindSpore's, or else the official one."""
+    names = set(names)
+    if any(name.startswith(("model.embed_tokens.", "model.layers.0.self_attn.")) for name in names):
+        return LLAMA
+    return MINDSPORE if any(name.startswith(("model.tok_embeddings.", "model.layers.")) for name in names) else OFFICIAL
+
+
+def open_any(path: Path, source_format: str = "auto") -> Tuple[Checkpoint, str]:
+    """Open a checkpoint of any layout: (it, its layout)."""
+    ranks = path.is_dir() and any(entry.is_dir() and entry.name.startswith("rank_") for entry in path.iterdir())
+    if path.suffix == ".ckpt" or ranks or (path.is_dir() and _weights(path, "*.ckpt")
+                                           and not _weights(path, "*.safetensors")):
+        return open_mindspore(path, "--from"), MINDSPORE
+    checkpoint = open_official(path, source_format, "--from")
+    return checkpoint, layout_of_names(checkpoint.tensors)
 
 
 def open_files(paths: List[Path], kind: str) -> Checkpoint:

@@ -1,9 +1,10 @@
 """The engine of the conversion: moves tensors from an open checkpoint into a sink, in chunks, on several threads.
 
 Memory is bounded: a few chunks for each thread, and whole tensors only where rows and columns must be exchanged (52B's
-[in, out] weights), at most one large one at a time. Knows nothing of names, files or command lines
-(checkpoint/convert.py).
+[in, out] weights), at most one large one at a time; rows in another order are read in that order. Knows nothing of
+names, files or command lines (checkpoint/convert.py).
 """
+import math
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -25,31 +26,46 @@ _CAST_BLOCK = 1 << 18            # elements cast at once
 class Transfer(NamedTuple):
     """One tensor of the result and where it comes from.
 
-    Seen as [out, in], row i of the result is row order[i] of the source (order None: the same rows). The flags say
-    which side, at most one, is stored as [in, out]. Without a source it is the constant `constant`.
+    Seen as [out, in], row i of the result is row order[i] of the sources, stacked (order None: the same rows), times
+    `scale`. The flags say which side, at most one, is stored as [in, out]; with `transpose_in` there is one source.
+    Without sources it is the constant `constant`.
     """
 
     out: OutTensor
-    source: Optional[str] = None
-    dtype: str = ""                              # of the source
+    sources: Tuple[str, ...] = ()                # of equal shape and type
+    dtype: str = ""                              # of the sources
     order: Optional[np.ndarray] = None
     transpose_in: bool = False
     transpose_out: bool = False
     constant: bytes = b""
+    scale: float = 1.0
+    whole: bool = True                           # the sources serve no other tensor of the result
+
+    @property
+    def label(self) -> str:
+        """What numbers of this transfer are reported under; no other has it."""
+        name = " + ".join(self.sources)
+        return (name if self.whole else f"{name} (for {self.out.name})") if name else self.out.name
 
     @property
     def streams(self) -> bool:
-        """Whether the source's elements keep their order, so that it need not be in memory as a whole."""
-        return self.order is None and not self.transpose_in and not self.transpose_out
+        """Whether the source's elements keep their order, so that they are read as they lie."""
+        return self.order is None and len(self.sources) == 1 and not self.transposes
+
+    @property
+    def transposes(self) -> bool:
+        """Whether rows and columns are exchanged, for which the sources must be in memory as a whole."""
+        return self.transpose_in or self.transpose_out
 
     @property
     def source_bytes(self) -> int:
         """Bytes to read."""
-        return self.out.nbytes // ITEM_SIZE[self.out.dtype] * ITEM_SIZE[self.dtype] if self.source else 0
+        return self.out.nbytes // ITEM_SIZE[self.out.dtype] * ITEM_SIZE[self.dtype] if self.sources else 0
 
 
 # Called from several threads: Sink(tensor, first byte, bytes) takes a part of the result; Tally(transfer, counts) hears
-# of NaN ("nan") and infinity ("inf") in a part of the input, and of numbers that a cast made infinite ("overflow").
+# of NaN ("nan") and infinity ("inf") in a part of the input, of numbers that a cast made infinite ("overflow"), and of
+# those that a scale rounded ("rounded").
 Sink = Callable[[str, int, memoryview], None]
 Tally = Callable[[Transfer, Dict[str, int]], None]
 
@@ -153,8 +169,7 @@ class Stream:
               ) -> Iterator[Callable[[], int]]:
         """The jobs of one transfer; each returns the bytes of the source that it accounts for."""
         out, item = transfer.out, ITEM_SIZE.get(transfer.dtype, 1)
-        source = transfer.source
-        if source is None:
+        if not transfer.sources:
             def write_constant() -> int:
                 sink(out.name, 0, memoryview(transfer.constant))
                 return 0
@@ -162,24 +177,52 @@ class Stream:
         elif transfer.streams:
             for start, length in _chunks(transfer.source_bytes):
                 def copy(start: int = start, length: int = length) -> int:
-                    raw: np.ndarray = self._read(checkpoint, source, start, length).view(RAW[transfer.dtype])
-                    self._emit(transfer, raw, start // item, sink, tally)
+                    raw: np.ndarray = self._read(checkpoint, transfer.sources[0], start, length)
+                    self._emit(transfer, raw.view(RAW[transfer.dtype]), start // item, sink, tally)
                     return length
                 yield copy
+        elif transfer.transposes:
+            yield from self._matrix_jobs(checkpoint, transfer, sink, tally)
         else:
-            yield from self._matrix_jobs(checkpoint, source, transfer, sink, tally)
+            yield from self._row_jobs(checkpoint, transfer, sink, tally)
 
-    def _matrix_jobs(self, checkpoint: Checkpoint, source: str, transfer: Transfer, sink: Sink,
-                     tally: Optional[Tally]) -> Iterator[Callable[[], int]]:
+    def _row_jobs(self, checkpoint: Checkpoint, transfer: Transfer, sink: Sink, tally: Optional[Tally]
+                  ) -> Iterator[Callable[[], int]]:
+        """One job for each band of rows of the result, which reads just these rows, run by run."""
+        rows, columns = transfer.out.shape[0], math.prod(transfer.out.shape[1:])
+        width = columns * ITEM_SIZE[transfer.dtype]                # bytes of a row
+        each = checkpoint.tensors[transfer.sources[0]].shape[0]    # rows of one source
+        count = max(1, CHUNK // width)
+        for first in range(0, rows, count):
+            def copy(first: int = first, last: int = min(first + count, rows)) -> int:
+                buffer = self._buffer((last - first) * width)
+                view = memoryview(buffer)
+                for target, row, number in _runs(transfer.order, first, last - first):
+                    while number:                                  # a run may go on in the next source
+                        source, start = divmod(row, each)
+                        part = min(number, each - start)
+                        checkpoint.read_into(transfer.sources[source], start * width,
+                                             view[target * width:(target + part) * width])
+                        target, row, number = target + part, row + part, number - part
+                self._emit(transfer, buffer.view(RAW[transfer.dtype]), first * columns, sink, tally)
+                return int(buffer.nbytes)
+            yield copy
+
+    def _matrix_jobs(self, checkpoint: Checkpoint, transfer: Transfer, sink: Sink, tally: Optional[Tally]
+                     ) -> Iterator[Callable[[], int]]:
         """Load a matrix, then one job for each band of rows of the result."""
         rows, columns = transfer.out.shape
-        shape = (columns, rows) if transfer.transpose_in or transfer.transpose_out else (rows, columns)
         item = ITEM_SIZE[transfer.dtype]
-        self._whole.take(transfer.source_bytes, lambda: bool(self._failed))
-        matrix = np.empty(transfer.source_bytes, np.uint8)
-        for start, length in _chunks(matrix.nbytes):
-            checkpoint.read_into(source, start, memoryview(matrix)[start:start + length])
-        matrix = matrix.view(RAW[transfer.dtype]).reshape(shape)
+        sizes = [checkpoint.tensors[name].nbytes for name in transfer.sources]
+        self._whole.take(sum(sizes), lambda: bool(self._failed))
+        loaded = np.empty(sum(sizes), np.uint8)
+        begin = 0
+        for name, size in zip(transfer.sources, sizes):
+            for start, length in _chunks(size):
+                checkpoint.read_into(name, start, memoryview(loaded)[begin + start:begin + start + length])
+            begin += size
+        # a source [in, out] has as many rows as the result columns, of which it may take some only
+        matrix: np.ndarray = loaded.view(RAW[transfer.dtype]).reshape(columns, -1)
         count = max(1, CHUNK // (columns * item))
         bands = [(first, min(first + count, rows)) for first in range(0, rows, count)]
         left = [len(bands)]
@@ -193,7 +236,7 @@ class Stream:
                 with lock:
                     left[0] -= 1
                     if not left[0]:
-                        self._whole.give(transfer.source_bytes)
+                        self._whole.give(sum(sizes))
                 return int(band.nbytes)
             yield copy
 
@@ -201,13 +244,19 @@ class Stream:
         """Count and cast `raw` (1-d) and hand it to the sink as the result's elements from `first` on."""
         out = transfer.out
         counts = count_nonfinite(raw, transfer.dtype) if tally else {}
-        if out.dtype != transfer.dtype:
+        if out.dtype != transfer.dtype or transfer.scale != 1:
             result: np.ndarray = np.empty(raw.size, RAW[out.dtype])
+            rounded = 0
             for start in range(0, raw.size, _CAST_BLOCK):
                 block = raw[start:start + _CAST_BLOCK]
-                result[start:start + _CAST_BLOCK] = cast(block, transfer.dtype, out.dtype)
+                if transfer.scale == 1:
+                    result[start:start + _CAST_BLOCK] = cast(block, transfer.dtype, out.dtype)
+                else:
+                    result[start:start + _CAST_BLOCK], count = _scaled(block, transfer)
+                    rounded += count
             if tally:
                 counts["overflow"] = count_nonfinite(result, out.dtype)["inf"] - counts["inf"]
+                counts["rounded"] = rounded
             raw = result
         if tally and any(counts.values()):
             tally(transfer, counts)
@@ -224,6 +273,19 @@ class Stream:
         if kept is None or kept.nbytes < length:
             kept = self._local.buffer = np.empty(max(length, CHUNK), np.uint8)
         return kept[:length]
+
+
+def _scaled(raw: np.ndarray, transfer: Transfer) -> Tuple[np.ndarray, int]:
+    """`raw` times the transfer's scale, as numbers of the result; and how many of them the scale rounded, so that they
+    do not come back from it. Where the type changes nothing is counted: the cast rounds then."""
+    values = cast(raw, transfer.dtype, "F32").view(np.float32)
+    product = values * np.float32(transfer.scale)
+    result = cast(product.view(np.uint32), "F32", transfer.out.dtype)
+    if transfer.out.dtype != transfer.dtype:
+        return result, 0
+    back = cast(result, transfer.out.dtype, "F32").view(np.float32) / np.float32(transfer.scale)
+    returned = cast(back.view(np.uint32), "F32", transfer.dtype)
+    return result, int(np.count_nonzero((returned != raw) & np.isfinite(values)))
 
 
 def fill_band(band: np.ndarray, matrix: np.ndarray, first: int, transfer: Transfer) -> None:

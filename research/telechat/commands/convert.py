@@ -1,76 +1,57 @@
-"""Commands: official (PyTorch, Hugging Face) checkpoint <-> MindSpore checkpoint, for every model of the family.
+"""Commands: checkpoints between the official (PyTorch) layout, MindSpore's and Llama's, for every model of the family.
 
     python research/telechat/convert_weight_torch_to_ms.py --torch_path DIR --mindspore_path OUT.ckpt \
         --model_name telechat_12b
     python research/telechat/convert_weight_ms_to_torch.py --mindspore_path IN.ckpt --torch_path DIR \
-        --model_name telechat_12b
+        --model_name telechat_12b [--layout llama]
+    telechat convert --from IN --to llama DIR
 
-The first also imports 52B checkpoints of earlier MindFormers converters (--from_mindspore, --source_mp). The conversion
-itself is checkpoint/convert.py. See docs/conversion.md.
+The first also imports 52B checkpoints of earlier MindFormers converters (--from_mindspore, --source_mp), and reads
+folders of the Llama layout. The conversion itself is checkpoint/convert.py. See docs/conversion.md and docs/serving.md.
 """
 import argparse
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Optional, Sequence
 
-from research.telechat import __version__
 from research.telechat.checkpoint.agreement import CONFLICT, Disagreement, disagreements_of, recipe_wins
 from research.telechat.checkpoint.convert import (
     Options,
     Source,
-    Target,
     convert,
     dtype_names,
     open_source,
     plan_tensors,
     summary,
 )
-from research.telechat.checkpoint.dtypes import CODES
-from research.telechat.checkpoint.folder import open_mindspore, open_official
+from research.telechat.checkpoint.dtypes import CODES, NAMES
+from research.telechat.checkpoint.export import llama_texts, official_texts
+from research.telechat.checkpoint.folder import layout_of_names, open_any, open_mindspore, open_official
 from research.telechat.checkpoint.integrity import check_files
-from research.telechat.checkpoint.manifest import (
-    Manifest,
-    ModelFacts,
-    facts_beside,
-    facts_of,
-    manifest_path,
-    official_texts,
-)
-from research.telechat.checkpoint.reader import BIN_INDEX_NAME, INDEX_NAMES, Checkpoint
-from research.telechat.checkpoint.writer import (
-    Layout,
-    OutTensor,
-    bin_layout,
-    ckpt_layout,
-    cut_shards,
-    index_text,
-    partial_path,
-    safetensors_layout,
-)
+from research.telechat.checkpoint.manifest import facts_beside, facts_of
+from research.telechat.checkpoint.reader import Checkpoint
+from research.telechat.checkpoint.targets import Sizes, is_single, mindspore_target, torch_target
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import CheckpointError, ConfigError
-from research.telechat.common.files import JsonObject
 from research.telechat.common.lock import output_lock
 from research.telechat.common.printable import one_line, printable
-from research.telechat.spec.hf_config import hf_config
-from research.telechat.spec.variants import VARIANTS, Variant, get_variant, read_hf_config, variant_from_hf
+from research.telechat.spec.llama_config import (
+    NO_ORIGIN,
+    check_llama_config,
+    check_llama_weights,
+    is_llama_config,
+    origin,
+)
+from research.telechat.spec.parameters import LLAMA, MINDSPORE, OFFICIAL
+from research.telechat.spec.variants import VARIANTS, get_variant, read_hf_config, variant_from_hf
 
 _TO_MINDSPORE = "Convert an official TeleChat checkpoint to MindSpore."
 _TO_TORCH = "Convert a MindSpore TeleChat checkpoint to the official format."
 _DTYPES = {**{name: name for name in CODES}, "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_BIN_SHARD = 10**9               # bytes; torch writes a .bin from memory, so that its size is memory
-
-
-class Sizes(NamedTuple):
-    """Sizes of a model, the official config they come from (None: from the table of variants), and all else that the
-    checkpoint says (None: nothing is known)."""
-
-    variant: Variant
-    config: Optional[JsonObject]
-    facts: Optional[ModelFacts] = None
 
 
 def _size(text: str) -> int:
@@ -119,6 +100,9 @@ def sizes_for(args: argparse.Namespace, folder: Path) -> Optional[Sizes]:
     if args.config is None and not path.is_file():
         return None
     config = read_hf_config(path)
+    if is_llama_config(config):
+        raise ConfigError(f"{path / 'config.json' if path.is_dir() else path} is that of a Llama layout, the weights "
+                          "have another; give the official config.json with --config")
     try:
         return Sizes(variant_from_hf(config, args.model_name), config)
     except ConfigError as err:
@@ -142,6 +126,29 @@ def sizes_from_manifest(args: argparse.Namespace, path: Path) -> Optional[Sizes]
     else:
         return sizes
     return None if recipe_wins(disagreements, args.checkpoint_conflict, path, "--checkpoint_conflict") else sizes
+
+
+def sizes_from_llama(args: argparse.Namespace, path: Path, folder: Path) -> Sizes:
+    """Sizes of a Llama folder: of its manifest or config.json, or, of a TeleChat from elsewhere, of --config or
+    --model_name. Raises ConfigError where its config.json contradicts them."""
+    file = folder / "config.json"
+    config = read_hf_config(file)
+    sizes = sizes_from_manifest(args, path)
+    try:
+        check_llama_weights(config)
+        if sizes is None:
+            given = read_hf_config(args.config) if args.config is not None else {}
+            official = origin(config) if not given or is_llama_config(given) else given
+            if official is None:
+                if args.model_name is None:
+                    raise ConfigError(NO_ORIGIN)
+                sizes = Sizes(get_variant(args.model_name), None)
+            else:
+                sizes = Sizes(variant_from_hf(official, args.model_name), official)
+        check_llama_config(config, sizes.variant)
+    except ConfigError as err:
+        raise ConfigError(f"{file}: {err}") from err
+    return sizes
 
 
 def sizes_from_table(args: argparse.Namespace, folder: Path) -> Sizes:
@@ -177,88 +184,20 @@ def sizes_from_shapes(args: argparse.Namespace, checkpoint: Checkpoint, folder: 
                          intermediate_size=down.shape[1]), None)
 
 
-def mindspore_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: Sizes, shard: Optional[int]) -> Target:
-    """Names of a MindSpore result: one file, or, in a folder, mindspore.ckpt or shards with an index."""
-    metadata = {"format": "ms", "telechat_version": __version__}
-    if sizes.variant.fused_projections:
-        metadata["telechat_groups"] = "per_head"
-    if sizes.config is not None:
-        metadata["telechat_config"] = json.dumps(sizes.config, separators=(",", ":"))
-    if path.suffix in (".ckpt", ".safetensors") and not path.is_dir():
-        layout = (ckpt_layout(path, tensors) if path.suffix == ".ckpt"
-                  else safetensors_layout(path, tensors, metadata))
-        return Target([layout], {}, _journal(path), False, False, *_manifest("mindspore", sizes, path, False))
-    if path.suffix in (".bin", ".pt", ".pth") and not path.is_dir():
-        raise CheckpointError(f"--mindspore_path {path} must end in .ckpt or .safetensors, or be a folder")
-    texts = _config_text(path, sizes) if sizes.config is not None else {}
-    if kind == "ckpt":
-        return Target([ckpt_layout(path / "mindspore.ckpt", tensors)], texts, _journal(path / "mindspore.ckpt"), False,
-                      False, *_manifest("mindspore", sizes, path, True))
-    layouts = _shards(path, "model", ".safetensors", tensors, shard or 5 * 10**9,
-                      lambda file, part: safetensors_layout(file, part, metadata))
-    for name in INDEX_NAMES:
-        texts[path / name] = index_text(layouts)
-    return Target(layouts, texts, _journal(path / "conversion"), False, True,
-                  *_manifest("mindspore", sizes, path, True))
-
-
-def official_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: Sizes, shard: Optional[int]) -> Target:
-    """Names of an official result: one file, or a folder with shards, index and config.json."""
-    if path.suffix in (".bin", ".pth", ".pt", ".safetensors") and not path.is_dir():
-        layout = (safetensors_layout(path, tensors, {"format": "pt"}) if path.suffix == ".safetensors"
-                  else bin_layout(path, tensors))
-        return Target([layout], {}, _journal(path), True, False, *_manifest("official", sizes, path, False))
-    texts = _config_text(path, sizes)
-    for name, text in official_texts(sizes.facts).items():
-        if not (path / name).is_file() or (path / name).read_text(encoding="utf-8", errors="replace") != text:
-            texts[path / name] = text
-    if kind == "bin":
-        layouts = _shards(path, "pytorch_model", ".bin", tensors, shard or _BIN_SHARD, bin_layout)
-        index = BIN_INDEX_NAME
-    else:
-        layouts = _shards(path, "model", ".safetensors", tensors, shard or 5 * 10**9,
-                          lambda file, part: safetensors_layout(file, part, {"format": "pt"}))
-        index = INDEX_NAMES[0]
-    if len(layouts) > 1:
-        texts[path / index] = index_text(layouts)
-    return Target(layouts, texts, _journal(path / "conversion"), True, True,
-                  *_manifest("official", sizes, path, True))
-
-
-def _manifest(kind: str, sizes: Sizes, path: Path, folder: bool) -> Tuple[Manifest, Path]:
-    """The manifest of a result, but for its files, and where it goes."""
-    facts = sizes.facts or facts_of(sizes.variant, config=sizes.config)
-    return Manifest(kind, model=facts), manifest_path(path, folder)
-
-
-def _config_text(folder: Path, sizes: Sizes) -> Dict[Path, str]:
-    """The config.json to write into `folder`; none where the one that is there says the same."""
-    path = folder / "config.json"
-    if path.is_file():
-        if variant_from_hf(read_hf_config(path)) == variant_from_hf(sizes.config or hf_config(sizes.variant)):
-            return {}
-        raise ConfigError(f"{path} describes another model; remove it or give another folder")
-    return {path: json.dumps(sizes.config or hf_config(sizes.variant), indent=2) + "\n"}
-
-
-def _journal(path: Path) -> Path:
-    return partial_path(path).with_name(partial_path(path).name + ".json")
-
-
-def _shards(folder: Path, stem: str, suffix: str, tensors: Sequence[OutTensor], limit: int,
-            layout: Callable[[Path, List[OutTensor]], Layout]) -> List[Layout]:
-    shards = cut_shards(tensors, limit)
-    names = ([f"{stem}{suffix}"] if len(shards) == 1 else
-             [f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}" for number in range(1, len(shards) + 1)])
-    return [layout(folder / name, part) for name, part in zip(names, shards)]
-
-
-def run_conversion(args: argparse.Namespace, source: Source, sizes: Sizes, out: Path, official: bool) -> None:
+def run_conversion(args: argparse.Namespace, source: Source, sizes: Sizes, out: Path, layout: str) -> None:
     """Plan and run a conversion whose input is open, and print what happened."""
     dtype = _DTYPES[args.dtype] if args.dtype else None
-    transfers = plan_tensors(source, dtype, official)
-    target = (official_target if official else mindspore_target)(
-        out, args.format, [transfer.out for transfer in transfers.values()], sizes, args.max_shard_size)
+    transfers = plan_tensors(source, dtype, layout)
+    tensors = [transfer.out for transfer in transfers.values()]
+    if layout == MINDSPORE:
+        target = mindspore_target(out, args.format, tensors, sizes, args.max_shard_size)
+    else:
+        texts: Dict[Path, str] = {}
+        if layout == LLAMA:
+            texts = llama_texts(out, sizes, NAMES[tensors[0].dtype], args.max_length)
+        elif not is_single(out):
+            texts = official_texts(out, sizes)
+        target = torch_target(out, args.format, tensors, sizes, layout, texts, args.max_shard_size)
     for note in source.checkpoint.notes:
         print(one_line(note))
     shown = len(source.checkpoint.notes)
@@ -271,7 +210,7 @@ def add_torch_to_mindspore(parser: argparse.ArgumentParser) -> None:
     """The options of convert_weight_torch_to_ms.py."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--torch_path", type=Path, metavar="DIR",
-                        help="official folder (safetensors or .bin), or one such file")
+                        help="official folder (safetensors or .bin), or one such file; or a folder of the Llama layout")
     source.add_argument("--from_mindspore", type=Path, metavar="IN",
                         help="instead: a MindSpore checkpoint, to be written anew in this project's order, another "
                              "type or another format")
@@ -293,26 +232,66 @@ def add_mindspore_to_torch(parser: argparse.ArgumentParser) -> None:
                         help="folder for weights and config.json, or one .safetensors or .bin file")
     parser.add_argument("--format", choices=["safetensors", "bin"], default="safetensors",
                         help="files in the folder (default: safetensors; bin needs PyTorch)")
+    parser.add_argument("--layout", choices=[OFFICIAL, LLAMA], default=OFFICIAL,
+                        help="official: for the official code (default); llama: for everything that loads a "
+                             "LlamaForCausalLM")
+    add_export_options(parser)
     add_options(parser)
     parser.set_defaults(convert=convert_to_torch)
 
 
+def add_any_to_any(parser: argparse.ArgumentParser) -> None:
+    """The options of `telechat convert --from IN --to LAYOUT OUT`."""
+    parser.add_argument("--from", type=Path, required=True, metavar="IN", dest="source",
+                        help="a checkpoint of any layout, which its tensors tell: a folder, or one file")
+    parser.add_argument("--to", choices=[OFFICIAL, LLAMA, MINDSPORE], required=True, dest="layout",
+                        help="layout of the result")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the result, or one file (not for llama)")
+    parser.add_argument("--format", choices=["safetensors", "ckpt", "bin"], default="safetensors",
+                        help="files in the folder (default: safetensors)")
+    parser.add_argument("--source_format", choices=["auto", "safetensors", "bin"], default="auto",
+                        help="which files of IN to read (default: safetensors where there are any)")
+    add_export_options(parser)
+    add_options(parser)
+    parser.set_defaults(convert=convert_any)
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """The options for results that other programs load."""
+    parser.add_argument("--max_length", type=_positive, metavar="N",
+                        help="llama: tokens of the longest sequence (default: what the weights were trained with)")
+
+
 def convert_to_mindspore(args: argparse.Namespace) -> None:
-    """Official, or MindSpore in another order, -> MindSpore. Raises CheckpointError, ConfigError, OSError."""
+    """Official or Llama, or MindSpore in another order, -> MindSpore. Raises CheckpointError, ConfigError, OSError."""
     path = args.torch_path or args.from_mindspore
     if args.torch_path is not None and args.source_mp is not None:
         raise CheckpointError("--source_mp belongs to --from_mindspore; official checkpoints know no such degree")
     with output_lock(args.mindspore_path, _is_folder(args.mindspore_path)):
-        checkpoint = (open_official(path, args.source_format) if args.torch_path is not None
-                      else open_mindspore(path, "--from_mindspore"))
-        _convert(args, checkpoint, path, args.mindspore_path, args.torch_path is not None, False)
+        if args.torch_path is None:
+            checkpoint, layout = open_mindspore(path, "--from_mindspore"), MINDSPORE
+        else:
+            checkpoint = open_official(path, args.source_format)
+            layout = LLAMA if layout_of_names(checkpoint.tensors) == LLAMA else OFFICIAL
+        _convert(args, checkpoint, path, args.mindspore_path, layout, MINDSPORE)
 
 
 def convert_to_torch(args: argparse.Namespace) -> None:
-    """MindSpore -> official. Raises CheckpointError, ConfigError, OSError."""
+    """MindSpore -> official or Llama. Raises CheckpointError, ConfigError, OSError."""
     with output_lock(args.torch_path, _is_folder(args.torch_path)):
         checkpoint = open_mindspore(args.mindspore_path)
-        _convert(args, checkpoint, args.mindspore_path, args.torch_path, False, True)
+        _convert(args, checkpoint, args.mindspore_path, args.torch_path, MINDSPORE, args.layout)
+
+
+def convert_any(args: argparse.Namespace) -> None:
+    """Any layout -> any layout. Raises CheckpointError, ConfigError, OSError."""
+    if args.format == ("bin" if args.layout == MINDSPORE else "ckpt"):
+        raise CheckpointError(f"--format {args.format} does not go with --to {args.layout}")
+    with output_lock(args.out, _is_folder(args.out)):
+        checkpoint, layout = open_any(args.source, args.source_format)
+        if args.source_mp is not None and layout != MINDSPORE:
+            raise CheckpointError(f"--source_mp is for MindSpore checkpoints; {args.source} has the {layout} layout")
+        _convert(args, checkpoint, args.source, args.out, layout, args.layout)
 
 
 def _is_folder(path: Path) -> bool:
@@ -320,23 +299,24 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() or path.suffix not in (".ckpt", ".safetensors", ".bin", ".pt", ".pth")
 
 
-def _convert(args: argparse.Namespace, checkpoint: Checkpoint, path: Path, out: Path, from_official: bool,
-             to_official: bool) -> None:
-    """Check the open `checkpoint` at `path`, find the sizes, and convert it to `out`."""
+def _convert(args: argparse.Namespace, checkpoint: Checkpoint, path: Path, out: Path, layout: str, target: str) -> None:
+    """Check the open `checkpoint` of `layout` at `path`, find the sizes, and convert it to `target`, at `out`."""
     folder = path if path.is_dir() else path.parent
     try:
         checked = check_files(checkpoint.files, remember=False, all_of_it=args.verify)
         if checked:
             checkpoint.notes.append(f"{checked} of {len(checkpoint.files)} files of the input are as they were written "
                                     "(SHA-256, or MindSpore's CRC)")
-        sizes = None if from_official else sizes_from_manifest(args, path)
-        sizes = sizes or sizes_for(args, folder)
-        if sizes is None:
-            sizes = sizes_from_table(args, folder) if from_official else sizes_from_shapes(args, checkpoint, folder)
+        if layout == LLAMA:
+            sizes = sizes_from_llama(args, path, folder)
+        else:
+            known = sizes_from_manifest(args, path) if layout == MINDSPORE else None
+            known = known or sizes_for(args, folder)
+            sizes = known or (sizes_from_shapes(args, checkpoint, folder) if layout == MINDSPORE
+                              else sizes_from_table(args, folder))
         if sizes.facts is None:
             sizes = sizes._replace(facts=facts_of(sizes.variant, args.model_name, folder, sizes.config))
-        source = open_source(checkpoint, sizes.variant, from_official, args.source_mp)
-        run_conversion(args, source, sizes, out, to_official)
+        run_conversion(args, open_source(checkpoint, sizes.variant, layout, args.source_mp), sizes, out, target)
     finally:
         checkpoint.close()
 
@@ -356,7 +336,15 @@ def mindspore_to_torch(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Either of the two, the direction being the first word; returns the exit code (common/command.py)."""
+    """--from and --to, or either of the two above, the direction being the first word; returns the exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] not in (["torch-to-ms"], ["ms-to-torch"]):
+        parser = argparse.ArgumentParser(
+            description="Convert a checkpoint between the official layout, Llama's and MindSpore's.",
+            epilog="Also: telechat convert torch-to-ms and telechat convert ms-to-torch, with the options of "
+                   "convert_weight_torch_to_ms.py and convert_weight_ms_to_torch.py.")
+        add_any_to_any(parser)
+        return _run(parser, words)
     parser = argparse.ArgumentParser(description="Convert checkpoints between the official format and MindSpore.")
     directions = parser.add_subparsers(required=True, dest="direction", metavar="DIRECTION")
     for name, text, add in (("torch-to-ms", _TO_MINDSPORE, add_torch_to_mindspore),

@@ -95,7 +95,12 @@ def read_json_object(path: Union[str, Path], what: str) -> JsonObject:
 
 def write_json(path: Union[str, Path], value: object) -> None:
     """`value` as indented JSON, whole or not at all; what JSON does not know is written as its str()."""
-    write_text(path, json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: object) -> str:
+    """The text that `write_json` writes."""
+    return json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n"
 
 
 class DuplicateKeyError(ValueError):

@@ -1,4 +1,4 @@
-"""The one table of parameter names, shapes and row orders, official (PyTorch) <-> MindSpore, for every variant.
+"""The one table of parameter names, shapes and row orders, for every variant: MindSpore, official (PyTorch), Llama.
 
 Pure Python and NumPy; it opens no file (checkpoint/reader.py does) and converts nothing (checkpoint/convert.py does).
 
@@ -12,6 +12,11 @@ degree that divides the number of groups cuts between whole groups and finds its
 
 Earlier MindFormers converters grouped by the tensor-parallel degree N named on their command line: the same rule with
 N groups, which is how `source_groups` imports them.
+
+The layout of Hugging Face's LlamaForCausalLM has one matrix, [out, in], for each projection. Stacked, they are the
+projection-after-projection order: [q | k | v], [gate | up], and [k | v], of which wk_v (official: key_value) holds one
+group for each key/value head, head_dim rows of k, then of v. Its biases are all or none for attention and for the
+feed-forward layer: those that TeleChat lacks are zero (`llama_zero_biases`).
 """
 import math
 import re
@@ -21,6 +26,8 @@ import numpy as np
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.spec.variants import Sizes, Variant
+
+MINDSPORE, OFFICIAL, LLAMA = "mindspore", "official", "llama"            # the layouts of a checkpoint
 
 
 class Param(NamedTuple):
@@ -32,11 +39,30 @@ class Param(NamedTuple):
     transposed: bool = False     # official [in, out], MindSpore [out, in]
     parts: int = 1               # projections fused into it (3: q, k, v; 2: gate, up)
     groups: int = 1              # groups of rows in MindSpore, each with a run of every part
+    llama_names: Tuple[str, ...] = ()        # its tensors in a Llama checkpoint, one for each projection
+    kv_groups: int = 1           # wk_v: groups of rows in MindSpore and officially, each with a run of k and of v
+    llama_scale: float = 1.0     # the Llama tensor is the parameter times this
 
     @property
     def hf_shape(self) -> Tuple[int, ...]:
         """Shape in the official checkpoint."""
         return self.shape[::-1] if self.transposed else self.shape
+
+    def names(self, layout: str) -> Tuple[str, ...]:
+        """Its tensors in a checkpoint of `layout`, in the order in which their rows are stacked."""
+        return {MINDSPORE: (self.ms_name,), OFFICIAL: (self.hf_name,), LLAMA: self.llama_names}[layout]
+
+    def tensor_shape(self, layout: str) -> Tuple[int, ...]:
+        """Shape of each of these tensors."""
+        if layout == LLAMA:
+            return (self.shape[0] // len(self.llama_names), *self.shape[1:])
+        return self.hf_shape if layout == OFFICIAL else self.shape
+
+    def groups_in(self, layout: str) -> int:
+        """Groups of its rows in a checkpoint of `layout`; 1: projection after projection."""
+        if layout == LLAMA:
+            return 1
+        return self.kv_groups if self.parts == 1 else self.groups if layout == MINDSPORE else 1
 
 
 # (MindSpore name, official name, shape, fused parts). Shapes in the words of _sizes; layers stand below their prefixes.
@@ -65,6 +91,20 @@ _MUP_LAYER = (
     ("feed_forward.w2.weight", "mlp.c_proj.weight", "hidden ffn", 1),
 )
 _INPUT_PROJECTIONS = ("wq", "wk_v", "w_qkv")
+# MindSpore's module -> Llama's, of every layer. Weights and biases alike.
+_LLAMA_LAYER = {
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk_v": "self_attn.k_proj self_attn.v_proj",
+    "attention.w_qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w_gate_hidden": "mlp.gate_proj mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+}
+_LLAMA_EMBEDDING, _LLAMA_NORM_OUT = "model.embed_tokens.weight", "model.norm.weight"
 
 
 class _Layout(NamedTuple):
@@ -102,18 +142,41 @@ def parameters(variant: Variant) -> List[Param]:
              "gate_up": 2 * ffn}
     has_bias = {True: variant.qkv_has_bias, False: variant.out_proj_has_bias}
     groups = {1: 1, 2: gate_up_groups(variant), 3: variant.num_heads}
-    params = [Param(_EMBEDDING, layout.prefix + layout.embedding, (vocab, hidden))]
+    params = [Param(_EMBEDDING, layout.prefix + layout.embedding, (vocab, hidden), llama_names=(_LLAMA_EMBEDDING,),
+                    llama_scale=variant.input_mult)]
     for layer in range(variant.num_layers):
         for ms_name, hf_name, shape, parts in layout.layer:
             if ms_name.endswith(".bias") and not has_bias[ms_name.split(".")[-2] in _INPUT_PROJECTIONS]:
                 continue
             dims = tuple(sizes[word] for word in shape.split())
+            module, _, kind = ms_name.rpartition(".")
+            llama = tuple(f"model.layers.{layer}.{name}.{kind}" for name in _LLAMA_LAYER[module].split())
             params.append(Param(f"model.layers.{layer}.{ms_name}", f"{layout.prefix}h.{layer}.{hf_name}", dims,
-                                layout.conv1d and len(dims) == 2, parts, groups[parts]))
-    params.append(Param(_NORM_OUT, layout.prefix + "ln_f.weight", (hidden,)))
+                                layout.conv1d and len(dims) == 2, parts, groups[parts], llama,
+                                variant.kv_heads if parts == 1 and len(llama) > 1 else 1))
+    params.append(Param(_NORM_OUT, layout.prefix + "ln_f.weight", (hidden,), llama_names=(_LLAMA_NORM_OUT,)))
     if not variant.tie_word_embeddings:
-        params.append(Param(_HEAD, "lm_head.weight", (vocab, hidden)))
+        params.append(Param(_HEAD, "lm_head.weight", (vocab, hidden), llama_names=(_HEAD,),
+                            llama_scale=variant.logits_scale))
     return params
+
+
+def llama_biases(variant: Variant) -> Tuple[bool, bool]:
+    """(attention_bias, mlp_bias) of the Llama layout: all or none of q, k, v, o, and of gate, up, down."""
+    return variant.qkv_has_bias or variant.out_proj_has_bias, variant.out_proj_has_bias
+
+
+def llama_zero_biases(variant: Variant) -> Dict[str, int]:
+    """The biases of the Llama layout that are no parameters here, and are zero there: name -> length."""
+    attention, feed_forward = llama_biases(variant)
+    hidden, ffn, kv = variant.hidden_size, variant.intermediate_size, variant.kv_heads * variant.head_dim
+    lengths = {**({"self_attn.q_proj": hidden, "self_attn.k_proj": kv, "self_attn.v_proj": kv,
+                   "self_attn.o_proj": hidden} if attention else {}),
+               **({"mlp.gate_proj": ffn, "mlp.up_proj": ffn, "mlp.down_proj": hidden} if feed_forward else {})}
+    real = {name for param in parameters(variant) for name in param.llama_names}
+    biases = {f"model.layers.{layer}.{module}.bias": length
+              for layer in range(variant.num_layers) for module, length in lengths.items()}
+    return {name: length for name, length in biases.items() if name not in real}
 
 
 def hf_buffers(variant: Variant) -> Dict[str, float]:
@@ -132,6 +195,7 @@ class Match(NamedTuple):
     duplicate: List[str]         # entries for a parameter that already has one
     ignored: List[str]           # entries that hold no weights
     tied_head: Optional[str]     # a head beside tied embeddings: must equal them, and is then dropped
+    zeros: Tuple[str, ...] = ()  # biases of a Llama checkpoint that must be zero, and are then dropped
 
 
 def match_official(params: Sequence[Param], names: Iterable[str]) -> Match:
@@ -167,6 +231,24 @@ def match_mindspore(params: Sequence[Param], names: Iterable[str]) -> Match:
         else:
             result.unknown.append(name)
     result.missing.extend(param.ms_name for param in params if param.ms_name not in result.found)
+    return result
+
+
+def match_llama(params: Sequence[Param], zeros: Iterable[str], names: Iterable[str]) -> Match:
+    """Find each parameter in a Llama checkpoint; `found` has the first of its tensors. zeros: `llama_zero_biases`."""
+    names, wanted, zeros = list(names), {name for param in params for name in param.llama_names}, set(zeros)
+    result = Match({}, [], [], [], [], None, tuple(name for name in names if name in zeros))
+    for name in names:
+        if name == _HEAD and name not in wanted:
+            result = result._replace(tied_head=name)
+        elif name not in wanted and name not in zeros:
+            (result.ignored if _NO_WEIGHT.search(name) else result.unknown).append(name)
+    there = set(names)
+    for param in params:
+        missing = [name for name in param.llama_names if name not in there]
+        result.missing.extend(missing)
+        if not missing:
+            result.found[param.ms_name] = param.llama_names[0]
     return result
 
 
@@ -221,11 +303,21 @@ def ungroup_rows(matrix: np.ndarray, parts: int, groups: int) -> np.ndarray:
     return np.ascontiguousarray(blocks.swapaxes(0, 1)).reshape(matrix.shape)
 
 
+def row_order(param: Param, groups_in: int, groups_out: int) -> Optional[np.ndarray]:
+    """Rows of a parameter with `groups_out` groups in one with `groups_in`: result[i] == source[order[i]]; [rows]
+    int64, or None where they are the same."""
+    if groups_in == groups_out:
+        return None
+    rows, parts = param.shape[0], len(param.llama_names)
+    inverse = np.argsort(grouped_order(rows, parts, groups_in))
+    return np.asarray(inverse[grouped_order(rows, parts, groups_out)])
+
+
 def source_groups(param: Param, variant: Variant, source_mp: Optional[int]) -> int:
     """Groups of a fused weight in a checkpoint: this project's (`source_mp` None) or those of an earlier converter run
     with `--mp source_mp`. ConfigError where that degree does not divide the heads and intermediate_size."""
     if source_mp is None or param.parts == 1:
-        return param.groups
+        return param.groups_in(MINDSPORE)
     if source_mp < 1 or variant.num_heads % source_mp or variant.intermediate_size % source_mp:
         raise ConfigError(f"--source_mp {source_mp} does not divide both num_heads {variant.num_heads} and "
                           f"intermediate_size {variant.intermediate_size}; no earlier converter can have used it")
