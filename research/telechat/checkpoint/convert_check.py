@@ -2,6 +2,7 @@
 
 They read headers, and of the contents only what they need.
 """
+import re
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -27,6 +28,10 @@ from research.telechat.spec.variants import Variant
 _SAMPLED_LAYERS = 4              # fused weights read to tell how they are grouped
 _EXPLAINED = 0.02                # share of variance that a grouping must explain at least to count as recognised
 _CHUNK = 32 << 20
+# Tensors that GPTQ, AWQ, bitsandbytes, compressed-tensors and FP8 write beside or instead of a weight
+_QUANTISED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|input_scale|weight_packed|weight_shape|"
+                        r"weight_zero_point|SCB|weight\.(absmax|quant_map|nested_\w+|quant_state\..+))$")
+_ADAPTED = re.compile(r"lora|\.base_layer\.")
 
 
 def _match(checkpoint: Checkpoint, variant: Variant, layout: str) -> Match:
@@ -52,10 +57,14 @@ def check_model(checkpoint: Checkpoint, variant: Variant, layout: str) -> Match:
     where = checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.files[0].parent
     params, match = parameters(variant), _match(checkpoint, variant, layout)
     faults: List[str] = []
+    quantised = [name for name in match.unknown if _QUANTISED.search(name)]
+    if quantised:
+        raise CheckpointError(f"{where}: its weights are quantised ({len(quantised)} tensors such as {quantised[0]}); "
+                              "convert the checkpoint that was quantised instead")
     if match.missing:
         faults.append(f"{len(match.missing)} parameters are missing: {summarise(match.missing)}")
     if match.unknown:
-        hint = " (merge LoRA adapters first)" if any("lora" in name for name in match.unknown) else ""
+        hint = " (merge LoRA adapters first)" if any(map(_ADAPTED.search, match.unknown)) else ""
         faults.append(f"{len(match.unknown)} are unknown: {summarise(match.unknown)}{hint}")
     if match.duplicate:
         faults.append(f"{len(match.duplicate)} stand twice under two names: {summarise(match.duplicate)}")
