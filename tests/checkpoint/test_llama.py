@@ -18,6 +18,7 @@ from checkpoint_fixtures import (
 from convert_fixtures import error_of, read_ckpt, to_ms, to_torch
 from llama_fixtures import MEMBERS, make_member
 
+from research.telechat.checkpoint.manifest import FOLDER_NAME
 from research.telechat.checkpoint.writer import partial_path
 from research.telechat.commands.convert import main as convert
 from research.telechat.common.errors import ConfigError
@@ -156,7 +157,8 @@ def small(tmp_path):
 
 
 def change(folder, drop=(), tensors=None, **config):
-    """Change a Llama folder: tensors, and keys of its config.json."""
+    """Make a Llama folder one from elsewhere: other tensors, other keys of config.json, no manifest."""
+    (folder / FOLDER_NAME).unlink()
     path = folder / "config.json"
     found = {**json.loads(path.read_text()), **config}
     path.write_text(json.dumps({key: value for key, value in found.items() if value is not ...}))

@@ -80,8 +80,8 @@ def is_llama_config(config: JsonObject) -> bool:
     return bool(config.get("model_type") == "llama" or ARCHITECTURE in (config.get("architectures") or ()))
 
 
-NO_ORIGIN = (f"it is a Llama without the key {ORIGIN!r}, which this project writes: a Llama that is no TeleChat cannot be "
-             "converted; for a TeleChat from elsewhere give --model_name")
+NO_ORIGIN = (f"it is a Llama without the key {ORIGIN!r}, which this project writes: a Llama that is no TeleChat cannot "
+             "be converted; for a TeleChat from elsewhere give --model_name")
 
 
 def origin(config: JsonObject) -> Optional[JsonObject]:

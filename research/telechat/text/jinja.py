@@ -7,7 +7,7 @@ somebody typed becomes the marker there; nothing else differs.
 Where the renderer encodes a text on its own, SentencePiece adds its dummy prefix. Between two markers the text of a
 Jinja template is encoded as one, so that the prefix is written out there, as a blank.
 """
-from typing import List, Optional
+from typing import Any, List, Optional
 
 from research.telechat.text.renderer import Renderer
 from research.telechat.text.templates import Template
@@ -76,10 +76,9 @@ def _with_markers(renderer: Renderer) -> List[str]:
     return lines
 
 
-def template_field(template: Template, name: str, default: object) -> str:
+def template_field(template: Template, name: str, default: Any) -> Any:
     """A field that not every version of the table of templates has."""
-    value = getattr(template, name, default)
-    return value  # type: ignore[no-any-return]
+    return getattr(template, name, default)
 
 
 def _no_system(template: Template) -> List[str]:

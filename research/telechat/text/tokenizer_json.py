@@ -51,22 +51,25 @@ def differences(content: JsonObject, vocab: Vocab, texts: Iterable[str]) -> List
 
 
 _TEXTS = (
-    "", " ", "  ", "\n", "\t", "\u2581", "\u3000", "a", "好", "你是谁？", " leading blank", "trailing blank ", "\nline", "line\n",
-    "生抽与老抽的区别？生抽颜色浅，味道鲜，用来调味；老抽颜色深，用来上色。", "The quick brown fox jumps over the lazy dog.",
-    "中文 and English 混排，2024年11月25日 12:30:45，价格￥3.14", "def add(a, b):\n\treturn a + b  # __init__ _x __y__\n",
+    "", " ", "  ", "\n", "\t", "▁", "\u3000", "a", "好", "你是谁？", " leading blank", "trailing blank ", "\nline",
+    "line\n", "生抽与老抽的区别？生抽颜色浅，味道鲜，用来调味；老抽颜色深，用来上色。",
+    "The quick brown fox jumps over the lazy dog.",
+    "中文 and English 混排，2024年11月25日 12:30:45，价格￥3.14",
+    "def add(a, b):\n\treturn a + b  # __init__ _x __y__\n",
     "if (x<10 && y>=3) { printf(\"%5.2f\\n\", x*1e-5); }", "https://www.example.com/a_b?c=1&d=%E4%BD%A0#top",
-    "3.1415926535897932384626433832795", "1,234,567.89", "😀😃👨‍👩‍👧‍👦🇨🇳🏳️‍🌈👍🏽", "é è ü ñ ç ß ø", "e\u0301 a\u0308",
-    "Привет, мир", "こんにちは世界", "안녕하세요", "مرحبا بالعالم", "שלום", "नमस्ते", "ก็", "\u200b\u200d\ufeff\u00a0",
-    "𠮷𩸽龘靐齉爩", "①②③ⅣⅤ½㎏", "\r\n\r\n", "\x00\x01\x7f", "a\u2581b", "｜▁｜", "<", "<_", "<_user", "< _user>", "<_user >", "&lt;",
-    "{\"name\": \"get_weather\", \"arguments\": {\"city\": \"北京\"}}", "| a | b |\n|---|---|\n| 1 | 2 |\n", "$\\frac{1}{2}$",
-    "哈哈哈哈哈哈", "AAAAAAAAAAAA", "______", "..........", "----------", "==========", "　　首行缩进两格。",
+    "3.1415926535897932384626433832795", "1,234,567.89", "😀😃👨‍👩‍👧‍👦🇨🇳🏳️‍🌈👍🏽", "é è ü ñ ç ß ø",
+    "e\u0301 a\u0308", "Привет, мир", "こんにちは世界", "안녕하세요", "مرحبا بالعالم", "שלום", "नमस्ते", "ก็",
+    "\u200b‍\ufeff\u00a0", "𠮷𩸽龘靐齉爩", "①②③ⅣⅤ½㎏", "\r\n\r\n", "\u0000\u0001\u007f", "a▁b", "｜▁｜", "<", "<_",
+    "<_user", "< _user>", "<_user >", "&lt;", "{\"name\": \"get_weather\", \"arguments\": {\"city\": \"北京\"}}",
+    "| a | b |\n|---|---|\n| 1 | 2 |\n", "$\\frac{1}{2}$", "哈哈哈哈哈哈", "AAAAAAAAAAAA", "______", "..........",
+    "----------", "==========", "\u3000\u3000首行缩进两格。",
 )
 _REPEATED = (" ", "\n", "\t", "_", "a", "的", "0", "-", "=", ".", " \n", "\n\n ", "哈", "\u3000", "😀")
 
 
-def probe_texts(vocab: Vocab, count: int = 700) -> List[str]:
-    """At least `count` texts: written ones, runs of one to forty of the same, and mixtures of the vocabulary's own
-    pieces, markers among them. Always the same ones for a vocabulary."""
+def probe_texts(vocab: Vocab, mixtures: int = 400) -> List[str]:
+    """Some 900 texts: written ones, runs of one to forty of the same, markers in and beside words, and `mixtures` of
+    the vocabulary's own pieces. Always the same ones for a vocabulary."""
     texts = list(_TEXTS)
     texts += [unit * length for unit in _REPEATED for length in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 31, 40)]
     texts += [f"x{blanks}y{blanks}" for blanks in (" " * length for length in range(1, 20))]
@@ -76,11 +79,12 @@ def probe_texts(vocab: Vocab, count: int = 700) -> List[str]:
     generator = random.Random(0)
     pieces = [piece for piece, token_id in vocab.pieces().items()
               if token_id not in vocab.markers.values() and not re.fullmatch(r"<0x[0-9A-F]{2}>", piece)]
-    literal = [vocab.decode([token_id]) for token_id in map(vocab.token_to_id, generator.choices(pieces, k=4 * count))
-               if token_id is not None]
-    while len(texts) < count or generator.random() < 0.99:
-        texts.append("".join(generator.choice(literal) if generator.random() < 0.93 else generator.choice(
-            [" ", "  ", "\n", "0", "_", *markers[:3]]) for _ in range(generator.randint(2, 24))))
+    chosen = map(vocab.token_to_id, generator.choices(pieces, k=4 * mixtures))
+    literal = [vocab.decode([token_id]) for token_id in chosen if token_id is not None]
+    between = [" ", "  ", "\n", "0", "_", *markers[:3]]
+    for _ in range(mixtures):
+        texts.append("".join(generator.choice(literal if generator.random() < 0.93 else between)
+                             for _ in range(generator.randint(2, 24))))
     return texts
 
 
