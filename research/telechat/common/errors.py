@@ -54,3 +54,7 @@ class WorkerError(UserError, RuntimeError):
 
 class SimulationError(UserError, RuntimeError):
     """The simulated Ascend runtime cannot be made or does not load."""
+
+
+class ExecutionError(UserError, RuntimeError):
+    """A compiled graph cannot be executed by the interpreter, or computes something else than it should."""

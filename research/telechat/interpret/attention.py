@@ -1,0 +1,232 @@
+"""FlashAttentionScore and its gradient, written from the documentation of aclnnFlashAttentionScore (CANN).
+
+    result = dropout(softmax(scale q k^T, over the keys that count)) v
+
+Masks are 1 where a query may not look. Sparse modes: 0 the mask and, beside it, a window from `pre_tokens` keys before
+the query to `next_tokens` behind it; 1 the mask alone; 2 and 3 causal, counted from the upper left and the lower right
+corner; 4 a band, counted from the lower right corner. Modes 2 to 4 need the compressed mask, a triangle of 2048 x 2048.
+Layouts: BNSD, BSH, SBH, BSND, and TND and TH for sequences that stand back to back, TND with their ends.
+"""
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from research.telechat.common.errors import ExecutionError
+from research.telechat.interpret.ir import Node
+
+LAYOUTS = ("BSH", "BNSD", "SBH", "BSND", "TND", "TH")        # MindSpore's numbers for them (str_to_enum)
+COMPRESSED = 2048
+_LOWEST = float(np.finfo(np.float32).min)                    # the largest score of a query for which no key counts
+_COPIES = 8                                                  # the kernel returns maximum and sum eight times
+Array = np.ndarray
+
+
+def _is_triangle(mask: Optional[Array]) -> bool:
+    if mask is None or mask.shape[-2:] != (COMPRESSED, COMPRESSED) or mask.size != COMPRESSED ** 2:
+        return False
+    return bool(np.array_equal(mask.reshape(COMPRESSED, COMPRESSED) != 0, np.triu(np.ones((COMPRESSED,) * 2, bool), 1)))
+
+
+def forbidden(queries: int, keys: int, mask: Optional[Array], before: int, behind: int, mode: int,
+              empty_band: bool = False) -> Array:
+    """Which of `keys` each of `queries` may not see: bool, broadcastable to [B, N, queries, keys].
+
+    before, behind: pre_tokens and next_tokens. empty_band: read a band of mode 4 with both 0 as one in which no key
+    counts, and not, as documented, as the diagonal.
+    """
+    query, key = np.arange(queries)[:, None], np.arange(keys)[None]
+    shift = keys - queries                                     # of the lower right corner
+    if mode == 0:
+        window = (key > query + behind) | (key < query - before)
+        return np.zeros((queries, keys), bool) if mask is None else (mask != 0) | window
+    if mode == 1:
+        if mask is None:
+            raise ExecutionError("FlashAttentionScore: sparse mode 1 has no mask; pass one, or use mode 0")
+        return mask != 0
+    if mode not in (2, 3, 4):
+        raise ExecutionError(f"FlashAttentionScore: sparse mode {mode} is not known; expected 0 to 4")
+    if not _is_triangle(mask):
+        raise ExecutionError(f"FlashAttentionScore: sparse mode {mode} needs the compressed triangle of {COMPRESSED} x "
+                             f"{COMPRESSED}, ones above the diagonal; found "
+                             f"{'no mask' if mask is None else f'a mask of {mask.shape}'}")
+    if mode == 4:
+        if empty_band and before == behind == 0:
+            return np.ones((queries, keys), bool)
+        return (key > query + shift + behind) | (key < query + shift - before)
+    return key > query + (shift if mode == 3 else 0)
+
+
+def _to_heads(x: Array, layout: str, heads: int) -> Array:
+    """-> [B, N, S, D]."""
+    if layout == "BNSD":
+        return x
+    if layout == "BSND":
+        return np.swapaxes(x, 1, 2)
+    x = np.swapaxes(x, 0, 1) if layout == "SBH" else x
+    return np.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2)
+
+
+def _from_heads(x: Array, layout: str) -> Array:
+    """The inverse of `_to_heads`."""
+    if layout == "BNSD":
+        return x
+    x = np.swapaxes(x, 1, 2)
+    if layout == "BSND":
+        return x
+    x = x.reshape(*x.shape[:2], -1)
+    return np.swapaxes(x, 0, 1) if layout == "SBH" else x
+
+
+def _kept(drop: Optional[Array], keep: float, shape: Tuple[int, ...]) -> Optional[Array]:
+    """Factors of the probabilities, from one bit each (lowest bit first): 1 / keep where it is set."""
+    if drop is None or keep == 1:
+        return None
+    bits = np.unpackbits(np.ascontiguousarray(drop).reshape(-1), bitorder="little")
+    return bits[:int(np.prod(shape))].reshape(shape) / keep
+
+
+def _wide(x: Array, heads: int) -> Array:
+    """Key/value heads [B, N_kv, T, D] repeated for the query heads that share them."""
+    if heads % x.shape[1]:
+        raise ExecutionError(f"FlashAttentionScore: {heads} query heads cannot share {x.shape[1]} key/value heads")
+    return np.repeat(x, heads // x.shape[1], 1)
+
+
+def _narrow(x: Array, heads: int) -> Array:
+    """Gradients of repeated heads added up."""
+    return x.reshape(x.shape[0], heads, -1, *x.shape[2:]).sum(2)
+
+
+def forward(q: Array, k: Array, v: Array, hidden: Array, scale: float, kept: Optional[Array] = None
+            ) -> Tuple[Array, Array, Array]:
+    """q: [B, N, S, D]; k, v: [B, N_kv, T, D] -> largest score and sum of exponentials [B, N, S, 1], result as q."""
+    heads = q.shape[1]
+    scores = np.matmul(q, np.swapaxes(_wide(k, heads), -1, -2)) * scale
+    hidden = np.broadcast_to(hidden, scores.shape)
+    top = np.max(np.where(hidden, -np.inf, scores), -1, keepdims=True)
+    top = np.where(np.isfinite(top), top, _LOWEST)
+    weights = np.where(hidden, 0.0, np.exp(np.where(hidden, 0.0, scores - top)))
+    total = weights.sum(-1, keepdims=True)
+    probabilities = weights / np.where(total == 0, 1.0, total)
+    if kept is not None:
+        probabilities = probabilities * kept
+    return top, total, np.matmul(probabilities, _wide(v, heads))
+
+
+def backward(q: Array, k: Array, v: Array, dy: Array, hidden: Array, scale: float, top: Array, total: Array,
+             result: Array, kept: Optional[Array] = None) -> Tuple[Array, Array, Array]:
+    """Gradients of q, k and v from those of the result, with what the forward pass has kept."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    scores = np.matmul(q, np.swapaxes(_wide(k, heads), -1, -2)) * scale
+    hidden = np.broadcast_to(hidden, scores.shape)
+    weights = np.where(hidden, 0.0, np.exp(np.where(hidden, 0.0, scores - top)))
+    probabilities = weights / np.where(total == 0, 1.0, total)
+    used = probabilities if kept is None else probabilities * kept
+    d_used = np.matmul(dy, np.swapaxes(_wide(v, heads), -1, -2))
+    d_probabilities = d_used if kept is None else d_used * kept
+    d_scores = probabilities * (d_probabilities - np.sum(dy * result, -1, keepdims=True)) * scale
+    return (np.matmul(d_scores, _wide(k, heads)),
+            _narrow(np.matmul(np.swapaxes(d_scores, -1, -2), q), kv_heads),
+            _narrow(np.matmul(np.swapaxes(used, -1, -2), dy), kv_heads))
+
+
+def _pieces(layout: str, ends: Any, lengths_of: str) -> List[slice]:
+    """The sequences of TND (`ends`: where each ends) and TH (their lengths)."""
+    if ends is None:
+        raise ExecutionError(f"FlashAttentionScore: layout {layout} needs {lengths_of}")
+    numbers = [int(value) for value in np.ravel(ends)]
+    stops = numbers if layout == "TND" else list(np.cumsum(numbers))
+    return [slice(start, stop) for start, stop in zip([0, *stops[:-1]], stops)]
+
+
+class _Call:
+    """The inputs of the kernel that both directions share."""
+
+    def __init__(self, node: Node, shift: Any, padding: Any, prefix: Any, heads: int, keep: float, scale: float,
+                 before: int, behind: int, layout: int, mode: int, empty_band: bool):
+        for value, name in ((shift, "pse_shift"), (padding, "padding_mask"), (prefix, "prefix")):
+            if value is not None:
+                raise ExecutionError(f"{node}: input {name} is not known to the interpreter; leave it out")
+        self.layout = LAYOUTS[layout]
+        self.heads, self.keep, self.scale, self.mode = heads, keep, scale, mode
+        self.before, self.behind, self.empty_band = before, behind, empty_band
+
+    def hidden(self, queries: int, keys: int, mask: Optional[Array]) -> Array:
+        return forbidden(queries, keys, mask, self.before, self.behind, self.mode, self.empty_band)
+
+    def check(self, q: Array, k: Array, v: Array) -> None:
+        """Raises ExecutionError where heads or lengths do not fit each other."""
+        if q.shape[1] != self.heads or k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
+            raise ExecutionError(f"FlashAttentionScore: query {q.shape}, key {k.shape} and value {v.shape} as [B, N, S, "
+                                 f"D] do not fit each other, or head_num {self.heads}")
+
+    def heads_of(self, x: Array, q: Array) -> Array:
+        """x as [B, N, S, D]; head size as in q."""
+        if self.layout in ("BSH", "SBH"):
+            return _to_heads(x, self.layout, x.shape[-1] // (q.shape[-1] // self.heads))
+        return _to_heads(x, self.layout, self.heads)
+
+
+def flash_attention(node: Node, q: Array, k: Array, v: Array, shift: Any, drop: Any, padding: Any, mask: Any,
+                    prefix: Any, q_ends: Any, kv_ends: Any, heads: int, keep: float, scale: float, before: int,
+                    behind: int, _inner: int, layout: int, mode: int, empty_band: bool = False) -> Tuple[Any, ...]:
+    """(largest scores, sums, [], result); in TH the result alone counts."""
+    call = _Call(node, shift, padding, prefix, heads, keep, scale, before, behind, layout, mode, empty_band)
+    empty = np.zeros(1, q.dtype)
+    if call.layout not in ("TND", "TH"):
+        qh, kh, vh = (call.heads_of(x, q) for x in (q, k, v))
+        call.check(qh, kh, vh)
+        scores = (*qh.shape[:3], kh.shape[2])
+        top, total, result = forward(qh, kh, vh, call.hidden(*scores[2:], mask), scale, _kept(drop, keep, scores))
+        copies = (*qh.shape[:3], _COPIES)
+        return np.broadcast_to(top, copies), np.broadcast_to(total, copies), empty, _from_heads(result, call.layout)
+    if drop is not None:
+        raise ExecutionError(f"{node}: dropout in layout {call.layout} is not known to the interpreter")
+    width = q.shape[-1] // heads if call.layout == "TH" else q.shape[-1]
+    qt, kt, vt = (x.reshape(x.shape[0], -1, width) for x in (q, k, v))
+    tops, totals = np.zeros((len(qt), heads, 1)), np.zeros((len(qt), heads, 1))
+    result = np.zeros_like(qt)
+    for rows, keys in zip(_pieces(call.layout, q_ends, "q lengths"), _pieces(call.layout, kv_ends, "kv lengths")):
+        qh, kh, vh = (np.swapaxes(x, 0, 1)[None] for x in (qt[rows], kt[keys], vt[keys]))
+        call.check(qh, kh, vh)
+        # TH is causal: the kernel repeats the triangle it is given.
+        hidden = (np.triu(np.ones((qh.shape[2], kh.shape[2]), bool), 1) if call.layout == "TH"
+                  else call.hidden(qh.shape[2], kh.shape[2], mask))
+        top, total, part = forward(qh, kh, vh, hidden, scale)
+        tops[rows], totals[rows], result[rows] = (np.swapaxes(x[0], 0, 1) for x in (top, total, part))
+    if call.layout == "TH":
+        return empty, empty, empty, result.reshape(q.shape)
+    return np.broadcast_to(tops, (*tops.shape[:2], _COPIES)), np.broadcast_to(totals, (*tops.shape[:2], _COPIES)), \
+        empty, result
+
+
+def flash_attention_grad(node: Node, q: Array, k: Array, v: Array, dy: Array, shift: Any, drop: Any, padding: Any,
+                         mask: Any, top: Array, total: Array, _softmax: Any, result: Array, prefix: Any, q_ends: Any,
+                         kv_ends: Any, heads: int, keep: float, scale: float, before: int, behind: int, _inner: int,
+                         layout: int, mode: int, empty_band: bool = False) -> Tuple[Any, ...]:
+    """Gradients of query, key, value, and an empty one of pse_shift."""
+    call = _Call(node, shift, padding, prefix, heads, keep, scale, before, behind, layout, mode, empty_band)
+    empty = np.zeros(0, q.dtype)
+    if call.layout == "TH":
+        raise ExecutionError(f"{node}: the interpreter knows no gradient in layout TH, which is for inference")
+    if call.layout != "TND":
+        qh, kh, vh, dyh, rh = (call.heads_of(x, q) for x in (q, k, v, dy, result))
+        call.check(qh, kh, vh)
+        scores = (*qh.shape[:3], kh.shape[2])
+        parts = backward(qh, kh, vh, dyh, call.hidden(*scores[2:], mask), scale, top[..., :1], total[..., :1], rh,
+                         _kept(drop, keep, scores))
+        return (*(_from_heads(part, call.layout) for part in parts), empty)
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    for rows, keys in zip(_pieces("TND", q_ends, "q lengths"), _pieces("TND", kv_ends, "kv lengths")):
+        qh, kh, vh, dyh, rh, t, s = (np.swapaxes(x, 0, 1)[None] for x in (
+            q[rows], k[keys], v[keys], dy[rows], result[rows], top[rows, :, :1], total[rows, :, :1]))
+        parts = backward(qh, kh, vh, dyh, call.hidden(qh.shape[2], kh.shape[2], mask), scale, t, s, rh)
+        dq[rows], dk[keys], dv[keys] = (np.swapaxes(part[0], 0, 1) for part in parts)
+    return dq, dk, dv, empty
+
+
+def operators(empty_band: bool = False) -> Dict[str, Callable[..., Sequence[Any]]]:
+    """The kernels by their names. empty_band: see `forbidden`."""
+    return {"FlashAttentionScore": partial(flash_attention, empty_band=empty_band),
+            "FlashAttentionScoreGrad": partial(flash_attention_grad, empty_band=empty_band)}

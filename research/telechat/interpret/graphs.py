@@ -1,0 +1,120 @@
+"""Compiles all ranks of a plan with the simulated runtime and keeps the graphs by what they are made from.
+
+The key of a plan is a digest of the recipe, the versions of MindSpore and MindFormers, and the sources that a graph
+depends on. The graphs lie beside the stand-ins of the simulated runtime (TELECHAT_SIM_CACHE).
+"""
+import gzip
+import hashlib
+import json
+import pickle
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+from research.telechat.ascend_sim import runtime
+from research.telechat.ascend_sim.account import Mesh
+from research.telechat.ascend_sim.compile import compile_plan, start_worker
+from research.telechat.checkpoint.strategy import Strategy, read_strategy
+from research.telechat.common.environment import PLUGIN
+from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject, whole
+from research.telechat.interpret.ir import Program, read_program
+from research.telechat.plan.plan import Plan, read_plan
+
+_FORM = 1                                    # raise it when what is kept changes
+_NOT_IN_A_GRAPH = ("chat", "commands", "evaluation", "interpret", "text", "plan")    # rooms
+Starter = Callable[..., Any]
+
+
+class Compiled(NamedTuple):
+    """All ranks of a plan. programs: per rank {"step" or "prefill" and "decode": Program}."""
+
+    recipe: JsonObject
+    plan: Plan
+    programs: List[Dict[str, Program]]
+    strategy: Optional[Strategy]             # None where nothing is cut within a pipeline stage
+    seconds: float                           # of compiling; 0 where all graphs were kept
+
+
+def _sources() -> str:
+    """Digest of the sources that a graph depends on."""
+    digest = hashlib.sha256()
+    for path in sorted(PLUGIN.rglob("*.py")):
+        place = path.relative_to(PLUGIN)
+        if place.parts[0] not in _NOT_IN_A_GRAPH:
+            digest.update(str(place).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _key(recipe: JsonObject) -> str:
+    versions = [runtime.mindspore_version(), metadata.version("mindformers")]
+    content = json.dumps([_FORM, recipe, versions, _sources()], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _compile_rank(recipe: JsonObject, plan: Plan, rank: int, target: Path, timeout: float, start: Starter) -> float:
+    """Compile one rank into the file `target`; returns the compiler's seconds. Raises ConfigError."""
+    work = Path(tempfile.mkdtemp(prefix="telechat-execute-"))
+    try:
+        report = compile_plan(recipe, Mesh(plan.pp, plan.dp, plan.cp, plan.mp), rank, plan.model.seq_length + 1, work,
+                              timeout, start=start)
+        if not report["ok"]:
+            said = (report["details"] or report["error"].splitlines())[0]
+            raise ConfigError(f"rank {rank} of the small plan does not compile: {said[:400]}")
+        programs = {name: read_program(work / f"{name}.mindir", runtime.mindspore_folder())
+                    for name in report["graphs"]}
+        strategies = {path.name: path.read_bytes() for path in sorted(work.glob("output/strategy/*.ckpt"))}
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole(target) as beside, gzip.open(beside, "wb", compresslevel=1) as handle:
+            pickle.dump((programs, strategies), handle)
+        return float(report["seconds"].get("total", 0))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def compiled(recipe: JsonObject, jobs: int = 1, timeout: float = 3600, start: Starter = start_worker,
+             progress: Callable[[], Any] = lambda: None) -> Compiled:
+    """The graphs of all ranks of `recipe`, compiled where they are not kept yet.
+
+    Args:
+        recipe: small and complete (shrink.py).
+        jobs: ranks that are compiled at the same time; each takes a core and about 1.5 GB.
+        timeout: seconds for one rank.
+        start: see ascend_sim.compile.compile_plan.
+        progress: called when a rank is there.
+
+    Raises:
+        ConfigError: a rank does not compile. SimulationError: there is no simulated runtime.
+    """
+    plan = read_plan(recipe)
+    folder = runtime.cache_folder() / "graphs" / _key(recipe)
+    files = [folder / f"rank_{rank}.gz" for rank in range(plan.ranks)]
+    seconds = 0.0
+
+    def one(rank: int) -> float:
+        spent = 0.0 if files[rank].is_file() else _compile_rank(recipe, plan, rank, files[rank], timeout, start)
+        progress()
+        return spent
+
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        seconds = sum(pool.map(one, range(plan.ranks)))
+    programs, strategies = [], {}
+    for file in files:
+        with gzip.open(file, "rb") as handle:
+            mine, written = pickle.load(handle)              # our own files in the user's cache
+        programs.append(mine)
+        strategies.update(written)
+    return Compiled(recipe, plan, programs, _strategy(plan, strategies), seconds)
+
+
+def _strategy(plan: Plan, files: Dict[str, bytes]) -> Optional[Strategy]:
+    if plan.ranks == plan.pp or not files:                   # MindSpore writes no device matrix for stages alone
+        return None
+    with tempfile.TemporaryDirectory(prefix="telechat-strategy-") as name:
+        for file, content in files.items():
+            (Path(name) / file).write_bytes(content)
+        return read_strategy(Path(name))

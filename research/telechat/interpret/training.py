@@ -1,0 +1,142 @@
+"""Training steps of a plan and of the uncut plan, executed with the same weights and batches, and compared."""
+from typing import Dict, List, NamedTuple, Sequence
+
+import numpy as np
+
+from research.telechat.common.errors import ExecutionError
+from research.telechat.common.files import JsonObject
+from research.telechat.interpret import collectives
+from research.telechat.interpret.graphs import Compiled
+from research.telechat.interpret.operators import OPERATORS
+from research.telechat.interpret.rank import Rank
+from research.telechat.interpret.weights import Weights, cut, differences, merge, random_weights
+
+LIMIT = 1e-10                                # largest difference to the uncut plan, in float64
+IGNORED = -100                               # label of a token that does not count
+_LOSS, _NORM = 0, 4                          # places among the results of a step
+Batch = List[np.ndarray]
+
+
+class Steps(NamedTuple):
+    """losses, norms: per step. weights: after the last. stale: see weights.merge."""
+
+    losses: List[float]
+    norms: List[float]
+    weights: Weights
+    stale: List[str]
+    executed: Dict[str, int]                 # operators of all ranks, how often
+
+
+def make_batch(whole: Compiled, seed: int) -> Batch:
+    """Tokens, labels and, where the graph takes them, ends of documents; the number of labels differs between rows."""
+    inputs = whole.programs[0]["step"].inputs
+    rows, length = inputs[0][1]
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(6, whole.plan.model.vocab_size, (rows, length)).astype(np.int32)
+    labels = ids.copy()
+    for row in range(rows):
+        labels[row, : 1 + (row * length) // (rows + 1)] = IGNORED
+    batch = [ids, labels]
+    if len(inputs) > 2:
+        ends = np.full(inputs[2][1], length - 1, np.int32)
+        for row in range(rows):
+            cuts = np.sort(rng.choice(np.arange(1, length - 1), 3, replace=False))
+            ends[row, :3] = cuts
+        batch.append(ends)
+    return batch
+
+
+def _scalar(results: Sequence[Sequence[object]], number: int) -> float:
+    """One of the results of a step, on which all ranks must agree."""
+    values = [float(np.ravel(np.asarray(result[number]))[0]) for result in results]
+    if max(values) - min(values) > LIMIT * max(1.0, abs(values[0])):
+        raise ExecutionError(f"the ranks disagree on the {'loss' if number == _LOSS else 'norm'}: {values}")
+    return values[0]
+
+
+def execute(compiled: Compiled, weights: Weights, batches: Sequence[Batch], precise: bool = True,
+            operators: object = None) -> Steps:
+    """One step for each batch, all ranks. weights: of the whole model; batches: what every rank reads.
+
+    Raises ExecutionError: something cannot be executed, or ranks that should agree do not.
+    """
+    box: collectives.Box = {}
+    ranks = [Rank(number, len(compiled.programs), programs["step"], cut(weights, compiled, number, "step"), box, precise,
+                  operators or OPERATORS) for number, programs in enumerate(compiled.programs)]
+    losses, norms = [], []
+    for batch in batches:
+        results = collectives.run({rank.number: rank.run(batch) for rank in ranks}, box)
+        outputs = [results[rank.number] for rank in ranks]
+        losses.append(_scalar(outputs, _LOSS))
+        norms.append(_scalar(outputs, _NORM))
+    merged = merge([rank.named() for rank in ranks], weights, compiled)
+    executed: Dict[str, int] = {}
+    for rank in ranks:
+        for name, count in rank.executed.items():
+            executed[name] = executed.get(name, 0) + count
+    return Steps(losses, norms, merged.weights, merged.stale, executed)
+
+
+def causality(compiled: Compiled, weights: Weights, batch: Batch) -> float:
+    """How much the loss of the first half of the labels changes with the tokens of the second half; 0 is causal."""
+    ids, labels = batch[0], batch[1].copy()
+    half = ids.shape[1] // 2
+    labels[:, 1:half] = ids[:, 1:half]
+    labels[:, half:] = IGNORED
+    other = ids.copy()
+    other[:, half:] = ids[:, half:][:, ::-1]
+    losses = [execute(compiled, weights, [[tokens, labels, *batch[2:]]]).losses[0] for tokens in (ids, other)]
+    return abs(losses[0] - losses[1])
+
+
+class Comparison(NamedTuple):
+    """What executing a plan has shown. Differences as weights.differences has them."""
+
+    steps: int
+    losses: List[float]
+    norms: List[float]
+    loss_gap: float                          # largest relative difference of losses and norms
+    differences: Dict[str, float]
+    leak: float                              # see `causality`
+    stale: List[str]
+
+    @property
+    def worst(self) -> float:
+        """The largest of all."""
+        return max([self.loss_gap, self.leak, *self.differences.values()])
+
+    def fault(self) -> str:
+        """What is wrong, in a line; '' where nothing is."""
+        if self.leak > LIMIT:
+            return (f"the loss of the first half of a sequence changes by {self.leak:.1e} with the tokens of the second "
+                    "half: attention looks into the future")
+        first = next((name for name, gap in self.differences.items() if not gap <= LIMIT), None)
+        if first:
+            return (f"{first} is the first parameter that differs from the uncut model's, by "
+                    f"{self.differences[first]:.1e} of its largest change (limit {LIMIT:.0e}); the largest difference is "
+                    f"{self.worst:.1e}")
+        if not self.loss_gap <= LIMIT:
+            return f"loss or norm differ from the uncut model's by {self.loss_gap:.1e} (limit {LIMIT:.0e})"
+        return ""
+
+    def as_json(self) -> JsonObject:
+        """For a file."""
+        return {**self._asdict(), "worst": self.worst, "fault": self.fault()}
+
+
+def compare(compiled: Compiled, uncut: Compiled, steps: int = 2, seed: int = 0, operators: object = None) -> Comparison:
+    """Execute both with the same random weights, moments and batches. Raises ExecutionError."""
+    weights = random_weights(uncut.programs[0]["step"], seed)
+    batches = [make_batch(uncut, seed + 1 + step) for step in range(steps)]
+    expected = execute(uncut, weights, batches)
+    found = execute(compiled, weights, batches, operators=operators)
+    gaps = [abs(one - other) / abs(other) for one, other in zip(found.losses + found.norms,
+                                                                expected.losses + expected.norms)]
+    return Comparison(steps, found.losses, found.norms, max(gaps),
+                      differences(found.weights, expected.weights, _in_order(uncut, weights)),
+                      causality(compiled, weights, batches[0]), found.stale)
+
+
+def _in_order(uncut: Compiled, weights: Weights) -> Weights:
+    """The weights in the order of the model."""
+    return {parameter.name: weights[parameter.name] for parameter in uncut.programs[0]["step"].parameters.values()}

@@ -1,0 +1,133 @@
+"""Random weights of the uncut model, cut for the ranks of a plan, put together again, and compared."""
+from typing import Dict, List, NamedTuple, Sequence, Tuple
+
+import numpy as np
+
+from research.telechat.checkpoint.strategy import region
+from research.telechat.common.errors import ExecutionError
+from research.telechat.interpret.graphs import Compiled
+from research.telechat.interpret.ir import FLOATING, Program
+
+Weights = Dict[str, np.ndarray]
+_COPIES_EQUAL = 1e-12                       # between ranks that hold the same
+
+
+def random_weights(program: Program, seed: int = 0) -> Weights:
+    """Values for all parameters of an uncut graph: weights, non-zero moments, empty remainders and caches."""
+    rng = np.random.default_rng(seed)
+    result: Weights = {}
+    for parameter in sorted(program.parameters.values(), key=lambda one: one.name):
+        name, shape = parameter.name, parameter.shape
+        if parameter.dtype not in FLOATING:
+            result[name] = np.zeros(shape, np.int32)
+        elif name == "scale_sense":
+            result[name] = np.ones(shape)
+        elif name.startswith(("adam_r.", "accu_grads")) or "cache" in name:
+            result[name] = np.zeros(shape)
+        elif name.startswith("adam_v."):
+            result[name] = 1e-4 * (0.1 + np.abs(rng.normal(size=shape)))
+        elif name.startswith("adam_m."):
+            result[name] = 1e-2 * rng.normal(size=shape)
+        elif "norm" in name:
+            result[name] = 1 + 0.1 * rng.normal(size=shape)
+        else:
+            result[name] = 0.15 * rng.normal(size=shape)
+    # As a float32 model can hold them, for the step on the CPU.
+    return {name: value.astype(np.float32).astype(np.float64) if value.dtype.kind == "f" else value
+            for name, value in result.items()}
+
+
+def _place(compiled: Compiled, name: str, rank: int, shape: Sequence[int], held: Sequence[int]) -> Tuple[slice, ...]:
+    """Where the slice of shape `held` that a rank holds of a parameter lies in it."""
+    strategy = compiled.strategy
+    if strategy is None or name not in strategy.layouts:
+        place = tuple(slice(0, size) for size in shape)
+    else:
+        place = tuple(slice(*ends) for ends in region(strategy.layouts[name], rank % strategy.stage_ranks, shape))
+    if tuple(one.stop - one.start for one in place) != tuple(held):
+        raise ExecutionError(f"rank {rank}: {name} of {tuple(shape)} is {tuple(held)} in the graph, the strategy file "
+                             f"says {[(one.start, one.stop) for one in place]}")
+    return place
+
+
+def cut(weights: Weights, compiled: Compiled, rank: int, graph: str) -> Weights:
+    """What a rank holds; buffers that the uncut model does not have (accumulated gradients) are 0."""
+    result = {}
+    for parameter in compiled.programs[rank][graph].parameters.values():
+        if parameter.name not in weights:
+            if not parameter.name.startswith("accu_grads"):
+                raise ExecutionError(f"rank {rank} has the parameter {parameter.name}, the uncut model has not")
+            result[parameter.name] = np.zeros(parameter.shape)
+            continue
+        value = weights[parameter.name]
+        result[parameter.name] = value[_place(compiled, parameter.name, rank, value.shape, parameter.shape)]
+    return result
+
+
+def cut_by_shape(weights: Weights, compiled: Compiled, rank: int, graph: str) -> Weights:
+    """What a rank of model parallelism holds, without strategy files: prediction writes none."""
+    result = {}
+    ranks = compiled.plan.mp
+    for parameter in compiled.programs[rank][graph].parameters.values():
+        value = weights[parameter.name]
+        for axis, (size, held) in enumerate(zip(value.shape, parameter.shape)):
+            if size not in (held, held * ranks):
+                raise ExecutionError(f"{parameter.name} of {value.shape} cannot be cut to {parameter.shape} for {ranks} "
+                                     "ranks")
+            if size != held:
+                value = np.split(value, ranks, axis)[rank]
+        result[parameter.name] = value
+    return result
+
+
+class Merged(NamedTuple):
+    """weights: of the whole model. stale: parameters of which a later pipeline stage holds an older copy."""
+
+    weights: Weights
+    stale: List[str]
+
+
+def merge(held: Sequence[Weights], weights: Weights, compiled: Compiled) -> Merged:
+    """What the ranks hold, put together. held: per rank; weights: of the whole model, for names and shapes.
+
+    Of a parameter that several pipeline stages hold, the first stage's counts, as in scripts/transform_checkpoint.py:
+    the last stage's table of tied embeddings is not used, and goes stale.
+
+    Raises ExecutionError: ranks of a stage that should hold the same do not; something is missing.
+    """
+    stage_ranks = len(held) // compiled.plan.pp
+    result: Weights = {}
+    stages: Dict[str, int] = {}
+    stale = set()
+    for rank, mine in enumerate(held):
+        for name, value in mine.items():
+            if name not in weights:
+                continue
+            whole = result.setdefault(name, np.full(weights[name].shape, np.nan))
+            place = _place(compiled, name, rank, whole.shape, value.shape)
+            known = whole[place]
+            if known.size == 0 or np.isnan(known).any():
+                whole[place] = value
+                stages.setdefault(name, rank // stage_ranks)
+            elif np.abs(known - value).max() > _COPIES_EQUAL:
+                if stages[name] == rank // stage_ranks:
+                    raise ExecutionError(f"{name}: rank {rank} holds something else than a rank that should hold the same"
+                                         f", by up to {np.abs(known - value).max():.1e}")
+                stale.add(name)
+    missing = [name for name in weights if name not in result or np.isnan(result[name]).any()]
+    if missing:
+        raise ExecutionError(f"no rank holds all of {', '.join(missing[:3])}")
+    return Merged(result, sorted(stale))
+
+
+def differences(found: Weights, expected: Weights, before: Weights) -> Dict[str, float]:
+    """For each parameter the largest difference of its change, as a share of the largest change; absolute where nothing
+    changes. In the order of `before`."""
+    result = {}
+    for name, start in before.items():
+        if name not in found or name not in expected:
+            continue
+        largest = np.abs(expected[name] - start).max(initial=0)
+        gap = np.abs(found[name].astype(np.float64) - expected[name]).max(initial=0)
+        result[name] = float(gap / largest if largest else gap)
+    return result
