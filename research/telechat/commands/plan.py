@@ -5,9 +5,11 @@
     python scripts/plan.py --config ... --ranks 64 --check                   # faults only
     python scripts/plan.py --command "python run_mindformer.py ..." --ranks 64 --check         # for launchers
     python scripts/plan.py --config ... --ranks 64 --parallel_config.micro_batch_num 32 --picture plan.png
+    python scripts/plan.py --config ... --ranks 8 --execute                  # computes what a small model of it computes
 
-Keys of the recipe are set as run_mindformer.py takes them. The exit code is 1 if the plan cannot run. Nothing is
-executed: compiling ends with the graph of one rank, and activations are estimated (docs/parallel.md).
+Keys of the recipe are set as run_mindformer.py takes them. The exit code is 1 if the plan cannot run, or computes
+something else than one rank. No NPU is needed: graphs are compiled for Ascend and executed in NumPy, and activations
+are estimated (docs/parallel.md).
 """
 import argparse
 import copy
@@ -17,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Tuple
 
+from research.telechat.commands import plan_execute
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, write_text
@@ -48,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", type=Path, help="file to write everything to")
     add("--picture", type=Path, help="PNG file to draw the memory of each stage to")
     add("--keep", type=Path, help="with --compile: folder that keeps log, graph and strategy files")
-    add("--timeout", type=float, default=3600, help="with --compile: seconds")
+    add("--timeout", type=float, default=3600, help="with --compile and --execute: seconds for one rank")
+    plan_execute.add_options(parser)
     add("--options", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the recipe to set")
     return parser
 
@@ -137,6 +141,11 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     if not 0 < args.mfu <= 1:
         raise ConfigError(f"--mfu: expected a share over 0, at most 1, found {args.mfu:g}")
     recipe = complete_recipe(args, overrides)
+    if args.execute:
+        result = plan_execute.execute_plan(recipe, args)
+        if args.json:
+            write(args.json, json.dumps(result, indent=1) + "\n")
+        return 1 if result["fault"] else 0
     plan = read_plan(recipe)
     faults = find_faults(plan, args.ranks)
     for fault in faults:

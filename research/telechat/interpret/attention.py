@@ -7,7 +7,7 @@ the query to `next_tokens` behind it; 1 the mask alone; 2 and 3 causal, counted 
 corner; 4 a band, counted from the lower right corner. Modes 2 to 4 need the compressed mask, a triangle of 2048 x 2048.
 Layouts: BNSD, BSH, SBH, BSND, and TND and TH for sequences that stand back to back, TND with their ends.
 """
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -22,10 +22,15 @@ _COPIES = 8                                                  # the kernel return
 Array = np.ndarray
 
 
+@lru_cache(maxsize=1)
+def _triangle() -> Array:
+    return np.triu(np.ones((COMPRESSED, COMPRESSED), np.uint8), 1)
+
+
 def _is_triangle(mask: Optional[Array]) -> bool:
     if mask is None or mask.shape[-2:] != (COMPRESSED, COMPRESSED) or mask.size != COMPRESSED ** 2:
         return False
-    return bool(np.array_equal(mask.reshape(COMPRESSED, COMPRESSED) != 0, np.triu(np.ones((COMPRESSED,) * 2, bool), 1)))
+    return bool(np.array_equal(mask.reshape(COMPRESSED, COMPRESSED), _triangle()))
 
 
 def forbidden(queries: int, keys: int, mask: Optional[Array], before: int, behind: int, mode: int,
