@@ -76,8 +76,8 @@ def test_who_waits_for_whom():
     with pytest.raises(ExecutionError) as caught:
         run({0: ask(arrive(1, (0, 1))), 1: ask(arrive(2, (1, 2))), 2: ask(Wanted(0, 7, "stage 1")), 3: ask()}, {})
     assert str(caught.value) == (
-        "no rank can go on: rank 0 waits in AllReduce at place of 1 for ranks [1]; rank 1 waits in AllReduce at place of "
-        "2 for ranks [2]; rank 2 waits for tag 7 of rank 0 at stage 1; ranks [3] have ended")
+        "no rank can go on: rank 0 waits in AllReduce at place of 1 for ranks [1]; rank 1 waits in AllReduce at place "
+        "of 2 for ranks [2]; rank 2 waits for tag 7 of rank 0 at stage 1; ranks [3] have ended")
     with pytest.raises(ExecutionError, match=r"never received .*\(0, 1, 'a'\) 1 times"):
         run({0: ask()}, {(0, 1, "a"): deque([1.0])})
 
@@ -109,7 +109,7 @@ def test_parameters_are_read_and_written():
     np.testing.assert_array_equal(rank.named()["w"], ONE + TWO)
     with pytest.raises(ExecutionError, match=r"w has the shape \(2, 2\) in the graph, found \(4, 2\)"):
         execute(graph, parameters={"w": np.vstack([ONE, TWO])})
-    with pytest.raises(ExecutionError, match="parameter w, which was not given"):
+    with pytest.raises(ExecutionError, match="parameter w of the graph was not given"):
         execute(graph)
 
 
@@ -133,9 +133,9 @@ def test_shapes_are_compared_with_the_compilers():
 
 
 def test_unknown_operators_are_named():
-    with pytest.raises(ExecutionError, match="does not know the operator FancyNorm .*operators.py"):
+    with pytest.raises(ExecutionError, match=r"does not know the operator FancyNorm .*operators\.py"):
         execute(program([node("FancyNorm", ["x"], "y")], "y"))
-    with pytest.raises(ExecutionError, match="rank 0: MatMul .*(3, 3)"):
+    with pytest.raises(ExecutionError, match=r"rank 0: MatMul .*\(3, 3\)"):
         execute(program([node("MatMul", ["x", "c"], "y")], "y", {"c": np.ones((3, 3))}))
 
 
@@ -153,7 +153,8 @@ def test_declared_types_round_and_precise_ones_do_not():
     ("MatMul", (ONE, TWO, True, False), ONE.T @ TWO), ("ReduceSum", (ONE, (), False, True), ONE),
     ("ReduceSum", (ONE, (-1,), True, False), [[1], [5]]), ("SumExt", (ONE, None, False), 6),
     ("ReduceMax", (ONE, (-1,), True), [[1], [3]]), ("Split", (np.arange(6.0), 0, 3), [[0, 1], [2, 3], [4, 5]]),
-    ("SplitWithSize", (np.arange(3.0), (1, 2), 0), [[0], [1, 2]]), ("Gather", (TWO, np.array([1, 0, 1]), 0), TWO[[1, 0, 1]]),
+    ("SplitWithSize", (np.arange(3.0), (1, 2), 0), [[0], [1, 2]]),
+    ("Gather", (TWO, np.array([1, 0, 1]), 0), TWO[[1, 0, 1]]),
     ("OneHot", (np.array([1, 3]), 3, 1.0, 0.0, -1), [[0, 1, 0], [0, 0, 0]]),
     ("UnsortedSegmentSum", (ONE, np.array([1, 1]), 3), [[0, 0], [2, 4], [0, 0]]),
     ("UnsortedSegmentSum", (ONE, np.array([-1, 3]), 3), np.zeros((3, 2))),
@@ -178,7 +179,8 @@ def test_gradient_of_silu():
     np.testing.assert_allclose(OPERATORS["SiLUGrad"](None, np.ones(7), x), expected, atol=1e-8)
 
 
-@pytest.mark.parametrize("op, inputs", [("Gather", (ONE, np.array([2]), 0)), ("GatherD", (ONE, 1, np.array([[-1], [0]])))])
+@pytest.mark.parametrize("op, inputs", [("Gather", (ONE, np.array([2]), 0)),
+                                        ("GatherD", (ONE, 1, np.array([[-1], [0]])))])
 def test_an_index_out_of_range_is_refused(op, inputs):
     with pytest.raises(ExecutionError, match="of an axis of 2"):
         OPERATORS[op](node(op, [], "y"), *inputs)

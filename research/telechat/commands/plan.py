@@ -5,7 +5,7 @@
     python scripts/plan.py --config ... --ranks 64 --check                   # faults only
     python scripts/plan.py --command "python run_mindformer.py ..." --ranks 64 --check         # for launchers
     python scripts/plan.py --config ... --ranks 64 --parallel_config.micro_batch_num 32 --picture plan.png
-    python scripts/plan.py --config ... --ranks 8 --execute                  # computes what a small model of it computes
+    python scripts/plan.py --config ... --ranks 8 --execute                  # computes a small model, compares it
 
 Keys of the recipe are set as run_mindformer.py takes them. The exit code is 1 if the plan cannot run, or computes
 something else than one rank. No NPU is needed: graphs are compiled for Ascend and executed in NumPy, and activations

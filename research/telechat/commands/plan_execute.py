@@ -1,5 +1,4 @@
-"""`plan --execute`: compiles a small model of the recipe's plan for all ranks and compares what it computes with one rank.
-"""
+"""`plan --execute`: compiles a small model of a plan for all ranks and compares what it computes with one rank."""
 import argparse
 from typing import Any, Callable, Dict, List
 
@@ -26,7 +25,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--sizes", nargs="+", default=[], metavar="KEY=VALUE",
         help="with --execute: sizes of the small model other than the least, e.g. num_layers=4 seq_length=64")
     add("--jobs", type=int, default=1, help="with --execute: ranks compiled at the same time (a core, 1.5 GB each)")
-    add("--cpu", action="store_true", help="with --execute: compare the uncut graph with a real step on the CPU as well")
+    add("--cpu", action="store_true",
+        help="with --execute: compare the uncut graph with a real step on the CPU as well")
 
 
 def read_sizes(words: List[str]) -> Sizes:
@@ -59,8 +59,8 @@ def _training(plan: Compiled, whole: Compiled, args: argparse.Namespace) -> Json
     result = training.compare(plan, whole, args.steps)
     for step, (loss, norm) in enumerate(zip(result.losses, result.norms)):
         print(f"step {step}: loss {loss:.12f}, norm of the gradients {norm:.12f}")
-    print(f"largest difference to one rank: loss and norm {result.loss_gap:.1e}; of {len(result.differences)} parameters "
-          "and moments, as a share of the largest change:")
+    print(f"largest difference to one rank: loss and norm {result.loss_gap:.1e}; of {len(result.differences)} "
+          "parameters and moments, as a share of the largest change:")
     print(_show(result.differences))
     print(f"tokens behind a label change its loss by {result.leak:.1e}")
     if result.stale:
@@ -71,7 +71,7 @@ def _training(plan: Compiled, whole: Compiled, args: argparse.Namespace) -> Json
 def _prediction(plan: Compiled, whole: Compiled, args: argparse.Namespace) -> JsonObject:
     result = prediction.compare(plan, whole, args.steps + 1)
     for step, gap in enumerate(result.steps):
-        print(f"{'decoding ' + str(step) if step else 'prompt'}: largest difference of the logits to one rank {gap:.1e}")
+        print(f"{'decoding ' + str(step) if step else 'prompt'}: logits differ from those of one rank by {gap:.1e}")
     print(f"decoding differs from reading prompt and answer at once by {result.again:.1e}")
     return result.as_json()
 
@@ -88,8 +88,8 @@ def _real_step(whole: Compiled, args: argparse.Namespace) -> JsonObject:
     print(f"a real float32 step on the CPU: loss differs by {gap:.1e}, parameters and moments by {worst:.1e} of the "
           "largest change")
     fault = "" if max(gap, worst) <= cpu_step.LIMIT else (
-        f"the graph computes something else than the model on the CPU: {max(gaps, key=lambda name: gaps[name])} differs "
-        f"by {worst:.1e} (limit {cpu_step.LIMIT:.0e})")
+        f"the graph computes something else than the model on the CPU: {max(gaps, key=lambda name: gaps[name])} "
+        f"differs by {worst:.1e}, the loss by {gap:.1e} (limit {cpu_step.LIMIT:.0e})")
     return {"loss": gap, "differences": gaps, "fault": fault}
 
 

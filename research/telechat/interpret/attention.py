@@ -163,8 +163,8 @@ class _Call:
     def check(self, q: Array, k: Array, v: Array) -> None:
         """Raises ExecutionError where heads or lengths do not fit each other."""
         if q.shape[1] != self.heads or k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
-            raise ExecutionError(f"FlashAttentionScore: query {q.shape}, key {k.shape} and value {v.shape} as [B, N, S, "
-                                 f"D] do not fit each other, or head_num {self.heads}")
+            raise ExecutionError(f"FlashAttentionScore: query {q.shape}, key {k.shape} and value {v.shape} as [B, N, "
+                                 f"S, D] do not fit each other, or head_num {self.heads}")
 
     def heads_of(self, x: Array, q: Array) -> Array:
         """x as [B, N, S, D]; head size as in q."""
@@ -182,8 +182,8 @@ def flash_attention(node: Node, q: Array, k: Array, v: Array, shift: Any, drop: 
     if call.layout not in ("TND", "TH"):
         qh, kh, vh = (call.heads_of(x, q) for x in (q, k, v))
         call.check(qh, kh, vh)
-        scores = (*qh.shape[:3], kh.shape[2])
-        top, total, result = forward(qh, kh, vh, call.hidden(*scores[2:], mask), scale, _kept(drop, keep, scores))
+        hidden, kept = call.hidden(qh.shape[2], kh.shape[2], mask), _kept(drop, keep, (*qh.shape[:3], kh.shape[2]))
+        top, total, result = forward(qh, kh, vh, hidden, scale, kept)
         copies = (*qh.shape[:3], _COPIES)
         return np.broadcast_to(top, copies), np.broadcast_to(total, copies), empty, _from_heads(result, call.layout)
     if drop is not None:
@@ -218,9 +218,8 @@ def flash_attention_grad(node: Node, q: Array, k: Array, v: Array, dy: Array, sh
     if call.layout != "TND":
         qh, kh, vh, dyh, rh = (call.heads_of(x, q) for x in (q, k, v, dy, result))
         call.check(qh, kh, vh)
-        scores = (*qh.shape[:3], kh.shape[2])
-        parts = backward(qh, kh, vh, dyh, call.hidden(*scores[2:], mask), scale, top[..., :1], total[..., :1], rh,
-                         _kept(drop, keep, scores))
+        hidden, kept = call.hidden(qh.shape[2], kh.shape[2], mask), _kept(drop, keep, (*qh.shape[:3], kh.shape[2]))
+        parts = backward(qh, kh, vh, dyh, hidden, scale, top[..., :1], total[..., :1], rh, kept)
         return (*(_from_heads(part, call.layout) for part in parts), empty)
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for rows, keys in zip(_pieces("TND", q_ends, "q lengths"), _pieces("TND", kv_ends, "kv lengths")):

@@ -3,7 +3,7 @@
 Keys and values lie in blocks [blocks, tokens per block, key/value heads, D]. A block table names the blocks of each
 sequence, a slot is the place of one token, block * tokens per block + place within it.
 """
-from typing import Any
+from typing import Any, Callable, Dict
 
 import numpy as np
 
@@ -20,7 +20,8 @@ def store(x: np.ndarray, cache: np.ndarray, slots: np.ndarray) -> np.ndarray:
     if len(tokens) != len(places):
         raise ExecutionError(f"ReshapeAndCache: {len(tokens)} tokens, but {len(places)} slots")
     if places.size and (places.max() >= len(rows) or places.min() < -1):
-        raise ExecutionError(f"ReshapeAndCache: slots {places.min()} to {places.max()} of a cache of {len(rows)} tokens")
+        raise ExecutionError(f"ReshapeAndCache: slots {places.min()} to {places.max()} of a cache of {len(rows)} "
+                             "tokens")
     rows[places[places >= 0]] = tokens[places >= 0]
     return result
 
@@ -41,10 +42,10 @@ def paged_attention(node: Node, query: np.ndarray, keys: np.ndarray, values: np.
                                  f"{len(keys)}")
         k, v = (np.repeat(cache[blocks].reshape(-1, kv_heads, q.shape[-1])[:count], heads // kv_heads, 1)
                 for cache in (keys, values))
-        scores = np.einsum("nd,tnd->nt", q[number], k) * scale
+        scores = np.einsum("hd,thd->ht", q[number], k) * scale
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        result[number] = np.einsum("nt,tnd->nd", weights / weights.sum(-1, keepdims=True), v)
+        result[number] = np.einsum("ht,thd->hd", weights / weights.sum(-1, keepdims=True), v)
     return result.reshape(query.shape)
 
 
-OPERATORS = {"PagedAttention": paged_attention}
+OPERATORS: Dict[str, Callable[..., Any]] = {"PagedAttention": paged_attention}

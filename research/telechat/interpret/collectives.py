@@ -4,7 +4,7 @@ A rank yields an `Arrival` at a collective and a `Wanted` at a receive. `run` le
 can be completed, and says who waits for what where nothing can.
 """
 from collections import deque
-from typing import Any, Deque, Dict, Generator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Any, Callable, Deque, Dict, Generator, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -12,7 +12,8 @@ from research.telechat.common.errors import ExecutionError
 
 COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "Broadcast", "AlltoAll", "AllToAll", "AlltoAllV",
                "AllToAllv", "NeighborExchange")
-_REDUCTIONS = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multiply}
+_REDUCTIONS: Dict[str, Callable[[Any, Any], Any]] = {"sum": np.add, "max": np.maximum, "min": np.minimum,
+                                                     "prod": np.multiply}
 
 
 class Arrival(NamedTuple):
@@ -123,8 +124,9 @@ def _stuck(waiting: Dict[int, Request], ended: Sequence[int]) -> str:
         if isinstance(request, Wanted):
             lines.append(f"rank {rank} waits for tag {request.tag} of rank {request.source} at {request.place}")
         else:
-            away = [other for other in request.group
-                    if not (isinstance(waiting.get(other), Arrival) and waiting[other].group == request.group)]
+            here = {other: waiting.get(other) for other in request.group}
+            away = [other for other, its in here.items()
+                    if not (isinstance(its, Arrival) and its.group == request.group)]
             lines.append(f"rank {rank} waits in {request.op} at {request.place} for ranks {away}")
     over = f"; ranks {list(ended)} have ended" if ended else ""
     return "no rank can go on: " + "; ".join(lines) + over
@@ -161,12 +163,13 @@ def run(ranks: Dict[int, Execution], box: Box) -> Dict[int, Any]:
                     del waiting[rank]
                     ready.append((rank, box[request.source, rank, request.tag].popleft()))
                 continue
-            here = [waiting.get(other) for other in request.group]
-            met = [other for other in here if isinstance(other, Arrival) and other.group == request.group]
-            if len(met) == len(request.group):
-                for other in request.group:
+            group = request.group
+            here = [waiting.get(other) for other in group]
+            met = [other for other in here if isinstance(other, Arrival) and other.group == group]
+            if len(met) == len(group):
+                for other in group:
                     del waiting[other]
-                ready.extend(zip(request.group, complete(met)))
+                ready.extend(zip(group, complete(met)))
         if not ready and len(results) < len(ranks):
             raise ExecutionError(_stuck(waiting, sorted(results)))
     left = {key: len(values) for key, values in box.items() if values}

@@ -3,6 +3,7 @@
 `real_steps` starts this file in a process of its own, as MindSpore takes one device per process. The step is the one
 that run_mindformer.py would train with; only the training loop is replaced.
 """
+import contextlib
 import copy
 import json
 import os
@@ -118,10 +119,8 @@ def _steps(job: JsonObject) -> None:
 def main() -> None:
     """Carry out the job in the file that is named."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    try:
+    with contextlib.suppress(_Done):
         _steps(job)
-    except _Done:
-        pass
     sys.stdout.flush()
     os._exit(0)
 

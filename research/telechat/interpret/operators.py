@@ -182,27 +182,27 @@ def _item(_node: Node, values: Tuple[Any, ...], index: int) -> Any:
     return values[int(index)]
 
 
-
+_FUNCTIONS: Dict[str, Callable[..., Any]] = {
+    "Add": np.add, "Adds": np.add, "Sub": np.subtract, "Subs": np.subtract, "Mul": np.multiply,
+    "Muls": np.multiply, "Div": np.divide, "Divs": np.divide, "RealDiv": np.divide, "FloorDiv": np.floor_divide,
+    "FloorMod": np.mod, "Mod": np.mod, "Maximum": np.maximum, "Minimum": np.minimum, "Pow": np.power,
+    "Exp": np.exp, "Log": np.log, "Sqrt": np.sqrt, "Rsqrt": lambda x: 1 / np.sqrt(x), "Square": np.square,
+    "Neg": np.negative, "Abs": np.abs, "Reciprocal": lambda x: 1 / x, "Cos": np.cos, "Sin": np.sin,
+    "ReLU": lambda x: np.maximum(x, 0), "SiLU": lambda x: x * _sigmoid(x), "Sigmoid": _sigmoid,
+    "Equal": np.equal, "NotEqual": np.not_equal, "Greater": np.greater, "GreaterEqual": np.greater_equal,
+    "Less": np.less, "LessEqual": np.less_equal, "LogicalNot": np.logical_not, "LogicalOr": np.logical_or,
+    "LogicalAnd": np.logical_and, "BitwiseOr": np.bitwise_or, "IsFinite": np.isfinite, "Select": np.where,
+    "ZerosLike": np.zeros_like, "OnesLike": np.ones_like, "Reshape": np.reshape, "ExpandDims": np.expand_dims,
+    "Transpose": np.transpose, "Tile": np.tile, "Addcmul": lambda x, a, b, value: x + value * a * b,
+    "AddN": lambda values: sum(values[1:], values[0]), "AccumulateNV2": lambda values: sum(values[1:], values[0]),
+    "CumSum": lambda x, axis, *_rest: np.cumsum(x, int(axis)), "CumsumExt": lambda x, axis, *_: np.cumsum(x, axis),
+    "TensorMove": lambda x: x, "Identity": lambda x: x, "StopGradient": lambda x: x, "Depend": lambda x, *_: x,
+    "Cast": lambda x, *_rest: x, "ScalarToTensor": lambda x, *_rest: np.asarray(x), "Shape": np.shape,
+    "DType": lambda _x: None, "TensorToTuple": lambda x: tuple(int(value) for value in np.ravel(x)),
+    "TupleToTensor": lambda x, *_rest: np.asarray(x), "MakeTuple": lambda *values: values,
+    "MakeList": lambda *values: values, "UpdateState": lambda *_values: ()}
 OPERATORS: Dict[str, Operator] = {
-    **{name: _plain(function) for name, function in {
-        "Add": np.add, "Adds": np.add, "Sub": np.subtract, "Subs": np.subtract, "Mul": np.multiply,
-        "Muls": np.multiply, "Div": np.divide, "Divs": np.divide, "RealDiv": np.divide, "FloorDiv": np.floor_divide,
-        "FloorMod": np.mod, "Mod": np.mod, "Maximum": np.maximum, "Minimum": np.minimum, "Pow": np.power,
-        "Exp": np.exp, "Log": np.log, "Sqrt": np.sqrt, "Rsqrt": lambda x: 1 / np.sqrt(x), "Square": np.square,
-        "Neg": np.negative, "Abs": np.abs, "Reciprocal": lambda x: 1 / x, "Cos": np.cos, "Sin": np.sin,
-        "ReLU": lambda x: np.maximum(x, 0), "SiLU": lambda x: x * _sigmoid(x), "Sigmoid": _sigmoid,
-        "Equal": np.equal, "NotEqual": np.not_equal, "Greater": np.greater, "GreaterEqual": np.greater_equal,
-        "Less": np.less, "LessEqual": np.less_equal, "LogicalNot": np.logical_not, "LogicalOr": np.logical_or,
-        "LogicalAnd": np.logical_and, "BitwiseOr": np.bitwise_or, "IsFinite": np.isfinite, "Select": np.where,
-        "ZerosLike": np.zeros_like, "OnesLike": np.ones_like, "Reshape": np.reshape, "ExpandDims": np.expand_dims,
-        "Transpose": np.transpose, "Tile": np.tile, "Addcmul": lambda x, a, b, value: x + value * a * b,
-        "AddN": lambda values: sum(values[1:], values[0]), "AccumulateNV2": lambda values: sum(values[1:], values[0]),
-        "CumSum": lambda x, axis, *_rest: np.cumsum(x, int(axis)), "CumsumExt": lambda x, axis, *_: np.cumsum(x, axis),
-        "TensorMove": lambda x: x, "Identity": lambda x: x, "StopGradient": lambda x: x, "Depend": lambda x, *_: x,
-        "Cast": lambda x, *_rest: x, "ScalarToTensor": lambda x, *_rest: np.asarray(x), "Shape": np.shape,
-        "DType": lambda _x: None, "TensorToTuple": lambda x: tuple(int(value) for value in np.ravel(x)),
-        "TupleToTensor": lambda x, *_rest: np.asarray(x), "MakeTuple": lambda *values: values,
-        "MakeList": lambda *values: values, "UpdateState": lambda *_values: ()}.items()},
+    **{name: _plain(function) for name, function in _FUNCTIONS.items()},
     "MatMul": _matmul, "BatchMatMul": _matmul, "SiLUGrad": _silu_grad, "Softmax": _softmax,
     "ReduceSum": _reduce_sum, "SumExt": _reduce(np.sum), "ReduceMax": _reduce(np.max), "ReduceMin": _reduce(np.min),
     "ReduceMean": _reduce(np.mean), "ReduceAll": _reduce(np.all), "ReduceAny": _reduce(np.any),

@@ -27,8 +27,8 @@ def _inputs(compiled: Compiled, graph: str, given: Dict[str, np.ndarray]) -> Lis
     names = [name for name, _ in compiled.programs[0][graph].inputs]
     unknown = [name for name in names if name not in given]
     if unknown:
-        raise ExecutionError(f"graph {graph} takes {', '.join(unknown)}, which the interpreter does not make; known are "
-                             f"{', '.join(_INPUTS)}")
+        raise ExecutionError(f"graph {graph} takes {', '.join(unknown)}, which the interpreter does not make; known "
+                             f"are {', '.join(_INPUTS)}")
     return [given[name] for name in names]
 
 
@@ -45,7 +45,7 @@ def generate(compiled: Compiled, weights: Weights, prompts: Sequence[Sequence[in
         begins = [len(row) - 1 if step else 0 for row in tokens]
         slots = [tables[row, place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
                  for row, begin in enumerate(begins) for place in range(begin, len(tokens[row]))]
-        read = [row[-1:] for row in tokens] if step else [sum(tokens, [])]
+        read = [row[-1:] for row in tokens] if step else [[token for row in tokens for token in row]]
         given = {"input_ids": np.array(read, np.int32), "block_tables": tables,
                  "batch_valid_length": np.array([[len(row) for row in tokens]], np.int32),
                  "slot_mapping": np.array(slots, np.int32)}

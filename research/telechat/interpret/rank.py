@@ -53,7 +53,7 @@ class Rank:
         self.values: Dict[str, np.ndarray] = {}
         for key, parameter in program.parameters.items():
             if parameter.name not in parameters:
-                raise ExecutionError(f"rank {number}: the graph has the parameter {parameter.name}, which was not given")
+                raise ExecutionError(f"rank {number}: parameter {parameter.name} of the graph was not given")
             value = settle(parameters[parameter.name], parameter.dtype, precise)
             if value.shape != parameter.shape:
                 raise ExecutionError(f"rank {number}: {parameter.name} has the shape {parameter.shape} in the graph, "
@@ -92,7 +92,7 @@ class Rank:
             elif node.op in COLLECTIVES:
                 result = yield self._arrive(node, inputs[0])
             elif node.op == "Receive":
-                source = node.attrs.get("src_global_rank", node.attrs.get("src_rank"))
+                source: int = node.attrs.get("src_global_rank", node.attrs.get("src_rank", -1))
                 result = yield Wanted(source, node.attrs["sr_tag"], str(node))
             else:
                 result = self._compute(node, inputs)
@@ -143,7 +143,7 @@ class Rank:
         if node.op == "ReshapeAndCache":
             return self._fill_cache(node, inputs)
         if node.op == "Send":
-            target = node.attrs.get("dst_global_rank", node.attrs.get("dest_rank"))
+            target: int = node.attrs.get("dst_global_rank", node.attrs.get("dest_rank", -1))
             self.box.setdefault((self.number, target, node.attrs["sr_tag"]), deque()).append(inputs[0])
             return inputs[0]
         if node.op not in self.operators:
@@ -192,7 +192,8 @@ class Rank:
             if not isinstance(value, tuple) or node.op == "TensorToTuple":     # whose length is known only now
                 return value
             if len(form) != len(value):
-                raise ExecutionError(f"rank {self.number}: {node} gives {len(value)} results, the graph says {len(form)}")
+                raise ExecutionError(f"rank {self.number}: {node} gives {len(value)} results, the graph says "
+                                     f"{len(form)}")
             return tuple(self._checked(node, one, its) for one, its in zip(value, form))
         if isinstance(value, tuple):
             return value

@@ -38,8 +38,8 @@ def fewer_ranks(degrees: Dict[str, int], ranks: int) -> Dict[str, int]:
         result[largest] //= 2
     if product() != ranks:
         raise ConfigError(f"--ranks {ranks}: data {degrees['dp']} x model {degrees['mp']} x pipeline {degrees['pp']} x "
-                          f"context parallelism {degrees['cp']} cannot be halved to {ranks} ranks; name a number that it "
-                          "can, or set the degrees (--parallel_config.model_parallel ...)")
+                          f"context parallelism {degrees['cp']} cannot be halved to {ranks} ranks; name a number that "
+                          "it can, or set the degrees (--parallel_config.model_parallel ...)")
     return result
 
 
@@ -74,7 +74,7 @@ def shrink(recipe: JsonObject, ranks: int, sizes: Sizes) -> JsonObject:
     if isinstance(recompute.get("recompute"), (list, tuple)):
         recompute["recompute"] = True                         # its numbers of layers per stage fit no other model
     model = small["model"]["model_config"]
-    model.update({key: 0.0 for key in _NO_DROPOUT}, offset=0)
+    model.update(dict.fromkeys(_NO_DROPOUT, 0.0), offset=0)
     chosen, batch = _sizes(read_plan(small))
     model.update({**chosen, **sizes})
     runner["batch_size"] = batch
@@ -109,7 +109,7 @@ def uncut(small: JsonObject) -> JsonObject:
     whole = copy.deepcopy(small)
     whole["use_parallel"] = False
     whole["parallel_config"].update(
-        {key: 1 for key in (*_DEGREES.values(), "micro_batch_num", "ulysses_degree_in_cp")},
+        dict.fromkeys((*_DEGREES.values(), "micro_batch_num", "ulysses_degree_in_cp"), 1),
         use_seq_parallel=False, context_parallel_algo="colossalai_cp")
     whole["micro_batch_interleave_num"] = 1
     parallel = whole.setdefault("parallel", {})

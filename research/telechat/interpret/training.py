@@ -1,5 +1,5 @@
 """Training steps of a plan and of the uncut plan, executed with the same weights and batches, and compared."""
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from research.telechat.common.errors import ExecutionError
 from research.telechat.common.files import JsonObject
 from research.telechat.interpret import collectives
 from research.telechat.interpret.graphs import Compiled
-from research.telechat.interpret.operators import OPERATORS
+from research.telechat.interpret.operators import Operator
 from research.telechat.interpret.rank import Rank
 from research.telechat.interpret.weights import Weights, cut, differences, merge, random_weights
 
@@ -55,14 +55,14 @@ def _scalar(results: Sequence[Sequence[object]], number: int) -> float:
 
 
 def execute(compiled: Compiled, weights: Weights, batches: Sequence[Batch], precise: bool = True,
-            operators: object = None) -> Steps:
+            operators: Optional[Dict[str, Operator]] = None) -> Steps:
     """One step for each batch, all ranks. weights: of the whole model; batches: what every rank reads.
 
     Raises ExecutionError: something cannot be executed, or ranks that should agree do not.
     """
     box: collectives.Box = {}
-    ranks = [Rank(number, len(compiled.programs), programs["step"], cut(weights, compiled, number, "step"), box, precise,
-                  operators or OPERATORS) for number, programs in enumerate(compiled.programs)]
+    ranks = [Rank(number, len(compiled.programs), programs["step"], cut(weights, compiled, number, "step"), box,
+                  precise, operators) for number, programs in enumerate(compiled.programs)]
     losses, norms = [], []
     for batch in batches:
         results = collectives.run({rank.number: rank.run(batch) for rank in ranks}, box)
@@ -108,13 +108,13 @@ class Comparison(NamedTuple):
     def fault(self) -> str:
         """What is wrong, in a line; '' where nothing is."""
         if self.leak > LIMIT:
-            return (f"the loss of the first half of a sequence changes by {self.leak:.1e} with the tokens of the second "
-                    "half: attention looks into the future")
+            return (f"the loss of the first half of a sequence changes by {self.leak:.1e} with the tokens of the "
+                    "second half: attention looks into the future")
         first = next((name for name, gap in self.differences.items() if not gap <= LIMIT), None)
         if first:
             return (f"{first} is the first parameter that differs from the uncut model's, by "
-                    f"{self.differences[first]:.1e} of its largest change (limit {LIMIT:.0e}); the largest difference is "
-                    f"{self.worst:.1e}")
+                    f"{self.differences[first]:.1e} of its largest change (limit {LIMIT:.0e}); the largest difference "
+                    f"is {self.worst:.1e}")
         if not self.loss_gap <= LIMIT:
             return f"loss or norm differ from the uncut model's by {self.loss_gap:.1e} (limit {LIMIT:.0e})"
         return ""
@@ -124,7 +124,8 @@ class Comparison(NamedTuple):
         return {**self._asdict(), "worst": self.worst, "fault": self.fault()}
 
 
-def compare(compiled: Compiled, uncut: Compiled, steps: int = 2, seed: int = 0, operators: object = None) -> Comparison:
+def compare(compiled: Compiled, uncut: Compiled, steps: int = 2, seed: int = 0,
+            operators: Optional[Dict[str, Operator]] = None) -> Comparison:
     """Execute both with the same random weights, moments and batches. Raises ExecutionError."""
     weights = random_weights(uncut.programs[0]["step"], seed)
     batches = [make_batch(uncut, seed + 1 + step) for step in range(steps)]

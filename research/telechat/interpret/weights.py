@@ -72,8 +72,8 @@ def cut_by_shape(weights: Weights, compiled: Compiled, rank: int, graph: str) ->
         value = weights[parameter.name]
         for axis, (size, held) in enumerate(zip(value.shape, parameter.shape)):
             if size not in (held, held * ranks):
-                raise ExecutionError(f"{parameter.name} of {value.shape} cannot be cut to {parameter.shape} for {ranks} "
-                                     "ranks")
+                raise ExecutionError(f"{parameter.name} of {value.shape} cannot be cut to {parameter.shape} for "
+                                     f"{ranks} ranks")
             if size != held:
                 value = np.split(value, ranks, axis)[rank]
         result[parameter.name] = value
@@ -111,8 +111,8 @@ def merge(held: Sequence[Weights], weights: Weights, compiled: Compiled) -> Merg
                 stages.setdefault(name, rank // stage_ranks)
             elif np.abs(known - value).max() > _COPIES_EQUAL:
                 if stages[name] == rank // stage_ranks:
-                    raise ExecutionError(f"{name}: rank {rank} holds something else than a rank that should hold the same"
-                                         f", by up to {np.abs(known - value).max():.1e}")
+                    raise ExecutionError(f"{name}: rank {rank} holds something else than a rank that should hold the "
+                                         f"same, by up to {np.abs(known - value).max():.1e}")
                 stale.add(name)
     missing = [name for name in weights if name not in result or np.isnan(result[name]).any()]
     if missing:
