@@ -29,6 +29,7 @@ from research.telechat.text.messages import (
     json_text,
     to_message,
 )
+from research.telechat.text.spans import Plan, Prompt, Rendered, Span, marker_span
 from research.telechat.text.templates import Template, detect_template, get_template
 from research.telechat.text.vocab import Vocab
 
@@ -37,55 +38,6 @@ __all__ = ["BOT", "SYSTEM", "TOOL", "USER", "ConversationError", "Message", "Pla
 
 SYSTEM_POLICIES = ("ignore", "prepend", "error")
 _NO_TOOLS = "leave them out, or use a TeleChat2 model"
-
-
-class Span(NamedTuple):
-    """A stretch of a conversation: ids of markers, or a text whose first `skip` ids are not part of it."""
-
-    ids: Tuple[int, ...] = ()
-    text: Optional[str] = None
-    loss: bool = False
-    skip: int = 0
-    tail: int = 0                            # that many ids at its end are a marker in words and carry no loss
-
-
-def _marker_span(token: Optional[int]) -> Span:
-    """The span of a marker; an empty one where there is none."""
-    return Span(() if token is None else (token,))
-
-
-class Plan(NamedTuple):
-    """A conversation before its texts are encoded. `turns`: index of the span with which each turn begins."""
-
-    spans: List[Span]
-    turns: List[int]
-
-    @property
-    def texts(self) -> List[str]:
-        """The texts to be encoded, in order."""
-        return [span.text for span in self.spans if span.text is not None]
-
-
-class Rendered(NamedTuple):
-    """A conversation as ids. What stands in front of turns[0] (start marker, system prompt) heads every part of it."""
-
-    ids: List[int]
-    loss: List[Tuple[int, bool]]             # run lengths: (number of ids, whether the loss counts there)
-    turns: List[int]                         # position at which each turn begins
-    separator: int = 0                       # number of ids between two turns, which belong to neither
-    opening: int = 1                         # number of ids of the marker with which a turn begins
-
-    def mask(self) -> List[int]:
-        """1 where the loss counts, else 0; as long as `ids`."""
-        return [int(on) for length, on in self.loss for _ in range(length)]
-
-
-class Prompt(NamedTuple):
-    """A prompt that fits: what of the history had to go is said, not hidden."""
-
-    ids: List[int]
-    dropped_turns: int = 0                   # oldest turns that are not in it
-    cut_tokens: int = 0                      # ids missing at the beginning of the last question
 
 
 class Renderer:
@@ -127,7 +79,7 @@ class Renderer:
         self._prompt_start = self._marker("start", template.prompt_start) if template.prompt_start else None
         self._separator = tuple(vocab.encode(template.separator)) if template.separator else ()
         self._opening = 1
-        self._marker_spans = _marker_span(self.user_id), _marker_span(self.bot_id), Span((self.end_id,), loss=True)
+        self._marker_spans = marker_span(self.user_id), marker_span(self.bot_id), Span((self.end_id,), loss=True)
         if self.as_text:
             self._set_up_text_markers()
 
@@ -289,7 +241,7 @@ class Renderer:
         return system.rstrip("\n") + (self.template.tools_block or "").format(tools=lines)
 
     def _system_spans(self, system: str) -> List[Span]:
-        return [_marker_span(self.system_id), Span(text=system), Span(self._separator)]
+        return [marker_span(self.system_id), Span(text=system), Span(self._separator)]
 
     def _turn(self, turn: List[Message]) -> List[Span]:
         """One turn with markers as ids."""
