@@ -17,7 +17,14 @@ from research.telechat.recipe.fields import DTYPES, FIELDS, FRAMEWORK, ModelSett
 from research.telechat.recipe.settings import dtype_name, not_needed, resolve, to_variant
 from research.telechat.spec.parameters import gate_up_groups
 from research.telechat.spec.rope import RopeRule
-from research.telechat.spec.variants import Variant, check_shape, read_hf_config, variant_fields, variant_from_hf
+from research.telechat.spec.variants import (
+    GENERATION,
+    Variant,
+    check_shape,
+    read_hf_config,
+    variant_fields,
+    variant_from_hf,
+)
 
 _MSTYPES = {name: getattr(mstype, name) for name in DTYPES}
 
@@ -94,6 +101,7 @@ class TelechatConfig(PretrainedConfig):
         self.bos_token_id = settings.bos_token_id
         self.eos_token_id = settings.eos_token_id
         self.pad_token_id = settings.pad_token_id
+        self.chat_template = settings.chat_template
         self.user_token_id = settings.user_token_id
         self.bot_token_id = settings.bot_token_id
         self.ignore_token_id = settings.ignore_token_id
@@ -166,10 +174,12 @@ class TelechatConfig(PretrainedConfig):
         """
         hf = read_hf_config(path_or_dict)
         variant = variant_from_hf(hf)
-        dtype = str(hf.get("torch_dtype") or "float32").replace("torch.", "")
-        values = {key: value for key, value in variant_fields(variant).items() if key in FIELDS}
+        dtype = str(hf.get("torch_dtype") or hf.get("dtype") or "float32").replace("torch.", "")
+        values = {key: value for key, value in variant_fields(variant).items()
+                  if key in FIELDS and key not in GENERATION}
+        hf = {key: value for key, value in hf.items() if value is not None}
         values.update(
-            compute_dtype=dtype, param_init_type=dtype, res_dtype=dtype, theta=float(hf.get("rotary_theta", 10000.0)),
+            compute_dtype=dtype, param_init_type=dtype, res_dtype=dtype,
             rotary_dtype="float16" if variant.rope_fp16_tables else "float32",
             seq_length=hf.get("seq_length", hf.get("n_positions", variant.training_seqlen)),
             hidden_dropout_prob=hf.get("hidden_dropout", hf.get("resid_pdrop", 0.0)),

@@ -51,7 +51,9 @@ class TelechatTokenizer(PreTrainedTokenizer):
         if not vocab_file:
             raise VocabError(f"vocab_file is not set; name the model's {MODEL_FILE}, in the recipe under "
                              "processor.tokenizer or with --processor.tokenizer.vocab_file")
-        vocab = Vocab.load(vocab_file)
+        saved = {int(token_id): _text(token) for token_id, token in
+                 (kwargs.pop("added_tokens_decoder", None) or {}).items()}
+        vocab = Vocab.load(vocab_file, names=saved or None)
         named = {role: _content(token) or vocab.own_tokens.get(role)
                  for role, token in zip(_ROLES, (unk_token, bos_token, eos_token, pad_token))}
         if named["unk"] is not None and vocab.token_to_id(named["unk"]) is None:
@@ -59,10 +61,9 @@ class TelechatTokenizer(PreTrainedTokenizer):
         more = [_text(token) for token in additional_special_tokens or ()]
         more += [piece for piece, token_id in vocab.markers.items() if token_id in vocab.special_ids]
         more = [piece for piece in dict.fromkeys(more) if piece not in named.values()]
-        saved = kwargs.pop("added_tokens_decoder", None) or {}
         self.vocab = _with_specials(vocab, {**named, **_numbered(more)})
-        for token_id, token in saved.items():
-            self._check_saved(int(token_id), _text(token))
+        for token_id, piece in saved.items():
+            self._check_saved(token_id, piece)
         self.add_bos_token = bool(add_bos_token)
         self.add_eos_token = bool(add_eos_token)
         kwargs.setdefault("clean_up_tokenization_spaces", False)        # it would move spaces before punctuation
@@ -231,4 +232,4 @@ def _with_specials(vocab: Vocab, special_tokens: Dict[str, Optional[str]]) -> Vo
     named = [piece for piece in special_tokens.values() if piece is not None]
     if all(vocab.markers.get(piece) in vocab.special_ids for piece in named):
         return vocab
-    return Vocab.load(vocab.path, special_tokens)
+    return Vocab.load(vocab.path, special_tokens, vocab.names)

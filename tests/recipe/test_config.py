@@ -4,6 +4,8 @@ Keys of earlier recipes: test_old_recipes.
 """
 import json
 import math
+import re
+from dataclasses import replace
 
 import mindspore.common.dtype as mstype
 import pytest
@@ -11,8 +13,9 @@ from golden import SHARED, needs_shared
 from model_fixtures import HF_CONFIGS
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.spec.config_keys import unknown_keys
 from research.telechat.spec.parameters import parameters
-from research.telechat.spec.variants import VARIANTS, read_hf_config, variant_from_hf
+from research.telechat.spec.variants import GENERATION, VARIANTS, read_hf_config, same_config, variant_from_hf
 from research.telechat.telechat_config import TelechatConfig
 
 pytestmark = pytest.mark.matrix
@@ -101,6 +104,87 @@ def test_bad_hf_config(content, words, tmp_path):
 
 
 @needs_shared
-@pytest.mark.parametrize("folder", ["telechat-7b", "telechat-12b", "telechat-52b", "telechat2-115b"])
+@pytest.mark.parametrize("folder", ["telechat-7b", "telechat-12b", "telechat-12b-v2", "telechat-52b", "telechat2-115b-hub",
+                                    "telechat2-3b", "telechat2-7b", "telechat2-7b-32k"])
 def test_table_equals_official_configs(folder):
-    assert variant_from_hf(read_hf_config(SHARED / "data" / folder)) == VARIANTS[folder.replace("-", "_")]
+    name = folder.replace("-hub", "").replace("-", "_")
+    config = read_hf_config(SHARED / "data" / folder)
+    assert variant_from_hf(config, name) == VARIANTS[name]
+    assert name in same_config(variant_from_hf(config))
+    for key, other in (("layer_norm_epsilon", 1e-8), ("rope_theta", 2e6), ("training_seqlen", 512)):
+        if "n_embd" not in config or key == "layer_norm_epsilon":
+            assert variant_from_hf({**config, key: other}, name) != VARIANTS[name]
+
+
+@needs_shared
+@pytest.mark.parametrize("folder", ["telechat-7b", "telechat-12b", "telechat-12b-v2", "telechat-52b", "telechat2-115b",
+                                    "telechat2-3b", "telechat2-7b"])
+def test_table_equals_official_generation_settings(folder):
+    published = json.loads((SHARED / "data" / folder / "generation_config.json").read_text())
+    variant = VARIANTS[folder.replace("-", "_")]
+    assert {key: published[key] for key in GENERATION} == {key: getattr(variant, key) for key in GENERATION}
+
+
+@needs_shared
+def test_the_code_repository_has_115b_with_another_epsilon():
+    config = read_hf_config(SHARED / "data" / "telechat2-115b")
+    assert variant_from_hf(config) == replace(VARIANTS["telechat2_115b"], rms_norm_eps=1e-8)
+
+
+@pytest.mark.parametrize(("name", "eps", "theta", "lengths", "template"), [
+    ("telechat_12b_v2", 1e-5, 1e4, (8192, 8192), "telechat_system"),
+    ("telechat2_3b", 1e-5, 1e4, (8192, 8192), "telechat2"), ("telechat2_7b", 1e-5, 1e4, (8192, 8192), "telechat2"),
+    ("telechat2_35b", 1e-5, 1e4, (8192, 8192), "telechat2"),
+    ("telechat2_115b", 1e-5, 1e4, (8192, 8192), "telechat2_start"),
+    ("telechat2_7b_32k", 1e-5, 1e6, (32768, 32768), "telechat2"),
+    ("telechat2_35b_32k", 1e-5, 1e6, (32768, 32768), "telechat2"),
+    ("telechat2_5_35b", 1e-5, 1e4, (8192, 8192), "telechat2"),
+    ("telechat2_5_115b", 1e-5, 1e4, (8192, 8192), "telechat2"),
+    ("telechat_t1_35b", 1e-5, 1e4, (8192, 8192), "telechat2_think"),
+    ("telechat_t1_115b", 1e-5, 1e4, (8192, 8192), "telechat2_think")])
+def test_members(name, eps, theta, lengths, template):
+    for config in (TelechatConfig(net_name=name), VARIANTS[name]):
+        assert (config.rms_norm_eps, config.theta, config.training_seqlen, config.base_seqlen, config.chat_template
+                ) == (eps, theta, *lengths, template)
+
+
+OFFICIAL = {"n_layer": 2, "hidden_size": 16, "ffn_hidden_size": 8, "n_head": 2, "vocab_size": 9, "base_seqlen": 8192}
+
+
+@pytest.mark.parametrize(("keys", "words"), [
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling asks for the type 'linear' with factor 4.0"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "'dynamic' with factor 2"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_parameters asks for the type 'yarn'"),
+    ({"rope_scaling": 4}, "expected an object with rope_type"), ({"rope_theta": "10000"}, "expected a positive number"),
+    ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "contradict each other"),
+    ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm is True"),
+    ({"sliding_window": 4096}, "sliding_window is 4096"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"activation_function": "gelu_new"}, "activation_function is 'gelu_new'"), ({"head_dim": 16}, "head_dim is 16"),
+    ({"embed_layernorm": True}, "embed_layernorm is True"), ({"n_inner": 4}, "n_inner is 4"),
+    ({"num_experts": 16}, "num_experts is 16"), ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+    ({"layer_norm_epsilon": True}, "layer_norm_epsilon"), ({"vocab_size": 9.5}, "vocab_size"),
+])
+def test_config_keys_that_are_not_supported(keys, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        variant_from_hf({**OFFICIAL, **keys})
+
+
+def test_other_spellings_of_a_config(tmp_path):
+    plain = variant_from_hf(OFFICIAL)
+    assert plain.theta == 1e4
+    for keys in ({"rope_theta": 1000000}, {"rotary_theta": 1e6}, {"rope_parameters": {"rope_theta": 1e6}},
+                 {"rope_theta": 1e6, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}):
+        assert variant_from_hf({**OFFICIAL, **keys}) == replace(plain, theta=1e6)
+    odd = {**OFFICIAL, "n_layer": 2.0, "layer_norm_epsilon": None, "num_key_value_heads": None, "sliding_window": 8,
+           "use_sliding_window": False, "rope_scaling": None, "training_seqlen": None, "n_inner": None}
+    assert variant_from_hf(odd) == plain
+    (tmp_path / "config.json").write_text("\ufeff" + json.dumps({**OFFICIAL, "dtype": "bfloat16"}), encoding="utf-8")
+    config = TelechatConfig.from_hf_config(tmp_path)
+    assert config.compute_dtype == mstype.bfloat16 and config.repetition_penalty == 1.0
+    assert unknown_keys({**odd, "surprise": 1, "nothing": None, "flash_attn": True}) == ["surprise"]
+
+
+@needs_shared
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in SHARED.glob("data/telechat[2-]*/config.json")))
+def test_every_key_of_the_official_configs_is_known(folder):
+    assert unknown_keys(read_hf_config(SHARED / "data" / folder)) == []

@@ -14,7 +14,7 @@ from research.telechat.text.renderer import (
 from research.telechat.text.vocab import Vocab
 
 OFFICIAL = {"12b": ("telechat", "telechat-12b"), "52b": ("telechat_52b", "telechat-52b"),
-            "115b": ("telechat2", "telechat2-115b")}
+            "115b": ("telechat2_start", "telechat2-115b")}
 TOO_LONG = "the official code counts only the newest message against the limit, and cuts turns in half"
 # Cases in which the official code is plainly wrong; docs/data.md lists them.
 FAULTS = {
@@ -163,16 +163,26 @@ def test_telechat2_by_hand(vocabs):
     vocab = vocabs["telechat2"]
     s, u, b, end, start = (vocab.markers[f"<_{role}>"] for role in ("system", "user", "bot", "end", "start"))
     line = vocab.encode("\n")
-    renderer = Renderer(get_template("telechat2"), vocab)
-    head = [s, *vocab.encode("be brief"), *line]
     first = [u, *vocab.encode("hi"), b, *vocab.encode("yes"), end]
     second = [u, *vocab.encode("and"), b, *vocab.encode("no"), end]
     messages = [system("be brief"), user("hi"), bot("yes"), user("and"), bot("no")]
-    assert renderer.render(messages)[0] == head + first + line + second
+    renderer = Renderer(get_template("telechat2"), vocab)
     default = renderer.template.default_system
-    assert renderer.render(messages[1:])[0] == [s, *vocab.encode(default), *line, *first, *line, *second]
-    assert renderer.prompt(messages[1:4]) == [start, *first, u, *vocab.encode("and"), b]
-    assert renderer.prompt(messages[:4]) == head + first + line + [u, *vocab.encode("and"), b]
+    for text, given in (("be brief", messages), (default, messages[1:])):
+        head = [s, *vocab.encode(text + "\n")]
+        assert renderer.render(given)[0] == head + first + line + second
+        assert renderer.prompt(given[:-1]) == head + first + line + [u, *vocab.encode("and"), b]
+
+    head = [s, *vocab.encode("be brief"), *line]
+    for name in ("telechat2_start", "telechat2_before"):
+        renderer = Renderer(get_template(name), vocab)
+        assert renderer.render(messages)[0] == head + first + line + second
+        assert renderer.prompt(messages[:4]) == head + first + line + [u, *vocab.encode("and"), b]
+        assert renderer.prompt(messages[1:4]) == [start, *first, u, *vocab.encode("and"), b]
+    earlier = renderer.render(messages[1:])[0]
+    assert earlier == [s, *vocab.encode(default + "\n"), *line, *first, *line, *second]
+    renderer = Renderer(get_template("telechat2_start"), vocab)
+    assert renderer.render(messages[1:])[0] == [start, *first, *second]      # trained as it is asked
 
 
 def test_tools_of_telechat2(vocabs):

@@ -15,11 +15,12 @@ from mindformers.tools.logger import logger
 
 from research.telechat.chat.interrupt import Tokens
 from research.telechat.chat.session import History, Session, bot_message, parse_tool_calls, tool_result, with_question
+from research.telechat.chat.stream import Piece
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, read_json_object
 from research.telechat.common.tokens import end_tokens
 from research.telechat.text.messages import Tools
-from research.telechat.text.renderer import Renderer, detect_template
+from research.telechat.text.renderer import Renderer, choose_template
 from research.telechat.text.vocab import Vocab, check_fit
 
 GENERATION_FILE = "generation_config.json"
@@ -89,7 +90,7 @@ def make_session(model: GenerativeModel, tokenizer: object, generation_config: G
                                                                       f"; known are {', '.join(_READ)}"))
     settings = {key: getattr(config, key, None) for key in _READ}
     settings.update(changes)
-    renderer = renderer or Renderer(detect_template(vocab), vocab)
+    renderer = renderer or Renderer(choose_template(vocab, model.config.chat_template), vocab)
     sampling = {key: settings[key] for key in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
                                                "min_new_tokens")}
     ends = end_tokens(settings["eos_token_id"])
@@ -123,11 +124,12 @@ def chat(model: GenerativeModel, tokenizer: object, question: Optional[str] = ""
         tools: descriptions of tools that the model may call (TeleChat2).
         stop: texts that end the answer.
         seed: of sampling; the same seed gives the same answer.
-        renderer: writes the conversation; None: as the vocabulary's family does.
+        renderer: writes the conversation; None: as the model's template, or the vocabulary's family, does.
         **changes: fields of the generation config that win over it.
 
     Returns:
-        (answer, history with question and answer), or the iterator. Turns that do not fit the context are left out of
+        (answer, history with question and answer), or the iterator. A model that thinks leaves its reasoning in the
+        last message, under `reasoning_content`. Turns that do not fit the context are left out of
         the prompt, the oldest first; the history keeps them.
 
     Raises:
@@ -136,7 +138,7 @@ def chat(model: GenerativeModel, tokenizer: object, question: Optional[str] = ""
     """
     session = make_session(model, tokenizer, generation_config, stop, renderer, **changes)
     messages, rendered = with_question(history, question, system)
-    pieces = _growing(session.answer(rendered, tools, seed), messages)
+    pieces = _growing(session.pieces(rendered, tools, seed), messages)
     if stream:
         return pieces
     for _ in pieces:
@@ -144,12 +146,16 @@ def chat(model: GenerativeModel, tokenizer: object, question: Optional[str] = ""
     return messages[-1]["content"], messages
 
 
-def _growing(pieces: Iterator[str], history: History) -> Iterator[Tuple[str, History]]:
-    """Pieces with the history, whose last message is the answer so far."""
+def _growing(pieces: Iterator[Piece], history: History) -> Iterator[Tuple[str, History]]:
+    """Pieces of the answer with the history, whose last message is the answer so far, with its reasoning."""
+    answer = reasoning = ""
     history.append(bot_message(""))
     for piece in pieces:
-        history.update(bot_message(history[-1]["content"] + piece))
-        yield piece, history
+        answer += "" if piece.reasoning else piece.text
+        reasoning += piece.text if piece.reasoning else ""
+        history.update(bot_message(answer, reasoning))
+        if not piece.reasoning:
+            yield piece.text, history
 
 
 __all__ = ["History", "chat", "check_tokenizer", "make_session", "parse_tool_calls", "read_generation_config",

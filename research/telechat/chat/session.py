@@ -10,14 +10,15 @@ import json
 import re
 import time
 from dataclasses import asdict, dataclass
-from typing import Callable, Dict, Generator, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from research.telechat.chat.interrupt import Tokens
+from research.telechat.chat.stream import Piece, StopFilter, ThinkFilter
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.text.messages import Tools
 from research.telechat.text.renderer import BOT, TOOL, USER, Renderer
-from research.telechat.text.vocab import IncrementalDecoder
+from research.telechat.text.vocab import IncrementalDecoder, Vocab
 
 _ANSWER_SHARE = 4                    # without max_new_tokens, a quarter of the context is kept for the answer
 
@@ -77,36 +78,6 @@ def divide_context(context: int, max_new_tokens: Optional[int], max_length: Opti
     return Budget(total - max(total // _ANSWER_SHARE, 1), None, total)
 
 
-class StopFilter:
-    """Lets text through up to the stop string that is complete first, the same however the text is cut."""
-
-    def __init__(self, stops: Sequence[str]):
-        self._stops = [stop for stop in stops if stop]
-        self._held = ""
-        self.stopped = False
-
-    def feed(self, text: str) -> str:
-        """What may be shown now. What could be the beginning of a stop string is held back."""
-        if self.stopped:
-            return ""
-        self._held += text
-        found = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in self._held]
-        if found:
-            end, size = min(found)
-            self.stopped = True
-            shown, self._held = self._held[:end + size], ""
-            return shown
-        keep = max((size for stop in self._stops for size in range(1, len(stop))
-                    if self._held.endswith(stop[:size])), default=0)
-        shown, self._held = self._held[:len(self._held) - keep], self._held[len(self._held) - keep:]
-        return shown
-
-    def flush(self) -> str:
-        """What was held back, when no more text comes."""
-        shown, self._held = self._held, ""
-        return shown
-
-
 @dataclass
 class Report:
     """What an answer took. `finish`: end (the model ended it), stop (a stop string), length, or interrupted."""
@@ -118,6 +89,7 @@ class Report:
     dropped_turns: int = 0           # oldest turns of the history that did not fit
     cut_tokens: int = 0              # tokens missing at the beginning of the question
     finish: str = "interrupted"
+    reasoning: str = ""              # what the model thought before it answered
 
     @property
     def tokens_per_second(self) -> float:
@@ -125,8 +97,9 @@ class Report:
         return self.new_tokens / self.seconds if self.seconds else 0.0
 
     def as_dict(self) -> JsonObject:
-        """For a JSON line."""
-        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items()}
+        """For a JSON line, without the reasoning."""
+        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items()
+                   if key != "reasoning"}
         return {**rounded, "tokens_per_second": round(self.tokens_per_second, 2)}
 
 
@@ -158,19 +131,24 @@ class Session:
 
     def answer(self, messages: Sequence[JsonObject], tools: Tools = None,
                seed: Optional[int] = None) -> Generator[str, None, None]:
-        """The answer to the last of `messages`, piece by piece, never half a character.
+        """The answer to the last of `messages`, piece by piece, never half a character; without reasoning, which is in
+        `report`.
 
         Raises ConversationError: roles out of order, or a system prompt that leaves no room.
         """
+        return _answers(self.pieces(messages, tools, seed))
+
+    def pieces(self, messages: Sequence[JsonObject], tools: Tools = None,
+               seed: Optional[int] = None) -> Generator[Piece, None, None]:
+        """As `answer`, with the pieces of the reasoning before those of the answer."""
         prompt = self.renderer.fit_prompt(messages, tools, self.budget.prompt)
         room = self.budget.answer or self.budget.total - len(prompt.ids)
         settings = {"max_new_tokens": room, "eos_token_id": sorted(self.ends), "seed": seed}
         self.report = Report(len(prompt.ids), dropped_turns=prompt.dropped_turns, cut_tokens=prompt.cut_tokens)
         return self._pieces(prompt.ids, settings, self.report)
 
-    def _pieces(self, ids: List[int], settings: JsonObject, report: Report) -> Generator[str, None, None]:
-        decoder = IncrementalDecoder(self.renderer.vocab, skip_special_tokens=True)
-        stops = StopFilter(self.stop)
+    def _pieces(self, ids: List[int], settings: JsonObject, report: Report) -> Generator[Piece, None, None]:
+        text = _Text(self.renderer, self.stop, report)
         started = time.perf_counter()
         tokens = self.next_tokens(ids, settings)
         try:
@@ -181,21 +159,62 @@ class Session:
                 if token in self.ends:
                     report.finish = "end"
                     break
-                text = stops.feed(decoder.feed(token))
-                if text:
-                    yield text
-                if stops.stopped:
+                yield from text.feed(token)
+                if text.stopped:
                     report.finish = "stop"
                     break
             else:
                 report.finish = "length"
-            text = stops.feed(decoder.flush()) + stops.flush()
-            if text:
-                yield text
+            yield from text.flush()
         finally:
             close = getattr(tokens, "close", None)
             if close is not None:
                 close()
+
+
+class _Text:
+    """The tokens of an answer as text: reasoning apart, the rest up to a stop string."""
+
+    def __init__(self, renderer: Renderer, stops: Sequence[str], report: Report):
+        self._decoder = IncrementalDecoder(renderer.vocab, skip_special_tokens=True, kept=renderer.kept_ids)
+        self._thoughts = ThinkFilter(renderer.thinks)
+        self._stops = StopFilter(stops)
+        self._report = report
+        if renderer.thinks:                      # the answer continues the text that opens the reasoning
+            self._decoder.feed(renderer.opening_ids)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self._stops.stopped
+
+    def feed(self, token: int) -> Iterator[Piece]:
+        """What may be shown after `token`."""
+        yield from self._shown(self._thoughts.feed(self._decoder.feed(token)))
+
+    def flush(self) -> Iterator[Piece]:
+        """What was held back, when no more tokens come."""
+        yield from self._shown(self._thoughts.feed(self._decoder.flush()) + self._thoughts.flush())
+        rest = self._stops.flush()
+        if rest:
+            yield Piece(rest)
+
+    def _shown(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            text = piece.text if piece.reasoning else self._stops.feed(piece.text)
+            if piece.reasoning:
+                self._report.reasoning += text
+            if text:
+                yield Piece(text, piece.reasoning)
+
+
+def _answers(pieces: Generator[Piece, None, None]) -> Generator[str, None, None]:
+    try:
+        for piece in pieces:
+            if not piece.reasoning:
+                yield piece.text
+    finally:
+        pieces.close()
 
 
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -209,11 +228,19 @@ class ToolCalls(NamedTuple):
     faults: List[str]                # calls that are no JSON object with name and arguments, and why
 
 
-def parse_tool_calls(answer: str) -> ToolCalls:
+def parse_tool_calls(answer: Union[str, Sequence[int]], vocab: Optional[Vocab] = None) -> ToolCalls:
     """The calls in an answer: objects with name and arguments between <tool_call> and </tool_call>.
+
+    The answer is text, or token ids of `vocab`, in which the two markers are single tokens or text.
 
     They are JSON or, as in a sixth of the official examples, Python literals; arguments may be text that holds either.
     """
+    if not isinstance(answer, str):
+        if vocab is None:
+            raise ConfigError("an answer in token ids needs the vocabulary that they belong to")
+        answer = vocab.decode(answer)
+        for marker in vocab.own_tokens.values():
+            answer = answer.replace(marker, "")
     calls, faults = [], []
     for number, match in enumerate(_TOOL_CALL.finditer(answer), 1):
         body = match.group(1).strip()
@@ -268,6 +295,6 @@ def with_question(history: Optional[Iterable[JsonObject]], question: Optional[st
     return messages, rendered
 
 
-def bot_message(content: str) -> Dict[str, str]:
-    """The message of an answer."""
-    return {"role": BOT, "content": content}
+def bot_message(content: str, reasoning: str = "") -> Dict[str, str]:
+    """The message of an answer, with the reasoning before it, if there was any."""
+    return {"role": BOT, "content": content, **({"reasoning_content": reasoning} if reasoning else {})}

@@ -1,13 +1,14 @@
 """A chat in the terminal: answers appear as they are generated, Ctrl-C stops the answer and not the program.
 
 What the model writes is shown without characters that the terminal would obey; /save and the history keep it as it is.
-Knows no model: it talks to a function that answers messages (chat.session.Session.answer).
+Knows no model: it talks to a function that answers messages (chat.session.Session.pieces).
 """
 import json
 from pathlib import Path
-from typing import Callable, Generator, List, Optional, TextIO
+from typing import Callable, Generator, List, Optional, TextIO, Union
 
 from research.telechat.chat.session import History, Report, bot_message, with_question
+from research.telechat.chat.stream import Piece
 from research.telechat.common.errors import ConfigError, ConversationError
 from research.telechat.common.files import JsonObject, write_text
 from research.telechat.common.printable import printable
@@ -22,9 +23,10 @@ HELP = """/clear          forget the conversation
 
 
 class Terminal:
-    """One conversation. `answer(messages, seed)` yields pieces of text; `report()` says what the last answer took."""
+    """One conversation. `answer(messages, seed)` yields pieces of reasoning and answer (or texts,
+    all of it answer); `report()` says what the last answer took."""
 
-    def __init__(self, answer: Callable[[List[JsonObject], Optional[int]], Generator[str, None, None]],
+    def __init__(self, answer: Callable[[List[JsonObject], Optional[int]], Generator[Union[Piece, str], None, None]],
                  report: Callable[[], Report], output: TextIO, system: Optional[str] = None,
                  seed: Optional[int] = None):
         self.answer, self.report, self.output = answer, report, output
@@ -71,17 +73,23 @@ class Terminal:
         seed = None if self.seed is None else self.seed + self._answers
         pieces = self.answer(rendered, seed)
         self._answers += 1
-        content = ""
+        content = reasoning = ""
         try:
-            for piece in pieces:
-                content += piece
-                self.output.write(printable(piece))
+            for part in pieces:
+                piece = Piece(part) if isinstance(part, str) else part
+                if piece.reasoning:
+                    self.output.write(("" if reasoning else "(thinking) ") + printable(piece.text))
+                    reasoning += piece.text
+                else:
+                    self.output.write(("\n(answer) " if reasoning and not content else "") +
+                                      printable(piece.text))
+                    content += piece.text
                 self.output.flush()
         except KeyboardInterrupt:
             self.output.write(" (stopped)")
         finally:
             pieces.close()
-        messages.append(bot_message(content))
+        messages.append(bot_message(content, reasoning))
         self.history = messages
         report = self.report()
         dropped = f", {report.dropped_turns} oldest turns left out" if report.dropped_turns else ""

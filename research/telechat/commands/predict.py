@@ -129,6 +129,8 @@ def answer_file(session: Session, questions: List[Question], args: argparse.Name
                 continue
             history = [*messages, bot_message(answer)]
             record = {"line": question.line, "input": question.text, "output": answer, **session.report.as_dict()}
+            if session.report.reasoning:
+                record["reasoning_content"] = session.report.reasoning
             if tools:
                 record["tool_calls"] = parse_tool_calls(answer).calls
             write(record)
@@ -173,9 +175,11 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     with fitting_versions():
         from research.telechat.chat.api import make_session, read_generation_config
         from research.telechat.run.load import load_model, prepare_prediction, quieten
-        from research.telechat.text.renderer import Renderer, detect_template
+        from research.telechat.run.preflight import model_config
+        from research.telechat.text.renderer import Renderer, choose_template
     config, tokenizer = prepare_prediction(args.yaml_file, overrides, args.vocab_file_path)
-    renderer = Renderer(detect_template(tokenizer.vocab), tokenizer.vocab, start_token=args.start_token,
+    template = choose_template(tokenizer.vocab, model_config(config).chat_template)
+    renderer = Renderer(template, tokenizer.vocab, start_token=args.start_token,
                         user_token=args.user_token, bot_token=args.bot_token, end_token=args.end_token)
     changes = {key: getattr(args, key) for key in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p",
                                                    "repetition_penalty") if getattr(args, key) is not None}
@@ -188,7 +192,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
         from research.telechat.chat.terminal import Terminal
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (line editing for input())
-        Terminal(lambda messages, seed: session.answer(messages, tools, seed), lambda: session.report, sys.stdout,
+        Terminal(lambda messages, seed: session.pieces(messages, tools, seed), lambda: session.report, sys.stdout,
                  args.system, args.seed).run(ask)
         return 0
     output = Path(args.output_file or Path(config.output_dir) / "telechat_predict.jsonl")

@@ -81,7 +81,7 @@ def read_json_object(path: Union[str, Path], what: str) -> JsonObject:
     """Read a JSON file that must hold an object. Raises ConfigError with the file's name and the fault."""
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{what} not found: {path}; copy it there, or name the place where it is") from None
     except (OSError, UnicodeDecodeError) as err:

@@ -9,10 +9,14 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from research.telechat.common.errors import ConfigError, ConversationError, RecordError
+from research.telechat.data.markers import NO_REASONING
 from research.telechat.data.packing import Cut, cut, marked_ids
-from research.telechat.data.records import detect_format, parse_record
+from research.telechat.data.records import Conversation, detect_format, parse_record
 from research.telechat.data.sources import Chunk, Source, peek_records
-from research.telechat.text.renderer import Renderer
+from research.telechat.text.renderer import BOT, Renderer
+
+UNREASONED = "answer without reasoning, trained behind empty reasoning"
+ALONE = "answer trained in a conversation of its own, without the reasoning of earlier ones"
 
 
 class Encoded(NamedTuple):
@@ -60,7 +64,8 @@ class Encoder:
             counts["bytes"] += len(raw)
             try:
                 conversation = parse_record(raw, data_format, self.named)
-                plans.append(self.renderer.plan(conversation.messages, conversation.tools))
+                parts = self.renderer.conversations(conversation.messages)
+                plans += [self.renderer.plan(part, conversation.tools) for part in parts]
             except RecordError as err:
                 counts[f"unusable: {err.kind}"] += 1
                 errors.append((number, str(err)))
@@ -69,7 +74,7 @@ class Encoder:
                 counts["unusable: order or kind of messages"] += 1
                 errors.append((number, str(err)))
                 continue
-            counts.update(f"note: {note}" for note in conversation.notes)
+            counts.update(f"note: {note}" for note in self._notes(conversation))
             unused.update(conversation.unused)
             if conversation.messages[0].role == "system" and self.renderer.system_id is None:
                 counts[f"note: system prompt, policy {self.renderer.system_policy!r}"] += 1
@@ -85,6 +90,14 @@ class Encoder:
         sizes = np.array([len(piece) for piece in pieces], np.int32)
         lengths = np.array([len(rendered.ids) for rendered in conversations], np.int32)
         return Encoded(chunk.source, tokens, sizes, lengths, dict(counts), dict(unused), errors, chunk.progress)
+
+    def _notes(self, conversation: Conversation) -> List[str]:
+        """The notes of a conversation; where the template has a place for reasoning, those of its answers."""
+        if not self.renderer.thinks:
+            return list(conversation.notes)
+        answers = [message for message in conversation.messages if message.role == BOT and message.train]
+        return ([note for note in conversation.notes if note != NO_REASONING] + [ALONE for _ in answers[1:]]
+                + [UNREASONED for message in answers if not message.reasoning])
 
 
 def _count(counts: Counter[str], result: Cut, tokens: int) -> None:

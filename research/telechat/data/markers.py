@@ -7,13 +7,12 @@ from typing import Any, List, Optional, Tuple
 
 from research.telechat.common.errors import RecordError
 from research.telechat.common.files import JsonObject
-from research.telechat.text.messages import BOT, MEDIA, Message
+from research.telechat.text.messages import BOT, MEDIA, REASONING, Message
 
 # A message with a false one is left out of the loss: OpenAI's weight, ms-swift's loss, Axolotl's train and training.
 TRAINED = ("weight", "loss", "loss_weight", "loss_scale", "train", "training", "trainable")
 MASKED = ("mask", "masked")                  # a true one leaves it out
 _PARTIAL = ("train_detail", "training_detail", "train_on_spans")         # parts of a text: cannot be honoured
-REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 _MESSAGE_KEYS = frozenset(("role", "content", "from", "value", "tool_calls", "function_call", "refusal", "tools",
                            *TRAINED, *MASKED, *_PARTIAL, *REASONING, *MEDIA))
 # Of a record: KTO marks bad answers by `label` or `kto_tag`.
@@ -68,7 +67,7 @@ def mark(messages: List[Message], sources: List[Any]) -> Tuple[List[Message], Tu
             if not train:
                 notes.append(LEFT_OUT)
             if any(not is_empty(source.get(key)) for key in REASONING):
-                notes.append(NO_REASONING)
+                notes.append(NO_REASONING)               # unless the template has one, see data/encoding.py
             message = message._replace(train=train)
         elif train and any(flag(source.get(key)) for key in ("loss", "train", "training")):
             raise RecordError("loss marker", f"message {number} is from {message.role} and marked for training; only "

@@ -29,13 +29,15 @@ def read_meta(dataset: Union[str, Path]) -> Optional[JsonObject]:
 
 
 def check_dataset_meta(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq_length: int,
-                       pad_token_id: Optional[int] = None, document_boundaries: bool = False) -> Optional[str]:
+                       pad_token_id: Optional[int] = None, document_boundaries: bool = False,
+                       template: str = "") -> Optional[str]:
     """Compare a data set with the recipe, from its meta.json alone. To be called before the first step.
 
     Args:
         dataset_dir_or_file: what the recipe names as the data set.
         vocab_size, seq_length, pad_token_id: of the model; `pad_token_id` None is not compared.
         document_boundaries: whether the recipe reads the column actual_seq_len.
+        template: chat template that the model is asked in; '' is not compared.
 
     Returns:
         None where all fits, or a warning for the log, such as that there is no meta.json.
@@ -53,7 +55,7 @@ def check_dataset_meta(dataset_dir_or_file: Union[str, Path], *, vocab_size: int
     if meta is None:
         return (f"data set {dataset} has no {META_FILE}: whether its tokenizer and padding fit the recipe is unknown; "
                 "data sets made by telechat_preprocess.py have it")
-    _check_meta(dataset, meta, vocab_size, seq_length, pad_token_id, document_boundaries)
+    _check_meta(dataset, meta, vocab_size, seq_length, pad_token_id, document_boundaries, template)
     return _check_files(dataset, meta)
 
 
@@ -76,7 +78,7 @@ def _folder(dataset: Path) -> Path:
 
 
 def _check_meta(dataset: Path, meta: JsonObject, vocab_size: int, seq_length: int, pad_token_id: Optional[int],
-                document_boundaries: bool) -> None:
+                document_boundaries: bool, template: str) -> None:
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
         raise ConfigError(f"data set {dataset}: {META_FILE} has format version {version!r}, expected {FORMAT_VERSION}; "
@@ -93,6 +95,11 @@ def _check_meta(dataset: Path, meta: JsonObject, vocab_size: int, seq_length: in
     if pad_token_id is not None and pad != pad_token_id:
         raise ConfigError(f"data set {dataset} is padded with id {pad}, the recipe's pad_token_id is {pad_token_id}; "
                           "correct the recipe, or preprocess with the --pad_token of the model")
+    written = meta.get("template")
+    if template and written and written != template:
+        raise ConfigError(f"data set {dataset} is written in the chat template {written!r}, the model is asked in "
+                          f"{template!r}; preprocess with the --model_name of the recipe's net_name, or set "
+                          f"model_config.chat_template to {written}")
     if document_boundaries and "actual_seq_len" not in meta.get("columns", ()):
         raise ConfigError(f"data set {dataset} has no column actual_seq_len, which the recipe's document boundaries "
                           "need; preprocess with --document_boundaries, or switch them off in the recipe")

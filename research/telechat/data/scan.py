@@ -27,14 +27,15 @@ _COLUMNS = ["input_ids", "labels"]
 
 def check_dataset(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq_length: int,
                   pad_token_id: Optional[int] = None, document_boundaries: bool = False,
-                  remember: Optional[Path] = None) -> Optional[str]:
+                  template: str = "", remember: Optional[Path] = None) -> Optional[str]:
     """`check_dataset_meta` and, where there is no meta.json, `check_records`.
 
     Args:
         remember: file in which the result of reading a data set is kept for the next start; None: nowhere.
     """
     warning = check_dataset_meta(dataset_dir_or_file, vocab_size=vocab_size, seq_length=seq_length,
-                                 pad_token_id=pad_token_id, document_boundaries=document_boundaries)
+                                 pad_token_id=pad_token_id, document_boundaries=document_boundaries,
+                                 template=template)
     if read_meta(dataset_dir_or_file) is None:
         note = check_records(dataset_dir_or_file, vocab_size=vocab_size, seq_length=seq_length, remember=remember)
         warning = f"{warning}. {note}"

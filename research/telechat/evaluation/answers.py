@@ -1,9 +1,9 @@
 """Generated answers of an evaluation: what a task's settings mean, and where an answer ends. No MindSpore here."""
-from typing import Any, Container, Optional, Sequence
+from typing import Any, Container, FrozenSet, Optional, Sequence
 
 import numpy as np
 
-from research.telechat.chat.session import StopFilter
+from research.telechat.chat.stream import Piece, StopFilter, ThinkFilter
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.text.vocab import IncrementalDecoder, Vocab
@@ -27,12 +27,16 @@ class Answers:
         prompts: ids of each prompt.
         ends: ids that end an answer.
         stops: texts that end an answer.
+        kept: ids of markers that are part of an answer's text.
+        thinking: the prompts end within reasoning, which is no part of an answer: neither kept nor looked at for stops.
     """
 
-    def __init__(self, vocab: Vocab, prompts: Sequence[Sequence[int]], ends: Container[int], stops: Sequence[str]):
+    def __init__(self, vocab: Vocab, prompts: Sequence[Sequence[int]], ends: Container[int], stops: Sequence[str],
+                 kept: FrozenSet[int] = frozenset(), thinking: bool = False):
         self.texts = [""] * len(prompts)
         self._ends = ends
-        self._decoders = [IncrementalDecoder(vocab, skip_special_tokens=True) for _ in prompts]
+        self._decoders = [IncrementalDecoder(vocab, skip_special_tokens=True, kept=kept) for _ in prompts]
+        self._thoughts = [ThinkFilter(thinking) for _ in prompts]
         self._filters = [StopFilter(stops) for _ in prompts]
         self._running = [True] * len(prompts)
         self._begun = False
@@ -50,7 +54,7 @@ class Answers:
             if token in self._ends:
                 self._close(row)
                 continue
-            self.texts[row] += self._filters[row].feed(self._decoders[row].feed(token))
+            self._add(row, self._thoughts[row].feed(self._decoders[row].feed(token)))
             self._running[row] = not self._filters[row].stopped
         if not any(self._running):
             raise AllStopped
@@ -63,9 +67,15 @@ class Answers:
 
     def _close(self, row: int) -> None:
         self._running[row] = False
-        self.texts[row] += self._filters[row].feed(self._decoders[row].flush())
+        self._add(row, self._thoughts[row].feed(self._decoders[row].flush()))
+        self._add(row, self._thoughts[row].flush())
         if not self._filters[row].stopped:
             self.texts[row] += self._filters[row].flush()
+
+    def _add(self, row: int, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            if not piece.reasoning:
+                self.texts[row] += self._filters[row].feed(piece.text)
 
 
 def read_settings(given: Optional[JsonObject]) -> JsonObject:

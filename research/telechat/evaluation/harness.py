@@ -24,7 +24,7 @@ from research.telechat.evaluation.batches import fit
 from research.telechat.evaluation.score import Scorer
 from research.telechat.telechat import TelechatForCausalLM
 from research.telechat.telechat_tokenizer import TelechatTokenizer
-from research.telechat.text.renderer import BOT, Renderer, detect_template, to_message
+from research.telechat.text.renderer import BOT, Renderer, choose_template, to_message
 
 
 class TelechatLM(TemplateLM):
@@ -53,7 +53,8 @@ class TelechatLM(TemplateLM):
         self.model, self.tokenizer, self.vocab = model, tokenizer, tokenizer.vocab
         self.batch_size, self.seed, self.progress = batch_size, seed, progress
         # A task's instruction comes as a system prompt, which some families have no place for: it must not get lost.
-        self.renderer = Renderer(detect_template(self.vocab), self.vocab, system_policy="prepend")
+        self.renderer = Renderer(choose_template(self.vocab, model.config.chat_template), self.vocab,
+                                 system_policy="prepend")
         self.counts: Counter = Counter()
         self._encode = lru_cache(maxsize=4)(self.vocab.encode_with_specials)    # the choices of a question share it
         self._rendered: Dict[str, List[int]] = {}          # prompts of the chat template, with the ids they stand for
@@ -114,8 +115,8 @@ class TelechatLM(TemplateLM):
         """(ids of the rendered prompt that `text` begins with, the rest of the text), or None."""
         if not self._rendered:
             return None
-        bot = self.renderer.bot_id
-        marker = self.renderer.template.bot if bot is None else self.vocab.decode([bot])
+        marker = (self.renderer.template.bot if self.renderer.as_text else
+                  self.vocab.decode(self.renderer.opening_ids))
         end = len(text)
         while end >= 0:
             end = text.rfind(marker, 0, end)
@@ -218,7 +219,9 @@ class TelechatLM(TemplateLM):
         ends = {renderer.end_id, *end_tokens(self.model.config.eos_token_id),
                 *([renderer.user_id] if renderer.user_id is not None else [])}
         stops = until + (renderer.text_markers if renderer.as_text else [])
-        answers = Answers(self.vocab, prompts, ends, stops)
+        opening = renderer.opening_ids
+        thinking = renderer.thinks and all(prompt[-len(opening):] == opening for prompt in prompts)
+        answers = Answers(self.vocab, prompts, ends, stops, renderer.kept_ids, thinking)
         with contextlib.suppress(AllStopped):
             self.model.generate(prompts, streamer=answers, seed=self.seed + place, eos_token_id=sorted(ends),
                                 pad_token_id=None, **settings)

@@ -34,8 +34,9 @@ class Sampling:
     logit_bias: Tuple[Tuple[int, float], ...] = ()     # (token, what is added to its logit)
 
     def __post_init__(self) -> None:
+        # Published settings have a temperature of 0 beside do_sample False.
         checks = (("temperature", self.temperature, "a number over 0 (for the likeliest token, set do_sample to False)",
-                   _number(self.temperature) and self.temperature > 0),
+                   _number(self.temperature) and self.temperature >= (0 if not self.do_sample else 1e-9)),
                   ("top_k", self.top_k, "a whole number, 0 for all tokens",
                    self.top_k is None or (isinstance(self.top_k, (int, np.integer)) and self.top_k >= 0)),
                   ("top_p", self.top_p, "a number over 0, at most 1",

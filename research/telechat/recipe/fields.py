@@ -107,6 +107,7 @@ class ModelSettings:
         0.0, "dropout after attention output and down projection, training only", ratio=True)
     attention_dropout_prob: float = _regular(0.0, "dropout of the attention probabilities, training only", ratio=True)
     initializer_range: float = _regular(0.02, "standard deviation of new weights")
+    chat_template: str = _token("", "how conversations are written (text/templates.py); '': as the vocabulary tells")
     bos_token_id: int = _token(1, "start of a conversation")
     eos_token_id: EndTokens = _token(2, "end of an answer; one id or a list")    # noqa: RUF009 (as the others)
     pad_token_id: int = _token(3, "padding")

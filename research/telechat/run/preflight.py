@@ -101,6 +101,7 @@ def check_dataset(config: MindFormerConfig, section: str) -> None:
     for each in path if isinstance(path, (list, tuple)) else [path]:
         note = check_files(each, vocab_size=model.vocab_size, seq_length=model.seq_length,
                            pad_token_id=model.pad_token_id, document_boundaries=model.document_boundaries,
+                           template=model.chat_template,
                            remember=Path(str(config.get("output_dir") or "output")) / DATASET_CHECKS)
         if note:
             logger.warning("%s: %s", section, note)

@@ -10,7 +10,7 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import write_text
 from research.telechat.common.printable import printable
 from research.telechat.telechat_tokenizer import TelechatTokenizer
-from research.telechat.text.templates import detect_template
+from research.telechat.text.renderer import Renderer, choose_template
 from research.telechat.text.vocab import check_fit
 
 
@@ -51,21 +51,21 @@ def read_texts(data: Union[str, Sequence[str], None]) -> List[str]:
     return [text.replace(r"\n", "\n") for text in texts]
 
 
-def to_prompts(texts: Iterable[str], tokenizer: TelechatTokenizer, raw: bool = False) -> List[str]:
+def to_prompts(texts: Iterable[str], tokenizer: TelechatTokenizer, raw: bool = False, template: str = ""
+               ) -> List[str]:
     """Plain questions written as the model's template demands; a text with markers, and with `raw` any, stays as it is.
 
     A question without markers is the most common cause of garbage, as the model has only ever seen prompts.
     """
     if raw:
         return list(texts)
-    template = detect_template(tokenizer.vocab)
+    renderer = Renderer(choose_template(tokenizer.vocab, template), tokenizer.vocab)
     unknown = tokenizer.vocab.own_tokens.get("unk")
-    markers = {template.user, template.bot, *tokenizer.vocab.markers} - {unknown}
+    markers = {renderer.template.user, renderer.template.bot, *tokenizer.vocab.markers} - {unknown}
     prompts = []
     for text in texts:
         if not any(marker in text for marker in markers):
-            text = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
-                                                 tokenize=False)
+            text = tokenizer.vocab.decode(renderer.prompt([{"role": "user", "content": text}]))
             logger.info("Plain text is written as the prompt %r (--raw leaves it as it is).", text)
         prompts.append(text)
     return prompts

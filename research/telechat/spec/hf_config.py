@@ -3,24 +3,32 @@
 Only what the official code needs to build the model; where the original config.json exists it is used instead.
 """
 
+from typing import Dict
+
 from research.telechat.common.files import JsonObject
 from research.telechat.spec.variants import Variant
 
 _COMMON = {"initializer_range": 0.02, "unk_token_id": 0, "use_cache": True}
 _DENSE = {
-    "architectures": ["TelechatForCausalLM"], "model_type": "telechat",
-    "auto_map": {"AutoConfig": "configuration_telechat.TelechatConfig",
-                 "AutoModelForCausalLM": "modeling_telechat.TelechatForCausalLM"},
+    "model_type": "telechat",
     "apply_residual_connection_post_layernorm": False, "attention_softmax_in_fp32": True, "bias_dropout_fusion": True,
     "attention_dropout": 0.0, "hidden_dropout": 0.0, "masked_softmax_fusion": True, "n_inner": None,
     "skip_bias_add_qkv": False, "slow_but_exact": False, "flash_attn": True, **_COMMON,
+}
+_CODE: Dict[str, JsonObject] = {       # by Variant.hf_module
+    "telechat": {"architectures": ["TelechatForCausalLM"],
+                 "auto_map": {"AutoConfig": "configuration_telechat.TelechatConfig",
+                              "AutoModelForCausalLM": "modeling_telechat.TelechatForCausalLM"}},
+    "telechat2": {"architectures": ["TeleChat2ForCausalLM"],
+                  "auto_map": {"AutoConfig": "configuration_telechat2.Telechat2Config",
+                               "AutoModelForCausalLM": "modeling_telechat2.Telechat2ForCausalLM"}},
 }
 _MUP = {
     "model_type": "telechat", "activation_function": "silu", "add_bias_linear": False, "attn_pdrop": 0.0,
     "auto_map": {"AutoConfig": "configuration_telechat.TELECHATConfig", "AutoModel": "modeling_telechat.TELECHAT",
                  "AutoModelForCausalLM": "modeling_telechat.TELECHAT"},
     "embd_pdrop": 0.0, "resid_pdrop": 0.0, "enable_flash_attn": True, "mup_base_width": 256,
-    "relative_encoding": "rotary", "reorder_and_upcast_attn": True, "rotary_theta": 10000, "rotary_use_xpos": False,
+    "relative_encoding": "rotary", "reorder_and_upcast_attn": True, "rotary_use_xpos": False,
     "rotary_xpos_scale_base": 512, "scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": True,
     "tokenizer_class": "TELECHATTokenizer", "use_RMSNorm": True, "use_mup": True, "output_mult": 1.0, **_COMMON,
 }
@@ -39,11 +47,14 @@ def hf_config(variant: Variant) -> JsonObject:
     if variant.hf_layout == "telechat_mup":
         return {**_MUP, **config, "n_embd": variant.hidden_size, "n_inner": variant.intermediate_size,
                 "n_positions": variant.training_seqlen, "input_mult": variant.input_mult,
-                "mup_scale_factor": 1 / variant.logits_scale, "tie_word_embeddings": False}
+                "mup_scale_factor": 1 / variant.logits_scale, "rotary_theta": variant.theta,
+                "tie_word_embeddings": False}
     config.update(hidden_size=variant.hidden_size, ffn_hidden_size=variant.intermediate_size,
                   training_seqlen=variant.training_seqlen, seq_length=variant.training_seqlen)
-    if variant.n_kv_heads:
-        config["num_key_value_heads"] = variant.n_kv_heads
+    if variant.theta != 10000.0:
+        config["rope_theta"] = variant.theta
+    if variant.n_kv_heads or variant.hf_layout == "telechat2":
+        config["num_key_value_heads"] = variant.kv_heads
     if variant.hf_layout == "telechat2":
         config.update(base_seqlen=variant.base_seqlen, skip_bias_add=False,
                       tie_word_embeddings=variant.tie_word_embeddings)
@@ -51,4 +62,4 @@ def hf_config(variant: Variant) -> JsonObject:
         config.update(skip_bias_add=True, embed_layernorm=False)
         if not variant.tie_word_embeddings:
             config.update(tie_word_embeddings=False, logn=False, semi_causal=False)
-    return {**_DENSE, **config}
+    return {**_DENSE, **_CODE[variant.hf_module], **config}

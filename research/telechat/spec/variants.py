@@ -4,12 +4,14 @@ Pure Python: no MindSpore, so that conversion, preprocessing and planning start 
 variants is a named capability (``tie_word_embeddings``, ``fused_projections``, ...), decided here once; nothing outside
 this file looks at a model's name.
 """
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Protocol, Type, TypeVar, Union
+from typing import Any, Dict, List, Optional, Protocol, Tuple, Type, TypeVar, Union
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, read_json_object
+from research.telechat.spec import config_keys
 
 
 @dataclass(frozen=True)
@@ -30,17 +32,24 @@ class Variant:
     input_mult: float = 1.0                  # embeddings are multiplied by it
     logits_scale: float = 1.0                # logits are multiplied by it (52B: output_mult / mup_scale_factor)
     training_seqlen: int = 8192              # context the weights were trained with
+    theta: float = 10000.0                   # base of the rotary frequencies
     base_seqlen: int = 8192                  # L of the NTK rule: alpha is 1 up to L (see spec/rope.py)
     rope_base_power: bool = True             # base = 10000 * alpha^(d/(d-2)); False: 10000 * alpha
     rope_mscale: bool = True                 # cos and sin grow with log(S / training_seqlen) past training_seqlen
     rope_fp16_tables: bool = True            # the official code rounds cos and sin to float16
     hf_layout: str = "telechat"              # which parameter names the official checkpoint has (spec/parameters.py)
-    chat_template: str = "telechat"          # how conversations are written (text/renderer.py)
+    hf_module: str = "telechat"              # its Python files, modeling_telechat.py and so on
+    chat_template: str = "telechat"          # how conversations are written (text/templates.py)
     bos_token_id: int = 1
     eos_token_id: int = 2
     pad_token_id: int = 3
     user_token_id: Optional[int] = None      # None: the marker is ordinary text, not a single token
     bot_token_id: Optional[int] = None
+    do_sample: bool = False                  # of the published generation settings, as are the rest
+    temperature: float = 0.3
+    top_k: int = 5
+    top_p: float = 0.85
+    repetition_penalty: float = 1.0
 
     @property
     def kv_heads(self) -> int:
@@ -53,29 +62,40 @@ class Variant:
         return self.hidden_size // self.num_heads
 
 
-_TELECHAT2 = Variant(0, 0, 0, 0, 131072, rms_norm_eps=1e-8, hf_layout="telechat2", chat_template="telechat2",
-                     user_token_id=4, bot_token_id=5)
-
-
-def _telechat2(layers: int, hidden: int, ffn: int, heads: int, kv_heads: Optional[int] = None) -> Variant:
-    return replace(_TELECHAT2, num_layers=layers, hidden_size=hidden, intermediate_size=ffn, num_heads=heads,
-                   n_kv_heads=kv_heads)
-
+# What generation_config.json has and config.json has not.
+GENERATION = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+_TELECHAT2 = Variant(0, 0, 0, 0, 131072, hf_layout="telechat2", hf_module="telechat2", chat_template="telechat2",
+                     user_token_id=4, bot_token_id=5, repetition_penalty=1.02)
+_12B = Variant(38, 5120, 12288, 32, 120000, user_token_id=20, bot_token_id=21, repetition_penalty=1.003)
+_2_3B = replace(_TELECHAT2, num_layers=24, hidden_size=3072, intermediate_size=6144, num_heads=24, temperature=0.0,
+                repetition_penalty=1.05)
+_2_7B = replace(_TELECHAT2, num_layers=30, hidden_size=4096, intermediate_size=12288, num_heads=32)
+_2_35B = replace(_TELECHAT2, num_layers=64, hidden_size=6144, intermediate_size=20480, num_heads=48)
+_2_115B = replace(_TELECHAT2, num_layers=96, hidden_size=8192, intermediate_size=40960, num_heads=64, n_kv_heads=8)
+_32K: Dict[str, Any] = {"theta": 1e6, "training_seqlen": 32768, "base_seqlen": 32768}
+_2_5: Dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.01}
+_T1: Dict[str, Any] = {"chat_template": "telechat2_think", "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.05}
 
 VARIANTS: Dict[str, Variant] = {
     "telechat_7b": Variant(30, 4096, 12288, 32, 160256, tie_word_embeddings=True, base_seqlen=4096,
                            hf_layout="telechat_tied", bos_token_id=160132, eos_token_id=160133, user_token_id=160130,
-                           bot_token_id=160131),
-    "telechat_12b": Variant(38, 5120, 12288, 32, 120000, user_token_id=20, bot_token_id=21),
+                           bot_token_id=160131, repetition_penalty=1.03),
+    "telechat_12b": _12B,
+    "telechat_12b_v2": replace(_12B, chat_template="telechat_system"),
     "telechat_52b": Variant(64, 8192, 21824, 64, 80896, fused_projections=True, out_proj_has_bias=False,
                             logits_scale=1 / 32, training_seqlen=4096, base_seqlen=4096, rope_base_power=False,
                             rope_mscale=False, rope_fp16_tables=False, hf_layout="telechat_mup",
-                            chat_template="telechat_52b"),
-    # The official config.json of 3B, 7B and 35B were not at hand: sizes as published, the rest as 115B.
-    "telechat2_3b": _telechat2(24, 3072, 6144, 24),
-    "telechat2_7b": _telechat2(30, 4096, 12288, 32),
-    "telechat2_35b": _telechat2(64, 6144, 20480, 48),
-    "telechat2_115b": _telechat2(96, 8192, 40960, 64, 8),
+                            chat_template="telechat_52b", repetition_penalty=1.02),
+    "telechat2_3b": _2_3B,
+    "telechat2_7b": _2_7B,
+    "telechat2_7b_32k": replace(_2_7B, **_32K),
+    "telechat2_35b": _2_35B,
+    "telechat2_35b_32k": replace(_2_35B, **_32K),
+    "telechat2_115b": replace(_2_115B, hf_module="telechat", chat_template="telechat2_start", repetition_penalty=1.03),
+    "telechat2_5_35b": replace(_2_35B, **_2_5),
+    "telechat2_5_115b": replace(_2_115B, **_2_5),
+    "telechat_t1_35b": replace(_2_35B, **_T1),
+    "telechat_t1_115b": replace(_2_115B, **_T1),
 }
 
 
@@ -99,14 +119,16 @@ Number = TypeVar("Number", int, float)
 
 def _get(cfg: JsonObject, key: str, kind: Type[Number], default: Optional[Number] = None) -> Number:
     """cfg[key] as `kind`; ConfigError if it is missing (and has no default) or of another type."""
-    value: Any = cfg.get(key, default)
+    value: Any = default if cfg.get(key) is None else cfg[key]
     if value is None:
         raise ConfigError(f"model config: key {key!r} is missing; is this a TeleChat config.json?")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():      # 30.0, 3e1
+        value = int(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"model config: key {key!r} must be {kind.__name__}, found {value!r}")
-    if value <= 0:
+    if not 0 < value < math.inf:
         raise ConfigError(f"model config: key {key!r} must be positive, found {value!r}")
     return value
 
@@ -115,37 +137,37 @@ def variant_from_hf(cfg: JsonObject, name: Optional[str] = None) -> Variant:
     """The variant that an official config describes, told by its structure (the official code has three).
 
     `n_embd` marks the 52B code (fused projections, mu-parametrisation); `base_seqlen` the TeleChat2 code; otherwise
-    tied embeddings mark 7B (transformers' default is tied) and untied ones 12B. `name` names the variant instead, where
-    the caller knows it; sizes always come from `cfg`. Raises ConfigError on missing, wrong or contradicting keys.
+    tied embeddings mark 7B (transformers' default is tied) and untied ones 12B. Among the members of one code the
+    first of the same sizes is taken, see `same_config`. `name` names the variant instead, where the caller knows it;
+    sizes, epsilon, theta and lengths always come from `cfg`. Raises ConfigError on missing, wrong or contradicting
+    keys, and on what is not supported (spec/config_keys.py).
     """
-    if "n_embd" in cfg:
-        template = VARIANTS["telechat_52b"]
-    elif "base_seqlen" in cfg:
-        template = VARIANTS["telechat2_115b"]
-    else:
-        template = VARIANTS["telechat_7b" if cfg.get("tie_word_embeddings", True) else "telechat_12b"]
+    config_keys.check(cfg)
+    layout = ("telechat_mup" if "n_embd" in cfg else "telechat2" if cfg.get("base_seqlen") is not None else
+              "telechat_tied" if _flag(cfg, "tie_word_embeddings", True) else "telechat")
     if name is not None:
-        named = get_variant(name)
-        if named.hf_layout != template.hf_layout:
-            raise ConfigError(f"model config: its keys are those of the layout {template.hf_layout!r}, but {name} has "
-                              f"the layout {named.hf_layout!r}; name the model that this checkpoint belongs to")
-        template = named
+        template = get_variant(name)
+        if template.hf_layout != layout:
+            raise ConfigError(f"model config: its keys are those of the layout {layout!r}, but {name} has the layout "
+                              f"{template.hf_layout!r}; name the model that this checkpoint belongs to")
+    else:
+        template = _closest(cfg, layout)
     if not template.fused_projections and isinstance(cfg.get("tie_word_embeddings"), bool):
         template = replace(template, tie_word_embeddings=cfg["tie_word_embeddings"])
-    keys = (("n_layer", "n_embd", "n_inner", "n_head") if "n_embd" in cfg
-            else ("n_layer", "hidden_size", "ffn_hidden_size", "n_head"))
-    num_layers, hidden, ffn, heads = (_get(cfg, key, int) for key in keys)
-    kv_heads = cfg.get("num_key_value_heads")
-    if kv_heads is not None:
-        kv_heads = _get(cfg, "num_key_value_heads", int)
+    num_layers, hidden, ffn, heads = (_get(cfg, key, int) for key in _size_keys(cfg))
+    kv_heads = None if cfg.get("num_key_value_heads") is None else _get(cfg, "num_key_value_heads", int)
+    if kv_heads == heads:
+        kv_heads = None
+    trained = _get(cfg, "n_positions", int, template.training_seqlen)
     variant = replace(
         template, num_layers=num_layers, hidden_size=hidden, intermediate_size=ffn, num_heads=heads,
         n_kv_heads=kv_heads, vocab_size=_get(cfg, "vocab_size", int),
         rms_norm_eps=_get(cfg, "layer_norm_epsilon", float, template.rms_norm_eps),
-        training_seqlen=_get(cfg, "training_seqlen", int, cfg.get("n_positions", template.training_seqlen)),
+        theta=config_keys.rope_theta(cfg) or 10000.0,
+        training_seqlen=_get(cfg, "training_seqlen", int, trained),
         base_seqlen=_get(cfg, "base_seqlen", int, template.base_seqlen))
     if template.fused_projections:
-        mup = cfg.get("use_mup", True)
+        mup = _flag(cfg, "use_mup", True)
         scale = _get(cfg, "output_mult", float, 1.0) / _get(cfg, "mup_scale_factor", float, 1.0) if mup else 1.0
         variant = replace(variant, logits_scale=scale,
                           input_mult=_get(cfg, "input_mult", float, 1.0) if mup else 1.0)
@@ -154,6 +176,35 @@ def variant_from_hf(cfg: JsonObject, name: Optional[str] = None) -> Variant:
             variant = replace(variant, **{key: cfg[key]})
     check_shape(variant, where="model config: ")
     return variant
+
+
+def _size_keys(cfg: JsonObject) -> Tuple[str, ...]:
+    return (("n_layer", "n_embd", "n_inner", "n_head") if "n_embd" in cfg
+            else ("n_layer", "hidden_size", "ffn_hidden_size", "n_head"))
+
+
+def _flag(cfg: JsonObject, key: str, default: bool) -> bool:
+    return default if cfg.get(key) is None else bool(cfg[key])
+
+
+def _closest(cfg: JsonObject, layout: str) -> Variant:
+    """The first variant of a layout that has the sizes, the Python files and the theta of `cfg`, as far as there is
+    one: what no config.json says, such as the chat template, is taken from it."""
+    of_layout = [variant for variant in VARIANTS.values() if variant.hf_layout == layout]
+    sizes = [cfg.get(key) for key in _size_keys(cfg)]
+    theta = config_keys.rope_theta(cfg) or 10000.0
+    code = str((cfg.get("auto_map") or {}).get("AutoConfig") if isinstance(cfg.get("auto_map"), dict) else "")
+
+    def likeness(variant: Variant) -> Tuple[bool, bool, bool]:
+        own = [variant.num_layers, variant.hidden_size, variant.intermediate_size, variant.num_heads]
+        return f"configuration_{variant.hf_module}." in code, own == sizes, variant.theta == theta
+    return max(of_layout, key=likeness)
+
+
+def same_config(variant: Variant) -> List[str]:
+    """Names of the members whose config.json says the same as that of `variant`; only their names tell them apart."""
+    unsaid: Dict[str, Any] = {"chat_template": "", **dict.fromkeys(GENERATION, 0)}
+    return [name for name, other in VARIANTS.items() if replace(other, **unsaid) == replace(variant, **unsaid)]
 
 
 class Sizes(Protocol):

@@ -4,6 +4,7 @@ Accepts the dicts of OpenAI, roles as in ShareGPT and TeleChat's own, and checks
 where they are rendered (text/renderer.py); whole records of data are read by data/records.py.
 """
 import json
+import re
 from typing import List, NamedTuple, Sequence, Tuple, Union
 
 from research.telechat.common.errors import ConversationError
@@ -20,19 +21,22 @@ ROLE_ALIASES = {
 
 
 CALL_ROLES = ("function_call", "tool_call")          # a bot's message that is nothing but calls, as JSON
+REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 MEDIA = ("image", "images", "image_url", "video", "videos", "video_url", "audio", "audios", "input_audio")
 
 
 class Message(NamedTuple):
     """One message, its role one of system, user, bot, tool.
 
-    `calls` are the tools that a bot calls, as JSON texts; `train` is False for an answer that is context only.
+    `calls` are the tools that a bot calls, as JSON texts; `train` is False for an answer that is context only;
+    `reasoning` is what the bot thought before it answered.
     """
 
     role: str
     content: str
     calls: Tuple[str, ...] = ()
     train: bool = True
+    reasoning: str = ""
 
 
 MessageLike = Union[Message, JsonObject]
@@ -66,7 +70,14 @@ def to_message(message: object, number: int) -> Message:
         content = ""
     if not isinstance(content, str):
         raise ConversationError(f"message {number}: its content is {type(content).__name__}; expected text")
-    return Message(role, content, tuple(_call(call, number) for call in calls))
+    return Message(role, content, tuple(_call(call, number) for call in calls),
+                   reasoning=_reasoning(message) if role == BOT else "")
+
+
+def _reasoning(message: JsonObject) -> str:
+    """What the bot thought, under any of the usual keys, without the line ends around it."""
+    return next((message[key].strip("\n") for key in REASONING
+                 if isinstance(message.get(key), str) and message[key].strip()), "")
 
 
 def _content(message: JsonObject, number: int) -> object:
@@ -150,10 +161,37 @@ def join_calls(messages: Sequence[Message], roles: Sequence[object]) -> List[Mes
     return joined
 
 
-def answer_text(message: Message) -> str:
+Parts = List[Tuple[str, bool]]
+_BLOCK = re.compile(r"(<tool_call>)(\s*\{.*?\}\s*)(</tool_call>)", re.DOTALL)
+_RESPONSE = re.compile(r"(<tool_response>)(\n.*?\n)(</tool_response>)(\n?)", re.DOTALL)
+
+
+def answer_parts(message: Message, separator: str = "\n", blocks: bool = False) -> Parts:
+    """A bot's message in parts (text, whether it is a marker): its content, then its tool calls.
+
+    separator: between content and the first call. blocks: calls that the content writes out itself, as the answer of a
+    model and official data do, have markers, too.
+    """
+    pieces = _BLOCK.split(message.content) if blocks else [message.content]
+    parts = [(piece, index % 4 in (1, 3)) for index, piece in enumerate(pieces)]
+    for number, call in enumerate(message.calls):
+        parts += [("\n" if number else separator if message.content else "", False), ("<tool_call>", True),
+                  (f"\n{call}\n", False), ("</tool_call>", True)]
+    return parts
+
+
+def answer_text(message: Message, separator: str = "\n") -> str:
     """A bot's message as the text that it is trained on: its content, then its tool calls."""
-    calls = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in message.calls)
-    return f"{message.content}\n{calls}" if calls and message.content else message.content or calls
+    return "".join(text for text, _ in answer_parts(message, separator))
+
+
+def response_parts(text: str) -> Parts:
+    """A user's text in parts, as `answer_parts`: where it is nothing but results of tools, these have markers."""
+    found = list(_RESPONSE.finditer(text))
+    whole = "".join(match.group() for match in found) == text and all(match[4] for match in found[:-1])
+    if not found or not whole or found[-1][4]:
+        return [(text, False)]
+    return [(match[number], number in (1, 3)) for match in found for number in (1, 2, 3, 4)]
 
 
 def json_text(value: object) -> str:

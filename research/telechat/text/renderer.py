@@ -14,7 +14,7 @@ that its ids differ from those of the real one.
 """
 import re
 from functools import cached_property
-from typing import Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import FrozenSet, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat.common.errors import ConfigError, ConversationError
 from research.telechat.text.messages import (
@@ -25,16 +25,25 @@ from research.telechat.text.messages import (
     Message,
     MessageLike,
     Tools,
+    answer_parts,
     answer_text,
     json_text,
+    response_parts,
     to_message,
 )
 from research.telechat.text.spans import Plan, Prompt, Rendered, Span, marker_span
-from research.telechat.text.templates import Template, detect_template, get_template
+from research.telechat.text.templates import (
+    THINK_MARKERS,
+    TOOL_MARKERS,
+    Template,
+    choose_template,
+    detect_template,
+    get_template,
+)
 from research.telechat.text.vocab import Vocab
 
 __all__ = ["BOT", "SYSTEM", "TOOL", "USER", "ConversationError", "Message", "Plan", "Prompt", "Rendered", "Renderer",
-           "Span", "detect_template", "get_template", "to_message"]
+           "Span", "choose_template", "detect_template", "get_template", "to_message"]
 
 SYSTEM_POLICIES = ("ignore", "prepend", "error")
 _NO_TOOLS = "leave them out, or use a TeleChat2 model"
@@ -78,6 +87,10 @@ class Renderer:
         self.system_id = self._marker("system", template.system) if template.system else None
         self._prompt_start = self._marker("start", template.prompt_start) if template.prompt_start else None
         self._separator = tuple(vocab.encode(template.separator)) if template.separator else ()
+        self._inner = {piece: vocab.markers[piece] for piece in (*TOOL_MARKERS, *THINK_MARKERS)
+                       if piece in vocab.markers}
+        self._inner_pattern = re.compile("(" + "|".join(map(re.escape, self._inner)) + ")")
+        self._opening_spans = self._stretches([(template.think_start, True)]) if template.think_start else []
         self._opening = 1
         self._marker_spans = marker_span(self.user_id), marker_span(self.bot_id), Span((self.end_id,), loss=True)
         if self.as_text:
@@ -87,6 +100,22 @@ class Renderer:
     def text_markers(self) -> List[str]:
         """The markers in words that end an answer, where `as_text`."""
         return [self._text_end, self.template.user]
+
+    @property
+    def thinks(self) -> bool:
+        """Whether answers begin with reasoning, which the template's `think_end` closes."""
+        return self.template.think_start is not None
+
+    @property
+    def kept_ids(self) -> FrozenSet[int]:
+        """Ids of the markers of tools and reasoning, which are part of the text of an answer; empty where they are
+        ordinary text."""
+        return frozenset(self._inner.values())
+
+    @cached_property
+    def opening_ids(self) -> List[int]:
+        """Ids with which every prompt ends: the bot marker, and what opens the reasoning."""
+        return self._encode([marker_span(self.bot_id), *self._opening_spans])
 
     # Training
 
@@ -110,20 +139,26 @@ class Renderer:
     def plan(self, messages: Sequence[MessageLike], tools: Tools = None) -> Plan:
         """The first half of `render`: what to encode. Raises ConversationError."""
         turns = self._turns(messages, tools, last=BOT)
-        spans = [Span((self.start_id,))] if self.start_id is not None else []
-        system = turns.system
-        if system is None:
-            system = self.template.default_system
-        if self.system_id is not None and system is not None:
-            spans += self._system_spans(self._with_tools(system, tools))
+        spans, separator = self._head(turns.system, tools, training=True)
         starts = []
         for number, turn in enumerate(turns.turns):
-            if number and self._separator:
-                spans.append(Span(self._separator))
+            if number and separator:
+                spans.append(Span(separator))
             starts.append(len(spans))
             last = number == len(turns.turns) - 1
-            spans += self._text_turn(turn, last) if self.as_text else self._turn(turn)
-        return Plan(spans, starts)
+            spans += self._text_turn(turn, last) if self.as_text else self._turn(turn, True, last)
+        return Plan(spans, starts, len(separator))
+
+    def conversations(self, messages: Sequence[Message]) -> List[List[Message]]:
+        """What to train of a conversation: itself, or, where answers begin with reasoning, each answer on its own.
+
+        Reasoning of earlier answers is not part of a prompt, so that every answer needs a context of its own.
+        """
+        if self.template.think_start is None:
+            return [list(messages)]
+        ends = [place for place, message in enumerate(messages, 1) if message.role == BOT and message.train]
+        return [[message._replace(train=False) if message.role == BOT else message for message in messages[:end - 1]]
+                + [messages[end - 1]] for end in ends] or [list(messages)]
 
     def assemble(self, plan: Plan, encoded: Iterable[Sequence[int]]) -> Rendered:
         """The second half of `render`. `encoded`: ids of each of `plan.texts`, in order."""
@@ -138,13 +173,12 @@ class Renderer:
             loss.append((len(part) - span.tail, span.loss))
             if span.tail:
                 loss.append((span.tail, False))
-        return Rendered(ids, loss, [positions[start] for start in plan.turns], len(self._separator),
-                        self._opening)
+        return Rendered(ids, loss, [positions[start] for start in plan.turns], plan.separator, self._opening)
 
     # Generation
 
     def prompt(self, messages: Sequence[MessageLike], tools: Tools = None, limit: Optional[int] = None) -> List[int]:
-        """Token ids up to and including the bot marker, ready for the answer to the last message.
+        """Token ids up to and including the bot marker (and what opens the reasoning), ready for the answer.
 
         `messages` end with a user message (or tool results). With `limit` at most so many ids, see `fit_prompt`.
         """
@@ -157,7 +191,8 @@ class Renderer:
         markers and the system prompt fit, and as `render` does.
         """
         conversation = self._turns(messages, tools, last=USER)
-        head, separator = self._prompt_head(conversation.system, tools)
+        spans, separator = self._head(conversation.system, tools, training=False)
+        head = self._encode(spans)
         turns = conversation.turns
         ids = head + self._prompt_ids(turns, separator)
         if limit is None or len(ids) <= limit:
@@ -234,23 +269,75 @@ class Renderer:
             system = None
         return Renderer._Turns(system, turns)
 
-    def _with_tools(self, system: str, tools: Tools) -> str:
-        if not tools or ("<tools>\n" in system and "\n</tools>" in system):     # in words already, as in official data
-            return system
-        lines = tools if isinstance(tools, str) else "\n".join(json_text(tool) for tool in tools)
-        return system.rstrip("\n") + (self.template.tools_block or "").format(tools=lines)
+    def _head(self, system: Optional[str], tools: Tools, training: bool) -> Tuple[List[Span], Tuple[int, ...]]:
+        """What stands in front of the turns, and the ids between them."""
+        template = self.template
+        if system is None and (tools or template.default_for == "always" or (
+                training and template.default_for == "training")):
+            system = template.default_system
+        head = [Span((self.start_id,))] if self.start_id is not None else []
+        if system is not None and self.system_id is not None:
+            return head + self._system_spans(system, tools), self._separator
+        if self._prompt_start is None:
+            return head, self._separator
+        return head or [Span((self._prompt_start,))], ()
 
-    def _system_spans(self, system: str) -> List[Span]:
-        return [marker_span(self.system_id), Span(text=system), Span(self._separator)]
+    def _system_spans(self, system: str, tools: Tools) -> List[Span]:
+        parts = [(system, False)]
+        block = self.template.tools_block or ""
+        written = "<tools>\n" in system and "\n</tools>" in system          # in words already, as in official data
+        if written:
+            ending = block.partition("{tools}")[2].format()
+            if ending and system.endswith(ending):
+                parts = [(system[:-len(ending)], False), (ending, True)]
+        elif tools:
+            lines = tools if isinstance(tools, str) else "\n".join(json_text(tool) for tool in tools)
+            before, _, after = block.partition("{tools}")
+            text = system if self.template.default_for == "always" else system.rstrip("\n")
+            parts = [(text, False), (before.format(), True), (lines, False), (after.format(), True)]
+        else:
+            parts.append((self.template.system_end, False))
+        spans = [marker_span(self.system_id), *self._stretches(parts)]
+        return [*spans, Span(self._separator)] if self.template.system_separator else spans
 
-    def _turn(self, turn: List[Message]) -> List[Span]:
-        """One turn with markers as ids."""
+    def _turn(self, turn: List[Message], training: bool = False, last: bool = False) -> List[Span]:
+        """One turn with markers as ids. last: of a conversation to be trained, whose answer begins with reasoning."""
         user, bot, end = self._marker_spans
-        spans = [user, Span((), self._question(turn))]
+        spans = [user, *self._stretches(self._question_parts(turn, training))]
         if turn[-1].role == BOT:
-            train = turn[-1].train
-            spans += [bot, Span((), answer_text(turn[-1]), train), end if train else end._replace(loss=False)]
+            thinks = self.template.think_start is not None
+            train = turn[-1].train and training and (last or not thinks)
+            answer = self._stretches(answer_parts(turn[-1], self.template.call_separator, bool(self._inner)), train)
+            if thinks and last:
+                answer = self._reasoned(turn[-1], answer, train)
+            spans += [bot, *answer, end if train else end._replace(loss=False)]
         return spans
+
+    def _reasoned(self, message: Message, answer: List[Span], train: bool) -> List[Span]:
+        """An answer behind its reasoning. Without reasoning what opens and closes it is context."""
+        before = self._stretches([(message.reasoning, False), (self.template.think_end, True)],
+                                 train and bool(message.reasoning))
+        if self._opening_spans[-1].text is not None:
+            before[0] = self._continued_span(before[0].text or "", True, before[0].loss)
+        if before[-1].text is not None and answer and answer[0].text is not None:
+            answer = [self._continued_span(answer[0].text, True, answer[0].loss), *answer[1:]]
+        return [*self._opening_spans, *before, *answer]
+
+    def _stretches(self, parts: Iterable[Tuple[str, bool]], loss: bool = False) -> List[Span]:
+        """Texts as spans. (text, ours): in our own texts, the markers of tools and reasoning are tokens, where the
+        vocabulary has them; the text between two of them is encoded as one."""
+        spans: List[Span] = []
+        text = ""
+        for part, ours in parts:
+            pieces = self._inner_pattern.split(part) if ours and self._inner else [part]
+            for index, piece in enumerate(pieces):
+                if index % 2:
+                    spans += [Span(text=text, loss=loss)] if text else []
+                    spans.append(Span((self._inner[piece],), loss=loss))
+                    text = ""
+                else:
+                    text += piece
+        return [*spans, Span(text=text, loss=loss)] if text or not spans else spans
 
     def _text_turn(self, turn: List[Message], last: bool) -> List[Span]:
         """One turn with markers in words: question and markers as one text, the answer as another.
@@ -266,22 +353,20 @@ class Renderer:
         spans[-1] = spans[-1]._replace(tail=self._text_end_length)
         return spans
 
-    def _question(self, turn: List[Message]) -> str:
+    def _question_parts(self, turn: List[Message], training: bool = False) -> List[Tuple[str, bool]]:
+        """The question or the results of tools. Official training data has results as a user's text."""
         if turn[0].role == USER:
-            return turn[0].content
-        return "\n".join(f"<tool_response>\n{message.content}\n</tool_response>" for message in turn
-                         if message.role == TOOL)
+            text = turn[0].content
+            return response_parts(text) if training and self._inner else [(text, False)]
+        parts: List[Tuple[str, bool]] = []
+        for message in turn:
+            if message.role == TOOL:
+                parts += [("\n" if parts else "", False), ("<tool_response>", True), (f"\n{message.content}\n", False),
+                          ("</tool_response>", True)]
+        return parts
 
-    def _prompt_head(self, system: Optional[str], tools: Tools) -> Tuple[List[int], Tuple[int, ...]]:
-        """What stands in front of the turns, and the ids between them."""
-        if system is None and tools:
-            system = self.template.default_system
-        head = [self.start_id] if self.start_id is not None else []
-        if system is not None:
-            return head + self._encode(self._system_spans(self._with_tools(system, tools))), self._separator
-        if self._prompt_start is None:
-            return head, self._separator
-        return head or [self._prompt_start], ()
+    def _question(self, turn: List[Message]) -> str:
+        return "".join(text for text, _ in self._question_parts(turn))
 
     def _prompt_ids(self, turns: List[List[Message]], separator: Tuple[int, ...], bot: bool = True) -> List[int]:
         """Ids of the turns and, with `bot`, of the marker that opens the answer to the last one."""
@@ -296,7 +381,7 @@ class Renderer:
         spans = []
         for number, turn in enumerate(turns):
             spans += ([Span(separator)] if number else []) + self._turn(turn)
-        return self._encode(spans) + ([self.bot_id] if bot and self.bot_id is not None else [])
+        return self._encode(spans + ([marker_span(self.bot_id), *self._opening_spans] if bot else []))
 
     def _encode(self, spans: List[Span]) -> List[int]:
         plan = Plan(spans, [])

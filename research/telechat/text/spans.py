@@ -22,6 +22,7 @@ class Plan(NamedTuple):
 
     spans: List[Span]
     turns: List[int]
+    separator: int = 0                       # number of ids between two turns
 
     @property
     def texts(self) -> List[str]:

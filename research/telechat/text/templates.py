@@ -1,9 +1,15 @@
 """The table of chat templates: how each family of TeleChat writes a conversation. Data only, no rendering.
 
-`Variant.chat_template` (spec/variants.py) names the template of a model; where no model is named, the markers in its
-vocabulary tell the family.
+`Variant.chat_template` (spec/variants.py) names the template of a model, and so does a recipe's `chat_template`; where
+neither is known, the vocabulary tells the family.
+
+TeleChat2 has two forms. `telechat2` is the Jinja template that its tokenizers since November 2024 carry: a system
+prompt always, one line end behind it. `telechat2_start` is what the code of the first 115B writes when asked:
+`<_start><_user>question<_bot>`, without a system prompt and without line ends. `telechat2_before` is what this
+plugin's first versions did, for weights fine-tuned with them: the second form when asked, and in training a system
+prompt always, with two line ends.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Dict, Mapping, Optional, Protocol, Tuple, Union
 
@@ -22,7 +28,10 @@ class HasMarkers(Protocol):
 
 @dataclass(frozen=True)
 class Template:
-    """How one family writes conversations. A tuple of pieces means: the first of them that the vocabulary has."""
+    """How one family writes conversations. A tuple of pieces means: the first of them that the vocabulary has.
+
+    Texts of a template may hold <tool_call> and its like: they are single tokens where the vocabulary has such markers.
+    """
 
     name: str
     user: str = "<_user>"
@@ -31,18 +40,25 @@ class Template:
     pad: Tuple[str, ...] = ("<_pad>", "<pad>")
     system: Optional[str] = None             # None: the weights know no system prompt
     text_end: Optional[str] = None           # markers are ordinary text; this one stands between turns, `end` is last
-    separator: str = ""                      # text after the system prompt and between turns
-    default_system: Optional[str] = None     # in training, where a conversation brings no system prompt
+    separator: str = ""                      # text between turns
+    system_end: str = ""                     # text that ends a system prompt without tools, encoded with it
+    system_separator: bool = True            # the separator stands behind the system prompt, too, encoded on its own
+    default_system: Optional[str] = None     # where a conversation brings no system prompt ...
+    default_for: str = "tools"               # ... "always", in "training" and with tools, or with "tools" only
     tools_block: Optional[str] = None        # appended to the system prompt; None: the weights know no tools
-    prompt_start: Optional[str] = None       # in front of a prompt without system prompt, which has no separators then
+    call_separator: str = "\n"               # between the text of an answer and its first tool call
+    prompt_start: Optional[str] = None       # in front without system prompt; no separators then
+    think_start: Optional[str] = None        # opens every answer, behind the bot marker; None: the weights do not think
+    think_end: str = "\n</think>\n\n"        # between the reasoning and the answer
     padding_side: str = "left"               # as the family's official training code pads
     needs: Tuple[str, ...] = ()              # pieces by which a vocabulary is recognised as this family's
+    needs_settings: bool = False             # and tokenizer_config.json beside it, which has no tool markers
 
 
 # The wording belongs to the format: the weights have been trained with exactly these texts.
 _TELECHAT2_SYSTEM = (
     "你是中国电信星辰语义大模型，英文名是TeleChat，你是由中电信人工智能科技有限公司和"
-    "中国电信人工智能研究院（TeleAI）研发的人工智能助手。\n")
+    "中国电信人工智能研究院（TeleAI）研发的人工智能助手。")
 _TELECHAT2_TOOLS = (
     "\n\n# 可用工具\n"
     "你可以调用<tools></tools>标签中包含的一个或多个工具来辅助你回答问题,以下是可用工具详情：\n"
@@ -50,14 +66,27 @@ _TELECHAT2_TOOLS = (
     "# 调用方法\n"
     "你需要遵循工具的要求，使用json格式返回工具名称及参数，并用<tool_call></tool_call>包含。下方是一个调用模板：\n"
     '<tool_call>\n{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call>\n\n')
+_TELECHAT2_MARKERS = ("<_user>", "<_bot>", "<_system>", "<_observation>")
+TOOL_MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+THINK_MARKERS = ("<think>", "</think>")
+
+_TELECHAT2 = Template("telechat2", system="<_system>", separator="\n", system_end="\n", system_separator=False,
+                      default_system=_TELECHAT2_SYSTEM, default_for="always", tools_block=_TELECHAT2_TOOLS,
+                      call_separator="", padding_side="right", needs=_TELECHAT2_MARKERS)
+_START = replace(_TELECHAT2, name="telechat2_start", system_end="", system_separator=True, default_for="tools",
+                 call_separator="\n", prompt_start="<_start>", needs_settings=True)
 
 # The order matters for `detect_template`: the first one whose needs a vocabulary meets.
 TEMPLATES: Dict[str, Template] = {template.name: template for template in (
-    Template("telechat2", system="<_system>", separator="\n", default_system=_TELECHAT2_SYSTEM,
-             tools_block=_TELECHAT2_TOOLS, prompt_start="<_start>", padding_side="right",
-             needs=("<_user>", "<_bot>", "<_system>", "<_observation>")),
+    _START,
+    _TELECHAT2,
     Template("telechat", needs=("<_user>", "<_bot>")),
     Template("telechat_52b", end=("</s>",), text_end="<_end>", needs=("</s>",)),
+    # The rest is told by a model's name only.
+    Template("telechat_system", system="<_system>"),
+    replace(_TELECHAT2, name="telechat2_think", think_start="<think>\n", needs=()),
+    replace(_START, name="telechat2_before", default_system=_TELECHAT2_SYSTEM + "\n", default_for="training", needs=(),
+            needs_settings=False),
 )}
 
 
@@ -70,8 +99,15 @@ def get_template(name: str) -> Template:
 
 def detect_template(vocab: HasMarkers) -> Template:
     """The template that fits a vocabulary, by the markers it has. Raises ConfigError where none does."""
+    plain = bool(getattr(vocab, "settings", None)) and TOOL_MARKERS[0] not in vocab.markers
     for template in TEMPLATES.values():
-        if all(piece in vocab.markers for piece in template.needs):
+        if template.needs and all(piece in vocab.markers for piece in template.needs) and (
+                plain or not template.needs_settings):
             return template
     raise ConfigError(f"vocabulary {vocab.path} has the markers of no TeleChat family; name the template "
                       f"({', '.join(TEMPLATES)})")
+
+
+def choose_template(vocab: HasMarkers, name: Optional[str] = None) -> Template:
+    """The template called `name`; without a name the one that `vocab` tells. Raises ConfigError."""
+    return get_template(name) if name else detect_template(vocab)

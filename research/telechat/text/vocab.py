@@ -22,7 +22,14 @@ from types import MappingProxyType
 from typing import Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 from research.telechat.common.errors import ConfigError, VocabError
-from research.telechat.text.vocab_files import JSON_FILE, MODEL_FILE, ByteLevelBpeFile, SentencePieceFile
+from research.telechat.common.files import JsonObject, read_json_object
+from research.telechat.text.vocab_files import (
+    JSON_FILE,
+    MODEL_FILE,
+    SETTINGS_FILE,
+    ByteLevelBpeFile,
+    SentencePieceFile,
+)
 
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -54,15 +61,19 @@ class Vocab:
     Attributes: `path`; `fingerprint`, the SHA-256 of the file in hex; `size`, one more than the greatest id; `markers`,
     piece to id of every token that is a marker and never comes from plain text; `special_ids`, the ids of those markers
     that `skip_special_tokens` removes: the ones the file itself calls special, and the ones named in `special_tokens`;
-    `own_tokens`, role ("unk", "bos", "eos", "pad") to piece as a SentencePiece model names them, empty for others.
+    `own_tokens`, role ("unk", "bos", "eos", "pad") to piece as a SentencePiece model names them, empty for others;
+    `settings`, the tokenizer_config.json beside the file, empty without one; `names`, id to piece of the tokens that it
+    lists. These may give a marker of a SentencePiece model another name: TeleChat2's <tool_call> is its <_control1>.
     """
 
-    def __init__(self, path: Path, data: bytes, special_tokens: Mapping[str, str]):
-        self.path = path
+    def __init__(self, path: Path, data: bytes, special_tokens: Mapping[str, str], settings: JsonObject,
+                 names: Optional[Mapping[int, str]] = None):
+        self.path, self.settings = path, settings
+        self.names = dict(names) if names is not None else _added_tokens(settings.get("added_tokens_decoder"), path)
         self.fingerprint = hashlib.sha256(data).hexdigest()
         self.special_tokens = dict(special_tokens)
         backend = ByteLevelBpeFile if data.lstrip()[:1] == b"{" else SentencePieceFile
-        self._backend = backend(path, data, self.special_tokens.values())
+        self._backend = backend(path, data, self.special_tokens.values(), self.names)
         self.size = self._backend.size
         self.markers: Mapping[str, int] = MappingProxyType(self._backend.markers)
         self.special_ids: FrozenSet[int] = frozenset(self._backend.special_ids)
@@ -71,16 +82,19 @@ class Vocab:
         self._check_plain()
 
     @classmethod
-    def load(cls, path: Union[str, Path], special_tokens: Optional[Mapping[str, Optional[str]]] = None) -> "Vocab":
+    def load(cls, path: Union[str, Path], special_tokens: Optional[Mapping[str, Optional[str]]] = None,
+             names: Optional[Mapping[int, str]] = None) -> "Vocab":
         """Read a vocabulary.
 
         Args:
             path: ``tokenizer.model``, ``tokenizer.json``, or a folder that holds one of them (the first, if both).
             special_tokens: role to piece, such as {"user": "<reserve1>"}: markers that `skip_special_tokens` removes
                 in addition. A value None is ignored. Ordinary pieces of text cannot be markers.
+            names: id to name of markers; None: as the tokenizer_config.json beside the file lists them.
 
         Raises:
-            VocabError: no such file, not a vocabulary, truncated, or a named token that is not a marker in it.
+            VocabError: no such file, not a vocabulary, truncated, or a named token that is not a marker in it; a
+                tokenizer_config.json beside it that is broken or another vocabulary's.
         """
         path = _find_file(Path(path))
         try:
@@ -92,7 +106,8 @@ class Vocab:
         if data.startswith(_LFS_POINTER):
             raise VocabError(f"vocabulary file {path} is a Git LFS pointer, not the file itself; fetch it with "
                              "`git lfs pull`")
-        return cls(path, data, {role: piece for role, piece in (special_tokens or {}).items() if piece is not None})
+        named = {role: piece for role, piece in (special_tokens or {}).items() if piece is not None}
+        return cls(path, data, named, _settings(path), names)
 
     def encode(self, text: str) -> List[int]:
         """Ids of `text` as plain text: markers typed in it are ordinary characters. Raises VocabError, see below."""
@@ -162,7 +177,7 @@ class Vocab:
         return f"Vocab({str(self.path)!r}, size={self.size})"
 
     def __reduce__(self) -> Tuple[object, ...]:
-        return _reload, (str(self.path), self.special_tokens, self.fingerprint)
+        return _reload, (str(self.path), self.special_tokens, self.fingerprint, self.names)
 
     @cached_property
     def _marker_pattern(self) -> "re.Pattern[str]":
@@ -203,12 +218,14 @@ class IncrementalDecoder:
 
     It never returns half a character: bytes of an unfinished one are held back until the next ids complete it. For the
     continuation of a text rather than a new turn, feed the ids of that text first and drop what comes out.
+
+    kept: ids of markers that `skip_special_tokens` does not remove.
     """
 
-    def __init__(self, vocab: Vocab, skip_special_tokens: bool = False):
+    def __init__(self, vocab: Vocab, skip_special_tokens: bool = False, kept: FrozenSet[int] = frozenset()):
         self._table = vocab._token_bytes
         self._marker_texts = vocab._marker_texts
-        self._skipped = vocab.special_ids if skip_special_tokens else frozenset()
+        self._skipped = vocab.special_ids - kept if skip_special_tokens else frozenset()
         self._strips_prefix = vocab._backend.dummy_prefix
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._at_start = True
@@ -264,8 +281,33 @@ def _check_texts(texts: Sequence[object]) -> None:
                              f"{bad.start + 1}), which has no UTF-8 form; repair the text's source") from None
 
 
-def _reload(path: str, special_tokens: Mapping[str, str], fingerprint: str) -> Vocab:
-    vocab = Vocab.load(path, special_tokens)
+def _settings(path: Path) -> JsonObject:
+    """The tokenizer_config.json beside a vocabulary file; empty without one. Raises VocabError."""
+    beside = path.with_name(SETTINGS_FILE)
+    if not beside.is_file():
+        return {}
+    try:
+        return read_json_object(beside, "tokenizer config")
+    except ConfigError as err:
+        raise VocabError(str(err)) from err
+
+
+def _added_tokens(listed: object, path: Path) -> Dict[int, str]:
+    """{id: piece} of an added_tokens_decoder. Raises VocabError."""
+    if listed is None:
+        return {}
+    names = {}
+    for token_id, token in listed.items() if isinstance(listed, dict) else [("", listed)]:
+        piece = token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
+        if not (isinstance(piece, str) and piece and str(token_id).strip().isdigit()):
+            raise VocabError(f"{path.with_name(SETTINGS_FILE)}: added_tokens_decoder has {str(token_id)!r}: "
+                             f"{str(token)[:60]!r}; expected ids with the content of a token")
+        names[int(token_id)] = piece
+    return names
+
+
+def _reload(path: str, special_tokens: Mapping[str, str], fingerprint: str, names: Mapping[int, str]) -> Vocab:
+    vocab = Vocab.load(path, special_tokens, names)
     if vocab.fingerprint != fingerprint:
         raise VocabError(f"vocabulary file {path} has changed while it was in use; start again")
     return vocab

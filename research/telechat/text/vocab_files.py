@@ -9,13 +9,14 @@ each id stands for).
 import json
 import re
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Tuple
+from typing import Dict, Iterable, List, Mapping, Optional, Tuple
 
 from research.telechat.common.errors import VocabError
 from research.telechat.common.protobuf import fields
 
 MODEL_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
 _MARKER_SHAPE = re.compile(r"<[^<>\s]+>")        # how TeleChat writes markers: <_user>, <reserve1>, </s>, <pad>
 _SPACE = "\u2581"                                # SentencePiece writes a space as this character
 
@@ -28,7 +29,7 @@ class SentencePieceFile:
     by the library alone, at its full speed.
     """
 
-    def __init__(self, path: Path, data: bytes, named: Iterable[str]):
+    def __init__(self, path: Path, data: bytes, named: Iterable[str], names: Optional[Mapping[int, str]] = None):
         import sentencepiece
 
         symbols, self.dummy_prefix = _read_symbols(path, data)
@@ -51,9 +52,28 @@ class SentencePieceFile:
                              "the official model's folder") from err
         self.size = self._model.get_piece_size()
         self._unknown_id = self._model.unk_id()
+        self._names: Dict[int, str] = {}
+        self._ids: Dict[str, int] = {}
+        self._rename(path, names or {})
         roles = {"unk": self._unknown_id, "bos": self._model.bos_id(), "eos": self._model.eos_id(),
                  "pad": self._model.pad_id()}
         self.own_tokens = {role: self._model.id_to_piece(i) for role, i in roles.items() if i >= 0}
+
+    def _rename(self, path: Path, names: Mapping[int, str]) -> None:
+        """Give markers the names of `names`, such as <tool_call> for the piece <_control1>. Raises VocabError."""
+        for token_id, name in names.items():
+            piece = self._model.id_to_piece(token_id) if 0 <= token_id < self.size else None
+            if piece == name:
+                continue
+            fault = (f"the ids there end at {self.size - 1}" if piece is None else
+                     f"{token_id} is {piece!r}, an ordinary piece of text" if piece not in self.markers else
+                     f"{name!r} has id {self.token_to_id(name)}" if self.token_to_id(name) is not None else "")
+            if fault:
+                raise VocabError(f"added_tokens_decoder (of {SETTINGS_FILE}) says that {name!r} has id {token_id}, but "
+                                 f"in {path} {fault}; the two do not belong together")
+            self.markers[name] = self.markers.pop(piece or "")
+            self._names[token_id], self._ids[name] = name, token_id
+            self.special_ids.add(token_id)
 
     def encode(self, text: str) -> List[int]:
         if not isinstance(text, str):
@@ -65,16 +85,19 @@ class SentencePieceFile:
         return ids
 
     def token_to_id(self, piece: str) -> Optional[int]:
+        if piece in self._ids:
+            return self._ids[piece]
         token_id = self._model.piece_to_id(piece)
         if token_id == self._unknown_id and piece != self._model.id_to_piece(token_id):
             return None
         return token_id
 
     def id_to_token(self, token_id: int) -> Optional[str]:
-        return self._model.id_to_piece(int(token_id))
+        return self._names.get(int(token_id)) or self._model.id_to_piece(int(token_id))
 
     def pieces(self) -> Dict[str, int]:
-        return {piece: i for i, piece in enumerate(self._model.id_to_piece(list(range(self.size))))}
+        pieces = self._model.id_to_piece(list(range(self.size)))
+        return {self._names.get(i, piece): i for i, piece in enumerate(pieces)}
 
     def token_bytes(self) -> List[bytes]:
         pieces = self._model.id_to_piece(list(range(self.size)))
@@ -88,7 +111,7 @@ class ByteLevelBpeFile:
     dummy_prefix = False
     own_tokens: Dict[str, str] = {}                      # noqa: RUF012 (the file names none)
 
-    def __init__(self, path: Path, data: bytes, named: Iterable[str]):
+    def __init__(self, path: Path, data: bytes, named: Iterable[str], names: Optional[Mapping[int, str]] = None):
         import tokenizers
 
         try:
