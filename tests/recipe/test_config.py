@@ -104,8 +104,8 @@ def test_bad_hf_config(content, words, tmp_path):
 
 
 @needs_shared
-@pytest.mark.parametrize("folder", ["telechat-7b", "telechat-12b", "telechat-12b-v2", "telechat-52b", "telechat2-115b-hub",
-                                    "telechat2-3b", "telechat2-7b", "telechat2-7b-32k"])
+@pytest.mark.parametrize("folder", ["telechat-7b", "telechat-12b", "telechat-12b-v2", "telechat-52b",
+                                    "telechat2-115b-hub", "telechat2-3b", "telechat2-7b", "telechat2-7b-32k"])
 def test_table_equals_official_configs(folder):
     name = folder.replace("-hub", "").replace("-", "_")
     config = read_hf_config(SHARED / "data" / folder)

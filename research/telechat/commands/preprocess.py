@@ -155,7 +155,8 @@ def _meta(args: argparse.Namespace, renderer: Renderer, side: str, summary: dict
     return {
         "template": renderer.template.name, "markers_as_text": renderer.as_text,
         "seq_length": args.max_length, "record_length": args.max_length + 1,
-        "tool_marker_ids": sorted(renderer.kept_ids), "tokenizer": renderer.vocab.path.name, "tokenizer_sha256": renderer.vocab.fingerprint,
+        "tool_marker_ids": sorted(renderer.kept_ids),
+        "tokenizer": renderer.vocab.path.name, "tokenizer_sha256": renderer.vocab.fingerprint,
         "vocab_size": renderer.vocab.size, "marker_ids": markers, "pad_token_id": renderer.pad_id,
         "padding_side": side, "long": args.long, "seed": args.seed, "system_prompt": args.system_prompt,
         "conversations": summary["conversations"], "tokens": summary["tokens"],

@@ -74,7 +74,8 @@ _2_35B = replace(_TELECHAT2, num_layers=64, hidden_size=6144, intermediate_size=
 _2_115B = replace(_TELECHAT2, num_layers=96, hidden_size=8192, intermediate_size=40960, num_heads=64, n_kv_heads=8)
 _32K: Dict[str, Any] = {"theta": 1e6, "training_seqlen": 32768, "base_seqlen": 32768}
 _2_5: Dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.01}
-_T1: Dict[str, Any] = {"chat_template": "telechat2_think", "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.05}
+_T1: Dict[str, Any] = {"chat_template": "telechat2_think", "temperature": 0.6, "top_p": 0.95,
+                       "repetition_penalty": 1.05}
 
 VARIANTS: Dict[str, Variant] = {
     "telechat_7b": Variant(30, 4096, 12288, 32, 160256, tie_word_embeddings=True, base_seqlen=4096,
@@ -197,7 +198,7 @@ def _closest(cfg: JsonObject, layout: str) -> Variant:
 
     def likeness(variant: Variant) -> Tuple[bool, bool, bool]:
         own = [variant.num_layers, variant.hidden_size, variant.intermediate_size, variant.num_heads]
-        return f"configuration_{variant.hf_module}." in code, own == sizes, variant.theta == theta
+        return f"configuration_{variant.hf_module}." in code, own == sizes, own == sizes and variant.theta == theta
     return max(of_layout, key=likeness)
 
 
