@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.telechat.common.errors import ConfigError
-from research.telechat.generation.batch import Batch, Blocks, read_prompts
+from research.telechat.generation.batch import Row, check_room, read_prompts
+from research.telechat.generation.requests import Request
 from research.telechat.generation.sampling import Sampling, adjust, candidates, choose
 
 
@@ -94,40 +95,20 @@ def test_prompts_that_cannot_be(ids, message):
         read_prompts(ids, 3, 10)
 
 
-def test_batch_ends_at_end_tokens_and_limits():
-    batch = Batch([np.array([5, 6], np.int32), np.array([7], np.int32)], [4, 3], 3, 16)
-    batch.append([8, 9], {2})
-    assert not batch.finished.any()
-    batch.append([2, 9], {2})
-    assert batch.finished.all()
-    assert [list(batch.sequence(row)) for row in (0, 1)] == [[5, 6, 8, 2], [7, 9, 9]]
-    batch.append([1, 1], {2})
-    assert [list(batch.sequence(row)) for row in (0, 1)] == [[5, 6, 8, 2], [7, 9, 9]]
+def test_sequence_ends_at_end_tokens_and_limits():
+    first = Row(1, Request((5, 6), Sampling(), 3, frozenset({2})))
+    second = Row(2, Request((7,), Sampling(), 2, frozenset({2})))
+    for row, tokens in ((first, [8, 2]), (second, [9, 9])):
+        for token in tokens:
+            assert not row.finished
+            row.append(token)
+        assert row.finished
+    assert [list(row.sequence) for row in (first, second)] == [[5, 6, 8, 2], [7, 9, 9]]
 
 
 def test_prompt_without_room_is_refused():
     prompt = np.arange(8, dtype=np.int32)
     with pytest.raises(ConfigError, match="has 8 tokens, but the model's seq_length is 8"):
-        Batch([prompt], [9], 3, 8)
+        check_room([prompt], [9], 8)
     with pytest.raises(ConfigError, match="has 8 tokens, but max_length is 8"):
-        Batch([prompt], [8], 3, 16)
-
-
-@settings(max_examples=100, deadline=None)
-@given(limits=st.lists(st.integers(1, 40), min_size=1, max_size=6), block_size=st.integers(1, 16))
-def test_sequences_never_share_a_slot(limits, block_size):
-    limits = np.array(limits)
-    blocks = Blocks(limits, 1000, block_size, -(-40 // block_size))
-    slots = np.concatenate([blocks.slots(row, limit) for row, limit in enumerate(limits)])
-    assert len(set(slots)) == limits.sum()
-    assert list(blocks.newest(limits)) == [blocks.slots(row, limit)[-1] for row, limit in enumerate(limits)]
-    for row, limit in enumerate(limits):            # as the kernels compute slots from the tables
-        positions = np.arange(limit)
-        expected = blocks.tables[row, positions // block_size] * block_size + positions % block_size
-        assert list(expected) == list(blocks.slots(row, limit))
-    assert blocks.used(int(limits.max())).shape[1] == -(-limits.max() // block_size)
-
-
-def test_small_cache_is_refused():
-    with pytest.raises(ConfigError, match=r"2 sequences of up to 33 tokens need 6 blocks.*num_blocks is 5"):
-        Blocks(np.array([33, 33]), 5, 16, 3)
+        check_room([prompt], [8], 16)

@@ -1,12 +1,14 @@
-"""A batch of growing sequences: tokens, lengths, limits, and the blocks of the KV cache they occupy. NumPy only.
-
-Cache slots are given out for a whole request at once, so that a request that cannot fit is refused before it starts.
-"""
-from typing import Any, Container, List, Optional, Sequence
+"""Growing sequences: prompts as they come in, tokens and length of each, the cache blocks they use. NumPy only."""
+from typing import Any, FrozenSet, Hashable, List, NamedTuple, Optional, Protocol, Sequence
 
 import numpy as np
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.generation.blocks import BlockPool
+from research.telechat.generation.requests import NO_LOGPROBS, OnEvent, Request
+from research.telechat.generation.sampling import Random
+
+PREFILL_TOKENS = 256                   # prompts are read together up to so many tokens: attention is over all pairs
 
 
 def read_prompts(input_ids: Any, pad_token_id: Optional[int], vocab_size: int) -> List[np.ndarray]:
@@ -30,96 +32,131 @@ def read_prompts(input_ids: Any, pad_token_id: Optional[int], vocab_size: int) -
             ids = ids[:kept[-1] + 1 if kept.size else 0]
         if not ids.size:
             raise ConfigError(f"prompt {number} is empty (or holds nothing but padding); give it one token at least")
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
-            raise ConfigError(f"prompt {number} holds token {wrong}, but the model's vocabulary has {vocab_size} "
-                              "tokens: the tokenizer belongs to another model; take the checkpoint's own")
+        check_tokens(ids, vocab_size, f"prompt {number}")
         prompts.append(ids.astype(np.int32))
     return prompts
 
 
-class Batch:
-    """Sequences that grow together.
+def check_tokens(ids: np.ndarray, vocab_size: int, what: str) -> None:
+    """Raises ConfigError where one of `ids`, integers, is not in the model's vocabulary."""
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise ConfigError(f"{what} holds token {wrong}, but the model's vocabulary has {vocab_size} "
+                          "tokens: the tokenizer belongs to another model; take the checkpoint's own")
 
-    Attributes: `tokens` [B, longest limit] int32; `lengths`, `prompt_lengths`, `limits` [B] int32, tokens;
-    `finished` [B] bool.
+
+def check_room(prompts: Sequence[np.ndarray], limits: Sequence[int], context: int) -> None:
+    """Raises ConfigError where a prompt leaves no room for an answer.
+
+    limits: tokens of prompt and answer together, for each; context: the model's seq_length.
+    """
+    for number, (prompt, limit) in enumerate(zip(prompts, limits)):
+        if len(prompt) >= context:
+            raise ConfigError(f"prompt {number} has {len(prompt)} tokens, but the model's seq_length is {context}: "
+                              "shorten it, or set a longer seq_length")
+        if len(prompt) >= limit:
+            raise ConfigError(f"prompt {number} has {len(prompt)} tokens, but max_length is {limit}: "
+                              "raise max_length, or give max_new_tokens instead")
+
+
+class Row:
+    """One prompt with its answer so far, a row of the batches that the engine computes.
+
+    Attributes: `tokens` [limit] int32, `length` of them known; `blocks` of the cache, in order; `cached`, so many of
+    the tokens have their keys and values there, rotated as `scaling` says.
     """
 
-    def __init__(self, prompts: Sequence[np.ndarray], limits: Sequence[int], pad_token_id: int, context: int):
+    def __init__(self, number: int, request: Request, on_event: Optional[OnEvent] = None, rng: Optional[Random] = None,
+                 tokens: Optional[np.ndarray] = None):
         """
         Args:
-            prompts: int32 ids of each.
-            limits: tokens of prompt and answer together, for each.
-            pad_token_id: fills `tokens` where there is nothing yet.
-            context: the model's seq_length.
-
-        Raises:
-            ConfigError: a prompt leaves no room for an answer.
+            number: in order of arrival.
+            request: what is asked.
+            on_event: gets the events; None: nobody does.
+            rng: draws the tokens; None: from the request's seed.
+            tokens: array to write them to, [limit or longer] int32.
         """
-        for number, (prompt, limit) in enumerate(zip(prompts, limits)):
-            if len(prompt) >= context:
-                raise ConfigError(f"prompt {number} has {len(prompt)} tokens, but the model's seq_length is {context}: "
-                                  "shorten it, or set a longer seq_length")
-            if len(prompt) >= limit:
-                raise ConfigError(f"prompt {number} has {len(prompt)} tokens, but max_length is {limit}: "
-                                  "raise max_length, or give max_new_tokens instead")
-        self.prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        self.lengths = self.prompt_lengths.copy()
-        self.limits = np.minimum(np.array(limits, np.int32), context)
-        self.tokens = np.full((len(prompts), int(self.limits.max())), pad_token_id, np.int32)
-        for row, prompt in zip(self.tokens, prompts):
-            row[:len(prompt)] = prompt
-        self.finished = np.zeros(len(prompts), bool)
-        self._rows = np.arange(len(prompts))
+        self.number, self.request, self.on_event = number, request, on_event
+        self.prompt_length = self.length = len(request.prompt)
+        self.limit = self.length + request.max_new_tokens
+        self.tokens = np.zeros(self.limit, np.int32) if tokens is None else tokens
+        self.tokens[:self.length] = request.prompt
+        self.ends: FrozenSet[int] = request.end_tokens
+        self.rng: Random = np.random.RandomState(request.seed) if rng is None else rng
+        self.plain = (request.sampling.greedy and request.top_logprobs == NO_LOGPROBS
+                      and request.constraint is None)        # the likeliest token is all that is needed
+        self.finished = False
+        self.blocks: List[int] = []
+        self.table = np.zeros(0, np.int32)
+        self.cached = 0
+        self.scaling: Hashable = None
+        self.root: Hashable = None                           # under which its blocks are shared; None: not at all
+        self.scores: Any = None                              # of its prompt, as far as that has been read
+        self.started = 0.0                                   # seconds, of the clock that the scheduler reads
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def sequence(self, row: int) -> np.ndarray:
-        """Tokens of prompt and answer so far."""
-        return self.tokens[row, :self.lengths[row]]
+    def use(self, blocks: List[int]) -> None:
+        """These blocks of the cache are its own from now on."""
+        self.blocks, self.table = blocks, np.array(blocks, np.int32)
 
     @property
-    def last_tokens(self) -> np.ndarray:
-        """The newest token of each sequence, [B]."""
-        return self.tokens[self._rows, self.lengths - 1]
+    def sequence(self) -> np.ndarray:
+        """Tokens of prompt and answer so far."""
+        return self.tokens[:self.length]
 
-    def append(self, tokens: Sequence[int], eos: Container[int]) -> None:
-        """Add one of `tokens` [B] to each sequence that is not finished; an end token or the limit finishes it."""
-        for row, token in enumerate(tokens):          # quicker than NumPy on so few numbers
-            if not self.finished[row]:
-                length = self.lengths[row]
-                self.tokens[row, length] = token
-                self.lengths[row] = length + 1
-                self.finished[row] = token in eos or length + 1 >= self.limits[row]
+    def slots(self, first: int, end: int, block_size: int) -> np.ndarray:
+        """Slots of the cache for the tokens `first` to `end` - 1, [end - first] int32."""
+        positions = np.arange(first, end, dtype=np.int32)
+        return self.table[positions // block_size] * block_size + positions % block_size
+
+    def append(self, token: int) -> None:
+        """The newest token; an end token or the limit finishes the sequence."""
+        self.tokens[self.length] = token
+        self.length += 1
+        self.finished = token in self.ends or self.length >= self.limit
 
 
-class Blocks:
-    """Which blocks and slots of the cache the sequences of a batch use. `tables`: [B, width] int32, -1 for no block."""
+class StepLike(Protocol):
+    """What a step of an engine gave."""
 
-    def __init__(self, limits: np.ndarray, num_blocks: int, block_size: int, width: int):
-        """limits: [B] tokens. Raises ConfigError where the cache is too small."""
-        counts = -(-limits // block_size)
-        if counts.sum() > num_blocks:
-            raise ConfigError(f"{len(limits)} sequences of up to {limits.max()} tokens need {counts.sum()} blocks of "
-                              f"{block_size} tokens in the KV cache, but num_blocks is {num_blocks}: raise num_blocks, "
-                              "or ask for fewer sequences or tokens")
-        self.block_size = block_size
-        self.tables = np.full((len(limits), width), -1, np.int32)
-        first = 0
-        for row, count in zip(self.tables, counts):
-            row[:count] = np.arange(first, first + count)
-            first += count
-        self._starts = (self.tables[:, 0] * block_size).astype(np.int32)           # blocks of a sequence are neighbours
+    def tokens(self) -> List[int]:
+        """The likeliest next token of each sequence."""
 
-    def slots(self, row: int, length: int) -> np.ndarray:
-        """Slots of the first `length` tokens of a sequence, [length] int32."""
-        return self._starts[row] + np.arange(length, dtype=np.int32)
+    def logits(self) -> np.ndarray:
+        """[B, V] float32."""
 
-    def newest(self, lengths: np.ndarray) -> np.ndarray:
-        """Slot of the newest token of each sequence, [B] int32."""
-        return self._starts + lengths - 1
 
-    def used(self, length: int) -> np.ndarray:
-        """The columns of `tables` that sequences of up to `length` tokens need."""
-        return np.ascontiguousarray(self.tables[:, :-(-length // self.block_size)])
+class Reading(NamedTuple):
+    """Sequences that were computed together, and what came out."""
+
+    rows: List[Row]
+    step: StepLike
+
+
+class Engine(Protocol):
+    """What the scheduler asks of generation/engine.py.
+
+    Attributes: `vocab_size`, tokens; `context`, tokens of the longest sequence; `pool`, the blocks of the cache, None
+    where there is none; `pieces`, whether it has `read_piece`; `together`, whether all sequences of a batch must begin
+    and end together.
+    """
+
+    vocab_size: int
+    context: int
+    pool: Optional[BlockPool]
+    pieces: bool
+    together: bool
+
+    def scaling(self, length: int) -> Hashable:
+        """How the keys of a sequence of `length` tokens are rotated."""
+
+    def stale(self, length: int) -> None:
+        """A sequence of `length` tokens is read again, because its keys are rotated otherwise now."""
+
+    def read(self, rows: Sequence[Row]) -> List[Reading]:
+        """Read sequences from their beginning."""
+
+    def read_piece(self, row: Row, end: int, every: bool) -> StepLike:
+        """Read the tokens from row.cached to `end` - 1 -> logits behind the last or behind every one of them."""
+
+    def advance(self, rows: Sequence[Row], batch: int) -> StepLike:
+        """Bring the newest token of each sequence; `batch`: size of the graph."""

@@ -1,36 +1,42 @@
 """The steps of generation on the device: read prompts, then one token per sequence and step.
 
-`DirectEngine` runs graphs of its own, made for the composed cache: prompts back to back, attention over the blocks in
-use only, the likeliest token found in the graph. `FrameworkEngine` goes through the `forward` of MindFormers' generator
-and serves everything else: the fused kernels, and models without a cache. Which tokens come out is the same.
+`DirectEngine` runs graphs of its own, made for the composed cache: prompts back to back, a piece of a prompt behind
+what the cache holds of it, attention over the blocks in use only, the likeliest token found in the graph.
+`FrameworkEngine` goes through the `forward` of MindFormers' generator and serves everything else: the fused kernels,
+and models without a cache. Which tokens come out is the same. What is computed when is the scheduler's matter.
 """
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import mindspore as ms
 import mindspore.common.dtype as mstype
 import numpy as np
+from mindformers.tools.logger import logger
 from mindspore import Tensor, nn
 
 from research.telechat.common.files import JsonObject
-from research.telechat.generation.batch import Batch, Blocks
-from research.telechat.spec.rope import RopeRule, rope_scaling
-
-PREFILL_TOKENS = 256                   # prompts are read together up to so many tokens: attention is over all pairs
+from research.telechat.generation.batch import PREFILL_TOKENS, Reading, Row
+from research.telechat.generation.blocks import BlockPool
+from research.telechat.spec.rope import rope_scaling
 
 
 class Step:
-    """What a step gave: `tokens()`, the likeliest next one of each sequence, and `logits()` [B, V] float32."""
+    """What a step gave: `tokens()`, the likeliest next one of each sequence, and `logits()` [B, V] float32. Both are
+    fetched from the device when they are first asked for."""
 
     def __init__(self, logits: Any, tokens: Any):
         self._logits, self._tokens = logits, tokens
 
     def tokens(self) -> List[int]:
         """One for each sequence."""
-        return self._tokens() if callable(self._tokens) else self._tokens.tolist()
+        if not isinstance(self._tokens, list):
+            self._tokens = self._tokens() if callable(self._tokens) else self._tokens.tolist()
+        return self._tokens
 
     def logits(self) -> np.ndarray:
         """[B, V] float32."""
-        return self._logits if isinstance(self._logits, np.ndarray) else self._logits.asnumpy()
+        if not isinstance(self._logits, np.ndarray):
+            self._logits = self._logits.asnumpy()
+        return self._logits
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -60,6 +66,32 @@ class _PromptGraph(nn.Cell):
         return logits, self.model.argmax(logits, -1)
 
 
+class _PieceGraph(nn.Cell):
+    """Reads a piece of one prompt behind what the cache holds of it."""
+
+    def __init__(self, model: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.model = model
+        any_1d = Tensor(shape=[None], dtype=mstype.int32)
+        self.set_inputs(Tensor(shape=[1, None], dtype=mstype.int32), Tensor(shape=[1], dtype=mstype.int32),
+                        Tensor(shape=[1], dtype=mstype.int32), Tensor(shape=[1, None], dtype=mstype.int32), any_1d,
+                        any_1d)
+        self.set_train(False)
+        self.phase = "piece"
+
+    def construct(self, tokens: Tensor, first: Tensor, total: Tensor, block_table: Tensor, slots: Tensor,
+                  wanted: Tensor) -> Tuple[Tensor, Tensor]:
+        """tokens: [1, S], first: [1], position of the first of them; total: [1], tokens of the whole prompt;
+        block_table: [1, K], slots: [S], wanted: [R] indices of tokens -> logits behind these [R, V], likeliest [R]."""
+        decoder = self.model.model
+        rope, mask, cached = decoder.step.piece(tokens, first, total, block_table, slots)
+        hidden = decoder.tok_embeddings(decoder.to_rows(tokens))
+        for layer in decoder.layers:
+            hidden = layer(hidden, tokens.shape, rope, mask, cached)
+        logits = self.model.logits(self.model.gather_rows(decoder.norm_out(hidden), wanted, 0))
+        return logits, self.model.argmax(logits, -1)
+
+
 class _TokenGraph(nn.Cell):
     """Brings one token to each of a fixed number of sequences."""
 
@@ -77,118 +109,166 @@ class _TokenGraph(nn.Cell):
         return logits, self.model.argmax(logits, -1)
 
 
-class DirectEngine:
-    """Graphs of a model with the composed cache, compiled once: one for prompts, one for each batch size.
+class _Engine:
+    """What both have in common. `pool`: the blocks of the model's cache, None without one."""
+
+    def __init__(self, model: nn.Cell):
+        self.model, self.config = model, model.config
+        self.vocab_size, self.context = model.config.vocab_size, model.config.seq_length
+        self.pool = BlockPool(model.config.num_blocks, model.config.block_size) if model.use_past else None
+        self._by_length = bool(model.use_past and model.model.by_length)
+        self._told_stale = False
+
+    def scaling(self, length: int) -> Hashable:
+        """How the keys of a sequence of `length` tokens are rotated: what is cached for one is valid for all that have
+        the same."""
+        return rope_scaling(self.config.rope_rule, length) if self._by_length else None
+
+    def stale(self, length: int) -> None:
+        """A sequence of `length` tokens has to be read again: say so once."""
+        if not self._told_stale:
+            self._told_stale = True
+            logger.warning("At %s tokens the rotary scaling changes with the length of the text: the KV cache is "
+                           "filled anew whenever it does, past training_seqlen (%s) at every token. "
+                           "model_config.rope_length fixes the scaling.", length, self.config.training_seqlen)
+
+
+class DirectEngine(_Engine):
+    """Graphs of a model with the composed cache, compiled once: one for prompts, one for pieces of prompts, one for
+    each batch size.
 
     Raises TypeError for a model with the fused kernels of the cache: these take the lengths of the sequences from the
     graph's input of the name `batch_valid_length`, on the host. The graphs here call it `lengths`, and the kernels
     would find nothing.
     """
 
+    pieces = True
+    together = False
+
     def __init__(self, model: nn.Cell):
         paged = [name for name, cell in model.cells_and_names() if getattr(cell, "paged", False)]
         if paged:
             raise TypeError(f"the direct engine's graphs have no input `batch_valid_length`, which the fused attention "
                             f"kernels in {paged[0]} (one of {len(paged)}) read; FrameworkEngine serves them")
-        self.model = model
+        super().__init__(model)
         self._prompts: Optional[_PromptGraph] = None
+        self._piece: Optional[_PieceGraph] = None
         self._tokens: Dict[int, _TokenGraph] = {}
 
-    def read(self, batch: Batch, blocks: Blocks) -> Step:
-        """Read all sequences that are not finished from their beginning."""
+    def read(self, rows: Sequence[Row]) -> List[Reading]:
+        """Read sequences from their beginning, several at once."""
         flagged = self._prompts is None or _without_graphs()
         if flagged:
             self.model.add_flags_custom(is_first_iteration=True)
             self.model.model.step.add_flags(flat_prefill=True)
         if self._prompts is None:
             self._prompts = _PromptGraph(self.model)
-        rows = np.flatnonzero(~batch.finished)
-        tokens = np.zeros(len(batch), np.int32)
-        logits: List[Tuple[np.ndarray, Tensor]] = []
-        for group in self._groups(rows, batch.lengths):
-            ids = np.concatenate([batch.sequence(row) for row in group])[None]
-            slots = np.concatenate([blocks.slots(row, batch.lengths[row]) for row in group])
-            result = self._prompts(_tensor(ids), _tensor(batch.lengths[group]), _tensor(slots))
-            logits.append((group, result[0]))
-            tokens[group] = result[1].asnumpy()
+        size = self.config.block_size
+        readings = []
+        for group in _groups(rows):
+            ids = np.concatenate([row.sequence for row in group])[None]
+            slots = np.concatenate([row.slots(0, row.length, size) for row in group])
+            lengths = np.array([row.length for row in group], np.int32)
+            readings.append(Reading(group, Step(*self._prompts(_tensor(ids), _tensor(lengths), _tensor(slots)))))
         if flagged:
-            self.model.model.step.add_flags(flat_prefill=self.model.config.is_dynamic)
-        return Step(_Scattered(len(batch), logits), tokens.tolist)
+            self.model.model.step.add_flags(flat_prefill=self.config.is_dynamic)
+        return readings
 
-    def advance(self, batch: Batch, blocks: Blocks) -> Step:
-        """Bring the newest token of each sequence."""
-        graph = self._tokens.get(len(batch))
+    def read_piece(self, row: Row, end: int, every: bool) -> Step:
+        """Read the tokens of a sequence from those that are cached up to `end`. every: logits behind each of them, not
+        only behind the last."""
+        if self._piece is None or _without_graphs():
+            self.model.add_flags_custom(is_first_iteration=False)
+        if self._piece is None:
+            self._piece = _PieceGraph(self.model)
+        size = self.config.block_size
+        count = end - row.cached
+        wanted = np.arange(count, dtype=np.int32) if every else np.array([count - 1], np.int32)
+        arrays = (row.tokens[None, row.cached:end], np.array([row.cached], np.int32), np.array([row.length], np.int32),
+                  row.table[None, :-(-end // size)], row.slots(row.cached, end, size), wanted)
+        return Step(*self._piece(*map(_tensor, arrays)))
+
+    def advance(self, rows: Sequence[Row], batch: int) -> Step:
+        """Bring the newest token of each sequence, in the graph of `batch` sequences; what is missing to that number
+        is made up, and goes nowhere."""
+        graph = self._tokens.get(batch)
         if graph is None or _without_graphs():
             self.model.add_flags_custom(is_first_iteration=False)
         if graph is None:
-            graph = self._tokens[len(batch)] = _TokenGraph(self.model, len(batch))
-        result = graph(_tensor(batch.last_tokens[:, None]), _tensor(batch.lengths),
-                       _tensor(blocks.used(int(batch.lengths.max()))), _tensor(blocks.newest(batch.lengths)))
-        return Step(*result)
-
-    @staticmethod
-    def _groups(rows: np.ndarray, lengths: np.ndarray) -> List[np.ndarray]:
-        groups: List[List[int]] = []
-        total = 0
-        for row in rows:
-            if not groups or total + lengths[row] > PREFILL_TOKENS:
-                groups.append([])
-                total = 0
-            groups[-1].append(row)
-            total += lengths[row]
-        return [np.array(group) for group in groups]
+            graph = self._tokens[batch] = _TokenGraph(self.model, batch)
+        size = self.config.block_size
+        width = -(-max(row.length for row in rows) // size)
+        last, lengths = np.zeros((batch, 1), np.int32), np.ones(batch, np.int32)
+        tables, slots = np.full((batch, width), -1, np.int32), np.full(batch, -1, np.int32)
+        for place, row in enumerate(rows):
+            newest = row.length - 1
+            last[place, 0] = row.tokens[newest]
+            lengths[place] = row.length
+            tables[place, :len(row.blocks)] = row.table[:width]
+            slots[place] = row.blocks[newest // size] * size + newest % size
+        return Step(*graph(*map(Tensor.from_numpy, (last, lengths, tables, slots))))
 
 
-class _Scattered:
-    """Logits of groups of sequences, put together when they are asked for."""
+def _groups(rows: Sequence[Row]) -> List[List[Row]]:
+    """Rows that are read together: of up to PREFILL_TOKENS tokens, or one that is longer."""
+    groups: List[List[Row]] = []
+    total = 0
+    for row in rows:
+        if not groups or total + row.length > PREFILL_TOKENS:
+            groups.append([])
+            total = 0
+        groups[-1].append(row)
+        total += row.length
+    return groups
 
-    def __init__(self, batch: int, parts: List[Tuple[np.ndarray, Tensor]]):
-        self._batch, self._parts = batch, parts
 
-    def asnumpy(self) -> np.ndarray:
-        """[B, V] float32; zeros for sequences that were not read."""
-        result = np.zeros((self._batch, self._parts[0][1].shape[-1]), np.float32)
-        for rows, logits in self._parts:
-            result[rows] = logits.asnumpy()
-        return result
+class FrameworkEngine(_Engine):
+    """Steps through `forward` of MindFormers' generator, with and without a cache.
 
+    `together`: its shapes are fixed, or everything is read at each step, so that sequences begin and end together.
+    """
 
-class FrameworkEngine:
-    """Steps through `forward` of MindFormers' generator, with and without a cache."""
+    pieces = False
 
     def __init__(self, model: nn.Cell):
-        self.model, self.config = model, model.config
+        super().__init__(model)
+        self.together = not (model.use_past and self.config.is_dynamic)
 
-    def read(self, batch: Batch, blocks: Optional[Blocks]) -> Step:
+    def read(self, rows: Sequence[Row]) -> List[Reading]:
         """Read all sequences from their beginning."""
         if self.config.is_dynamic and self.model.use_past:
             self.model.set_dynamic_inputs()
-        return self._forward(batch, blocks, prefill=True)
+        return [Reading(list(rows), self._forward(rows, prefill=True))]
 
-    def advance(self, batch: Batch, blocks: Optional[Blocks]) -> Step:
-        """Bring the newest token of each sequence; without a cache, read them again."""
-        return self._forward(batch, blocks, prefill=False)
+    def advance(self, rows: Sequence[Row], batch: int) -> Step:
+        """Bring the newest token of each sequence; without a cache, read them again. `batch` is only their number: the
+        graphs are dynamic, or there is one for each batch."""
+        return self._forward(rows, prefill=False)
 
-    def _forward(self, batch: Batch, blocks: Optional[Blocks], prefill: bool) -> Step:
-        context = self.config.seq_length
-        ids = np.full((len(batch), context), self.config.pad_token_id, np.int32)
-        ids[:, :batch.tokens.shape[1]] = batch.tokens
+    def read_piece(self, row: Row, end: int, every: bool) -> Step:
+        """MindFormers' generator reads whole prompts."""
+        raise NotImplementedError(f"{type(self).__name__} reads whole prompts")
+
+    def _forward(self, rows: Sequence[Row], prefill: bool) -> Step:
+        context, size = self.config.seq_length, self.config.block_size
+        ids = np.full((len(rows), context), self.config.pad_token_id, np.int32)
+        lengths = np.array([row.length for row in rows], np.int32)
+        for place, row in enumerate(rows):
+            ids[place, :row.length] = row.sequence
         inputs: JsonObject = {}
-        if blocks is not None:
-            slots = blocks.newest(batch.lengths)
+        if self.pool is not None:
+            tables = np.full((len(rows), -(-context // size)), -1, np.int32)
+            for place, row in enumerate(rows):
+                tables[place, :len(row.blocks)] = row.table
             if prefill:
                 slots = np.full(ids.shape, -1, np.int32)
-                for row, length in enumerate(batch.lengths):
-                    slots[row, :length] = blocks.slots(row, length)
+                for place, row in enumerate(rows):
+                    slots[place, :row.length] = row.slots(0, row.length, size)
                 inputs["origin_inputs"] = ids
-            inputs.update(block_tables=blocks.tables, slot_mapping=slots.reshape(-1))
-        result, _ = self.model.forward(input_ids=ids, valid_length_each_example=batch.lengths, prefill=prefill,
-                                       use_past=blocks is not None, **inputs)
+            else:
+                slots = np.concatenate([row.slots(row.length - 1, row.length, size) for row in rows])
+            inputs.update(block_tables=tables, slot_mapping=slots.reshape(-1))
+        result, _ = self.model.forward(input_ids=ids, valid_length_each_example=lengths, prefill=prefill,
+                                       use_past=self.pool is not None, **inputs)
         logits = result[0] if isinstance(result, tuple) else result
         return Step(logits, lambda: self.model.argmax(logits, -1).tolist())
-
-
-def scaling_changes(rule: RopeRule, lengths: np.ndarray) -> bool:
-    """Whether the rotary rule rotates any sequence of `lengths` tokens otherwise than when it was one token shorter, so
-    that what the cache holds of it is no longer what the model computes without a cache."""
-    return any(rope_scaling(rule, int(length)) != rope_scaling(rule, max(int(length) - 1, 1)) for length in lengths)

@@ -1,12 +1,15 @@
 """Generation for TelechatForCausalLM: `generate` with MindFormers' signature, and what its generator asks of a model.
 
-The loop here chooses tokens as the official code does (generation/sampling.py) and runs the steps that
-generation/engine.py gives it. Requests it does not know (adapters per request, parallel decoding) go to MindFormers'
-own loop.
+Both `generate` and `stream` put their requests into a scheduler of their own (generation/scheduler.py), which runs the
+engine of the model (generation/engine.py) and shares its cache with all others. Tokens are chosen as the official code
+does (generation/sampling.py). Requests that it does not know (adapters per request, parallel decoding) go to
+MindFormers' own loop.
 """
+import contextlib
 import copy
 import time
-from typing import TYPE_CHECKING, Any, Generator, Iterable, Iterator, List, Optional, Sequence, Tuple
+import weakref
+from typing import TYPE_CHECKING, Any, Callable, Generator, Iterator, List, Optional, Sequence, Tuple
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -17,9 +20,12 @@ from mindspore import Tensor
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.tokens import end_tokens
-from research.telechat.generation.batch import Batch, Blocks, read_prompts
-from research.telechat.generation.engine import DirectEngine, FrameworkEngine, Step, scaling_changes
+from research.telechat.generation.batch import check_room, read_prompts
+from research.telechat.generation.engine import DirectEngine, FrameworkEngine
+from research.telechat.generation.passes import Settings
+from research.telechat.generation.requests import Event, Request, Token
 from research.telechat.generation.sampling import Random, Sampling, adjust, choose
+from research.telechat.generation.scheduler import Place, Scheduler, choose_each
 
 if TYPE_CHECKING:
     from mindformers.generation import LogitsProcessorList
@@ -57,30 +63,55 @@ class TelechatGenerationMixin(Model):
         if self._needs_framework(config, kwargs):
             return super().generate(input_ids, generation_config, logits_processor, streamer, seed, **kwargs)
         prompts = read_prompts(input_ids, config.pad_token_id, self.config.vocab_size)
-        batch = Batch(prompts, self._limits(prompts, config), config.pad_token_id or 0, self.config.seq_length)
-        if streamer is not None:
-            streamer.put(batch.tokens[:, :batch.lengths.max()])
-        started = time.time()
+        batch = _Batch(prompts, self._limits(prompts, config), config.pad_token_id or 0)
         record = _Record(config)
-        for tokens in self._steps(batch, config, logits_processor, seed, record):
-            if streamer is not None:
-                streamer.put(tokens if len(batch) > 1 else tokens[0])
+        choose = _ChooseTogether(batch, logits_processor, record) if logits_processor or record.active else choose_each
+        scheduler = Scheduler(self._engine(), Settings(buckets=(len(prompts),), reuse=False, together=True), choose)
+        rng = _random(seed)                                # of all rows, drawn from in their order
+        for row, request in enumerate(batch.requests(_sampling(config), config.eos_token_id)):
+            scheduler.submit(request, batch.listener(row), rng, batch.tokens[row])
+        if streamer is not None:
+            streamer.put(batch.tokens[:, :batch.lengths.max()].copy())
+        started = time.time()
+        with self._generating(scheduler):
+            more = True
+            while more:
+                batch.begin_step()
+                more = self._step(scheduler, batch.limits)
+                if streamer is not None:
+                    streamer.put(batch.newest if len(batch.newest) > 1 else batch.newest[0])
         if streamer is not None:
             streamer.end()
         seconds, new = time.time() - started, int((batch.lengths - batch.prompt_lengths).sum())
         logger.info("total time: %s s; generated tokens: %s tokens; generate speed: %s tokens/s", seconds, new,
                     new / seconds)
-        sequences = [batch.sequence(row).copy() for row in range(len(batch))]
+        sequences = batch.sequences()
         return record.output(sequences) if config.return_dict_in_generate else sequences
 
     def stream(self, input_ids: Sequence[int], generation_config: Optional[GenerationConfig] = None,
-               seed: Optional[int] = None, **kwargs: object) -> Generator[int, None, None]:
-        """The tokens of the answer to one prompt, one by one; stop iterating to stop the answer. As `generate`."""
+               seed: Optional[int] = None, session: object = None, **kwargs: object) -> Generator[int, None, None]:
+        """The tokens of the answer to one prompt, one by one; stop iterating to stop the answer. As `generate`.
+
+        Streams of one model may be read in turns. session: prompts of the same one share what the cache holds of their
+        common beginning, so that the next turn of a conversation reads only what is new; None: everything is read. The
+        weights must not change within a session.
+        """
         config = self._generation_config(generation_config, kwargs)
         prompts = read_prompts(list(input_ids), None, self.config.vocab_size)
-        batch = Batch(prompts, self._limits(prompts, config), config.pad_token_id or 0, self.config.seq_length)
-        for tokens in self._steps(batch, config, None, seed, _Record(config)):
-            yield tokens[0]
+        batch = _Batch(prompts, self._limits(prompts, config), config.pad_token_id or 0)
+        if session is not None and session is not getattr(self, "_session", None):
+            self._session = session
+            self._forget()
+        scheduler = Scheduler(self._engine(), Settings(buckets=(1,), reuse=session is not None))
+        request = batch.requests(_sampling(config), config.eos_token_id)[0]
+        scheduler.submit(request, batch.listener(0), _random(seed), batch.tokens[0])
+        with self._generating(scheduler):
+            more = True
+            while more:
+                length = batch.lengths[0]
+                more = self._step(scheduler, batch.limits)
+                if batch.lengths[0] > length:                  # a long prompt takes several steps
+                    yield batch.newest[0]
 
     def chat(self, tokenizer: object, question: Optional[str] = None, history: Optional[Sequence[dict]] = None,
              generation_config: "GenerationSource" = None, stream: bool = False, query: Optional[str] = None,
@@ -92,32 +123,54 @@ class TelechatGenerationMixin(Model):
             kwargs.setdefault("system", instruction)
         return chat(self, tokenizer, question or query, history, generation_config, stream, **kwargs)
 
-    def _steps(self, batch: Batch, config: GenerationConfig, processors: Optional["LogitsProcessorList"],
-               seed: Optional[int], record: "_Record") -> Iterator[List[int]]:
-        """Extend the batch until all sequences are finished; yields the tokens of each step, one for each sequence."""
-        sampling = _sampling(config)
-        eos = frozenset(config.eos_token_id)
-        rng: Random = np.random if seed is None else _seeded(seed)  # type: ignore[assignment]    # a module with its method
-        blocks = self._blocks(batch)
-        engine = self._engine()
+    @contextlib.contextmanager
+    def _generating(self, scheduler: Scheduler) -> Iterator[None]:
+        """The model out of training, and what is left of the requests cancelled at the end."""
         phase = self.phase
         self.set_train(False)
-        self._name_phases(len(batch))
+        self._schedulers().add(scheduler)
         try:
-            step = engine.read(batch, blocks)
-            while True:
-                if sampling.greedy and not processors and not record.active:
-                    tokens: List[int] = step.tokens()
-                else:
-                    tokens = _choose(step, batch, sampling, eos, processors, rng, record)
-                batch.append(tokens, eos)
-                yield tokens
-                if batch.finished.all():
-                    return
-                stale = self._cache_is_stale(batch.lengths[~batch.finished])
-                step = engine.read(batch, blocks) if stale else engine.advance(batch, blocks)
+            yield
         finally:
+            self._schedulers().discard(scheduler)
+            scheduler.close()
             self.set_train(phase == "train")
+
+    def _step(self, scheduler: Scheduler, limits: Sequence[int]) -> bool:
+        """One step of a scheduler whose requests need `limits` tokens -> whether there is more to do."""
+        self._name_phases(len(limits))
+        if not scheduler.running:
+            self._make_room(scheduler, limits)
+        return scheduler.step()
+
+    def _make_room(self, scheduler: Scheduler, limits: Sequence[int]) -> None:
+        """Blocks of the cache for sequences of `limits` tokens; streams that nobody reads just now lose theirs."""
+        pool = self._engine().pool
+        if pool is None:
+            return
+        needed = sum(map(pool.blocks_for, limits))
+        if needed > pool.total:
+            raise ConfigError(f"{len(limits)} sequences of up to {max(limits)} tokens need {needed} blocks of "
+                              f"{pool.block_size} tokens in the KV cache, but num_blocks is {pool.total}: raise "
+                              "num_blocks, or ask for fewer sequences or tokens")
+        for other in self._schedulers():
+            if other is not scheduler and needed > pool.available:
+                other.put_aside()
+        if needed > pool.available:
+            raise ConfigError(f"{pool.total - pool.available} of the {pool.total} blocks of the KV cache are in use by "
+                              f"a scheduler of this model, and {needed} are needed: submit the request there")
+
+    def _schedulers(self) -> "weakref.WeakSet[Scheduler]":
+        """Those whose requests have not ended."""
+        if not hasattr(self, "_open_schedulers"):
+            self._open_schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+        return self._open_schedulers
+
+    def _forget(self) -> None:
+        """Nothing that the cache holds may be used again."""
+        pool = self._engine().pool
+        if pool is not None:
+            pool.forget()
 
     def _generation_config(self, given: Optional[GenerationConfig], changes: dict) -> GenerationConfig:
         """A copy of the settings with `changes`; the end tokens as a list."""
@@ -136,17 +189,13 @@ class TelechatGenerationMixin(Model):
         new = config.max_new_tokens
         if new is not None and new <= 0:
             raise ConfigError(f"max_new_tokens: expected a positive number, found {new}")
+        context = self.config.seq_length
         wanted = [config.max_length if new is None else len(prompt) + new for prompt in prompts]
-        if max(wanted) > self.config.seq_length:
+        check_room(prompts, wanted, context)
+        if max(wanted) > context:
             logger.warning("%s tokens of prompt and answer exceed the model's seq_length; it ends at %s.",
-                           max(wanted), self.config.seq_length)
-        return wanted
-
-    def _blocks(self, batch: Batch) -> Optional[Blocks]:
-        if not self.use_past:
-            return None
-        size = self.config.block_size
-        return Blocks(batch.limits, self.config.num_blocks, size, -(-self.config.seq_length // size))
+                           max(wanted), context)
+        return [min(limit, context) for limit in wanted]
 
     def _engine(self) -> Any:
         if not hasattr(self, "_step_engine"):
@@ -156,14 +205,12 @@ class TelechatGenerationMixin(Model):
 
     def _cache_is_stale(self, lengths: np.ndarray) -> bool:
         """Whether the newest tokens of sequences of `lengths` tokens change the rotation of all earlier ones."""
-        if not (self.use_past and self.model.by_length) or not scaling_changes(self.config.rope_rule, lengths):
-            return False
-        if not getattr(self, "_told_stale", False):
-            self._told_stale = True
-            logger.warning("At %s tokens the rotary scaling changes with the length of the text: the KV cache is "
-                           "filled anew whenever it does, past training_seqlen (%s) at every token. "
-                           "model_config.rope_length fixes the scaling.", lengths.max(), self.config.training_seqlen)
-        return True
+        engine = self._engine()
+        stale = [length for length in map(int, np.reshape(lengths, -1))
+                 if engine.scaling(length) != engine.scaling(max(length - 1, 1))]
+        if stale:
+            engine.stale(max(stale))
+        return bool(stale)
 
     def _name_phases(self, batch: int) -> None:
         """MindFormers runs its compiled graph whatever the batch is; with static shapes other sizes get their own."""
@@ -247,27 +294,79 @@ def _sampling(config: GenerationConfig) -> Sampling:
                     config.top_k, config.top_p, config.repetition_penalty or 1.0, least)
 
 
+def _random(seed: Optional[int]) -> Random:
+    """What draws the tokens: NumPy's own state, which `set_seed` of MindFormers sets, or one of the seed."""
+    return np.random if seed is None else _seeded(seed)  # type: ignore[return-value]    # a module with its method
+
+
 def _seeded(seed: int) -> np.random.RandomState:
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2 ** 32:
         raise ConfigError(f"seed: expected a whole number from 0 to 2^32 - 1, found {seed!r}")
     return np.random.RandomState(seed)
 
 
-def _choose(step: Step, batch: Batch, sampling: Sampling, eos: Iterable[int],
-            processors: Optional["LogitsProcessorList"], rng: Random, record: _Record) -> List[int]:
-    """The next tokens from the logits of a step; rows that are finished keep token 0."""
-    logits = step.logits()
-    if record.logits is not None:
-        record.logits.append(logits.copy())
-    tokens = [0] * len(batch)
-    scores = logits.copy()
-    for row in np.flatnonzero(~batch.finished):
-        new = int(batch.lengths[row] - batch.prompt_lengths[row])
-        scores[row] = adjust(logits[row], batch.sequence(row), new, eos, sampling)
-    if processors:
-        scores = np.asarray(processors(batch.tokens, scores, batch.finished.tolist()))
-    for row in np.flatnonzero(~batch.finished):
-        tokens[row] = choose(scores[row], sampling, rng)
-    if record.scores is not None:
-        record.scores.append(scores)
-    return tokens
+class _Batch:
+    """Prompts that are answered together.
+
+    Attributes: `tokens` [B, longest limit] int32; `lengths`, `prompt_lengths` [B]; `limits`, tokens, for each;
+    `newest`, the token that each got in this step, the padding for those that have ended.
+    """
+
+    def __init__(self, prompts: List[np.ndarray], limits: List[int], pad: int):
+        self.prompts, self.limits, self._pad = prompts, limits, pad
+        self.tokens = np.full((len(prompts), max(limits)), pad, np.int32)
+        self.prompt_lengths = np.array([len(prompt) for prompt in prompts])
+        self.lengths = self.prompt_lengths.copy()
+        for row, prompt in zip(self.tokens, prompts):
+            row[:len(prompt)] = prompt
+        self.newest: List[int] = []
+        self.begin_step()
+
+    def requests(self, sampling: Sampling, ends: Sequence[int]) -> List[Request]:
+        """One for each prompt."""
+        return [Request(tuple(prompt.tolist()), sampling, limit - len(prompt), frozenset(ends))
+                for prompt, limit in zip(self.prompts, self.limits)]
+
+    def listener(self, row: int) -> Callable[[Event], None]:
+        """What takes the events of a prompt."""
+        def on_event(event: Event) -> None:
+            if isinstance(event, Token):
+                self.newest[row] = event.id
+                self.lengths[row] += 1
+        return on_event
+
+    def begin_step(self) -> None:
+        """Nobody has a new token yet."""
+        self.newest = [self._pad] * len(self.prompts)
+
+    def sequences(self) -> List[np.ndarray]:
+        """Prompt and answer of each, int32."""
+        return [row[:length].copy() for row, length in zip(self.tokens, self.lengths)]
+
+
+class _ChooseTogether:
+    """Tokens of a whole batch from all its logits: processors see all of them, and they may have to be kept."""
+
+    def __init__(self, batch: _Batch, processors: Optional["LogitsProcessorList"], record: "_Record"):
+        self._batch, self._processors, self._record = batch, processors, record
+
+    def __call__(self, places: List[Place]) -> List[Token]:
+        """The next token of each of `places`, which are numbered as they stand in the batch, from 1."""
+        rows = [place.row.number - 1 for place in places]
+        first = places[0].step.logits()
+        logits = np.zeros((len(self._batch.lengths), first.shape[-1]), np.float32)
+        scores = logits.copy()
+        for row, place in zip(rows, places):
+            sequence = place.row
+            logits[row] = place.step.logits()[place.index]
+            scores[row] = adjust(logits[row], sequence.sequence, sequence.length - sequence.prompt_length,
+                                 sequence.ends, sequence.request.sampling)
+        if self._record.logits is not None:
+            self._record.logits.append(logits)
+        if self._processors:
+            finished = [row not in rows for row in range(len(logits))]
+            scores = np.asarray(self._processors(self._batch.tokens, scores, finished))
+        if self._record.scores is not None:
+            self._record.scores.append(scores)
+        return [Token(choose(scores[row], place.row.request.sampling, place.row.rng))
+                for row, place in zip(rows, places)]

@@ -55,6 +55,7 @@ class GenerationStep(nn.Cell):
         self.cumsum = P.CumSum()
         self.ones_like = P.OnesLike()
         self.tile = P.Tile()
+        self.expand = P.ExpandDims()
         self.gather = P.Gather()
 
     def construct(self, tokens: Tensor, lengths: Tensor, block_tables: Tensor, slot_mapping: Tensor
@@ -104,17 +105,35 @@ class GenerationStep(nn.Cell):
         # Once for all heads and layers: adding a mask that is broadcast takes the CPU several times as long.
         return positions, totals, self.tile(self.where(hidden), (1, self.query_heads, 1, 1))       # [1, N, T, T]
 
+    def piece(self, tokens: Tensor, first: Tensor, total: Tensor, block_table: Tensor, slot_mapping: Tensor
+              ) -> Tuple[Tuple[Tensor, Tensor], Tensor, Tuple]:
+        """As `construct` with the composed cache, for a piece of one prompt: tokens [1, S], whose first one is at
+        position `first` [1] of a prompt of `total` [1] tokens. The mask is [1, N, S, L]."""
+        positions = self.sub(self.add(self.cumsum(self.ones_like(tokens), 1), first), 1)           # [1, S]
+        rope = self.tables(positions, self.reshape(total, (1, 1)))
+        write = self.add(self.reshape(slot_mapping, (1, 1, -1)), self.heads)                       # [1, N_kv, S]
+        rows, columns = self.cached_rows(block_table)
+        unread = self.less(self.reshape(positions, (1, -1, 1)), columns)                           # [1, S, L]
+        mask = self.tile(self.where(self.expand(unread, 1)), (1, self.query_heads, 1, 1))
+        return rope, mask, (write, rows)
+
     def read(self, totals: Tensor, block_tables: Tensor, write: Tensor) -> Tuple[Tensor, Tuple]:
         """The mask [B, 1, 1, L] and the rows of the cache that hold the last L = K * block_size slots, [B, N_kv, L]."""
+        batch = block_tables.shape[0]
+        rows, positions = self.cached_rows(block_tables)
+        unread = self.less(self.sub(self.reshape(totals, (batch, 1, 1)), 1), positions)
+        mask = self.where(self.reshape(unread, (batch, 1, 1, -1)))
+        return mask, (write, rows)
+
+    def cached_rows(self, block_tables: Tensor) -> Tuple[Tensor, Tensor]:
+        """Rows of the cache that hold the slots of `block_tables` [B, K], [B, N_kv, L], and their positions in the
+        sequence, [B, 1, L]."""
         batch, blocks = block_tables.shape
         slots = self.add(self.mul(self.reshape(self.maximum(block_tables, 0), (batch, blocks, 1)), self.block_size),
                          self.offsets)                                             # [B, K, block_size]
         slots = self.reshape(slots, (batch, 1, -1))                                # [B, 1, L]
-        rows = self.add(slots, self.heads)
         positions = self.sub(self.cumsum(self.ones_like(slots), 2), 1)             # [B, 1, L]
-        unread = self.less(self.sub(self.reshape(totals, (batch, 1, 1)), 1), positions)
-        mask = self.where(self.reshape(unread, (batch, 1, 1, -1)))
-        return mask, (write, rows)
+        return self.add(slots, self.heads), positions
 
     def where(self, hidden: Tensor) -> Tensor:
         """`hidden`, a bool tensor, as addend of scores."""
