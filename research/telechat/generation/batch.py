@@ -82,7 +82,9 @@ class Row:
         self.tokens = np.zeros(self.limit, np.int32) if tokens is None else tokens
         self.tokens[:self.length] = request.prompt
         self.ends: FrozenSet[int] = request.end_tokens
-        self.rng: Random = np.random.RandomState(request.seed) if rng is None else rng
+        if rng is None and request.sampling.do_sample:
+            rng = np.random.RandomState(request.seed)
+        self.rng: Random = rng or np.random  # type: ignore[assignment]    # a module with its method; never drawn from
         self.plain = (request.sampling.greedy and request.top_logprobs == NO_LOGPROBS
                       and request.constraint is None)        # the likeliest token is all that is needed
         self.finished = False

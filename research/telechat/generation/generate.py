@@ -358,7 +358,7 @@ class _ChooseTogether:
         scores = logits.copy()
         for row, place in zip(rows, places):
             sequence = place.row
-            logits[row] = place.step.logits()[place.index]
+            logits[row] = place.step.logits()[place.at]
             scores[row] = adjust(logits[row], sequence.sequence, sequence.length - sequence.prompt_length,
                                  sequence.ends, sequence.request.sampling)
         if self._record.logits is not None:

@@ -55,7 +55,7 @@ class Place(NamedTuple):
 
     row: Row
     step: StepLike
-    index: int
+    at: int
 
 
 Choose = Callable[[List[Place]], Sequence[Chosen]]
@@ -63,8 +63,8 @@ Choose = Callable[[List[Place]], Sequence[Chosen]]
 
 def choose_each(places: List[Place]) -> List[Chosen]:
     """The next token of each sequence, by its own request."""
-    return [Token(place.step.tokens()[place.index]) if place.row.plain else
-            pick(place.row, place.step.logits()[place.index]) for place in places]
+    return [Token(place.step.tokens()[place.at]) if place.row.plain else
+            pick(place.row, place.step.logits()[place.at]) for place in places]
 
 
 class Scheduler:
