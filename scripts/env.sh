@@ -116,17 +116,35 @@ telechat_check_import() {
     telechat_say "mindspore and mindformers $versions import."
 }
 
+# Extras without which everything but their own tests runs, so that a failure to install them is no reason to stop.
+telechat_optional="torch peft evaluation serve constrained clients"
+
+telechat_without() {   # what misses without extra $1
+    case $1 in
+        torch) echo "tests of .bin checkpoints" ;;
+        peft) echo "a test with PEFT" ;;
+        evaluation) echo "tests with lm-evaluation-harness" ;;
+        serve) echo "the server (telechat serve) and its tests" ;;
+        constrained) echo "tests of answers in JSON" ;;
+        clients) echo "tests with the server's clients" ;;
+    esac
+}
+
 # The user's own interpreter: only add what is missing.
 telechat_use_own() {
     PYTHON=$1
     shift
+    local extra extras=() optional=()
+    for extra in "$@"; do
+        case $extra in serve | constrained | clients) optional+=("$extra") ;; *) extras+=("$extra") ;; esac
+    done
     telechat_version_fits "$PYTHON" || telechat_die "$PYTHON is not a 64-bit Python 3.9 to 3.12." \
         "Unset TELECHAT_PYTHON and another one is looked for."
     telechat_say "using $PYTHON ($("$PYTHON" --version 2>&1)) as it is."
     local missing=() line log
     while IFS= read -r line; do
         if [ -n "$line" ]; then missing+=("$line"); fi
-    done < <("$PYTHON" "$TELECHAT_ROOT/scripts/requirements.py" cpu "$@")
+    done < <("$PYTHON" "$TELECHAT_ROOT/scripts/requirements.py" cpu ${extras[@]+"${extras[@]}"})
     if [ ${#missing[@]} -gt 0 ]; then
         telechat_say "adding what it lacks: ${missing[*]}"
         log=$(mktemp "${TMPDIR:-/tmp}/telechat-pip.XXXXXX")
@@ -134,6 +152,19 @@ telechat_use_own() {
         rm -f "$log"
         telechat_check_import
     fi
+    local before=" ${missing[*]-} "
+    for extra in ${optional[@]+"${optional[@]}"}; do
+        missing=()
+        while IFS= read -r line; do
+            case "$before" in *" $line "*) ;; *) if [ -n "$line" ]; then missing+=("$line"); fi ;; esac
+        done < <("$PYTHON" "$TELECHAT_ROOT/scripts/requirements.py" "$extra")
+        if [ ${#missing[@]} -eq 0 ]; then continue; fi
+        telechat_say "adding for $(telechat_without "$extra"): ${missing[*]}"
+        log=$(mktemp "${TMPDIR:-/tmp}/telechat-pip.XXXXXX")
+        telechat_pip "$log" install "${missing[@]}" ||
+            telechat_say "that could not be installed ($(tail -n 1 "$log")): $(telechat_without "$extra") will miss."
+        rm -f "$log"
+    done
 }
 
 # .venv: made on the first call; a stamp remembers what is installed, so that later calls take no time.
@@ -169,28 +200,23 @@ telechat_use_venv() {
         telechat_pip "$log" install --upgrade pip || telechat_pip_failed "$log"
     fi
     telechat_say "installing the pinned dependencies into .venv (a few minutes the first time, about 3.4 GB)."
-    list=$(echo "$installed" "$@" | tr ' ' '\n' | grep -v -e '^base$' -e '^torch$' -e '^peft$' -e '^evaluation$' -e '^$' |
+    list=$(echo "$installed" "$@" | tr ' ' '\n' | grep -vxF "$(tr ' ' '\n' <<<"base $telechat_optional")" | grep -v '^$' |
         sort -u | paste -sd, -)
     (cd "$TELECHAT_ROOT" && telechat_pip "$log" install -c constraints.txt -e ".[cpu${list:+,$list}]") ||
         telechat_pip_failed "$log"
     telechat_check_import
     installed="base ${list//,/ }"
-    # Large, and only some tests need them: without them those skip, so that a failure here is no reason to stop.
     local name what
-    for name in torch peft evaluation; do
+    for name in $telechat_optional; do
         case " $* " in *" $name "*) ;; *) continue ;; esac
-        case $name in
-            torch) what="tests of .bin checkpoints" ;;
-            peft) what="a test with PEFT" ;;
-            evaluation) what="tests with lm-evaluation-harness" ;;
-        esac
+        what=$(telechat_without "$name")
         if [ "$name" = peft ] && ! grep -qw torch <<<"$installed"; then continue; fi    # it would bring CUDA's torch
         telechat_say "installing the extra $name, for $what."
         if (cd "$TELECHAT_ROOT" && telechat_pip "$log.$name" install -c constraints.txt -e ".[$name]"); then
             installed="$installed $name"
         else
             tail -n 3 "$log.$name" | sed 's/^/  /'
-            telechat_say "$name could not be installed (above): $what will skip."
+            telechat_say "$name could not be installed (above): $what will skip or miss."
         fi
     done
     { echo "$hash"; tr -s ' ' '\n' <<<"$installed"; } >"$stamp.part" && mv "$stamp.part" "$stamp"

@@ -16,5 +16,5 @@ for argument in "$@"; do                # before anything is installed; quicksta
         *) telechat_die "unknown argument $argument; known are --fresh, and --from with the name of a step (--help)." ;;
     esac
 done
-telechat_env
+telechat_env serve
 exec "$PYTHON" "$TELECHAT_ROOT/scripts/quickstart.py" "$@"

@@ -8,13 +8,15 @@
 #                                                   in so many processes, some 6 GB of memory each (default: 2 for all,
 #                                                   0, this one, for chosen files or -k)
 #   TELECHAT_TEST_TORCH=1 bash scripts/run_tests.sh torch and PEFT are installed too, so that tests with them run, and
-#                                                   lm-evaluation-harness, unless TELECHAT_TEST_EVALUATION=0
+#                                                   lm-evaluation-harness, unless TELECHAT_TEST_EVALUATION=0, and the
+#                                                   server's clients (openai, LangChain), unless TELECHAT_TEST_CLIENTS=0
 set -eu
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-extras=(dev)
+extras=(dev serve constrained)
 if [ "${TELECHAT_TEST_TORCH:-0}" = 1 ]; then extras+=(torch peft); fi
 if [ "${TELECHAT_TEST_EVALUATION:-${TELECHAT_TEST_TORCH:-0}}" = 1 ]; then extras+=(evaluation); fi
+if [ "${TELECHAT_TEST_CLIENTS:-${TELECHAT_TEST_TORCH:-0}}" = 1 ]; then extras+=(clients); fi
 telechat_env "${extras[@]}"
 cd "$TELECHAT_ROOT"
 

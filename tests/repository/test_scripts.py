@@ -203,7 +203,8 @@ def test_constraints_pin_the_newest_tested_pair_and_agree_with_setup():
     assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9][0-9a-z.]*", line) for line in lines)
     assert lines[:2] == ["{}=={}".format(*pair) for pair in zip(("mindspore", "mindformers"), fitting_pair())]
     pinned = {line.split("==")[0] for line in lines}                # names in lower case
-    for line in requirements.requirements(["cpu", "torch", "evaluation", "peft", "dev"]):
+    extras = ["cpu", "torch", "evaluation", "peft", "dev", "serve", "constrained", "clients"]
+    for line in requirements.requirements(extras):
         requirement = line.split(";")[0].strip().lower()
         assert re.match("[A-Za-z0-9.-]+", requirement).group() in pinned
         assert "==" not in requirement or requirement in lines
