@@ -166,6 +166,12 @@ class Vocab:
             raise VocabError(f"token id {token_id} does not exist in {self.path}, whose ids end at {self.size - 1}")
         return piece
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that an id adds to a text, of one character or of a part of it; a marker's are its name."""
+        if token_id in self._marker_texts:
+            return self._marker_texts[token_id].encode()
+        return self._token_bytes[token_id] if 0 <= token_id < len(self._token_bytes) else "\ufffd".encode()
+
     def pieces(self) -> Dict[str, int]:
         """Piece to id of the whole vocabulary, as a new dict."""
         return self._backend.pieces()

@@ -1,0 +1,121 @@
+"""Answers of a given form, by the library llguidance: JSON objects, JSON of a schema, calls of given tools.
+
+A grammar says which bytes may come next; the library turns it into a mask of the vocabulary. Without the library
+nothing of this is offered (`available`), and the APIs refuse what needs it.
+"""
+import importlib.util
+import json
+from functools import cached_property
+from typing import Any, List, Sequence
+
+import numpy as np
+
+from research.telechat.common.files import JsonObject
+from research.telechat.serve.errors import ApiError
+from research.telechat.serve.text import CALL, CALLED
+from research.telechat.text.vocab import Vocab
+
+
+def available() -> bool:
+    """Whether llguidance is installed."""
+    return importlib.util.find_spec("llguidance") is not None
+
+
+# A space in front may be the encoder's own and is no part of the text: see IncrementalDecoder.
+_START = 'start: " "? answer\n'
+# Spaces where Python and TeleChat2 write them and no others: a model can otherwise go on with line ends for ever.
+_SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def _json(schema: JsonObject) -> str:
+    return "%json " + json.dumps({"x-guidance": _SPACES, **schema}, ensure_ascii=False)
+
+
+def json_grammar(schema: JsonObject) -> str:
+    """A JSON value that fits `schema`."""
+    return _START + f"answer: {_json(schema)}\n"
+
+
+def calls_grammar(tools: Sequence[JsonObject], several: bool) -> str:
+    """One call of one of `tools` ({name, parameters}), or several in a row, as TeleChat2 writes them."""
+    options = [{"type": "object", "properties": {"name": {"const": tool["name"]},
+                                                 "arguments": tool.get("parameters") or {"type": "object"}},
+                "required": ["name", "arguments"], "additionalProperties": False} for tool in tools]
+    schema = options[0] if len(options) == 1 else {"anyOf": options}
+    many = ' ("\\n" call)*' if several else ""
+    return _START + (f"answer: call{many}\n"
+                     f"call: {json.dumps(CALL + chr(10))} body {json.dumps(chr(10) + CALLED)}\n"
+                     f"body: {_json(schema)}\n")
+
+
+class Grammars:
+    """Makes constraints for one vocabulary."""
+
+    def __init__(self, vocab: Vocab, vocab_size: int, ends: Sequence[int]):
+        """vocab_size: of the model, which may be wider; ends: tokens that end an answer."""
+        self._vocab, self._size, self._ends = vocab, vocab_size, sorted(ends)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from llguidance import LLTokenizer, TokenizerWrapper
+        return LLTokenizer(TokenizerWrapper(_Table(self._vocab, self._ends)), n_vocab=self._vocab.size)
+
+    def constraint(self, grammar: str, param: str) -> "Grammar":
+        """A constraint of one answer. Raises ApiError: the library is missing, or cannot use the schema."""
+        if not available():
+            raise ApiError(400, f"{param}: this server cannot constrain answers; its environment lacks the library "
+                                "llguidance (pip install 'telechat-mindspore[constrained]')", param)
+        from llguidance import LLMatcher
+        matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0)
+        if matcher.is_error():
+            reason = " ".join(matcher.get_error().split())
+            raise ApiError(400, f"{param}: the schema cannot be used: {reason[:300]}", param)
+        return Grammar(matcher, self._vocab.size, self._size, self._ends)
+
+
+class _Table:
+    """The vocabulary as llguidance reads it. Markers that are written into texts, such as <tool_call>, count as their
+    bytes; those that are skipped in texts never come."""
+
+    bos_token_id = None
+
+    def __init__(self, vocab: Vocab, ends: Sequence[int]):
+        self._vocab = vocab
+        self.eos_token_id = ends[0]
+        hidden = {*vocab.special_ids, *ends}
+        self.special_token_ids = sorted(token for token in hidden if token < vocab.size)
+        self.tokens = [b"\xff" + str(token).encode() if token in hidden else vocab.token_bytes(token)
+                       for token in range(vocab.size)]
+
+        line_end = vocab.encode("\n")
+        self._behind = len(line_end) if vocab.encode("\n<")[:len(line_end)] == line_end else 0
+
+    def __call__(self, text: str) -> List[int]:
+        """Ids of a text that continues another one: without the dummy prefix of SentencePiece."""
+        return self._vocab.encode("\n" + text)[self._behind:] if self._behind else self._vocab.encode(text)
+
+
+class Grammar:
+    """A `TokenConstraint` (generation/requests.py)."""
+
+    def __init__(self, matcher: Any, tokens: int, vocab_size: int, ends: Sequence[int]):
+        self._matcher, self._tokens = matcher, tokens
+        self._ends = np.array([end for end in ends if end < vocab_size], np.int64)
+        self._bits = np.zeros((tokens + 31) // 32, np.int32)
+        self._mask = np.zeros(vocab_size, bool)
+
+    def allowed(self) -> np.ndarray:
+        """[V] bool, see `TokenConstraint`."""
+        if not self._matcher.is_stopped():
+            self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+            bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[:self._tokens]
+            self._mask[:self._tokens] = bits[:len(self._mask)]
+            self._mask[self._ends] = self._matcher.is_accepting()
+        if self._matcher.is_stopped() or not self._mask.any():
+            self._mask[:] = False
+            self._mask[self._ends] = True
+        return self._mask
+
+    def advance(self, token: int) -> None:
+        """See `TokenConstraint`."""
+        self._matcher.consume_token(token)

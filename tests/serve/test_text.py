@@ -1,0 +1,64 @@
+"""Text out of tokens: reasoning, tool calls and stop strings come out the same however the tokens fall."""
+import json
+
+import pytest
+
+from research.telechat.serve.text import AnswerText, CallFilter, ReasoningFilter
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
+
+
+def cuts(text):
+    """All ways to cut a text in two, and the way to cut it into characters."""
+    yield from ([text[:at], text[at:]] for at in range(len(text) + 1))
+    yield list(text)
+
+
+def reason(pieces, opened=False):
+    divided = ReasoningFilter(opened)
+    parts = [divided.feed(piece) for piece in pieces] + [divided.feed("", True)]
+    return "".join(one for one, _ in parts), "".join(other for _, other in parts)
+
+
+@pytest.mark.parametrize(("text", "opened", "reasoning", "content"), [
+    ("<think>因为</think>\n\n所以", False, "因为", "所以"),
+    ("\n<think>\na<b</think>c</think>", False, "\na<b", "c</think>"),
+    ("因为</think>所以", True, "因为", "所以"),
+    ("没有思考 <think>x</think>", False, "", "没有思考 <think>x</think>"),
+    ("<think>没有结束</th", False, "没有结束</th", ""),
+    ("<thin", False, "", "<thin"),
+    ("", False, "", "")])
+def test_reasoning_is_divided_from_the_answer(text, opened, reasoning, content):
+    for pieces in cuts(text):
+        assert reason(pieces, opened) == (reasoning, content), pieces
+
+
+@pytest.mark.parametrize(("text", "content", "names"), [
+    ("你好", "你好", []),
+    (CALL, "", ["weather"]),
+    (f"我来查询。\n{CALL}\n{CALL}", "我来查询。", ["weather", "weather"]),
+    ("a \n <tool b\n", "a \n <tool b\n", []),
+    (f"{CALL}\n再见\n", "\n再见", ["weather"]),
+    ("<tool_call>\nno JSON\n</tool_call>", "<tool_call>\nno JSON\n</tool_call>", []),
+    ('x\n<tool_call>\n{"name": "f"', 'x\n<tool_call>\n{"name": "f"', [])])
+def test_calls_are_taken_out_whole_or_not_at_all(text, content, names):
+    for pieces in cuts(text):
+        calls = CallFilter()
+        parts = [calls.feed(piece) for piece in pieces] + [calls.feed("", True)]
+        shown = "".join(part for part, _ in parts)
+        assert shown == content, pieces
+        assert [call["name"] for _, found in parts for call in found] == names
+        for _, found in parts:
+            assert all(json.loads(call["arguments"]) == {"city": "北京"} for call in found)
+
+
+def test_an_answer_of_whole_characters_ends_at_its_stop_string(vocabs):
+    vocab = vocabs["12b"]
+    answer = AnswerText(vocab, stop=["龘結束"])
+    parts = [answer.feed(token) for token in vocab.encode("龙龘龘結束龘")]
+    assert answer.stopped
+    assert "".join(part.content for part in parts) == "龙龘"
+    assert all("�" not in part.content for part in parts)
+    cut = AnswerText(vocab)
+    tokens = vocab.encode("龘")
+    assert not any(cut.feed(token) for token in tokens[:-1]) and cut.end().content == "�"
