@@ -1,5 +1,6 @@
 """The Llama layout: unmodified transformers computes what the reference does, and everything comes back bit for bit."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,15 +16,18 @@ from checkpoint_fixtures import (
     write_official,
     write_safetensors,
 )
+from conversation_fixtures import bot, user
 from convert_fixtures import error_of, read_ckpt, to_ms, to_torch
-from llama_fixtures import MEMBERS, make_member
+from llama_fixtures import MEMBERS, make_member, vocab_of
 
 from research.telechat.checkpoint.manifest import FOLDER_NAME
 from research.telechat.checkpoint.writer import partial_path
 from research.telechat.commands.convert import main as convert
 from research.telechat.common.errors import ConfigError
 from research.telechat.spec.llama_config import constant_length, llama_config
-from research.telechat.spec.variants import VARIANTS, get_variant
+from research.telechat.spec.variants import VARIANTS, get_variant, variant_from_hf
+from research.telechat.text.renderer import Renderer, get_template
+from research.telechat.text.tokenizer_json import probe_texts
 
 TOLERANCE = 3e-5
 
@@ -55,6 +59,65 @@ def test_transformers_computes_the_same_logits_and_greedy_text(members, name):
         logits, _ = reference.forward(member.config, member.weights, prompt, half=False)
         prompt = np.concatenate([prompt, logits[:, -1:].argmax(-1)], 1)
     assert np.array_equal(text, prompt)
+
+
+@pytest.mark.parametrize("name", ["7b", "12b", "52b", "telechat2"])
+def test_transformers_loads_the_tokenizer_of_the_folder(members, vocabs, name):
+    transformers = pytest.importorskip("transformers")
+    folder = members[name].llama
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    vocab = vocabs[vocab_of(name)]
+    for text in probe_texts(vocab)[::5]:
+        assert tokenizer(text).input_ids == vocab.encode_with_specials(text)
+    config = json.loads((folder / "config.json").read_text())
+    assert tokenizer.eos_token_id == config["eos_token_id"] and tokenizer.pad_token_id == config["pad_token_id"]
+    messages = [user("生抽与老抽的区别？"), bot("颜色。"), user("a b")]
+    renderer = Renderer(get_template(variant_from_hf(members[name].config).chat_template), vocab)
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True) == renderer.prompt(messages)
+    generation = transformers.GenerationConfig.from_pretrained(folder)
+    assert generation.eos_token_id == config["eos_token_id"]
+
+
+def test_generation_settings_and_official_files_go_along(tmp_path, vocab_files, capfd):
+    """The official layout: code and tokenizer by --copy_from; without it the command says what is missing."""
+    variant = small_variant("telechat_12b", vocab=600)
+    source = write_official(tmp_path / "hf", variant, official_tensors(variant))
+    settings = {"eos_token_id": 2, "repetition_penalty": 1.01, "user_token_id": 20}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    (source / "modeling_telechat.py").write_text("# official\n")
+    shutil.copyfile(vocab_files["12b"], source / "tokenizer.model")
+    assert to_ms(source, tmp_path / "x.safetensors") == 0
+    capfd.readouterr()
+    assert to_torch(tmp_path / "x.safetensors", tmp_path / "bare") == 0
+    out = capfd.readouterr().out
+    assert "missing: the tokenizer" in out and "missing: the official modeling_*.py" in out
+    for _ in range(2):                               # a second time over the first
+        assert to_torch(tmp_path / "x.safetensors", tmp_path / "back", "--copy_from", source) == 0
+        assert "missing" not in capfd.readouterr().out
+    assert {path.name for path in (tmp_path / "back").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "modeling_telechat.py", "tokenizer.model",
+        FOLDER_NAME}
+    assert json.loads((tmp_path / "back/generation_config.json").read_text()) == settings
+    assert to_torch(tmp_path / "x.safetensors", tmp_path / "llama", "--layout", "llama", "--tokenizer", source) == 0
+    out = capfd.readouterr().out
+    assert "missing" not in out and "texts compared with tokenizer.model, all equal" in out
+    written = json.loads((tmp_path / "llama/generation_config.json").read_text())
+    assert written.items() >= settings.items() and written["pad_token_id"] == 3
+    assert not (tmp_path / "llama/modeling_telechat.py").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, vocab_files, capfd):
+    variant = small_variant("telechat_12b", vocab=600)
+    source = write_official(tmp_path / "hf", variant, official_tensors(variant))
+    for family, fault in (("52b", "the user token '<_user>' of the template telechat"), ("missing", "not found")):
+        path = vocab_files.get(family, tmp_path / "nothing.model")
+        assert fault in error_of(capfd, convert(["--from", str(source), "--to", "llama", str(tmp_path / "out"),
+                                                 "--tokenizer", str(path)]))
+    small = small_variant("telechat_12b")
+    source = write_official(tmp_path / "small", small, official_tensors(small))
+    assert "is the tokenizer of another model: it has 600 tokens, the model 11" in error_of(capfd, convert([
+        "--from", str(source), "--to", "llama", str(tmp_path / "out"), "--tokenizer", str(vocab_files["12b"])]))
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("name", ["7b", "52b"])

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import threading
 import time
 from dataclasses import dataclass, field
@@ -75,7 +76,8 @@ class Source(NamedTuple):
 
 
 class Target(NamedTuple):
-    """The result: its files, texts that are written beside them at the end, and the manifest, but for its files."""
+    """The result: its files, texts and copies that are written beside them at the end, and the manifest, but for its
+    files."""
 
     layouts: List[Layout]
     texts: Dict[Path, str]
@@ -84,6 +86,12 @@ class Target(NamedTuple):
     folder_is_model: bool = False        # the folder is loaded as a whole, so that no other weights may lie in it
     manifest: Manifest = Manifest("mindspore")
     manifest_path: Optional[Path] = None # None: no manifest is written
+    copies: Optional[Dict[Path, Path]] = None            # where to -> where from
+
+    @property
+    def beside(self) -> List[Path]:
+        """The files beside the weights."""
+        return [*self.texts, *(self.copies or {})]
 
 
 @dataclass
@@ -185,6 +193,10 @@ def convert(source: Source, target: Target, transfers: Dict[str, Transfer], opti
     for path, text in target.texts.items():
         write_text(path, text)
         entries[path.name] = file_entry(path)
+    for path, origin in (target.copies or {}).items():
+        shutil.copyfile(origin, partial_path(path))
+        os.replace(partial_path(path), path)
+        entries[path.name] = file_entry(path)
     if target.manifest_path is not None:
         write_manifest(target.manifest_path, with_files(target.manifest, entries))
     journal.remove()
@@ -206,7 +218,7 @@ def _check_paths(source: Source, target: Target) -> None:
                               "give another place for the result")
     folder = target.journal.parent
     if target.folder_is_model and folder.is_dir():
-        ours = outputs | {path.resolve() for path in target.texts}
+        ours = outputs | {path.resolve() for path in target.beside}
         strangers = sorted(path.name for path in folder.iterdir() if path.resolve() not in ours
                            and (path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")))
         if strangers:
@@ -216,7 +228,7 @@ def _check_paths(source: Source, target: Target) -> None:
 
 def _check_overwrite(target: Target, journal: Journal, overwrite: bool) -> None:
     """OverwriteError where a file is in the way that no conversion wrote."""
-    paths = [*(layout.path for layout in target.layouts), *target.texts]
+    paths = [*(layout.path for layout in target.layouts), *target.beside]
     if not journal.publishing:
         refuse_foreign(paths, is_ours, overwrite)
     if target.manifest_path is not None:

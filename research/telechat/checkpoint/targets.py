@@ -64,10 +64,11 @@ def mindspore_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes:
                   *_manifest(MINDSPORE, sizes, path, True))
 
 
-def torch_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: Sizes, layout: str, texts: Dict[Path, str],
-                 shard: Optional[int]) -> Target:
-    """Names of an official or Llama result: a folder with shards, index and `texts`, or one official file alone."""
-    if is_single(path):
+def torch_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: Sizes, layout: str, shard: Optional[int]
+                 ) -> Target:
+    """Names of an official or Llama result: a folder with shards and index, or one official file alone. What else the
+    folder holds is checkpoint/export.py's matter."""
+    if path.suffix in (".bin", ".pth", ".pt", ".safetensors") and not path.is_dir():
         if layout == LLAMA:
             raise CheckpointError(f"{path}: the Llama layout is a folder with config.json and tokenizer; name one")
         single = (safetensors_layout(path, tensors, {"format": "pt"}) if path.suffix == ".safetensors"
@@ -80,14 +81,8 @@ def torch_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: Siz
         layouts = _shards(path, "model", ".safetensors", tensors, shard or 5 * 10**9,
                           lambda file, part: safetensors_layout(file, part, {"format": "pt"}))
         index = INDEX_NAMES[0]
-    if len(layouts) > 1:
-        texts = {**texts, path / index: index_text(layouts)}
+    texts = {path / index: index_text(layouts)} if len(layouts) > 1 else {}
     return Target(layouts, texts, _journal(path / "conversion"), layout, True, *_manifest(layout, sizes, path, True))
-
-
-def is_single(path: Path) -> bool:
-    """Whether an official result is one file."""
-    return path.suffix in (".bin", ".pth", ".pt", ".safetensors") and not path.is_dir()
 
 
 def _manifest(kind: str, sizes: Sizes, path: Path, folder: bool) -> Tuple[Manifest, Path]:

@@ -15,7 +15,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Dict, Optional, Sequence
+from typing import List, Optional, Sequence
 
 from research.telechat.checkpoint.agreement import CONFLICT, Disagreement, disagreements_of, recipe_wins
 from research.telechat.checkpoint.convert import (
@@ -28,12 +28,12 @@ from research.telechat.checkpoint.convert import (
     summary,
 )
 from research.telechat.checkpoint.dtypes import CODES, NAMES
-from research.telechat.checkpoint.export import llama_texts, official_texts
+from research.telechat.checkpoint.export import Wishes, beside
 from research.telechat.checkpoint.folder import layout_of_names, open_any, open_mindspore, open_official
 from research.telechat.checkpoint.integrity import check_files
 from research.telechat.checkpoint.manifest import facts_beside, facts_of
 from research.telechat.checkpoint.reader import Checkpoint
-from research.telechat.checkpoint.targets import Sizes, is_single, mindspore_target, torch_target
+from research.telechat.checkpoint.targets import Sizes, mindspore_target, torch_target
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.common.lock import output_lock
@@ -184,25 +184,27 @@ def sizes_from_shapes(args: argparse.Namespace, checkpoint: Checkpoint, folder: 
                          intermediate_size=down.shape[1]), None)
 
 
-def run_conversion(args: argparse.Namespace, source: Source, sizes: Sizes, out: Path, layout: str) -> None:
-    """Plan and run a conversion whose input is open, and print what happened."""
+def run_conversion(args: argparse.Namespace, source: Source, sizes: Sizes, out: Path, layout: str, folder: Path
+                   ) -> None:
+    """Plan and run a conversion whose input is open, in `folder`, and print what happened."""
     dtype = _DTYPES[args.dtype] if args.dtype else None
     transfers = plan_tensors(source, dtype, layout)
     tensors = [transfer.out for transfer in transfers.values()]
+    notes: List[str] = []
     if layout == MINDSPORE:
         target = mindspore_target(out, args.format, tensors, sizes, args.max_shard_size)
     else:
-        texts: Dict[Path, str] = {}
-        if layout == LLAMA:
-            texts = llama_texts(out, sizes, NAMES[tensors[0].dtype], args.max_length)
-        elif not is_single(out):
-            texts = official_texts(out, sizes)
-        target = torch_target(out, args.format, tensors, sizes, layout, texts, args.max_shard_size)
+        target = torch_target(out, args.format, tensors, sizes, layout, args.max_shard_size)
+        if target.folder_is_model:
+            wishes = Wishes(args.tokenizer, args.copy_from, args.max_length)
+            files = beside(out, layout, sizes, NAMES[tensors[0].dtype], wishes, folder)
+            target = target._replace(texts={**target.texts, **files.texts}, copies=files.copies)
+            notes = files.notes
     for note in source.checkpoint.notes:
         print(one_line(note))
     shown = len(source.checkpoint.notes)
     report = convert(source, target, transfers, Options(dtype, args.verify, args.strict, args.workers, args.overwrite))
-    report.notes.extend(source.checkpoint.notes[shown:])
+    report.notes.extend([*source.checkpoint.notes[shown:], *notes])
     print(printable("\n".join(summary(report, target, dtype_names(transfers)))))
 
 
@@ -258,6 +260,12 @@ def add_any_to_any(parser: argparse.ArgumentParser) -> None:
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     """The options for results that other programs load."""
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE",
+                        help="tokenizer.model or tokenizer.json of the model, or their folder (default: the one beside "
+                             "the input); tokenizer.json and the chat template are made from it")
+    parser.add_argument("--copy_from", type=Path, metavar="OFFICIAL",
+                        help="folder of the official checkpoint: its tokenizer, and for the official layout its code "
+                             "and settings")
     parser.add_argument("--max_length", type=_positive, metavar="N",
                         help="llama: tokens of the longest sequence (default: what the weights were trained with)")
 
@@ -316,7 +324,8 @@ def _convert(args: argparse.Namespace, checkpoint: Checkpoint, path: Path, out: 
                               else sizes_from_table(args, folder))
         if sizes.facts is None:
             sizes = sizes._replace(facts=facts_of(sizes.variant, args.model_name, folder, sizes.config))
-        run_conversion(args, open_source(checkpoint, sizes.variant, layout, args.source_mp), sizes, out, target)
+        run_conversion(args, open_source(checkpoint, sizes.variant, layout, args.source_mp), sizes, out, target,
+                       folder)
     finally:
         checkpoint.close()
 

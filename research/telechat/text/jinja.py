@@ -144,7 +144,7 @@ def _in_words(renderer: Renderer) -> List[str]:
             "{{- (blank if ns.turns else '') + " + user + " + text(message.content) + " + bot + " -}}",
             "{%- set ns.turns = ns.turns + 1 -%}",
             f"{{%- elif message.role in {_BOT} -%}}",
-            "{{- blank + text(message.content) -}}",
+            "{{- (blank if message.content or not loop.last else '') + text(message.content) -}}",
             "{{- " + end + " if loop.last and not add_generation_prompt else " + _quoted(template.text_end or "")
             + " -}}",
             f"{{%- elif message.role not in {_SYSTEM} -%}}",

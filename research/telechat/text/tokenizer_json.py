@@ -157,6 +157,9 @@ def _read_model(vocab: Vocab, data: bytes) -> Tuple[List[Piece], Dict[str, bool]
     settings = {"dummy_prefix": True}
     blanks = True                                        # remove_extra_whitespaces: the format's default
     for field, _, begin, end in fields(data, 0, len(data)):
+        if field == 1 and data[begin] == 0x0A and begin + data[begin + 1] + 7 == end:      # text and score, no more
+            pieces.append(Piece(data[begin + 2:end - 5].decode(), struct.unpack("<f", data[end - 4:end])[0], _NORMAL))
+            continue
         parts = {number: (a, b) for number, _, a, b in fields(data, begin, end)} if field <= 3 else {}
         if field == 1:
             score = struct.unpack("<f", data[parts[2][0]:parts[2][0] + 4])[0] if 2 in parts else 0.0
