@@ -1,22 +1,22 @@
 """tokenizer.json and the Jinja template give the ids of the vocabulary and the renderer, in unmodified transformers."""
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from conversation_fixtures import bot, system, user
-from golden import OFFICIAL, SHARED, needs_shared
+from golden import SHARED, needs_shared
 from vocab_fixtures import train_sentencepiece
 
 from research.telechat.common.errors import VocabError
 from research.telechat.text.jinja import chat_template
 from research.telechat.text.renderer import Renderer
-from research.telechat.text.templates import get_template
+from research.telechat.text.templates import TEMPLATES, get_template
 from research.telechat.text.tokenizer_json import differences, probe_texts, tokenizer_json
 from research.telechat.text.vocab import Vocab
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "conversations.jsonl"
-FAMILIES = ("7b", "12b", "52b", "telechat2")
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "description": "查天气", "parameters": {
     "type": "object", "properties": {"city": {"type": "string"}}}}}]
 
@@ -28,6 +28,8 @@ def call(arguments):
 CONVERSATIONS = [
     ([system("你是助手。"), user("hi"), bot("hello"), user(" 继续\n"), bot("好的")], None),
     ([user(""), bot("  two blanks"), user("a"), bot("")], None),
+    ([user("1+1=?"), {**bot("2"), "reasoning_content": "一加一。\n得二。"}, user("2+2=?"),
+      {**bot("4"), "reasoning_content": "二加二得四。"}], None),
     ([user("北京天气"),
       {"role": "assistant", "content": "", "tool_calls": [call('{"city": "北京"}'), call({"city": "上海"})]},
       {"role": "tool", "content": "晴"}, {"role": "tool", "content": "雨"}, bot("北京晴，上海雨。")], TOOLS),
@@ -78,13 +80,12 @@ def loaded(vocab, template):
     return content, tokenizer, renderer
 
 
-TEMPLATE_OF = {"7b": "telechat", "12b": "telechat", "52b": "telechat_52b", "telechat2": "telechat2"}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_small_vocabularies_and_templates(vocabs, family):
+@pytest.mark.parametrize("family, template", [
+    ("7b", "telechat"), ("12b", "telechat"), ("12b", "telechat_system"), ("52b", "telechat_52b"),
+    *(("telechat2", name) for name in TEMPLATES if name.startswith("telechat2"))])
+def test_small_vocabularies_and_templates(vocabs, family, template):
     vocab = vocabs[family]
-    content, tokenizer, renderer = loaded(vocab, TEMPLATE_OF[family])
+    content, tokenizer, renderer = loaded(vocab, template)
     texts = [*probe_texts(vocab), *example_texts()]
     assert len(texts) > 800 and differences(content, vocab, texts) == []
     for text in texts[:200]:
@@ -94,13 +95,21 @@ def test_small_vocabularies_and_templates(vocabs, family):
 
 @needs_shared
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(OFFICIAL))
-def test_official_vocabularies_and_templates(name):
-    vocab = Vocab.load(SHARED / "data" / OFFICIAL[name])
-    content, tokenizer, renderer = loaded(vocab, {"12B": "telechat", "52B": "telechat_52b", "115B": "telechat2"}[name])
+@pytest.mark.parametrize("name, template", [("telechat-52b", "telechat_52b"),
+                                            ("telechat2-7b", "telechat2")])
+def test_official_vocabularies_and_templates(tmp_path, name, template):
+    """TeleChat2-7B with its names of the markers of tools."""
+    data = SHARED / "data" / name
+    if not (data / "tokenizer.model").exists():
+        (tmp_path / "tokenizer.model").symlink_to(SHARED / "data/telechat2-115b/tokenizer.model")
+        shutil.copyfile(data / "tokenizer_config.partial.json", tmp_path / "tokenizer_config.json")
+        data = tmp_path
+    vocab = Vocab.load(data)
+    content, tokenizer, renderer = loaded(vocab, template)
     assert differences(content, vocab, [*probe_texts(vocab), *example_texts()]) == []
     assert_same_conversations(tokenizer, renderer)
-    assert {tokenizer.convert_ids_to_tokens(i) for i in vocab.markers.values()} == set(vocab.markers)
+    assert {tokenizer.convert_ids_to_tokens(i) for i in vocab.markers.values()} <= set(vocab.markers)
+    assert template != "telechat2" or tokenizer.convert_tokens_to_ids("<tool_call>") == 9
 
 
 @pytest.mark.parametrize("change", [
@@ -129,7 +138,7 @@ def test_text_behind_each_marker_has_the_dummy_prefix(vocabs):
 
 
 @pytest.mark.parametrize("options, fault", [
-    ({"model_type": "unigram", "vocab_size": 420}, "it is no BPE model"),
+    ({"model_type": "unigram", "vocab_size": 380}, "it is no BPE model"),
     ({"normalization_rule_name": "nmt_nfkc"}, "it normalises characters"),
     ({"remove_extra_whitespaces": True}, "it removes blanks"),
 ])

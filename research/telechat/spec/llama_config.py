@@ -27,8 +27,8 @@ _DEFAULTS: Dict[str, Any] = {
 
 def rope_rule(variant: Variant) -> RopeRule:
     """The rotary rule of a variant, with exact tables."""
-    return RopeRule(variant.head_dim, training_seqlen=variant.training_seqlen, base_seqlen=variant.base_seqlen,
-                    base_power=variant.rope_base_power, mscale=variant.rope_mscale)
+    return RopeRule(variant.head_dim, variant.theta, training_seqlen=variant.training_seqlen,
+                    base_seqlen=variant.base_seqlen, base_power=variant.rope_base_power, mscale=variant.rope_mscale)
 
 
 def constant_length(variant: Variant) -> int:

@@ -7,7 +7,7 @@ somebody typed becomes the marker there; nothing else differs.
 Where the renderer encodes a text on its own, SentencePiece adds its dummy prefix. Between two markers the text of a
 Jinja template is encoded as one, so that the prefix is written out there, as a blank.
 """
-from typing import Any, List, Optional
+from typing import List, Optional
 
 from research.telechat.text.renderer import Renderer
 from research.telechat.text.templates import Template
@@ -43,7 +43,7 @@ def _prefix(renderer: Renderer) -> str:
 def _with_markers(renderer: Renderer) -> List[str]:
     template = renderer.template
     user, bot, end = (_piece(renderer, token) for token in (renderer.user_id, renderer.bot_id, renderer.end_id))
-    think = template_field(template, "think_start", None)
+    think = template.think_start
     lines = ["{%- set ns = namespace(system=none, separator=" + _quoted(template.separator) + ", turns=0) -%}"]
     if renderer.start_id is not None:
         lines.append("{{- " + _quoted(_piece(renderer, renderer.start_id)) + " -}}")
@@ -68,17 +68,12 @@ def _with_markers(renderer: Renderer) -> List[str]:
     if think is not None:
         reasoning = "(message.reasoning_content or message.reasoning or '').strip('\\n')"
         lines += ["{%- if loop.last -%}{{- " + _quoted(think) + f" + {reasoning} + "
-                  + _quoted(template_field(template, "think_end", "")) + " -}}{%- endif -%}"]
+                  + _quoted(template.think_end) + " -}}{%- endif -%}"]
     lines += ["{{- " + bot_text + " + " + _quoted(end) + " -}}",
               "{%- else -%}{{- raise_exception('role ' + message.role + ' has no place in this template') -}}",
               "{%- endif -%}", "{%- endfor -%}",
               "{%- if add_generation_prompt -%}{{- " + _quoted(bot + (think or "")) + " -}}{%- endif -%}"]
     return lines
-
-
-def template_field(template: Template, name: str, default: Any) -> Any:
-    """A field that not every version of the table of templates has."""
-    return getattr(template, name, default)
 
 
 def _no_system(template: Template) -> List[str]:
@@ -91,18 +86,17 @@ def _no_system(template: Template) -> List[str]:
 def _head(renderer: Renderer) -> List[str]:
     """What stands in front of the turns: the system prompt with the tools, or a start marker."""
     template = renderer.template
-    always = template_field(template, "default_for", "training") == "always"
-    condition = {"always": "true", "tools": "tools"}.get(
-        template_field(template, "default_for", "training"), "tools or not add_generation_prompt")
+    condition = {"always": "true", "tools": "tools", "training": "tools or not add_generation_prompt"}[
+        template.default_for]
     lines = [f"{{%- if messages and messages[0].role in {_SYSTEM} -%}}"
              "{%- set ns.system = text(messages[0].content) -%}"]
     if template.default_system is not None:
         lines.append(f"{{%- elif {condition} -%}}{{%- set ns.system = " + _quoted(template.default_system) + " -%}")
     lines += ["{%- endif -%}", "{%- if ns.system is not none -%}", "{{- " + _quoted(template.system or "") + " -}}"]
-    system_end = _quoted(template_field(template, "system_end", ""))
+    system_end = _quoted(template.system_end)
     if template.tools_block is not None:
         before, after = (part.format() for part in template.tools_block.split("{tools}"))
-        stripped = "ns.system" if always else "ns.system.rstrip('\\n')"
+        stripped = "ns.system" if template.default_for == "always" else "ns.system.rstrip('\\n')"
         lines += ["{%- if '<tools>\\n' in ns.system and '\\n</tools>' in ns.system -%}{{- ns.system -}}",
                   "{%- elif tools -%}{{- " + stripped + " + " + _quoted(before) + " -}}",
                   "{%- for tool in tools -%}{{- ('' if loop.first else '\\n') + (tool | tojson) -}}{%- endfor -%}",
@@ -111,7 +105,7 @@ def _head(renderer: Renderer) -> List[str]:
     else:
         lines.append("{{- ns.system + " + system_end + " -}}")
         lines += _no_system(template)
-    if template_field(template, "system_separator", True) and template.separator:
+    if template.system_separator and template.separator:
         lines.append("{{- " + _quoted(_prefix(renderer) + template.separator) + " -}}")
     if template.prompt_start:
         start = "" if renderer.start_id is not None else "{{- " + _quoted(template.prompt_start) + " -}}"
@@ -121,7 +115,7 @@ def _head(renderer: Renderer) -> List[str]:
 
 def _answer_with_calls(template: Template) -> List[str]:
     """The macro that writes an answer: its content, then its tool calls as JSON."""
-    separator = _quoted(template_field(template, "call_separator", "\n"))
+    separator = _quoted(template.call_separator)
     return ["{%- macro answer(message) -%}", "{{- text(message.content) -}}",
             "{%- for item in message.tool_calls or [] -%}",
             "{%- set call = item.function if item.function is defined else item -%}",
