@@ -1,5 +1,7 @@
 """The check of a data set against the recipe, before the first step of training."""
 import json
+import os
+import random
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from research.telechat import __version__
 from research.telechat.common.errors import ConfigError
 from research.telechat.data import scan as scan
 from research.telechat.data import writer as dataset_writer
-from research.telechat.data.meta import check_dataset_meta, read_meta, write_meta
+from research.telechat.data.meta import check_dataset_meta, check_hashes, read_meta, write_meta
 from research.telechat.data.scan import check_dataset, check_records
 from research.telechat.data.writer import DATASET_NAME, DatasetWriter
 
@@ -66,9 +68,96 @@ def test_data_set_without_meta(tmp_path):
         check_records(out, vocab_size=600, seq_length=64)
 
 
+def small(out, overwrite=False):
+    """A data set of three records."""
+    with DatasetWriter(out, {"input_ids": 65, "labels": 65}, overwrite=overwrite) as writer:
+        for first in range(3):
+            row = np.arange(first, first + 65, dtype=np.int32)
+            writer.add({"input_ids": row, "labels": row})
+        writer.finish({"record_length": 65, "pad_token_id": 3}, {"lengths.png": b"a picture"})
+    return out
+
+
+def test_no_flipped_bit_of_a_data_set_is_accepted(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "umask", None)                   # nobody may change it for a moment
+    out = small(tmp_path / "out")
+    assert check_hashes(out) == check_hashes(out / DATASET_NAME) == 2
+    rng = random.Random(0)
+    for turn in range(100):
+        path = out / rng.choice([DATASET_NAME, f"{DATASET_NAME}.db"])
+        data = bytearray(path.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        before = path.read_bytes()
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match=r"has the SHA-256 .* preprocess again"):
+            check_hashes(out, remember=bool(turn % 2))
+        path.write_bytes(before)
+
+
+def test_reading_does_not_change_the_files(tmp_path):
+    out = small(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "meta.json").rename(tmp_path / "meta.json")
+    check_records(out, vocab_size=600, seq_length=64)        # reads it with MindSpore
+    (tmp_path / "meta.json").rename(out / "meta.json")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert check_hashes(out, remember=False) == 2
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_follow_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        out = small(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~mask}
+    assert len(list(out.iterdir())) == 4
+
+
+def test_foreign_files_stay_and_own_ones_go(tmp_path):
+    out = small(tmp_path / "out")
+    small(out)                                               # its own
+    for name in (DATASET_NAME, f"{DATASET_NAME}.db", "lengths.png", "meta.json", "report.json"):
+        whole = (out / name).read_bytes() if (out / name).exists() else None
+        (out / name).write_bytes(b"foreign")
+        with pytest.raises(ConfigError, match=rf"(?:{name}|and \d more).* would be replaced"):
+            small(out)
+        assert (out / name).read_bytes() == b"foreign" and not (out / ".telechat.lock").exists()
+        (out / name).unlink()
+        if whole is not None:
+            (out / name).write_bytes(whole)
+    (out / "lengths.png").write_bytes(b"foreign")
+    small(out, overwrite=True)
+    assert check_hashes(out, remember=False) == 2
+
+
+def test_a_run_that_died_while_it_replaced_the_files_is_repeated(tmp_path, monkeypatch):
+    out = small(tmp_path / "out")
+    real, calls = os.replace, []
+
+    def dying(source, target):
+        calls.append(target)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(dataset_writer.os, "replace", dying)
+    monkeypatch.setattr(dataset_writer.shutil, "rmtree", lambda *_, **__: None)     # as after SIGKILL
+    with pytest.raises(KeyboardInterrupt):
+        small(out)
+    monkeypatch.undo()
+    assert not (out / "meta.json").exists() and (out / DATASET_NAME).exists()
+    left = next(out.glob(".unfinished-*"))
+    left.rename(out / f".unfinished-{2 ** 22 + 1}")                                 # of a process that is gone
+    small(out)
+    assert check_hashes(out, remember=False) == 2 and not list(out.glob(".unfinished-*"))
+
+
 def without_meta(out, count=2100, changed=None, value=0, column="input_ids", length=65):
     """A data set of `count` records with ids up to 599 and no meta.json; record `changed` holds `value` in `column`."""
-    with DatasetWriter(out, {"input_ids": length, "labels": length}, file_bytes=1 << 17) as writer:
+    with DatasetWriter(out, {"input_ids": length, "labels": length}, file_bytes=1 << 17, overwrite=True) as writer:
         for number in range(count):
             row = np.arange(600 - length, 600, dtype=np.int32)
             record = {"input_ids": row, "labels": row.copy()}

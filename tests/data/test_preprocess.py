@@ -168,11 +168,12 @@ def test_seed_decides_the_order(tmp_path, vocab_files):
 
 def test_a_second_run_replaces_the_first(tmp_path, vocab_files):
     code, out = run(tmp_path, vocab_files["12b"])
-    (out / "new_dataset_1.mindrecord").write_bytes(b"of a larger data set")
     (out / "keep.txt").write_text("not ours")
-    again, _ = run(tmp_path, vocab_files["12b"], SAMPLES[:5])
-    assert code == again == 0
-    assert not (out / "new_dataset_1.mindrecord").exists() and (out / "keep.txt").exists()
+    (out / "new_dataset_1.mindrecord").write_bytes(b"of another data set")
+    refused, _ = run(tmp_path, vocab_files["12b"], SAMPLES[:5])
+    assert refused == 1 and (out / "new_dataset_1.mindrecord").exists() and report(out)["records_read"] == 60
+    again, _ = run(tmp_path, vocab_files["12b"], SAMPLES[:5], "--overwrite")
+    assert code == again == 0 and not (out / "new_dataset_1.mindrecord").exists() and (out / "keep.txt").exists()
     assert report(out)["records_read"] == 5
     assert check_dataset(out, vocab_size=600, seq_length=64) is None
 

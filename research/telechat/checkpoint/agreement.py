@@ -11,9 +11,10 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.spec.variants import Variant
 
 CONFLICT = ("stop", "recipe", "checkpoint")                # who wins; stop: nobody, the run ends
-# Found in the shapes of tensors, in the vocabulary, or only about names.
-_NOT_COMPARED = {"num_layers", "hidden_size", "intermediate_size", "vocab_size", "hf_layout", "chat_template",
-                 "bos_token_id", "eos_token_id", "pad_token_id", "user_token_id", "bot_token_id"}
+# Found in the shapes of tensors or in the vocabulary, names only, or a matter of each answer.
+_NOT_COMPARED = {"num_layers", "hidden_size", "intermediate_size", "vocab_size", "hf_layout", "hf_module",
+                 "bos_token_id", "eos_token_id", "pad_token_id", "user_token_id", "bot_token_id",
+                 "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
 
 
 class Disagreement(NamedTuple):
@@ -34,7 +35,7 @@ def disagreements_of(recipe: Variant, checkpoint: Variant, only: Sequence[str] =
         ours, theirs = getattr(recipe, key), getattr(checkpoint, key)
         if key == "n_kv_heads":
             ours, theirs = recipe.kv_heads, checkpoint.kv_heads
-        if ours != theirs:
+        if ours != theirs and not (key == "chat_template" and "" in (ours, theirs)):     # '': as the vocabulary tells
             found.append(Disagreement(key, ours, theirs))
     return found
 

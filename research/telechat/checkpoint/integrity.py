@@ -6,12 +6,14 @@ manifest and CRC has nothing to be held against.
 from pathlib import Path
 from typing import Iterable, List, Optional
 
-from research.telechat.checkpoint.manifest import FileEntry, Manifest, find_manifest
+from research.telechat.checkpoint.manifest import FOLDER_NAME, SUFFIX, FileEntry, Manifest, find_manifest, load_manifest
 from research.telechat.checkpoint.reader import crc_trailer
 from research.telechat.common.errors import CheckpointError
 from research.telechat.common.hashing import file_sha256
 from research.telechat.common.verified import Check, faults
 
+VERIFY_HELP = "first hold the input's files against the hashes of their manifests, where they have any"
+OVERWRITE_HELP = "replace files that are in the way and that this command did not write"
 _DAMAGED = "damaged or changed since: copy or make it again"
 
 
@@ -54,10 +56,12 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is one that these commands wrote, unchanged, by the manifest beside it."""
-    try:
-        manifest = find_manifest(path)
-        entry = manifest.entry(path) if manifest else None
-    except CheckpointError:
-        return False
-    return entry is not None and not faults([Check(path, *entry)], remember=True, shown=False)
+    """Whether a file is one that these commands wrote, unchanged, by the manifests in its folder."""
+    for one in (path.parent / FOLDER_NAME, *path.parent.glob(f"*{SUFFIX}")):
+        try:
+            entry = load_manifest(one).entry(path) if one.is_file() else None
+        except CheckpointError:
+            continue
+        if entry is not None and not faults([Check(path, *entry)], remember=True, shown=False):
+            return True
+    return False

@@ -13,6 +13,7 @@ import numpy as np
 
 from research.telechat.checkpoint.dtypes import RAW, cast
 from research.telechat.checkpoint.folder import open_mindspore
+from research.telechat.checkpoint.integrity import check_files
 from research.telechat.checkpoint.reader import Checkpoint, TensorInfo
 from research.telechat.checkpoint.slices import (
     Side,
@@ -108,7 +109,8 @@ def _as_float32(raw: np.ndarray, name: str, info: TensorInfo) -> np.ndarray:
     return cast(raw.reshape(-1).view(RAW[info.dtype]), info.dtype, "F32").view(np.float32).reshape(raw.shape)
 
 
-def read_adapter(path: Path, alpha: Optional[float] = None, strategy: Optional[Path] = None) -> Adapter:
+def read_adapter(path: Path, alpha: Optional[float] = None, strategy: Optional[Path] = None, verify: bool = False
+                 ) -> Adapter:
     """The adapter in a MindSpore checkpoint, which may hold other parameters as well.
 
     path: a file; or, of a training that cut the adapter over several ranks, the folder that holds rank_0, rank_1, ...
@@ -116,8 +118,9 @@ def read_adapter(path: Path, alpha: Optional[float] = None, strategy: Optional[P
     alpha: lora_alpha; None: from adapter_config.json beside the file.
     strategy: how ranks cut it, a file or folder; None: the folder `strategy` beside that of the ranks, where path is
     such a folder.
+    verify: hold the files against the hashes of their manifests first.
 
-    Raises CheckpointError where something is missing.
+    Raises CheckpointError where something is missing or damaged.
     """
     cut = path.is_dir() and any(re.fullmatch(r"rank_\d+", entry.name) for entry in path.iterdir())
     if cut and strategy is None:
@@ -132,6 +135,7 @@ def read_adapter(path: Path, alpha: Optional[float] = None, strategy: Optional[P
         side = Side(plan, rank_files(path, plan))
     opened = open_ranks(side.files) if side.strategy else {0: open_mindspore(path, "--adapter")}
     try:
+        check_files([file for checkpoint in opened.values() for file in checkpoint.files], False, verify)
         parts: Dict[str, Dict[str, np.ndarray]] = {}
         matches = ((name, _PART.fullmatch(name)) for name in tensor_names(opened) if not name.startswith("adam_"))
         found = {name: match for name, match in matches if match}

@@ -148,6 +148,10 @@ def find_manifest(checkpoint: Path) -> Optional[Manifest]:
     Raises CheckpointError: there is one that cannot be used.
     """
     if checkpoint.is_dir():
+        if not (checkpoint / FOLDER_NAME).is_file() and (checkpoint / "rank_0").is_dir():
+            checkpoint = checkpoint / "rank_0"           # of a training: each rank's files have their own, of one model
+            newest = sorted(checkpoint.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
+            return load_manifest(newest[-1]) if newest else None
         if (checkpoint / FOLDER_NAME).is_file():
             return load_manifest(checkpoint / FOLDER_NAME)
         beside = sorted(path for path in checkpoint.glob(f"*{SUFFIX}") if path.with_name(_named(path)).is_file())

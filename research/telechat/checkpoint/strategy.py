@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
+from research.telechat.checkpoint.integrity import check_files
 from research.telechat.common.errors import CheckpointError
 
 _STRATEGY = "name a ckpt_strategy_rank_N.ckpt, or the folder with those of all ranks (output/strategy of the run)"
@@ -86,6 +87,7 @@ def strategy_files(path: Path) -> List[Path]:
 
 
 def _read(path: Path) -> Any:
+    check_files([path], remember=False)
     message = _messages().ParallelStrategyMap()
     try:
         message.ParseFromString(path.read_bytes())
@@ -99,7 +101,8 @@ def _read(path: Path) -> Any:
 def read_strategy(path: Path) -> Strategy:
     """The strategy in a file, or merged from those in a folder: one per pipeline stage is enough.
 
-    Raises CheckpointError: no strategy file, ranks that contradict each other, stages that are missing.
+    Raises CheckpointError: no strategy file, a damaged one (by its manifest), ranks that contradict each other, stages
+    that are missing.
     """
     found: Dict[str, Layout] = {}
     stages, sizes = set(), set()

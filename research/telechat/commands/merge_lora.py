@@ -15,11 +15,15 @@ from tqdm import tqdm
 
 from research.telechat.checkpoint.dtypes import ITEM_SIZE, RAW, cast
 from research.telechat.checkpoint.folder import open_mindspore
+from research.telechat.checkpoint.integrity import OVERWRITE_HELP, VERIFY_HELP, check_files, is_ours
 from research.telechat.checkpoint.lora import Adapter, add_to_rows, read_adapter
+from research.telechat.checkpoint.manifest import Manifest, ModelFacts, facts_beside, is_manifest, manifest_path
 from research.telechat.checkpoint.reader import Checkpoint
 from research.telechat.checkpoint.writer import OutputFile, OutTensor, new_file
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import CheckpointError
+from research.telechat.common.files import refuse_foreign
+from research.telechat.common.lock import output_lock
 
 BLOCK = 64 << 20          # bytes of a weight in memory at a time
 
@@ -46,10 +50,14 @@ def base_tensors(base: Checkpoint, adapter: Adapter) -> Dict[str, OutTensor]:
     return tensors
 
 
-def merge(base: Checkpoint, adapter: Adapter, output: Path) -> None:
-    """Write the merged checkpoint `output` (.ckpt or .safetensors), or nothing."""
+def merge(base: Checkpoint, adapter: Adapter, output: Path, facts: Optional[ModelFacts] = None) -> None:
+    """Write the merged checkpoint `output` (.ckpt or .safetensors) and its manifest, or nothing.
+
+    facts: what the base's manifest says of the model.
+    """
     tensors = list(base_tensors(base, adapter).values())
-    with new_file(output, tensors, {**base.metadata, "format": "ms"}) as file, \
+    manifest = Manifest("mindspore", model=facts)
+    with new_file(output, tensors, {**base.metadata, "format": "ms"}, manifest) as file, \
             tqdm(total=sum(tensor.nbytes for tensor in tensors), unit="B", unit_scale=True, desc="merge",
                  dynamic_ncols=True) as bar:
         for tensor in tensors:
@@ -84,18 +92,28 @@ def build_parser() -> argparse.ArgumentParser:
                         "default: the folder strategy beside --adapter, if that holds rank_0, rank_1, ...")
     parser.add_argument("--output", type=Path, required=True, help="the result, .ckpt or .safetensors")
     parser.add_argument("--lora_alpha", type=float, help="default: from adapter_config.json beside the adapter")
+    parser.add_argument("--verify", action="store_true", help=VERIFY_HELP)
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     """Carry out the command. Raises CheckpointError."""
-    adapter = read_adapter(args.adapter, args.lora_alpha, args.adapter_strategy)
+    with output_lock(args.output):
+        _merge(args)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    adapter = read_adapter(args.adapter, args.lora_alpha, args.adapter_strategy, args.verify)
     base = open_mindspore(args.base, "--base")
     try:
         if args.output.resolve() in {path.resolve() for path in base.files}:
             raise CheckpointError(f"--output {args.output} would overwrite the base while it is read; name another "
                                   "file")
-        merge(base, adapter, args.output)
+        refuse_foreign([args.output], is_ours, args.overwrite)
+        refuse_foreign([manifest_path(args.output, False)], is_manifest, args.overwrite)
+        check_files(base.files, False, args.verify)
+        merge(base, adapter, args.output, facts_beside(args.base))
     finally:
         base.close()
     print(f"{args.output}: {len(adapter.pairs)} weights with the adapter (rank {adapter.rank}, lora_alpha "

@@ -8,8 +8,11 @@ Rows of 52B's fused weights change their order as the weights do. Adding an adap
 import argparse
 import json
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Dict, Optional, Sequence
 
+import numpy as np
+
+from research.telechat.checkpoint.integrity import OVERWRITE_HELP, VERIFY_HELP, check_files, file_entry, is_ours
 from research.telechat.checkpoint.lora import (
     CONFIG_NAME,
     PEFT_NAMES,
@@ -20,55 +23,102 @@ from research.telechat.checkpoint.lora import (
     read_float32,
     to_peft,
 )
+from research.telechat.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    ModelFacts,
+    facts_beside,
+    facts_of,
+    is_manifest,
+    manifest_path,
+    with_files,
+    write_manifest,
+)
 from research.telechat.checkpoint.reader import open_safetensors
 from research.telechat.checkpoint.writer import OutTensor, new_file
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import CheckpointError, ConfigError
-from research.telechat.common.files import write_text
+from research.telechat.common.files import JsonObject, refuse_foreign, write_text
+from research.telechat.common.lock import output_lock
 from research.telechat.spec.variants import VARIANTS, Variant, get_variant, read_hf_config, variant_from_hf
 
 
-def find_variant(args: argparse.Namespace) -> Variant:
-    """Sizes from --config, else from the table."""
+def find_variant(args: argparse.Namespace, facts: Optional[ModelFacts] = None) -> Variant:
+    """Sizes from --config, else from the adapter's manifest, else from the table."""
     if args.config is not None:
         return variant_from_hf(read_hf_config(args.config), args.model_name)
+    if facts is not None and args.model_name in (None, facts.name):
+        return facts.to_variant()
     if args.model_name is None:
         raise ConfigError("--model_name or --config is needed: the model that the adapter belongs to")
     return get_variant(args.model_name)
 
 
-def write_tensors(path: Path, tensors: dict, metadata: dict) -> None:
-    """A complete .ckpt or .safetensors file of float32 `tensors`, or none."""
+def write_tensors(path: Path, tensors: Dict[str, np.ndarray], metadata: Dict[str, str]) -> FileEntry:
+    """A complete .ckpt or .safetensors file of float32 `tensors`, or none; what a manifest says of it."""
     outs = [OutTensor(name, "F32", value.shape) for name, value in tensors.items()]
     with new_file(path, outs, metadata) as file:
         for name, value in tensors.items():
             file.write(name, 0, memoryview(value.astype("<f4", copy=False).tobytes()))
+    return file.entry()
+
+
+def write_result(tensors: Dict[str, np.ndarray], metadata: Dict[str, str], config: JsonObject, path: Path,
+                 manifest: Manifest, place: Path, overwrite: bool) -> None:
+    """The file `path`, adapter_config.json beside it and `manifest` at `place`, or none of them. Raises OverwriteError.
+    """
+    text = path.parent / CONFIG_NAME
+    written = [path] if _says(text, config) else [path, text]
+    refuse_foreign(written, is_ours, overwrite)
+    refuse_foreign([place], is_manifest, overwrite)
+    entries = {path.name: write_tensors(path, tensors, metadata)}
+    if text in written:
+        write_text(text, json.dumps(config, indent=2) + "\n")
+        entries[text.name] = file_entry(text)
+    write_manifest(place, with_files(manifest, entries))
+
+
+def _says(path: Path, config: JsonObject) -> bool:
+    """Whether adapter_config.json is there and says nothing else than `config`."""
+    if not path.is_file():
+        return False
+    found = read_adapter_config(path)
+    return all(found.get(key, value) == value for key, value in config.items())
 
 
 def export_adapter(args: argparse.Namespace) -> None:
     """MindSpore -> PEFT."""
-    adapter = read_adapter(args.adapter, args.lora_alpha, args.adapter_strategy)
-    tensors, config = to_peft(adapter, find_variant(args), args.adapter)
-    write_tensors(args.peft_dir / PEFT_NAMES[0], tensors, {"format": "pt"})
-    write_text(args.peft_dir / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+    with output_lock(args.peft_dir, folder=True):
+        adapter = read_adapter(args.adapter, args.lora_alpha, args.adapter_strategy, args.verify)
+        facts = facts_beside(args.adapter)
+        tensors, config = to_peft(adapter, find_variant(args, facts), args.adapter)
+        write_result(tensors, {"format": "pt"}, config, args.peft_dir / PEFT_NAMES[0], Manifest("peft", model=facts),
+                     manifest_path(args.peft_dir, True), args.overwrite)
     print(f"{args.peft_dir}: {len(tensors) // 2} adapted layers, rank {config['r']}, lora_alpha {config['lora_alpha']}")
 
 
 def import_adapter(args: argparse.Namespace) -> None:
     """PEFT -> MindSpore."""
-    config = read_adapter_config(args.peft_dir / CONFIG_NAME)
-    path = args.peft_dir / PEFT_NAMES[0]
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; an adapter in another format must first be saved as safetensors")
-    checkpoint = open_safetensors([path])
-    try:
-        tensors = {name: read_float32(checkpoint, name) for name in checkpoint.tensors}
-    finally:
-        checkpoint.close()
-    adapter = from_peft(tensors, args.lora_alpha or config["lora_alpha"], find_variant(args), path)
-    write_tensors(args.adapter, mindspore_tensors(adapter), {"format": "ms"})
-    write_text(args.adapter.parent / CONFIG_NAME, json.dumps(
-        {"peft_type": "LORA", "r": adapter.rank, "lora_alpha": adapter.alpha}, indent=2) + "\n")
+    with output_lock(args.adapter):
+        config = read_adapter_config(args.peft_dir / CONFIG_NAME)
+        path = args.peft_dir / PEFT_NAMES[0]
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist; an adapter in another format must first be saved as "
+                                  "safetensors")
+        if args.verify:
+            check_files([path, args.peft_dir / CONFIG_NAME], remember=False)
+        checkpoint = open_safetensors([path])
+        try:
+            tensors = {name: read_float32(checkpoint, name) for name in checkpoint.tensors}
+        finally:
+            checkpoint.close()
+        facts = facts_beside(args.peft_dir)
+        variant = find_variant(args, facts)
+        adapter = from_peft(tensors, args.lora_alpha or config["lora_alpha"], variant, path)
+        write_result(mindspore_tensors(adapter), {"format": "ms"},
+                     {"peft_type": "LORA", "r": adapter.rank, "lora_alpha": adapter.alpha}, args.adapter,
+                     Manifest("adapter", model=facts or facts_of(variant, args.model_name)),
+                     manifest_path(args.adapter, False), args.overwrite)
     print(f"{args.adapter}: {len(adapter.pairs)} adapted layers, rank {adapter.rank}, lora_alpha {adapter.alpha:g}")
 
 
@@ -84,6 +134,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_name", choices=list(VARIANTS), help="the model, sizes as published")
     parser.add_argument("--config", type=Path, help="official config.json of a model of other sizes")
     parser.add_argument("--lora_alpha", type=float, help="default: from adapter_config.json")
+    parser.add_argument("--verify", action="store_true", help=VERIFY_HELP)
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     return parser
 
 

@@ -19,9 +19,11 @@ from tqdm import tqdm
 from research.telechat.common.command import run_command
 from research.telechat.common.environment import cores
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import write_text
 from research.telechat.common.picture import LANGUAGES
 from research.telechat.common.printable import one_line, printable
 from research.telechat.data.encoding import Encoded, Encoder, source_formats
+from research.telechat.data.meta import REPORT_FILE
 from research.telechat.data.packing import LONG_MODES, FirstFitPacker, ShuffleBuffer, pack_all, to_record
 from research.telechat.data.records import FORMATS
 from research.telechat.data.report import Report, format_report, ignored_line
@@ -66,6 +68,8 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--shuffle_buffer", type=int, default=8192, help="conversations among which the next is chosen; 0: keep order")
     add("--pack_window", type=int, default=256, help="records that are filled at the same time")
     add("--file_megabytes", type=int, default=2048, help="begin another file at that many megabytes of tokens")
+    add("--overwrite", action="store_true", help="replace files in DIR that are in the way and that this command did "
+        "not write")
     add("--lang", choices=LANGUAGES, default="en", help="language of lengths.png")
     add("--num_workers", type=int, default=None, help="processes that tokenise; default: one per core")
     args = parser.parse_args(argv)
@@ -107,7 +111,7 @@ def preprocess(args: argparse.Namespace) -> dict:
     report.ignored = [str(path) for path in ignored]
     packer = FirstFitPacker(length, args.pack_window, slots - 1 if slots else length, args.seed)
     shuffle = ShuffleBuffer(args.shuffle_buffer, args.seed)
-    with DatasetWriter(Path(args.output_path), columns, args.file_megabytes << 20) as writer:
+    with DatasetWriter(Path(args.output_path), columns, args.file_megabytes << 20, args.overwrite) as writer:
         chunks = read_chunks(sources, args.seed, _CHUNK_BYTES)
         results = ordered_map(partial(_itself, encoder), chunks, args.num_workers)
         for pack in pack_all(_pieces(results, sources, report, args.max_errors), shuffle, packer):
@@ -117,9 +121,8 @@ def preprocess(args: argparse.Namespace) -> dict:
         summary = report.summary(writer.records, time.perf_counter() - started)
         extra = {"lengths.png": report.histogram_png(args.lang)}
         files = writer.finish(_meta(args, renderer, side, summary), extra)
-    summary = report.summary(writer.records, time.perf_counter() - started)
-    report_file = Path(args.output_path) / "report.json"
-    report_file.write_text(json.dumps(summary, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        summary = report.summary(writer.records, time.perf_counter() - started)
+        write_text(Path(args.output_path) / REPORT_FILE, json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     return {**summary, "files": [str(file) for file in files]}
 
 

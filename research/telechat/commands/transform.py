@@ -15,11 +15,14 @@ import argparse
 import os
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Dict, List, Optional, Set
 
 import numpy as np
 
+from research.telechat.checkpoint.integrity import VERIFY_HELP, check_files, file_entry
+from research.telechat.checkpoint.manifest import Manifest, manifest_path, manifests_of, with_files, write_manifest
 from research.telechat.checkpoint.reader import Checkpoint
 from research.telechat.checkpoint.slices import (
     Side,
@@ -41,7 +44,10 @@ from research.telechat.checkpoint.strategy import (
     strategy_files,
 )
 from research.telechat.common.command import run_command
+from research.telechat.common.environment import cores
 from research.telechat.common.errors import CheckpointError
+from research.telechat.common.files import set_usual_permissions
+from research.telechat.common.lock import output_lock
 from research.telechat.plan.plan import read_plan
 from research.telechat.recipe.read import read_recipe, resolve_config
 from research.telechat.recipe.settings import to_variant
@@ -100,8 +106,19 @@ def transform(source: Side, target: Side, strategies: List[Optional[str]], out: 
         path = out / f"rank_{rank}" / f"{prefix}_rank_{rank}.ckpt"
         path.parent.mkdir(parents=True)
         ms.transform_checkpoint_by_rank(rank, {one: str(source.files[one]) for one in needed}, str(path), *strategies)
+        set_usual_permissions(path)
         made[rank] = path
     return made
+
+
+def write_target_manifest(folder: Path, target: Side, files: Dict[int, Path]) -> None:
+    """The manifest in `folder`, the result: what those of the source's `files` say, and the hashes of its own."""
+    with ThreadPoolExecutor(max(1, min(4, cores()))) as pool:
+        entries = dict(zip((path.relative_to(folder).as_posix() for path in target.files.values()),
+                           pool.map(file_entry, target.files.values())))
+    found = manifests_of(files.values())
+    source = found[0] if found else Manifest("mindspore")
+    write_manifest(manifest_path(folder, True), with_files(source, entries))
 
 
 def verify(source: Side, target: Side, names: Set[str]) -> None:
@@ -167,13 +184,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", help="recipe of the model; shapes are checked against it")
     add("--prefix", default="telechat", help="beginning of the names of the files made")
     add("--no_verify", action="store_true", help="do not read everything again to compare it")
+    add("--verify", action="store_true", help=VERIFY_HELP)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     """Carry out the command. Raises CheckpointError."""
+    with output_lock(args.target):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     check_target(args)
     files = newest_files(args.source)
+    check_files(files.values(), False, args.verify)
     source = Side(read_strategy(args.source_strategy) if args.source_strategy else None, files)
     target = Side(read_strategy(args.target_strategy) if args.target_strategy else None, {})
     opened = open_ranks(files)
@@ -207,6 +231,7 @@ def run(args: argparse.Namespace) -> None:
         shutil.rmtree(copies)
         if not args.no_verify:
             verify(source, target, names)
+        write_target_manifest(made, target, files)
         if args.target.is_dir():
             args.target.rmdir()
         os.replace(made, args.target)

@@ -54,8 +54,11 @@ def _take(path: Path, output: Path) -> int:
     """The descriptor of the lock file, held and with our name in it."""
     patience = time.monotonic() + _PATIENCE
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)   # its first user may have removed it
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        path.parent.mkdir(parents=True, exist_ok=True)   # who made it may have removed it
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue
         try:
             held = _flock(descriptor)
             holder = _read(descriptor)

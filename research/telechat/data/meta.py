@@ -9,8 +9,13 @@ from typing import List, Optional, Union
 from research.telechat import __version__
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, read_json_object
+from research.telechat.common.hashing import file_sha256
+from research.telechat.common.verified import Check, faults
 
 META_FILE = "meta.json"
+OLD_META_FILE = "old_meta.json"              # that of the data set which is being replaced
+REPORT_FILE = "report.json"                  # of the command, beside the data set
+UNFINISHED = ".unfinished-"                  # folders in which a data set is made
 FORMAT_VERSION = 1
 _DATA_SUFFIX = ".mindrecord"
 
@@ -20,6 +25,55 @@ def write_meta(folder: Union[str, Path], meta: JsonObject) -> None:
     content = json.dumps({"format_version": FORMAT_VERSION, "telechat_version": __version__, **meta},
                          ensure_ascii=False, indent=1)
     (Path(folder) / META_FILE).write_text(content + "\n", encoding="utf-8")
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file is part of a data set that preprocessing wrote into its folder, and unchanged since: named in its
+    meta.json with this size and hash, or a report of it. What an interrupted run was putting into place counts too."""
+    if path.name == META_FILE:
+        return bool(_own_meta(path))
+    if path.name == REPORT_FILE:
+        return {"conversations", "tokens"} <= _object(path).keys()
+    metas = [path.parent / META_FILE, *path.parent.glob(f"{UNFINISHED}*/{META_FILE}"),
+             *path.parent.glob(f"{UNFINISHED}*/{OLD_META_FILE}")]
+    for meta in map(_own_meta, metas):
+        hashes: JsonObject = meta.get("sha256") or {}
+        if meta and not hashes:                                  # of a version that wrote none
+            if path.stat().st_size == (meta.get("files") or {}).get(path.name, path.stat().st_size):
+                return True
+        elif path.name in hashes and file_sha256(path) == hashes[path.name]:
+            return True
+    return False
+
+
+def _object(path: Path) -> JsonObject:
+    try:
+        return read_json_object(path, "file")
+    except ConfigError:
+        return {}
+
+
+def _own_meta(path: Path) -> JsonObject:
+    """meta.json where it is one of preprocessing's, else {}."""
+    meta = _object(path)
+    return meta if {"format_version", "telechat_version", "files"} <= meta.keys() else {}
+
+
+def check_hashes(dataset: Union[str, Path], remember: bool = True) -> int:
+    """Hold the MindRecord files of a data set against the hashes in its meta.json; how many were.
+
+    remember: a result of this machine counts (common/verified.py). Raises ConfigError: a file is not as written.
+    """
+    meta = read_meta(dataset) or {}
+    hashes, sizes = meta.get("sha256") or {}, meta.get("files") or {}
+    folder = _folder(Path(dataset))
+    checks = [Check(folder / name, size, hashes[name]) for name, size in sizes.items() if name in hashes]
+    wrong = faults(checks, remember)
+    if wrong:
+        more = f" (and {len(wrong) - 1} more files)" if len(wrong) > 1 else ""
+        raise ConfigError(f"data set {dataset}: {wrong[0]}{more}; it is damaged or was changed since: copy it again, "
+                          "or preprocess again")
+    return len(checks)
 
 
 def read_meta(dataset: Union[str, Path]) -> Optional[JsonObject]:

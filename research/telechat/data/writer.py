@@ -9,18 +9,22 @@ import re
 import shutil
 import sys
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import JsonObject
+from research.telechat.common.files import JsonObject, refuse_foreign, set_usual_permissions
+from research.telechat.common.hashing import file_sha256
+from research.telechat.common.lock import output_lock
 from research.telechat.common.versions import install_line, installed_version
-from research.telechat.data.meta import META_FILE, reason, write_meta
+from research.telechat.data.meta import META_FILE, OLD_META_FILE, REPORT_FILE, UNFINISHED, is_part, reason, write_meta
 
 DATASET_NAME = "new_dataset.mindrecord"
-_TEMPORARY = ".unfinished-"
+EXTRA_FILES = ("lengths.png",)
+_RECORDS = re.compile(r"new_dataset(_\d+)?\.mindrecord(\.db)?")
 _BATCH_BYTES = 1 << 19                       # of records handed over at once; part of the file's layout
 _HELD_BYTES = 32 << 20                       # held back until the size of a small data set is known
 _PAGE = (1 << 15, 1 << 22)                   # least and usual size of a MindRecord page
@@ -34,12 +38,13 @@ class DatasetWriter:
     Use it as a context manager: without `finish`, nothing of what it wrote stays.
     """
 
-    def __init__(self, folder: Path, columns: Dict[str, int], file_bytes: int = 2 << 30):
+    def __init__(self, folder: Path, columns: Dict[str, int], file_bytes: int = 2 << 30, overwrite: bool = False):
         """
         Args:
             folder: where the data set goes; made if missing.
             columns: name and length of each column.
             file_bytes: when a file has that many bytes of tokens, another one is begun.
+            overwrite: replace files in the way that are no part of such a data set, which are otherwise an error.
         """
         self.folder = Path(folder)
         self.columns = dict(columns)
@@ -56,28 +61,44 @@ class DatasetWriter:
         self._layout: Optional[Tuple[int, int]] = None
         self._names: List[str] = []
         self._import: Optional[threading.Thread] = None
-        self._temporary = self.folder / f"{_TEMPORARY}{os.getpid()}"
+        self._temporary = self.folder / f"{UNFINISHED}{os.getpid()}"
+        self._overwrite = overwrite
+        self._lock = contextlib.ExitStack()
+        self._hashes: Dict[str, Future[str]] = {}
+        self._hasher = ThreadPoolExecutor(1)             # SHA-256 of a file while the next one is written
 
     def __enter__(self) -> "DatasetWriter":
         if installed_version("mindspore") is None:         # not only when the first records are written
             raise ConfigError(f"mindspore, which writes the data set, is not installed in {sys.executable}; activate "
                               f"the environment that has it, or {install_line()}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(f"{_TEMPORARY}*"):
-                if not _alive(left.name[len(_TEMPORARY):]):
+            self._lock.enter_context(output_lock(self.folder, folder=True))
+            refuse_foreign(self._in_the_way(), is_part, self._overwrite)
+            for left in self.folder.glob(f"{UNFINISHED}*"):
+                if not _alive(left.name[len(UNFINISHED):]):
                     shutil.rmtree(left, ignore_errors=True)          # of a run that was killed
             self._temporary.mkdir()
         except OSError as err:
+            self._lock.close()
             raise ConfigError(f"output folder {self.folder} cannot be written: {err.strerror or err}; name another "
                               "--output_path, or change its permissions") from err
+        except ConfigError:
+            self._lock.close()
+            raise
         return self
+
+    def _in_the_way(self) -> List[Path]:
+        """What `finish` will replace or delete, by names."""
+        return [path for path in self.folder.iterdir() if path.name in (META_FILE, REPORT_FILE, *EXTRA_FILES)
+                or _RECORDS.fullmatch(path.name)]
 
     def __exit__(self, *exception: object) -> None:
         self._writer = None
         if self._import is not None:
             self._import.join()                  # an interpreter that ends within an import may crash
+        self._hasher.shutdown(wait=True, cancel_futures=True)
         shutil.rmtree(self._temporary, ignore_errors=True)
+        self._lock.close()
 
     def add(self, record: Dict[str, np.ndarray]) -> None:
         """Append one record."""
@@ -106,11 +127,16 @@ class DatasetWriter:
             (self._temporary / name).write_bytes(content)
         names = [part for name in self._names for part in (name, f"{name}.db")]
         sizes = {name: (self._temporary / name).stat().st_size for name in names}
+        hashes = {name: self._hashes[name].result() for name in names}
+        hashes.update({name: file_sha256(self._temporary / name) for name in others})
         write_meta(self._temporary, {**meta, "columns": list(self.columns), "records": self.records,
-                                     "max_token_id": self.max_id, "files": sizes})
-        (self.folder / META_FILE).unlink(missing_ok=True)
+                                     "max_token_id": self.max_id, "files": sizes, "sha256": hashes})
+        for name in names:
+            set_usual_permissions(self._temporary / name)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.folder / META_FILE, self._temporary / OLD_META_FILE)
         for old in self.folder.iterdir():
-            if re.fullmatch(r"new_dataset(_\d+)?\.mindrecord(\.db)?", old.name):
+            if _RECORDS.fullmatch(old.name):
                 old.unlink()
         for name in [*others, *names, META_FILE]:
             os.replace(self._temporary / name, self.folder / name)
@@ -164,6 +190,8 @@ class DatasetWriter:
         if self._writer is not None:
             self._call(self._writer.commit)
             self._writer = None
+            for name in (self._names[-1], f"{self._names[-1]}.db"):
+                self._hashes[name] = self._hasher.submit(file_sha256, self._temporary / name)
 
     def _call(self, method: Callable[..., object], *arguments: object) -> None:
         try:
