@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from training_fixtures import ROOT
 
-from research.telechat.checkpoint import resume as resume
+from research.telechat.checkpoint import resume
+from research.telechat.checkpoint.integrity import check_files
 from research.telechat.common.errors import ConfigError, TrainingStopped
+from research.telechat.common.files import umask as resume
 from research.telechat.training import save_thread as thread
 from research.telechat.training.saving import TelechatCheckpointMonitor
 
@@ -57,7 +59,9 @@ class Saves:
 
     @property
     def names(self):
-        return sorted(path.name for path in (self.folder / "checkpoint/rank_0").iterdir())
+        """Files in the folder; the manifests follow by themselves."""
+        return sorted(path.name for path in (self.folder / "checkpoint/rank_0").iterdir()
+                      if not path.name.endswith(".manifest.json"))
 
     def meta(self):
         return json.loads((self.folder / "checkpoint/rank_0/meta.json").read_text())["last_ckpt_file"]
@@ -96,6 +100,10 @@ def test_a_file_counts_when_it_is_complete(saves, tmp_path):
     one.monitor.end(one.context)
     assert not thread.writing()
     assert one.names == ["meta.json", ckpt(2)] and one.meta() == ckpt(2)
+    folder = tmp_path / "checkpoint/rank_0"                   # the first one's manifest is gone with it
+    assert [path.name for path in folder.glob("*.manifest.json")] == [f"{ckpt(2)}.manifest.json"]
+    assert check_files([folder / ckpt(2)], remember=False) == 1
+    assert (folder / ckpt(2)).stat().st_mode & 0o777 == 0o666 & ~umask()
     assert resume.choose(tmp_path / "checkpoint", 1).step == 2
     saved = ms.load_checkpoint(str(tmp_path / "checkpoint/rank_0" / ckpt(2)))
     assert saved["w"].asnumpy().tolist() == [2.0] * 4

@@ -85,6 +85,18 @@ def step_of(path: Path) -> int:
         checkpoint.close()
 
 
+def sequences_of(path: Path) -> Optional[int]:
+    """Sequences of one step of the training that saved a checkpoint; None where it does not say. Raises CheckpointError
+    or OSError."""
+    checkpoint = open_ckpt(path) if path.suffix == ".ckpt" else open_safetensors([path])
+    try:
+        if "global_batch_size" not in checkpoint.tensors:
+            return None
+        return int(_scalar(checkpoint, "global_batch_size")) or None
+    finally:
+        checkpoint.close()
+
+
 def _scalar(checkpoint: Checkpoint, name: str) -> float:
     info = checkpoint.tensors[name]
     formats = {"Int32": "<i", "Int64": "<q", "I32": "<i", "I64": "<q", "F32": "<f", "Float64": "<d", "F64": "<d"}

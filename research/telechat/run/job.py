@@ -22,6 +22,7 @@ from research.telechat.recipe import master_weights
 from research.telechat.recipe.legacy import translate
 from research.telechat.recipe.read import set_key
 from research.telechat.run.batches import pad_evaluation, settle_batches
+from research.telechat.run.manifests import check_hashes, settle_with_checkpoint
 from research.telechat.run.preflight import check_checkpoint, check_dataset, model_config
 from research.telechat.run.prompts import (
     check_length,
@@ -179,11 +180,12 @@ def run(recipe: JsonObject, overrides: JsonObject, register_path: Optional[str] 
     config = prepare_recipe(recipe, overrides)
     limit_readers(config)
     training = config.run_mode in ("train", "finetune")
+    base = settle_with_checkpoint(config)
     if training:
         check_dataset(config, "train_dataset")
         if config.get("do_eval"):
             check_dataset(config, "eval_dataset")
-        if not prepare_training(config):
+        if not prepare_training(config, base):
             return
         check_resources(config, total_steps(config))
     if config.load_checkpoint and not config.get("resume_training"):
@@ -192,6 +194,7 @@ def run(recipe: JsonObject, overrides: JsonObject, register_path: Optional[str] 
         check_dataset(config, "eval_dataset")
     if config.run_mode == "predict":
         tokenizer, prompts = read_prompts(config, predict_data, raw)
+    check_hashes(config)
     os.environ["RUN_MODE"] = config.run_mode         # MindFormers reads it; one left over from elsewhere would win
     if register_path:
         os.environ["REGISTER_PATH"] = os.path.abspath(register_path)

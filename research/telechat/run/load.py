@@ -18,6 +18,7 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.recipe.read import read_recipe, resolve_config
 from research.telechat.run.job import prepare_recipe
+from research.telechat.run.manifests import check_hashes, settle_with_checkpoint
 from research.telechat.run.preflight import check_checkpoint, model_config
 from research.telechat.run.prompts import load_tokenizer
 from research.telechat.telechat import TelechatForCausalLM
@@ -42,7 +43,9 @@ def prepare_prediction(recipe_name: str, overrides: JsonObject, vocab_file: str 
     config = prepare_recipe(recipe, overrides)
     if not config.load_checkpoint:
         raise ConfigError("no checkpoint is named; give one with --checkpoint_path, or load_checkpoint in the recipe")
+    settle_with_checkpoint(config)
     check_checkpoint(config)
+    check_hashes(config)
     section = config.processor.tokenizer
     if vocab_file:
         section["tokenizer_file" if "tokenizer_file" in section else "vocab_file"] = vocab_file

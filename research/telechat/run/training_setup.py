@@ -4,6 +4,7 @@ Called by run/job.py before anything is built; every fault is a ConfigError.
 """
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Optional, Tuple
 
@@ -11,22 +12,26 @@ from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 
 from research.telechat.checkpoint.lora import check_pet_config, target_params
+from research.telechat.checkpoint.manifest import ModelFacts, find_manifest
 from research.telechat.checkpoint.masters import precision_note
-from research.telechat.checkpoint.resume import Choice, Name, choose, fault_of, parse, step_of
+from research.telechat.checkpoint.resume import Choice, Name, choose, fault_of, parse, sequences_of, step_of
 from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.recipe.settings import dtype_name
 from research.telechat.run.batches import sequences_per_step, steps_per_epoch, worker_count
+from research.telechat.run.manifests import facts_of_run, settle_with_checkpoint
 from research.telechat.run.preflight import model_config, record_count, training_files
 from research.telechat.spec.flops import flops_per_token
 
 _TRUE = (True, "True", "true")
+_COUNTED = {"sequences_per_step": "sequences per step", "records": "records", "steps_per_epoch": "steps per epoch"}
 
 
-def prepare_training(config: MindFormerConfig) -> bool:
+def prepare_training(config: MindFormerConfig, base: Optional[ModelFacts] = None) -> bool:
     """Check `pet_config`, choose the checkpoint to resume from, and complete the callbacks of `config` in place.
 
+    base: what the manifest of the checkpoint that the recipe names says of its model.
     False: the chosen checkpoint is the end of the training, so that there is nothing to do.
     """
     pet_config = (config.get("model") or {}).get("model_config", {}).get("pet_config")
@@ -35,24 +40,71 @@ def prepare_training(config: MindFormerConfig) -> bool:
             logger.warning("%s", warning)
     recipe = json.loads(json.dumps(config.to_dict(), default=str))
     chosen, step = prepare_resume(config)
-    if chosen is not None and not pet_config:
-        _note_precision(config, chosen)
+    if chosen is not None:
+        base = settle_with_checkpoint(config) or base
+        if not pet_config:
+            _note_precision(config, chosen)
+        step = continued_step(config, _chosen_file(config, chosen), step)
     if chosen is not None and step >= total_steps(config) > 0:
         logger.info("resume_training: training is complete already: the checkpoint has step %d of %d. Raise "
                     "runner_config.epochs to go on.", step, total_steps(config))
         return False
     for callback in config.get("callbacks") or []:
         if callback.get("type") == "CheckpointMonitor":
-            complete_monitor(callback, config, pet_config, chosen)
+            complete_monitor(callback, config, pet_config, chosen, facts_of_run(config, base))
         elif callback.get("type") == "TelechatTrainingLog":
             callback["run_info"] = MindFormerConfig(**run_info(config, recipe, step))
     return True
 
 
+def _chosen_file(config: MindFormerConfig, chosen: Name) -> Path:
+    """The file of rank 0 that is resumed from."""
+    given = Path(str(config.load_checkpoint))
+    return given if given.is_file() else given / "rank_0" / chosen.file(0)
+
+
+def counts_of_run(config: MindFormerConfig) -> JsonObject:
+    """What the steps of this training are counted by, as manifests keep it."""
+    files = training_files(config)
+    records = record_count(files) if files else None
+    most = config.train_dataset.data_loader.get("num_samples") if files else None
+    return {"sequences_per_step": sequences_per_step(config), "records": records,
+            "steps_per_epoch": steps_per_epoch(config, records, most) if records else None}
+
+
+def continued_step(config: MindFormerConfig, file: Path, step: int) -> int:
+    """Where this run stands if it goes on from `file`, saved at `step`: as many sequences further, in steps of its own
+    size, as MindFormers counts too. A line says so where the settings that decide it have changed.
+
+    Raises ConfigError: this run has no step left, though not all of its epochs have been seen.
+    """
+    old, now = sequences_of(file), counts_of_run(config)
+    here = step if not old else int(step * (old / now["sequences_per_step"]))
+    manifest = find_manifest(file)
+    before = (manifest.training or {}) if manifest else {}
+    changed = [f"{name} {before[key]} then, {now[key]} now" for key, name in _COUNTED.items()
+               if before.get(key) and now[key] and before[key] != now[key]]
+    if old and old != now["sequences_per_step"] and "sequences_per_step" not in before:
+        changed.append(f"sequences per step {old} then, {now['sequences_per_step']} now")
+    if not changed:
+        return here
+    exact = not old or step * old % now["sequences_per_step"] == 0
+    told = (f"{file} was saved by a training whose steps were counted otherwise ({', '.join(changed)}): its step "
+            f"{step} is step {here} of this run's {total_steps(config)}"
+            + ("" if exact else ", rounded down, so that some records are seen once more"))
+    per_epoch = before.get("steps_per_epoch")
+    epochs = int((config.get("runner_config") or {}).get("epochs", 1))
+    if here >= total_steps(config) > 0 and per_epoch and step < per_epoch * epochs:
+        raise ConfigError(f"resume_training: {told}, and only {step / per_epoch:.3g} of {epochs} epochs have been seen"
+                          "; go on with the settings it was saved with, or begin a new training from its weights "
+                          "(leave --resume_training out and name it with --load_checkpoint)")
+    logger.warning("resume_training: %s.", told)
+    return here
+
+
 def _note_precision(config: MindFormerConfig, chosen: Name) -> None:
     """Say where the checkpoint to resume from has another precision than this run."""
-    given = Path(str(config.load_checkpoint))
-    note = precision_note(given if given.is_file() else given / "rank_0" / chosen.file(0),
+    note = precision_note(_chosen_file(config, chosen),
                           dtype_name(model_config(config).param_init_type),
                           (config.get("optimizer") or {}).get("master_weights") == "remainder")
     if note:
@@ -121,7 +173,7 @@ def _named(root: Path, wish: str, ranks: int) -> Choice:
 
 
 def complete_monitor(callback: JsonObject, config: MindFormerConfig, pet_config: MindFormerConfig,
-                     chosen: Optional[Name]) -> None:
+                     chosen: Optional[Name], facts: Optional[ModelFacts] = None) -> None:
     """What training/saving.py needs to know beside MindFormers' own arguments."""
     if callback.get("on_save_error", "stop") not in ("stop", "continue"):
         raise ConfigError(f"callbacks: CheckpointMonitor.on_save_error must be stop or continue, found "
@@ -139,6 +191,7 @@ def complete_monitor(callback: JsonObject, config: MindFormerConfig, pet_config:
                        "which would be forked among MindSpore's threads and might never end.")
     callback["async_save"] = bool(wish)
     callback["ranks"] = worker_count(config)
+    callback["manifest"] = {"model": asdict(facts) if facts else None, "training": counts_of_run(config)}
     if pet_config:
         callback["adapter_config"] = MindFormerConfig(
             peft_type="LORA", r=pet_config.get("lora_rank", 8), lora_alpha=pet_config.get("lora_alpha", 16),

@@ -25,6 +25,7 @@ from research.telechat.checkpoint.resume import checkpoints, outdated
 from research.telechat.common.errors import TrainingStopped
 from research.telechat.common.files import JsonObject, write_text
 from research.telechat.training import save_thread as thread
+from research.telechat.training.save_manifest import ManifestWriter, remove_with_manifest
 from research.telechat.training.step import step_values
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
         on_save_error: "stop" ends the training with one line, "continue" logs the error and tries again next time.
         adapter_config: content of adapter_config.json beside the adapters that `save_trainable_params` saves.
         continue_run: what the files of the resumed run begin with; None: a new run.
+        manifest: what the manifests beside the files say (training/save_manifest.py); None: hashes alone.
         **kwargs: of CheckpointMonitor.
     """
 
@@ -75,10 +77,12 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
 
     def __init__(self, *args: object, keep_checkpoint_max: int = 5, keep_every_n_steps: int = 0,
                  on_save_error: str = "stop", adapter_config: Optional[JsonObject] = None,
-                 continue_run: Optional[str] = None, ranks: int = 1, async_save: object = False, **kwargs: object):
+                 continue_run: Optional[str] = None, ranks: int = 1, async_save: object = False,
+                 manifest: Optional[JsonObject] = None, **kwargs: object):
         self.beside = bool(async_save) and kwargs.get("use_legacy_format", True)
         super().__init__(*args, keep_checkpoint_max=keep_checkpoint_max, async_save=not self.beside and async_save,
                          **kwargs)
+        self.manifests = ManifestWriter(manifest, logger)
         self._config._keep_checkpoint_max = 0          # deleting is done here, after saving
         self.keep = max(keep_checkpoint_max, 3 if self.beside else 2) if ranks > 1 else keep_checkpoint_max
         self.every = keep_every_n_steps
@@ -130,6 +134,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
         """Save the last step, and wait until it is written."""
         super().end(run_context)
         self._settle()
+        self.manifests.wait()
 
     def _save_ckpt(self, cb_params: "StepParams", force_to_save: bool = False) -> None:
         super()._save_ckpt(_Shifted(cb_params, self.first_step), force_to_save)
@@ -196,6 +201,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
                 self._write = _Write(self._newest, cb_params, self._meta)
             elif os.path.exists(self._newest):
                 thread.sync(self._newest)
+                self._complete(self._newest)
             self.saved = True
         except Exception as err:
             # an adapter: its checkpoint is still being written, and what is half of it is no leftover
@@ -218,9 +224,11 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
                 if write.meta:
                     super().record_last_ckpt_to_json(*write.meta)
                 logger.info("step %d: %s is complete.", write.params.cur_step_num, write.path)
+                self._complete(write.path)
                 if write.adapter:
                     super().remove_redundancy(*write.adapter)
                     thread.sync(write.adapter[1])
+                    self._complete(write.adapter[1])
                     self._write_adapter_config()
         except Exception as fault:
             err = fault
@@ -228,6 +236,14 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
             return self._failure(write.params, err)
         self._prune(write.params.batch_num)
         return None
+
+    def _complete(self, path: str) -> None:
+        """A file is on disk: its manifest follows, and that of the strategy of this run."""
+        file = Path(path)
+        kind = "adapter" if file.parent == Path(str(self.trainable_directory)) else (
+            "mindspore" if file.parent == Path(str(self.network_directory)) else "training")
+        self.manifests.add_strategy(Path(str(self._directory)).parent.parent / "strategy", get_real_rank())
+        self.manifests.add(file, kind)
 
     def _failure(self, cb_params: "StepParams", err: BaseException) -> str:
         """Clean up after a failed save, and say what happened."""
@@ -252,8 +268,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
             names = [name for name in checkpoints(folder, rank) if name.stem(rank) == self._prefix]
             for name in outdated(names, self.keep, self.every, steps_per_epoch):
                 with contextlib.suppress(OSError):
-                    (folder / name.file(rank)).chmod(0o600)
-                    (folder / name.file(rank)).unlink()
+                    remove_with_manifest(folder / name.file(rank))
 
 
 MindFormerRegister.register_cls(TelechatCheckpointMonitor, MindFormerModuleType.CALLBACK, alias="CheckpointMonitor")
