@@ -134,6 +134,8 @@ def test_default_is_mindformers_own(key, default):
 # Defaults of this project, where MindFormers has no such key or another default.
 OWN_DEFAULT = {
     "check_free_disk": True,                       # run/resources.py
+    "checkpoint_conflict": "stop",                 # run/manifests.py
+    "check_hashes": True,                          # run/manifests.py
     "calculate_per_token_loss": True,              # run/batches.py
 }
 

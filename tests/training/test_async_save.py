@@ -15,7 +15,7 @@ from training_fixtures import ROOT
 from research.telechat.checkpoint import resume
 from research.telechat.checkpoint.integrity import check_files
 from research.telechat.common.errors import ConfigError, TrainingStopped
-from research.telechat.common.files import umask as resume
+from research.telechat.common.files import umask
 from research.telechat.training import save_thread as thread
 from research.telechat.training.saving import TelechatCheckpointMonitor
 
@@ -59,12 +59,15 @@ class Saves:
 
     @property
     def names(self):
-        """Files in the folder; the manifests follow by themselves."""
-        return sorted(path.name for path in (self.folder / "checkpoint/rank_0").iterdir()
-                      if not path.name.endswith(".manifest.json"))
+        return named(self.folder / "checkpoint/rank_0")
 
     def meta(self):
         return json.loads((self.folder / "checkpoint/rank_0/meta.json").read_text())["last_ckpt_file"]
+
+
+def named(folder):
+    """Files in a folder, but for manifests."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".manifest.json"))
 
 
 def ckpt(step):
@@ -247,7 +250,7 @@ def test_adapters_are_named_and_kept_as_without_async_save(saves, tmp_path):
     one.monitor.end(one.context)
     assert one.names == ["meta.json", ckpt(3)]
     folder = tmp_path / "checkpoint_trainable/rank_0"
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", adapter(3)]
+    assert named(folder) == ["adapter_config.json", adapter(3)]
 
 
 @pytest.mark.parametrize("at_the_end", [False, True])
@@ -294,7 +297,7 @@ def test_weights_alone_wait_for_their_checkpoint(saves, tmp_path):
         one.step()
     one.monitor.end(one.context)
     assert one.names == ["meta.json", ckpt(2)]
-    assert [path.name for path in (tmp_path / "checkpoint_network/rank_0").iterdir()] == ["t_rank_0-network-1_2.ckpt"]
+    assert named(tmp_path / "checkpoint_network/rank_0") == ["t_rank_0-network-1_2.ckpt"]
 
 
 def test_not_finite_stops_with_a_write_under_way(saves):

@@ -4,6 +4,7 @@ What a manifest says, see checkpoint/manifest.py. A checkpoint counts as soon as
 follows, a moment later, it is one without. No MindSpore here.
 """
 import contextlib
+import json
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,7 @@ class ManifestWriter:
     """
 
     def __init__(self, content: Optional[JsonObject], log: logging.Logger) -> None:
-        content = content or {}
+        content = json.loads(json.dumps(content or {}))      # plain dicts, whatever MindFormers has made of them
         model = content.get("model")
         self._model = ModelFacts(**model) if model else None
         self._training: Optional[JsonObject] = content.get("training")

@@ -21,6 +21,7 @@ from mindformers.tools.utils import get_real_rank
 from mindspore.train.callback import RunContext
 
 from research.telechat.checkpoint.lora import CONFIG_NAME
+from research.telechat.checkpoint.manifest import manifest_path
 from research.telechat.checkpoint.resume import checkpoints, outdated
 from research.telechat.common.errors import TrainingStopped
 from research.telechat.common.files import JsonObject, write_text
@@ -175,6 +176,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
             self._write = self._write._replace(adapter=(copy.deepcopy(network), cur_file, append_dict, train_network))
             return
         self._newest = cur_file
+        manifest_path(Path(cur_file), False).unlink(missing_ok=True)       # of a file of that name from before
         if not self.beside:
             super().remove_redundancy(network, cur_file, append_dict, train_network)
             return
