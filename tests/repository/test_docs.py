@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import generated, model_table
+from scripts import generated, model_table, time_table
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")])
@@ -17,6 +17,12 @@ def test_table_of_models_is_current():
     text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
     assert generated.with_part(text, "model_table.py", model_table.table()) == text, (
         "run: python scripts/model_table.py --write")
+
+
+def test_table_of_estimated_times_is_current():
+    text = (ROOT / "docs/parallel.md").read_text(encoding="utf-8")
+    assert generated.with_part(text, "time_table.py", time_table.table()) == text, (
+        "run: python scripts/time_table.py --write")
 
 
 def test_counts_equal_the_official_totals():

@@ -5,6 +5,7 @@
     python scripts/plan.py --config ... --ranks 64 --check                   # faults only
     python scripts/plan.py --command "python run_mindformer.py ..." --ranks 64 --check         # for launchers
     python scripts/plan.py --config ... --ranks 64 --parallel_config.micro_batch_num 32 --picture plan.png
+    python scripts/plan.py --search --model telechat2_115b --cards 64 --picture plans.png      # the fastest plan
     python scripts/plan.py --config ... --ranks 8 --execute                  # computes a small model, compares it
 
 Keys of the recipe are set as run_mindformer.py takes them. The exit code is 1 if the plan cannot run, or computes
@@ -19,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Tuple
 
-from research.telechat.commands import plan_execute
+from research.telechat.commands import plan_execute, plan_search
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, write_text
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", help="recipe")
     add("--command", help="instead of --config: the command that is to run; checked if it is run_mindformer.py's")
-    add("--ranks", type=int, help="cards of the job; without it, those that the recipe is for")
+    add("--ranks", "--cards", type=int, help="cards of the job; without it, those that the recipe is for")
     add("--rank", type=int, default=0, help="the card whose communication is shown and that is compiled for")
     add("--check", action="store_true", help="only look for faults; nothing is printed if there are none")
     add("--compile", action="store_true", help="compile for Ascend with a simulated runtime, and compare")
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--keep", type=Path, help="with --compile: folder that keeps log, graph and strategy files")
     add("--timeout", type=float, default=3600, help="with --compile and --execute: seconds for one rank")
     plan_execute.add_options(parser)
+    plan_search.add_options(parser)
     add("--options", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the recipe to set")
     return parser
 
@@ -135,12 +137,16 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
         if found is None:
             return 0
         args.config, overrides = found[0], {**found[1], **overrides}
+    if args.model and not args.config:
+        args.config = plan_search.recipe_of(args.model)
     if not args.config:
         raise ConfigError("--config is missing; name the recipe to plan, e.g. "
                           "research/telechat/finetune_telechat2_115b.yaml")
     if not 0 < args.mfu <= 1:
         raise ConfigError(f"--mfu: expected a share over 0, at most 1, found {args.mfu:g}")
     recipe = complete_recipe(args, overrides)
+    if args.search:
+        return plan_search.run_search(recipe, args)
     if args.execute:
         result = plan_execute.execute_plan(recipe, args)
         if args.json:

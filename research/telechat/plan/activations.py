@@ -63,7 +63,7 @@ def layer_bytes(plan: Plan) -> LayerBytes:
     kept = stream * hidden * residual
     if plan.sequence_parallel:
         kept += stream * hidden * compute
-    elif plan.slice_activation:
+    elif plan.slice_activation and plan.recompute is True:     # MindFormers slices where all layers are recomputed
         kept //= plan.mp
     if plan.mp > 1 and not plan.recompute_comm:                # two gathers, or the sum behind attention
         kept += gathered * (2 if plan.sequence_parallel else 1)

@@ -305,12 +305,16 @@ def _pipeline_traffic(plan: Plan, stage: int) -> List[Traffic]:
     return items
 
 
+def traffic_of(plan: Plan, stage: int) -> List[Traffic]:
+    """Communication of a rank of `stage`, per step."""
+    parts = (_parameter_traffic, _layer_traffic, _end_traffic, _attention_traffic, _pipeline_traffic)
+    return [item for part in parts for item in part(plan, stage)]
+
+
 def cost_of(plan: Plan, rank: int) -> Cost:
     """Memory and communication of a rank."""
     stage = stage_of(plan, rank)
-    parts = (_parameter_traffic, _layer_traffic, _end_traffic, _attention_traffic, _pipeline_traffic)
-    traffic = [item for part in parts for item in part(plan, stage)]
-    return Cost(rank, stage, list(layers_of(plan, stage)), memory_of(plan, stage), traffic)
+    return Cost(rank, stage, list(layers_of(plan, stage)), memory_of(plan, stage), traffic_of(plan, stage))
 
 
 def link_of(plan: Plan, axis: str) -> str:
@@ -343,4 +347,4 @@ def tokens_per_second(plan: Plan, mfu: float, chip: Chip = CHIP) -> float:
 
 
 __all__ = ["CHIP", "Chip", "Cost", "Memory", "Traffic", "bubble", "cost_of", "flops_per_token", "gather",
-           "held_parameters", "link_of", "memory_of", "parameter_count", "reduce", "tokens_per_second"]
+           "held_parameters", "link_of", "memory_of", "parameter_count", "reduce", "tokens_per_second", "traffic_of"]
