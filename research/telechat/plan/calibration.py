@@ -1,7 +1,8 @@
 """Published speeds with the plans they belong to, and the fit of the time model's constants to them.
 
 Speeds: the tables of model performance on Atlas 800T A2 in MindFormers' pages of TeleChat (commit 647d8944), TeleChat2
-(0ebebf8e) and Llama 2 (647d8944); plans: the recipes in the same commits. They are of MindFormers' own implementations of that time. None was reproduced here.
+(0ebebf8e) and Llama 2 (647d8944); plans: the recipes in the same commits. They are of MindFormers' own implementations
+of that time. None was reproduced here.
 
 What the sources leave open: the number of cards of each run (taken from the recipe's degrees), whether the recipe's
 recomputation and `fine_grain_interleave: 2` were in effect (taken as so), and, for prediction, the length of the

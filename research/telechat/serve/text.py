@@ -2,7 +2,8 @@
 import json
 from typing import List, NamedTuple, Sequence, Tuple
 
-from research.telechat.chat.session import StopFilter, parse_tool_calls
+from research.telechat.chat.session import parse_tool_calls
+from research.telechat.chat.stream import StopFilter
 from research.telechat.common.files import JsonObject
 from research.telechat.text.vocab import IncrementalDecoder, Vocab
 
