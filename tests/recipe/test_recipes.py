@@ -17,9 +17,9 @@ pytestmark = pytest.mark.matrix
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "research/telechat").glob("*.yaml"))
-CARDS = {"telechat_7b": 8, "telechat_12b": 8, "telechat_52b": 16, "telechat2_3b": 8, "telechat2_7b": 8,
-         "telechat2_35b": 16, "telechat2_115b": 64}
-PREDICT_CARDS = {"telechat_52b": 4, "telechat2_35b": 2, "telechat2_115b": 8}
+CARDS = {"telechat_52b": 16, **{name: 16 if "35b" in name else 64 for name in VARIANTS if "5b" in name}}
+PREDICT_CARDS = {"telechat_52b": 4, **{name: 2 if "35b" in name else 8 for name in CARDS if "5b" in name},
+                 "telechat2_35b_32k": 4}
 
 
 def config_of(recipe):
@@ -42,7 +42,8 @@ def test_recipe_builds_its_config(path):
     assert name == config.net_name or name.startswith(f"{config.net_name}_")
     assert (config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads, config.n_kv_heads) == (
         variant.num_layers, variant.hidden_size, variant.intermediate_size, variant.num_heads, variant.kv_heads)
-    assert config.extend_method == "TELECHAT"
+    assert config.extend_method == ("NTK" if "128k" in path.stem else "TELECHAT")
+    assert config.theta == (4e7 if "128k" in path.stem else 1e6 if "32k" in path.stem else 1e4)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -60,7 +61,7 @@ def test_misspelt_key_of_a_section_is_found():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_has_recipes_for_the_cards_that_users_know(name):
-    for stem, cards in ((f"finetune_{name}", CARDS[name]), (f"predict_{name}", PREDICT_CARDS.get(name, 1))):
+    for stem, cards in ((f"finetune_{name}", CARDS.get(name, 8)), (f"predict_{name}", PREDICT_CARDS.get(name, 1))):
         plan = read_recipe(ROOT / f"research/telechat/{stem}.yaml")["parallel_config"]
         found = plan["data_parallel"] * plan["model_parallel"] * plan["pipeline_stage"] * plan["context_parallel"]
         assert found == cards, stem

@@ -136,6 +136,7 @@ OWN_DEFAULT = {
     "check_free_disk": True,                       # run/resources.py
     "checkpoint_conflict": "stop",                 # run/manifests.py
     "check_hashes": True,                          # run/manifests.py
+    "checkpoint_meaning": "",                      # run/published.py
     "calculate_per_token_loss": True,              # run/batches.py
 }
 

@@ -38,6 +38,7 @@ from research.telechat.common.command import run_command
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.common.lock import output_lock
 from research.telechat.common.printable import one_line, printable
+from research.telechat.spec.hf_config import config_notes
 from research.telechat.spec.llama_config import (
     NO_ORIGIN,
     check_llama_config,
@@ -324,6 +325,9 @@ def _convert(args: argparse.Namespace, checkpoint: Checkpoint, path: Path, out: 
                               else sizes_from_table(args, folder))
         if sizes.facts is None:
             sizes = sizes._replace(facts=facts_of(sizes.variant, args.model_name, folder, sizes.config))
+        if sizes.config is not None:
+            for note in config_notes(sizes.config, sizes.variant, args.model_name or sizes.facts.name):
+                print(one_line(note))
         run_conversion(args, open_source(checkpoint, sizes.variant, layout, args.source_mp), sizes, out, target,
                        folder)
     finally:

@@ -22,7 +22,8 @@ OPTION_KEYS = {
     "eval_dataset": "eval_dataset.data_loader.dataset_dir", "num_samples": "train_dataset.data_loader.num_samples",
     "predict_batch_size": "predict_batch_size", "adapter_id": "adapter_id",
     "use_past": "model.model_config.use_past", "seq_length": "model.model_config.seq_length",
-    "vocab_file": "processor.tokenizer.vocab_file",
+    "vocab_file": "processor.tokenizer.vocab_file", "checkpoint_meaning": "checkpoint_meaning",
+    "checkpoint_conflict": "checkpoint_conflict",
 }
 
 
@@ -41,6 +42,17 @@ def or_none(read: Callable[[str], object]) -> Callable[[str], object]:
     return optional
 
 
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """What a checkpoint says against what the recipe says (run/published.py)."""
+    meaning = parser.add_mutually_exclusive_group()
+    meaning.add_argument("--as_published", dest="checkpoint_meaning", action="store_const", const="as_published",
+                         help="TeleChat2 checkpoint without manifest: compute it as the model is published")
+    meaning.add_argument("--as_before", dest="checkpoint_meaning", action="store_const", const="as_before",
+                         help="the same: as earlier versions of this plugin did, for weights fine-tuned with them")
+    parser.add_argument("--checkpoint_conflict", choices=("stop", "recipe", "checkpoint"),
+                        help="which wins where recipe and checkpoint contradict each other (default: stop)")
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of run_mindformer.py but --config; those not given leave the recipe as it is."""
     add = parser.add_argument
@@ -55,6 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--adapter_id", nargs="+", help="LoRA to predict with")
     add("--modal_type", nargs="+", help=argparse.SUPPRESS)
     add("--load_checkpoint", help="checkpoint file or folder")
+    add_checkpoint_options(parser)
     add("--src_strategy_path_or_dir", help="strategy of a checkpoint that is cut already")
     add("--auto_trans_ckpt", type=str2bool, help="cut a complete checkpoint for the parallel plan while loading")
     add("--transform_process_num", type=int, help="processes that cut the checkpoint")

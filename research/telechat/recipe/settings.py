@@ -22,6 +22,7 @@ from research.telechat.recipe.fields import (
     Field,
     ModelSettings,
 )
+from research.telechat.spec.rope import RopeRule
 from research.telechat.spec.variants import Variant, get_variant, variant_fields
 
 _LARGEST_FACTOR = 64                   # of ffn_dim_multiplier; beyond it is a width
@@ -169,6 +170,16 @@ def to_variant(settings: object) -> Variant:
     values = {entry.name: getattr(settings, entry.name) for entry in fields(Variant) if entry.name in FIELDS}
     tied, fused = values["tie_word_embeddings"], values["fused_projections"]
     return Variant(**values, hf_layout="telechat_mup" if fused else "telechat_tied" if tied else "telechat")
+
+
+def rope_rule(settings: ModelSettings) -> RopeRule:
+    """What the rotary tables of a model depend on."""
+    return RopeRule(
+        head_dim=settings.hidden_size // settings.num_heads, theta=settings.theta,
+        extend_method=settings.extend_method, scaling_factor=settings.scaling_factor,
+        training_seqlen=settings.training_seqlen, base_seqlen=settings.base_seqlen,
+        base_power=settings.rope_base_power, mscale=settings.rope_mscale, length=settings.rope_length or 0,
+        table_dtype=settings.rotary_dtype)
 
 
 def not_needed(given: JsonObject) -> List[str]:

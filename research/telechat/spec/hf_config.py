@@ -3,10 +3,11 @@
 Only what the official code needs to build the model; where the original config.json exists it is used instead.
 """
 
-from typing import Dict
+from typing import Dict, List, Optional
 
 from research.telechat.common.files import JsonObject
-from research.telechat.spec.variants import Variant
+from research.telechat.spec.config_keys import unknown_keys
+from research.telechat.spec.variants import Variant, same_config
 
 _COMMON = {"initializer_range": 0.02, "unk_token_id": 0, "use_cache": True}
 _DENSE = {
@@ -63,3 +64,19 @@ def hf_config(variant: Variant) -> JsonObject:
         if not variant.tie_word_embeddings:
             config.update(tie_word_embeddings=False, logn=False, semi_causal=False)
     return {**_DENSE, **_CODE[variant.hf_module], **config}
+
+
+def config_notes(config: JsonObject, variant: Variant, name: Optional[str]) -> List[str]:
+    """What of an official config.json decides the result, and what of it is not understood; a line each.
+
+    variant: what `variant_from_hf` read in it. name: of the model, where it is known.
+    """
+    notes = [f"config.json: epsilon {variant.rms_norm_eps:g}, theta {variant.theta:g}, training_seqlen "
+             f"{variant.training_seqlen}, base_seqlen {variant.base_seqlen}; chat template {variant.chat_template}"]
+    unknown, alike = unknown_keys(config), same_config(variant)
+    if unknown:
+        notes.append(f"config.json: keys that this project does not know, without effect: {', '.join(unknown)}")
+    if name is None and len(alike) > 1:
+        notes.append(f"config.json: {', '.join(alike)} have the same; --model_name tells their chat templates and "
+                     "generation settings apart")
+    return notes

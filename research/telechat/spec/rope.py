@@ -55,6 +55,17 @@ def rope_scaling(rule: RopeRule, seq_length: int) -> Tuple[float, float]:
     return rule.theta, 1.0
 
 
+def describe(rule: RopeRule, seq_length: int) -> str:
+    """The rule in words, with the numbers that follow from it for sequences of `seq_length` tokens."""
+    base, mscale = rope_scaling(rule, seq_length)
+    length = rule.length or seq_length
+    effective = max(length, rule.training_seqlen) if rule.base_power else length
+    alpha = f"alpha {ntk_alpha(effective, rule.base_seqlen):g}, " if rule.extend_method == "TELECHAT" else (
+        f"scaling_factor {rule.scaling_factor:g}, " if rule.extend_method in ("NTK", "PI") else "")
+    return (f"extend_method {rule.extend_method}, theta {rule.theta:g}, {alpha}mscale {mscale:.4g}, frequencies from "
+            f"{base:.6g} at {seq_length} tokens")
+
+
 _ROUND = {"float32": lambda x: x, "float16": lambda x: x.astype(np.float16).astype(np.float32),
           "bfloat16": round_bfloat16}
 

@@ -100,6 +100,21 @@ VARIANTS: Dict[str, Variant] = {
 }
 
 
+# How this plugin's first versions computed and wrote members that are published otherwise.
+_BEFORE: Dict[str, Any] = {"rms_norm_eps": 1e-8, "chat_template": "telechat2_before"}
+_CHANGED = ("telechat2_3b", "telechat2_7b", "telechat2_35b", "telechat2_115b")
+
+
+def settings_before(name: str) -> Dict[str, Any]:
+    """The settings that the model `name` had before they were corrected, by key; empty where none has changed."""
+    return dict(_BEFORE) if name in _CHANGED else {}
+
+
+def changed_since(before: Optional[str], now: str) -> bool:
+    """Whether a model is called otherwise than it was, both names being of the table."""
+    return bool(before and now and before != now and before in VARIANTS and now in VARIANTS)
+
+
 def get_variant(name: str) -> Variant:
     """The variant called `name`; ConfigError lists the known ones."""
     if name not in VARIANTS:
