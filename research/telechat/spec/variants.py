@@ -38,7 +38,7 @@ class Variant:
     rope_mscale: bool = True                 # cos and sin grow with log(S / training_seqlen) past training_seqlen
     rope_fp16_tables: bool = True            # the official code rounds cos and sin to float16
     hf_layout: str = "telechat"              # which parameter names the official checkpoint has (spec/parameters.py)
-    hf_module: str = "telechat"              # its Python files, modeling_telechat.py and so on
+    hf_module: str = "telechat"              # how its Python files end: modeling_telechat
     chat_template: str = "telechat"          # how conversations are written (text/templates.py)
     bos_token_id: int = 1
     eos_token_id: int = 2
