@@ -59,7 +59,8 @@ def conventions() -> str:
     if list(known) != list(VARIANTS):
         raise ValueError(f"{SOURCES.name} must have an entry for each of {', '.join(VARIANTS)}, in this order")
     rows = ["| model_name | epsilon | theta | trained / base length | chat template, markers | temperature / top_k / "
-            "top_p / penalty | from: config | from: template | from: generation |", "|---|---|---|---|---|---|---|---|---|"]
+            "top_p / penalty | from: config | from: template | from: generation |",
+            "|---|---|---|---|---|---|---|---|---|"]
     for name, v in VARIANTS.items():
         sources = " | ".join(known[name][key] for key in ("config", "template", "generation"))
         rows.append(

@@ -325,8 +325,9 @@ def _convert(args: argparse.Namespace, checkpoint: Checkpoint, path: Path, out: 
                               else sizes_from_table(args, folder))
         if sizes.facts is None:
             sizes = sizes._replace(facts=facts_of(sizes.variant, args.model_name, folder, sizes.config))
-        if sizes.config is not None:
-            for note in config_notes(sizes.config, sizes.variant, args.model_name or sizes.facts.name):
+        facts = sizes.facts
+        if sizes.config is not None and facts is not None:
+            for note in config_notes(sizes.config, sizes.variant, args.model_name or facts.name):
                 print(one_line(note))
         run_conversion(args, open_source(checkpoint, sizes.variant, layout, args.source_mp), sizes, out, target,
                        folder)
