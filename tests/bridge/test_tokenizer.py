@@ -1,5 +1,6 @@
 """The MindFormers tokenizers: YAML, batches and padding, special tokens, saving. What ids a text has: test_vocab.py."""
 import copy
+import json
 import pickle
 import re
 import shutil
@@ -24,6 +25,12 @@ YAML_TOKENS = {"12B": dict(unk_token="<unk>", bos_token="<_start>", eos_token="<
                "52B": dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"),
                "115B": dict(unk_token="<_end>", bos_token="<_start>", eos_token="<_end>", pad_token="<_pad>",
                             additional_special_tokens=["<_user>", "<_bot>", "<_system>", "<_observation>"])}
+
+
+# What TeleChat2-7B's own tokenizer makes of a chat's first question, 你好.
+TELECHAT2_NI_HAO = [6, 3921, 12966, 16716, 40721, 62816, 123959, 126161, 113621, 126181, 50751, 25372, 126161, 7515,
+                    126511, 126217, 16716, 14180, 19326, 29074, 16716, 14180, 14617, 126652, 50751, 8993, 126650, 6145,
+                    86750, 29791, 126169, 29, 4, 96343, 5]
 
 
 @pytest.fixture(scope="module")
@@ -271,3 +278,21 @@ class TestSaving:
         saved = {9: {"content": "<_end>"}}
         with pytest.raises(VocabError, match="do not belong together"):
             TelechatTokenizer(str(vocab_folder / "tokenizer.model"), added_tokens_decoder=saved)
+
+
+@needs_shared
+def test_official_tokenizer_config_of_telechat2(tmp_path):
+    """tokenizer_config.json of 3B and 7B gives pieces of the vocabulary other names: the markers of tools."""
+    shutil.copy(SHARED / "data/telechat2-115b/tokenizer.model", tmp_path)
+    settings_of_7b = json.loads((SHARED / "data/telechat2-7b/tokenizer_config.partial.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings_of_7b))
+    settings_of_7b.pop("tokenizer_class")
+    for tokenizer in (TelechatTokenizer(str(tmp_path)), TelechatTokenizer(str(tmp_path), **settings_of_7b)):
+        assert tokenizer("<tool_call>")["input_ids"] == [9]
+        assert tokenizer.convert_tokens_to_ids("</tool_response>") == 12
+        assert tokenizer.decode([11, 12]) == "<tool_response></tool_response>"
+        assert tokenizer.decode([9, 710], skip_special_tokens=True) == "<"
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], add_generation_prompt=True)
+        assert list(ids) == TELECHAT2_NI_HAO
+    again = pickle.loads(pickle.dumps(tokenizer.vocab))
+    assert again.markers["<tool_call>"] == 9

@@ -14,6 +14,7 @@ from model_fixtures import HF_CONFIGS
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.spec.config_keys import unknown_keys
+from research.telechat.spec.hf_config import config_notes
 from research.telechat.spec.parameters import parameters
 from research.telechat.spec.variants import GENERATION, VARIANTS, read_hf_config, same_config, variant_from_hf
 from research.telechat.telechat_config import TelechatConfig
@@ -188,3 +189,13 @@ def test_other_spellings_of_a_config(tmp_path):
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in SHARED.glob("data/telechat[2-]*/config.json")))
 def test_every_key_of_the_official_configs_is_known(folder):
     assert unknown_keys(read_hf_config(SHARED / "data" / folder)) == []
+
+
+def test_what_conversion_says_of_a_config():
+    config = {**OFFICIAL, "surprise": 1, "rope_theta": 1e6, "layer_norm_epsilon": 1e-8}
+    said, unknown = config_notes(config, variant_from_hf(config), None)
+    assert "epsilon 1e-08, theta 1e+06, training_seqlen 8192, base_seqlen 8192; chat template telechat2" in said
+    assert unknown.endswith("without effect: surprise")
+    (_, alike) = config_notes(OFFICIAL, VARIANTS["telechat2_35b"], None)
+    assert "telechat2_35b, telechat2_5_35b, telechat_t1_35b have the same" in alike
+    assert len(config_notes(OFFICIAL, VARIANTS["telechat2_35b"], "telechat2_35b")) == 1

@@ -17,6 +17,7 @@ OLD_META_FILE = "old_meta.json"              # that of the data set which is bei
 REPORT_FILE = "report.json"                  # of the command, beside the data set
 UNFINISHED = ".unfinished-"                  # folders in which a data set is made
 FORMAT_VERSION = 1
+_EARLIER = {"telechat2": "telechat2_before"}         # names that templates have today
 _DATA_SUFFIX = ".mindrecord"
 
 
@@ -150,6 +151,8 @@ def _check_meta(dataset: Path, meta: JsonObject, vocab_size: int, seq_length: in
         raise ConfigError(f"data set {dataset} is padded with id {pad}, the recipe's pad_token_id is {pad_token_id}; "
                           "correct the recipe, or preprocess with the --pad_token of the model")
     written = meta.get("template")
+    if "tool_marker_ids" not in meta:        # made by an earlier version
+        written = _EARLIER.get(str(written), written)
     if template and written and written != template:
         raise ConfigError(f"data set {dataset} is written in the chat template {written!r}, the model is asked in "
                           f"{template!r}; preprocess with the --model_name of the recipe's net_name, or set "
