@@ -45,8 +45,8 @@ def test_reasoning_is_told_apart_however_the_text_is_cut(reasoning, answer, size
     assert joined(pieces, True) == reasoning.strip("\n") and joined(pieces, False) == answer.lstrip("\n")
     assert thoughts.flush() == [] and all(piece.text for piece in pieces)
     unfinished = ThinkFilter(True)
-    pieces = unfinished.feed(reasoning + "</thi") + unfinished.flush()
-    assert joined(pieces, True) == (reasoning + "</thi").strip("\n") and not joined(pieces, False)
+    pieces = unfinished.feed(reasoning + "</thin") + unfinished.flush()
+    assert joined(pieces, True) == (reasoning + "</thin").strip("\n") and not joined(pieces, False)
     plain = ThinkFilter(False)
     assert joined(plain.feed(text) + plain.flush(), False) == text
 
