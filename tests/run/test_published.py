@@ -8,8 +8,8 @@ from research.telechat.checkpoint.manifest import Manifest, ModelFacts, facts_of
 from research.telechat.common.errors import ConfigError
 from research.telechat.recipe.options import all_overrides, build_parser
 from research.telechat.run import published
+from research.telechat.run.manifests import settle_with_checkpoint
 from research.telechat.run.preflight import model_config
-from research.telechat.run.published import settle_checkpoint
 from research.telechat.spec.variants import VARIANTS
 
 SEVEN, LONG = VARIANTS["telechat2_7b"], VARIANTS["telechat2_7b_32k"]
@@ -26,7 +26,7 @@ def settled(tmp_path):
             write_manifest(manifest_path(path, False), Manifest("mindspore", model=facts))
         section = {"net_name": "telechat2_7b", "seq_length": 128, "type": "TelechatConfig", **(keys or {})}
         config = MindFormerConfig(load_checkpoint=str(path), model={"model_config": section}, **recipe)
-        settle_checkpoint(config)
+        settle_with_checkpoint(config)
         assert "checkpoint_conflict" not in config and "checkpoint_meaning" not in config
         return model_config(config)
     return settle
@@ -97,7 +97,8 @@ def test_a_model_that_has_changed_is_asked_about_once(settled, tmp_path):
 
 def test_the_rule_of_another_length_is_said(settled, monkeypatch):
     lines = []
-    monkeypatch.setattr(published.logger, "info", lambda text, *values: lines.append(text % values))
+    for level in ("info", "warning"):
+        monkeypatch.setattr(published.logger, level, lambda text, *values: lines.append(text % values))
     settled(facts_of(SEVEN, "telechat2_7b"), {"seq_length": 32768, "theta": 1e6, "training_seqlen": 32768,
                                               "base_seqlen": 32768}, checkpoint_conflict="recipe")
     text = "\n".join(lines)

@@ -11,7 +11,7 @@ from typing import List, Optional
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 
-from research.telechat.checkpoint.agreement import disagreements_of, recipe_wins
+from research.telechat.checkpoint.agreement import disagreements_of
 from research.telechat.checkpoint.folder import open_mindspore
 from research.telechat.checkpoint.integrity import check_files
 from research.telechat.checkpoint.manifest import ModelFacts, facts_beside, facts_of
@@ -21,6 +21,7 @@ from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.data.meta import check_hashes as check_data_hashes
 from research.telechat.recipe.fields import FIELDS
 from research.telechat.run.preflight import model_config
+from research.telechat.run.published import settle
 from research.telechat.spec.variants import VARIANTS
 
 # Keys of an official config.json for those of the model that a training may change.
@@ -40,26 +41,12 @@ def checkpoint_facts(config: MindFormerConfig) -> Optional[ModelFacts]:
 
 
 def settle_with_checkpoint(config: MindFormerConfig) -> Optional[ModelFacts]:
-    """Hold the recipe against the checkpoint to load. Where `checkpoint_conflict` is "checkpoint", its values replace
-    the recipe's in place; "recipe" leaves these, and "stop" is an error where anything differs.
+    """Complete the recipe by what the checkpoint to load says, or hold it against that (run/published.py).
 
     Returns what the checkpoint says. Raises ConfigError.
     """
-    wish = config.get("checkpoint_conflict", "stop")
     facts = checkpoint_facts(config)
-    if facts is None:
-        return None
-    recipe = model_config(config).to_variant()
-    found = disagreements_of(recipe, facts.to_variant(), only=list(FIELDS))
-    wins = recipe_wins(found, wish, Path(str(config.load_checkpoint)), "--checkpoint_conflict")
-    for one in found:
-        if wins:
-            logger.warning("model_config.%s is %r, as the recipe says; the checkpoint says %r.", one.key, one.recipe,
-                           one.checkpoint)
-        else:
-            logger.warning("model_config.%s is %r, as the checkpoint says, not %r.", one.key, one.checkpoint,
-                           one.recipe)
-            config.model.model_config[one.key] = one.checkpoint
+    settle(config, facts)
     return facts
 
 
@@ -97,9 +84,8 @@ def _files_to_load(config: MindFormerConfig) -> List[Path]:
 def check_hashes(config: MindFormerConfig) -> None:
     """Hold checkpoint and data sets against their hashes, once for each machine, unless `check_hashes` is False.
 
-    The keys of this module are taken out of `config`. Raises ConfigError: a file is not as it was written.
+    Its key is taken out of `config`. Raises ConfigError: a file is not as it was written.
     """
-    config.pop("checkpoint_conflict", None)
     if not config.pop("check_hashes", True):
         return
     count = 0

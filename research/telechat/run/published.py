@@ -11,8 +11,8 @@ from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 
 from research.telechat.checkpoint.agreement import Disagreement, recipe_wins
-from research.telechat.checkpoint.manifest import ModelFacts, facts_beside
-from research.telechat.common.errors import CheckpointError, ConfigError
+from research.telechat.checkpoint.manifest import ModelFacts
+from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.recipe.fields import FIELDS, RENAMED, ModelSettings
 from research.telechat.recipe.settings import resolve, rope_rule
@@ -27,23 +27,19 @@ _MODEL = ("num_heads", "n_kv_heads", "rms_norm_eps", "input_mult", "logits_scale
 _ROTARY = ("theta", "extend_method", "scaling_factor", "training_seqlen", "base_seqlen")
 
 
-def settle_checkpoint(config: MindFormerConfig) -> None:
-    """Complete `model.model_config` by what the manifest of `load_checkpoint` says; the log names each value.
+def settle(config: MindFormerConfig, facts: Optional[ModelFacts]) -> None:
+    """Complete `model.model_config` by what the manifest of the checkpoint to load says, `facts`; the log names values.
 
-    Raises ConfigError: recipe and checkpoint contradict each other and nothing says which wins; a checkpoint without
-    a manifest whose model has changed its meaning; a manifest that cannot be read.
+    Its two keys are taken out of `config`. Raises ConfigError: recipe and checkpoint contradict each other and nothing
+    says which wins; a checkpoint without a manifest whose model has changed its meaning.
     """
     section = (config.get("model") or {}).get("model_config")
-    path = Path(str(config.get("load_checkpoint") or ""))
     meaning, conflict = config.pop(MEANING, None), str(config.pop(CONFLICT, None) or "stop")
     if meaning not in (None, "", *MEANINGS):
         raise ConfigError(f"{MEANING}: expected {' or '.join(MEANINGS)}, found {meaning!r}")
+    path = Path(str(config.get("load_checkpoint") or ""))
     if not section or not config.get("load_checkpoint") or not path.exists():
         return
-    try:
-        facts = facts_beside(path)
-    except CheckpointError as err:
-        raise ConfigError(f"load_checkpoint: {err}") from err
     if facts is None:
         _settle_meaning(section, path, meaning)
     else:
@@ -80,19 +76,18 @@ def _settle_values(section: JsonObject, path: Path, facts: ModelFacts, conflict:
     net_name = changed_since(facts.name, now.net_name)
     if net_name:
         found.insert(0, Disagreement("net_name", now.net_name, facts.name))
-    wins = recipe_wins(found, conflict, path, CONFLICT)
+    wins = recipe_wins(found, conflict, path, f"--{CONFLICT}")
     kept = named if wins else set()
     for key, value in values.items():
         here = getattr(now, key)
         if here == value:
             continue
         if key in kept or (wins and net_name and _differs(str(facts.name), now.net_name, key)):
-            logger.info("model_config.%s: %r, as the recipe says; the checkpoint has %r.", key, here, value)
+            logger.warning("model_config.%s is %r, as the recipe says; the checkpoint says %r.", key, here, value)
         elif key in named and not any(one.key == key for one in found):
             continue                                     # settings of generation: the recipe's own word holds
         else:
-            logger.info("model_config.%s: %r, as the checkpoint says (%s: %r).", key, value,
-                        now.net_name or "default", here)
+            logger.info("model_config.%s is %r, as the checkpoint says, not %r.", key, value, here)
             section[key] = value
     _say_rule(resolve(_own(section)), values)
 
