@@ -27,7 +27,7 @@ def settled(tmp_path):
         section = {"net_name": "telechat2_7b", "seq_length": 128, "type": "TelechatConfig", **(keys or {})}
         config = MindFormerConfig(load_checkpoint=str(path), model={"model_config": section}, **recipe)
         settle_with_checkpoint(config)
-        assert "checkpoint_conflict" not in config and "checkpoint_meaning" not in config
+        settle_with_checkpoint(config)                       # as when a training is resumed
         return model_config(config)
     return settle
 
@@ -59,7 +59,7 @@ def test_another_member(settled):
     config = settled(facts, {"net_name": "telechat2_7b_32k"}, checkpoint_conflict="recipe")
     assert (config.theta, config.training_seqlen, config.rms_norm_eps) == (1e6, 32768, 2e-5)
     config = settled(facts, {"net_name": "telechat2_7b_32k"}, checkpoint_conflict="checkpoint")
-    assert (config.theta, config.training_seqlen) == (1e4, 8192)
+    assert (config.theta, config.training_seqlen, config.net_name) == (1e4, 8192, "telechat2_7b")
     # converted without a name: config.json does not tell members of the same sizes apart
     config = settled(facts_of(VARIANTS["telechat2_35b"]), {"net_name": "telechat_t1_35b"})
     assert config.chat_template == "telechat2_think" and config.repetition_penalty == 1.05

@@ -21,7 +21,7 @@ from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.data.meta import check_hashes as check_data_hashes
 from research.telechat.recipe.fields import FIELDS
 from research.telechat.run.preflight import model_config
-from research.telechat.run.published import settle
+from research.telechat.run.published import CONFLICT, MEANING, settle
 from research.telechat.spec.variants import VARIANTS
 
 # Keys of an official config.json for those of the model that a training may change.
@@ -64,7 +64,9 @@ def facts_of_run(config: MindFormerConfig, base: Optional[ModelFacts]) -> ModelF
         official = {**official, **{_OFFICIAL_KEYS[one.key]: one.recipe
                                    for one in disagreements_of(recipe, before, only=list(FIELDS))
                                    if one.key in _OFFICIAL_KEYS}}
-    return replace(base, variant={**base.variant, **values}, config=official)
+    name = config.model.model_config.get("net_name")
+    return replace(base, name=name if name in VARIANTS else base.name, variant={**base.variant, **values},
+                   config=official)
 
 
 def _files_to_load(config: MindFormerConfig) -> List[Path]:
@@ -84,8 +86,10 @@ def _files_to_load(config: MindFormerConfig) -> List[Path]:
 def check_hashes(config: MindFormerConfig) -> None:
     """Hold checkpoint and data sets against their hashes, once for each machine, unless `check_hashes` is False.
 
-    Its key is taken out of `config`. Raises ConfigError: a file is not as it was written.
+    This key and those of run/published.py are taken out of `config`. Raises ConfigError: a file is not as it was written.
     """
+    for key in (CONFLICT, MEANING):
+        config.pop(key, None)
     if not config.pop("check_hashes", True):
         return
     count = 0

@@ -30,11 +30,11 @@ _ROTARY = ("theta", "extend_method", "scaling_factor", "training_seqlen", "base_
 def settle(config: MindFormerConfig, facts: Optional[ModelFacts]) -> None:
     """Complete `model.model_config` by what the manifest of the checkpoint to load says, `facts`; the log names values.
 
-    Its two keys are taken out of `config`. Raises ConfigError: recipe and checkpoint contradict each other and nothing
-    says which wins; a checkpoint without a manifest whose model has changed its meaning.
+    Raises ConfigError: recipe and checkpoint contradict each other and nothing says which wins; a checkpoint without a
+    manifest whose model has changed its meaning.
     """
     section = (config.get("model") or {}).get("model_config")
-    meaning, conflict = config.pop(MEANING, None), str(config.pop(CONFLICT, None) or "stop")
+    meaning, conflict = config.get(MEANING), str(config.get(CONFLICT) or "stop")
     if meaning not in (None, "", *MEANINGS):
         raise ConfigError(f"{MEANING}: expected {' or '.join(MEANINGS)}, found {meaning!r}")
     path = Path(str(config.get("load_checkpoint") or ""))
@@ -78,6 +78,8 @@ def _settle_values(section: JsonObject, path: Path, facts: ModelFacts, conflict:
         found.insert(0, Disagreement("net_name", now.net_name, facts.name))
     wins = recipe_wins(found, conflict, path, f"--{CONFLICT}")
     kept = named if wins else set()
+    if net_name and not wins:
+        section["net_name"] = facts.name
     for key, value in values.items():
         here = getattr(now, key)
         if here == value:
