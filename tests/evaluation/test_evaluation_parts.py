@@ -10,7 +10,7 @@ from vocab_fixtures import train_sentencepiece
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.evaluation import report, tasks
-from research.telechat.evaluation.answers import AllStopped, Answers, read_settings
+from research.telechat.evaluation.answers import Answer, read_settings
 from research.telechat.evaluation.batches import Scored, bucket_of, fit, rolling_windows, score_batches
 from research.telechat.text.vocab import Vocab
 
@@ -77,33 +77,30 @@ class TestAnswers:
     def vocab(self, tmp_path_factory):
         return Vocab.load(train_sentencepiece(tmp_path_factory.mktemp("vocab") / "tokenizer.model"))
 
-    def test_stops_ends_and_all_stopped(self, vocab):
-        prompts = [vocab.encode("a"), vocab.encode("b b")]
-        answers = Answers(vocab, prompts, {2}, ["\n\n"])
-        ids = [vocab.encode("cat\n\nmore"), [*vocab.encode("dog"), 2, *vocab.encode("never read" * 9)]]
-        answers.put(None)                                                # generate gives the prompts first
-        with pytest.raises(AllStopped):
-            for step in range(40):
-                answers.put([row[step] if step < len(row) else 3 for row in ids])
-        assert answers.texts[0].strip() == "cat" and answers.texts[1].strip() == "dog"
+    def test_stop_strings_and_end_tokens(self, vocab):
+        for text, ends in (("cat\n\nmore", []), ("cat", [2])):
+            answer = Answer(vocab, vocab.encode("a"), {2}, ["\n\n"])
+            for token in [*vocab.encode(text), *ends]:
+                answer.add(token)
+            assert answer.stopped is not bool(ends)
+            answer.close()
+            assert answer.text.strip() == "cat"
 
     def test_answer_that_goes_on_with_the_text(self, vocab):
         ids = vocab.encode("The quick brown fox jumps")
         for cut in range(1, len(ids)):
-            answers = Answers(vocab, [ids[:cut]], {2}, [])
-            answers.put(None)
+            answer = Answer(vocab, ids[:cut], {2}, [])
             for token in ids[cut:]:
-                answers.put(token)
-            answers.end()
-            assert vocab.decode(ids[:cut]) + answers.texts[0] == "The quick brown fox jumps"
+                answer.add(token)
+            answer.close()
+            assert vocab.decode(ids[:cut]) + answer.text == "The quick brown fox jumps"
 
     def test_limit_reached(self, vocab):
-        answers = Answers(vocab, [vocab.encode("a")], {2}, ["xyz"])
-        answers.put(None)
+        answer = Answer(vocab, vocab.encode("a"), {2}, ["xyz"])
         for token in vocab.encode("fox x"):
-            answers.put(token)
-        answers.end()
-        assert answers.texts[0].strip() == "fox x"                       # what could have begun a stop string is kept
+            answer.add(token)
+        answer.close()
+        assert answer.text.strip() == "fox x"                            # what could have begun a stop string is kept
 
     def test_settings_of_a_task(self):
         plain = read_settings({"until": "Q", "max_gen_toks": 7, "temperature": 0.0, "do_sample": False, "top_p": 0.5})

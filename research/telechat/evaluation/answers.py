@@ -1,7 +1,5 @@
 """Generated answers of an evaluation: what a task's settings mean, and where an answer ends. No MindSpore here."""
-from typing import Any, Container, FrozenSet, Optional, Sequence
-
-import numpy as np
+from typing import Container, FrozenSet, Optional, Sequence
 
 from research.telechat.chat.stream import Piece, StopFilter, ThinkFilter
 from research.telechat.common.errors import ConfigError
@@ -13,69 +11,50 @@ _SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty", "min_new_tok
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 
 
-class AllStopped(Exception):
-    """Every answer of a batch has reached one of its stop strings: no more tokens are needed."""
+class Answer:
+    """The text of one answer, token by token.
 
-
-class Answers:
-    """Streamer for `generate` that reads a batch of answers as text, and ends it when all have stopped.
-
-    Attributes: `texts`, the answers so far, without stop strings and end tokens.
+    Attributes: `text` so far, without stop strings and end tokens; `stopped`, whether a stop string is complete, so
+    that no more tokens are needed.
 
     Args:
         vocab: a Vocab.
-        prompts: ids of each prompt.
+        prompt: its ids; an answer may continue a word of it.
         ends: ids that end an answer.
         stops: texts that end an answer.
         kept: ids of markers that are part of an answer's text.
-        thinking: the prompts end within reasoning, which is no part of an answer: neither kept nor looked at for stops.
+        thinking: the prompt ends within reasoning, which is no part of an answer: neither kept nor looked at for stops.
     """
 
-    def __init__(self, vocab: Vocab, prompts: Sequence[Sequence[int]], ends: Container[int], stops: Sequence[str],
+    def __init__(self, vocab: Vocab, prompt: Sequence[int], ends: Container[int], stops: Sequence[str],
                  kept: FrozenSet[int] = frozenset(), thinking: bool = False):
-        self.texts = [""] * len(prompts)
+        self.text = ""
         self._ends = ends
-        self._decoders = [IncrementalDecoder(vocab, skip_special_tokens=True, kept=kept) for _ in prompts]
-        self._thoughts = [ThinkFilter(thinking) for _ in prompts]
-        self._filters = [StopFilter(stops) for _ in prompts]
-        self._running = [True] * len(prompts)
-        self._begun = False
-        for decoder, prompt in zip(self._decoders, prompts):
-            decoder.feed(prompt)                          # an answer may continue a word: no dummy prefix to remove
+        self._decoder = IncrementalDecoder(vocab, skip_special_tokens=True, kept=kept)
+        self._thoughts = ThinkFilter(thinking)
+        self._filter = StopFilter(stops)
+        self._decoder.feed(prompt)                        # no dummy prefix to remove from what comes
 
-    def put(self, tokens: Any) -> None:
-        """The prompts first, then the newest token of each answer, [B] (or one). Raises AllStopped."""
-        if not self._begun:
-            self._begun = True
-            return
-        for row, token in enumerate(np.atleast_1d(tokens).tolist()):
-            if not self._running[row]:
-                continue
-            if token in self._ends:
-                self._close(row)
-                continue
-            self._add(row, self._thoughts[row].feed(self._decoders[row].feed(token)))
-            self._running[row] = not self._filters[row].stopped
-        if not any(self._running):
-            raise AllStopped
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self._filter.stopped
 
-    def end(self) -> None:
-        """All answers are as long as they may be."""
-        for row, running in enumerate(self._running):
-            if running:
-                self._close(row)
+    def add(self, token: int) -> None:
+        """The next token."""
+        if token not in self._ends:
+            self._add(self._thoughts.feed(self._decoder.feed(token)))
 
-    def _close(self, row: int) -> None:
-        self._running[row] = False
-        self._add(row, self._thoughts[row].feed(self._decoders[row].flush()))
-        self._add(row, self._thoughts[row].flush())
-        if not self._filters[row].stopped:
-            self.texts[row] += self._filters[row].flush()
+    def close(self) -> None:
+        """No more tokens come."""
+        self._add(self._thoughts.feed(self._decoder.flush()))
+        self._add(self._thoughts.flush())
+        self.text += self._filter.flush() if not self.stopped else ""
 
-    def _add(self, row: int, pieces: Sequence[Piece]) -> None:
+    def _add(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
             if not piece.reasoning:
-                self.texts[row] += self._filters[row].feed(piece.text)
+                self.text += self._filter.feed(piece.text)
 
 
 def read_settings(given: Optional[JsonObject]) -> JsonObject:

@@ -2,7 +2,7 @@
 
 What a task asks, and how answers are judged, is the harness's matter (https://github.com/EleutherAI/
 lm-evaluation-harness); how tokens are scored stands in evaluation/score.py, how answers are generated in
-generation/generate.py. Importing this file needs the package lm-eval, the extra `evaluation` of setup.cfg.
+generation/scheduler.py. Importing this file needs the package lm-eval, the extra `evaluation` of setup.cfg.
 """
 import contextlib
 import json
@@ -19,9 +19,13 @@ from tqdm import tqdm
 from research.telechat.chat.session import divide_context
 from research.telechat.common.files import JsonObject
 from research.telechat.common.tokens import end_tokens
-from research.telechat.evaluation.answers import AllStopped, Answers, read_settings
+from research.telechat.evaluation.answers import Answer, read_settings
 from research.telechat.evaluation.batches import fit
 from research.telechat.evaluation.score import Scorer
+from research.telechat.generation.passes import Settings
+from research.telechat.generation.requests import Event, Finished, Request, Ticket, Token
+from research.telechat.generation.sampling import Sampling
+from research.telechat.generation.scheduler import Scheduler
 from research.telechat.telechat import TelechatForCausalLM
 from research.telechat.telechat_tokenizer import TelechatTokenizer
 from research.telechat.text.renderer import BOT, Renderer, choose_template, to_message
@@ -172,22 +176,19 @@ class TelechatLM(TemplateLM):
         """The answer to each prompt, up to the first of its stop strings, an end token, or the limit of tokens."""
         prompts = [_Prompt(number, self.tok_encode(request.args[0]) or [self.prefix_token_id],
                            read_settings(request.args[1])) for number, request in enumerate(requests)]
-        answers = [""] * len(prompts)
         groups: Dict[str, List[_Prompt]] = {}
-        for prompt in sorted(prompts, key=lambda prompt: -len(prompt.ids)):
+        for prompt in prompts:
             groups.setdefault(json.dumps(prompt.settings, sort_keys=True), []).append(prompt)
-        with tqdm(total=len(prompts), desc="answers", unit="text", disable=not self.progress) as bar:
-            for group in groups.values():
-                self._answer_group(group, answers, bar)
+        asked = [each for group in groups.values() for each in self._asked(group)]
+        answers = self._answers(sorted(asked, key=lambda each: -len(each.request.prompt)), len(prompts))
         for request, answer in zip(requests, answers):
             self.cache_hook.add_partial("generate_until", request.args, answer)
         return answers
 
-    def _answer_group(self, group: List["_Prompt"], answers: List[str], bar: tqdm) -> None:
-        """Answer prompts that have the same settings."""
+    def _asked(self, group: List["_Prompt"]) -> List["_Asked"]:
+        """Requests for prompts that have the same settings."""
         settings = dict(group[0].settings)
-        wanted, until = settings.pop("max_new_tokens"), settings.pop("until")
-        unknown = settings.pop("unknown")
+        wanted, until, unknown = settings.pop("max_new_tokens"), settings.pop("until"), settings.pop("unknown")
         budget = divide_context(self.max_length, wanted, None)
         longest = budget.answer or wanted
         self._report(f"answers are limited to {longest} tokens instead of {wanted}",
@@ -196,36 +197,47 @@ class TelechatLM(TemplateLM):
                      len(group))
         if unknown:
             self._report(f"prompts have settings that are not known: {', '.join(unknown)}", len(group), len(group))
-        size = min(self._batch_that_fits(longest, group, budget.prompt), len(group))
-        for start in range(0, len(group), size):
-            part = group[start:start + size]
-            ids = [each.ids[-budget.prompt:] for each in part]
-            filled = ids + ids[-1:] * (size - len(ids))               # another batch size would compile anew
-            texts = self._answer(filled, {**settings, "max_new_tokens": longest}, until, start)
-            for each, text in zip(part, texts):
-                answers[each.number] = text
-            bar.update(len(part))
-
-    def _batch_that_fits(self, new: int, group: List["_Prompt"], most: int) -> int:
-        """Prompts at once for which the KV cache has room; the first of the group is the longest."""
-        config = self.model.config
-        if not self.model.use_past:
-            return self.batch_size
-        blocks = -(-(min(len(group[0].ids), most) + new) // config.block_size)
-        return max(min(self.batch_size, config.num_blocks // blocks), 1)
-
-    def _answer(self, prompts: List[List[int]], settings: JsonObject, until: List[str], place: int) -> List[str]:
-        renderer = self.renderer
-        ends = {renderer.end_id, *end_tokens(self.model.config.eos_token_id),
-                *([renderer.user_id] if renderer.user_id is not None else [])}
+        renderer, sampling = self.renderer, Sampling(**settings)
+        ends = frozenset({renderer.end_id, *end_tokens(self.model.config.eos_token_id),
+                          *([renderer.user_id] if renderer.user_id is not None else [])})
         stops = until + (renderer.text_markers if renderer.as_text else [])
         opening = renderer.opening_ids
-        thinking = renderer.thinks and all(prompt[-len(opening):] == opening for prompt in prompts)
-        answers = Answers(self.vocab, prompts, ends, stops, renderer.kept_ids, thinking)
-        with contextlib.suppress(AllStopped):
-            self.model.generate(prompts, streamer=answers, seed=self.seed + place, eos_token_id=sorted(ends),
-                                pad_token_id=None, **settings)
-        return answers.texts
+        return [_Asked(each.number, Request(tuple(map(int, each.ids[-budget.prompt:])), sampling, longest, ends,
+                                            (self.seed + each.number) % 2 ** 32), stops,
+                       renderer.thinks and each.ids[-len(opening):] == opening) for each in group]
+
+    def _answers(self, asked: List["_Asked"], count: int) -> List[str]:
+        """Texts of the answers by number. As soon as one ends, the next request takes its place."""
+        texts = [""] * count
+        if not asked:
+            return texts
+        scheduler = self.model.scheduler(self._settings(asked))
+        listeners = []
+        with contextlib.closing(scheduler), tqdm(total=len(asked), desc="answers", unit="text",
+                                                 disable=not self.progress) as bar:
+            for each in asked:
+                answer = Answer(self.vocab, each.request.prompt, each.request.end_tokens, each.stops,
+                                self.renderer.kept_ids, each.thinking)
+                listener = _Listener(scheduler, answer, bar)
+                listener.ticket = scheduler.submit(each.request, listener)
+                listeners.append(listener)
+            if scheduler.settings.together:                    # another number of sequences would compile anew
+                for _ in range(-len(asked) % scheduler.settings.slots):
+                    scheduler.submit(asked[-1].request)
+            while not all(listener.finished for listener in listeners):
+                scheduler.step()
+        for each, listener in zip(asked, listeners):
+            texts[each.number] = listener.answer.text
+        return texts
+
+    def _settings(self, asked: List["_Asked"]) -> Settings:
+        """As many answers at once as the user says, and the cache holds; one graph serves them all."""
+        engine, slots = self.model.scheduler().engine, self.batch_size
+        if engine.together and engine.pool is not None:
+            longest = max(len(each.request.prompt) + each.request.max_new_tokens for each in asked)
+            slots = max(min(slots, engine.pool.total // engine.pool.blocks_for(longest)), 1)
+        return Settings(slots=min(slots, len(asked)), buckets=(min(slots, len(asked)),), max_queue=2 * len(asked),
+                        together=engine.together)
 
     def _report(self, what: str, count: int, of: int) -> None:
         """Say once for each call what had to be left out, and keep the count."""
@@ -238,3 +250,30 @@ class _Prompt(NamedTuple):
     number: int
     ids: List[int]
     settings: JsonObject
+
+
+class _Asked(NamedTuple):
+    number: int
+    request: Request
+    stops: List[str]
+    thinking: bool
+
+
+class _Listener:
+    """Turns the tokens of a request into its answer, and cancels it at a stop string."""
+
+    def __init__(self, scheduler: Scheduler, answer: Answer, bar: tqdm):
+        self.answer, self.finished = answer, False
+        self.ticket: Optional[Ticket] = None
+        self._scheduler, self._bar = scheduler, bar
+
+    def __call__(self, event: Event) -> None:
+        """Called by the scheduler."""
+        if isinstance(event, Token):
+            self.answer.add(event.id)
+            if self.answer.stopped and self.ticket is not None:
+                self._scheduler.cancel(self.ticket)
+        elif isinstance(event, Finished):
+            self.answer.close()
+            self.finished = True
+            self._bar.update()
