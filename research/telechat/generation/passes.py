@@ -20,7 +20,7 @@ class Settings:
     prefill_tokens: int = PREFILL_TOKENS       # of prompts, read in one step at most; so long are the pieces
     max_queue: int = 64                # requests that may wait
     reuse: bool = True                 # share the cache of prompts that begin alike
-    together: bool = False             # all begin in the first step, and keep their places until all have ended
+    together: bool = False             # those that begin together keep their places until all of them have ended
     deterministic: bool = False        # compute each sequence by itself
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ Answers do not depend on what else is computed, except for rounding: kernels sum
 where two tokens are that close, the other one may be chosen. With `Settings.deterministic` each sequence is computed
 by itself and read anew, so that its answer is that of the request alone, bit by bit. No MindSpore here.
 """
+import pickle
 import threading
 import time
 from collections import deque
@@ -59,12 +60,24 @@ class Place(NamedTuple):
 
 
 Choose = Callable[[List[Place]], Sequence[Chosen]]
+Exchange = Callable[[List[Order]], List[Order]]
 
 
 def choose_each(places: List[Place]) -> List[Chosen]:
     """The next token of each sequence, by its own request."""
     return [Token(place.step.tokens()[place.at]) if place.row.plain else
             pick(place.row, place.step.logits()[place.at]) for place in places]
+
+
+def _for_all_ranks(request: Request) -> Request:
+    """The request with a seed, so that all draw the same. Raises ConfigError: it cannot be sent to other processes."""
+    if request.constraint is not None:
+        try:
+            pickle.dumps(request.constraint)
+        except Exception as error:                                 # whatever its class raises
+            raise ConfigError(f"constraint: it cannot be sent to the other ranks of the model ({error})") from error
+    seed = int(np.random.SeedSequence().generate_state(1)[0]) if request.seed is None else request.seed
+    return replace(request, seed=seed)
 
 
 class Scheduler:
@@ -79,7 +92,7 @@ class Scheduler:
     """
 
     def __init__(self, engine: Engine, settings: Optional[Settings] = None, choose: Choose = choose_each,
-                 exchange: Optional[Callable[[List[Order]], List[Order]]] = None):
+                 exchange: Optional[Exchange] = None):
         settings = settings or Settings()
         if engine.together and not settings.together:
             settings = replace(settings, slots=1, buckets=(1,))            # others could not enter
@@ -119,8 +132,8 @@ class Scheduler:
             QueueFull, Draining: try another time, or somewhere else.
         """
         self._check(request)
-        if self._exchange is not None and request.seed is None:            # all processes must draw the same
-            request = replace(request, seed=int(np.random.SeedSequence().generate_state(1)[0]))
+        if self._exchange is not None:
+            request = _for_all_ranks(request)
         with self._lock:
             if self._draining:
                 raise Draining("no new requests are taken: those under way are finished, then the service ends")
@@ -275,7 +288,13 @@ class Scheduler:
         """Follow the orders that have come in since the last step."""
         with self._lock:
             orders, self._inbox = self._inbox, []
-        self._follow(orders if self._exchange is None else self._exchange(orders))
+        if self._exchange is not None:
+            try:
+                orders = self._exchange(orders)
+            except BaseException:
+                self._follow(orders)                               # so that they are known, and end with an error
+                raise
+        self._follow(orders)
 
     def _follow(self, orders: List[Order]) -> None:
         for order in orders:
@@ -290,7 +309,9 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let requests in, in order of arrival, while there are places and blocks for all that they may need."""
-        places = len(self._waiting) if self.settings.together else self.settings.slots - len(self._running)
+        places = self.settings.slots - len(self._running)
+        if self.settings.together and self._running:               # they end together
+            places = 0
         while self._waiting and places > 0 and self._passes.place(self._waiting[0]):
             row = self._waiting.popleft()
             self._running.append(row)
@@ -353,7 +374,8 @@ class Scheduler:
         self._running = [row for row in self._running if not row.finished]
 
     def _fail(self, message: str) -> None:
-        """A step has failed: nothing of what the cache holds can be trusted."""
+        """A step has failed: nothing of what the cache holds can be trusted, and no more requests are taken."""
+        self.drain()
         if self.engine.pool is not None:
             self.engine.pool.forget()
         for row in list(self._rows.values()):
