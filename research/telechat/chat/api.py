@@ -95,8 +95,11 @@ def make_session(model: GenerativeModel, tokenizer: object, generation_config: G
                                                "min_new_tokens")}
     ends = end_tokens(settings["eos_token_id"])
 
+    mark = object()                  # of this session: its prompts share what the cache holds of their beginnings
+
     def next_tokens(ids: List[int], limits: JsonObject) -> Tokens:
-        return model.stream(ids, **{**sampling, **limits, "eos_token_id": [*limits["eos_token_id"], *ends]})
+        return model.stream(ids, session=mark,
+                            **{**sampling, **limits, "eos_token_id": [*limits["eos_token_id"], *ends]})
 
     session = Session(renderer, next_tokens, model.config.seq_length, settings["max_new_tokens"],
                       settings["max_length"], stop)

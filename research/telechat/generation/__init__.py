@@ -1,1 +1,1 @@
-"""One token after the other: batches, sampling, the engine."""
+"""One token after the other: the scheduler, sampling, the engine."""

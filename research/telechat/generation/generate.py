@@ -25,7 +25,7 @@ from research.telechat.generation.engine import DirectEngine, FrameworkEngine
 from research.telechat.generation.passes import Settings
 from research.telechat.generation.requests import Event, Request, Token
 from research.telechat.generation.sampling import Random, Sampling, adjust, choose
-from research.telechat.generation.scheduler import Place, Scheduler, choose_each
+from research.telechat.generation.scheduler import Exchange, Place, Scheduler, choose_each
 
 if TYPE_CHECKING:
     from mindformers.generation import LogitsProcessorList
@@ -66,7 +66,8 @@ class TelechatGenerationMixin(Model):
         batch = _Batch(prompts, self._limits(prompts, config), config.pad_token_id or 0)
         record = _Record(config)
         choose = _ChooseTogether(batch, logits_processor, record) if logits_processor or record.active else choose_each
-        scheduler = Scheduler(self._engine(), Settings(buckets=(len(prompts),), reuse=False, together=True), choose)
+        settings = Settings(slots=len(prompts), buckets=(len(prompts),), reuse=False, together=True)
+        scheduler = Scheduler(self._engine(), settings, choose)
         rng = _random(seed)                                # of all rows, drawn from in their order
         for row, request in enumerate(batch.requests(_sampling(config), config.eos_token_id)):
             scheduler.submit(request, batch.listener(row), rng, batch.tokens[row])
@@ -112,6 +113,15 @@ class TelechatGenerationMixin(Model):
                 more = self._step(scheduler, batch.limits)
                 if batch.lengths[0] > length:                  # a long prompt takes several steps
                     yield batch.newest[0]
+
+    def scheduler(self, settings: Optional[Settings] = None, exchange: Optional[Exchange] = None) -> Scheduler:
+        """A scheduler for many requests at a time, as a server has them; the model stays out of training.
+
+        exchange: of generation/ranks.py, where the model runs in several processes.
+        """
+        self.set_train(False)
+        self._name_phases(settings.slots if settings and settings.together else 1)
+        return Scheduler(self._engine(), settings, exchange=exchange)
 
     def chat(self, tokenizer: object, question: Optional[str] = None, history: Optional[Sequence[dict]] = None,
              generation_config: "GenerationSource" = None, stream: bool = False, query: Optional[str] = None,
@@ -225,6 +235,8 @@ class TelechatGenerationMixin(Model):
                 slot_mapping: Optional[np.ndarray] = None, prefill: Optional[bool] = None, use_past: bool = False,
                 **kwargs: object) -> Any:
         """One step of MindFormers' generator; reads everything again where the rotary rule makes the cache stale."""
+        if use_past:
+            self._forget()                                     # it takes whatever blocks it likes
         if use_past and not prefill and self._cache_is_stale(valid_length_each_example):
             positions = np.arange(input_ids.shape[1])
             size = self.config.block_size
