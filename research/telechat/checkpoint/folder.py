@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Tuple
 
+from research.telechat.checkpoint.foreign import prefix_note, unwrapped
 from research.telechat.checkpoint.reader import BIN_INDEX_NAME, INDEX_NAMES, Checkpoint, open_ckpt, open_safetensors
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.common.files import read_json_object
@@ -22,7 +23,7 @@ def open_official(path: Path, source_format: str = "auto", option: str = "--torc
     option: how the user named it, for messages.
     """
     if path.is_file():
-        return open_files([path], "bin" if path.suffix in (".bin", ".pt", ".pth") else "safetensors")
+        return _without_wrappers(open_files([path], "bin" if path.suffix in (".bin", ".pt", ".pth") else "safetensors"))
     _must_be_folder(path, option)
     found = {"safetensors": _weights(path, "model*.safetensors") or _weights(path, "*.safetensors"),
              "bin": _weights(path, "pytorch_model*.bin") or _weights(path, "*.bin")}
@@ -32,7 +33,7 @@ def open_official(path: Path, source_format: str = "auto", option: str = "--torc
         what = "*.safetensors and no pytorch_model*.bin" if source_format == "auto" else f"*.{source_format}"
         raise CheckpointError(f"{path} holds no {what}; give the folder with the official weights")
     kind = kinds[0]
-    checkpoint = _open_folder(found[kind], indexes[kind], kind)
+    checkpoint = _without_wrappers(_open_folder(found[kind], indexes[kind], kind))
     if len(kinds) > 1:
         checkpoint.notes.append(f"{path} holds safetensors and .bin files; the safetensors are read "
                                 "(--source_format bin reads the others)")
@@ -45,14 +46,14 @@ def open_mindspore(path: Path, option: str = "--mindspore_path") -> Checkpoint:
     option: how the user named it, for messages.
     """
     if path.is_file():
-        return open_files([path], "ckpt" if path.suffix == ".ckpt" else "safetensors")
+        return _without_wrappers(open_files([path], "ckpt" if path.suffix == ".ckpt" else "safetensors"))
     _must_be_folder(path, option)
     if any(entry.is_dir() and entry.name.startswith("rank_") for entry in path.iterdir()):
         raise CheckpointError(f"{path} holds slices of a distributed checkpoint (folders rank_N); merge them into one "
                               "checkpoint first (scripts/transform_checkpoint.py), then name that")
     shards, ckpts = _weights(path, "*.safetensors"), _weights(path, "*.ckpt")
     if shards or _first(path, INDEX_NAMES):
-        checkpoint = _open_folder(shards, _first(path, INDEX_NAMES), "safetensors")
+        checkpoint = _without_wrappers(_open_folder(shards, _first(path, INDEX_NAMES), "safetensors"))
         if ckpts:
             checkpoint.notes.append(f"{path} holds safetensors and .ckpt files; the safetensors are read (name a .ckpt "
                                     "file to read that)")
@@ -60,7 +61,7 @@ def open_mindspore(path: Path, option: str = "--mindspore_path") -> Checkpoint:
     if len(ckpts) != 1:
         names = ", ".join(file.name for file in ckpts) or "none"
         raise CheckpointError(f"{path} must hold *.safetensors or exactly one *.ckpt, found {names}; name the file")
-    return open_files(ckpts, "ckpt")
+    return _without_wrappers(open_files(ckpts, "ckpt"))
 
 
 def layout_of_names(names: Iterable[str]) -> str:
@@ -79,6 +80,19 @@ def open_any(path: Path, source_format: str = "auto") -> Tuple[Checkpoint, str]:
         return open_mindspore(path, "--from"), MINDSPORE
     checkpoint = open_official(path, source_format, "--from")
     return checkpoint, layout_of_names(checkpoint.tensors)
+
+
+def _without_wrappers(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint`, its tensors named without what wrappers have added. Raises CheckpointError."""
+    try:
+        renamed = unwrapped(checkpoint.tensors)
+        if renamed:
+            checkpoint.rename(renamed)
+            checkpoint.notes.append(prefix_note(renamed))
+    except CheckpointError:
+        checkpoint.close()
+        raise
+    return checkpoint
 
 
 def open_files(paths: List[Path], kind: str) -> Checkpoint:
@@ -135,6 +149,9 @@ def _read_index(index: Path) -> Dict[str, str]:
     except ConfigError as err:
         raise CheckpointError(str(err)) from err
     weight_map = data.get("weight_map", data)
+    if isinstance(weight_map, dict):
+        weight_map = {key: value[2:] if isinstance(value, str) and value.startswith("./") else value
+                      for key, value in weight_map.items() if key != "__metadata__"}
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must map names of tensors to names of files; copy or download it "
                               "again")

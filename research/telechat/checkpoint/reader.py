@@ -12,9 +12,11 @@ import json
 import math
 import os
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from research.telechat.checkpoint.foreign import or_else
 from research.telechat.common.errors import CheckpointError
 from research.telechat.common.files import JsonObject, unique_keys
 from research.telechat.common.protobuf import BYTES, VARINT, Data, FileBytes, fields, varint
@@ -66,6 +68,16 @@ class Checkpoint:
                                   "remove one of the two files or repair the folder")
         self.tensors[name] = info
         self._extents[name] = extents
+
+    def rename(self, names: Dict[str, str]) -> None:
+        """Give tensors other names: {name now: name then}, all of them. CheckpointError where two would have one."""
+        twice = [name for name, count in Counter(names.values()).items() if count > 1]
+        if twice:
+            both = " and ".join([old for old, new in names.items() if new == twice[0]][:2])
+            raise CheckpointError(f"{self.files[0]}: {both} are both {twice[0]}, without what wrappers have added; "
+                                  "save the model itself, not its wrapper")
+        self.tensors = {names[name]: info for name, info in self.tensors.items()}
+        self._extents = {names[name]: extents for name, extents in self._extents.items()}
 
     def read_into(self, name: str, start: int, view: memoryview) -> None:
         """Fill `view` (bytes, writable) with the tensor's bytes from `start` on. Thread-safe."""
@@ -134,13 +146,15 @@ def _safetensors_header(path: Path) -> Tuple[int, JsonObject]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-            raise CheckpointError(f"{path} is not a safetensors file, or truncated: it has {size} bytes, and its first "
-                                  f"8 announce a header of {length}; copy or download it again")
+            announced = f"it has {size} bytes, and its first 8 announce a header of {length}"
+            raise CheckpointError(f"{path} is not a safetensors file, or truncated: "
+                                  + or_else(path, f"{announced}; copy or download it again"))
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as err:
-        raise CheckpointError(f"{path}: its safetensors header cannot be read: {err}; {DAMAGED}") from err
+        raise CheckpointError(f"{path}: its safetensors header cannot be read: {or_else(path, f'{err}; {DAMAGED}')}"
+                              ) from err
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its safetensors header must be a JSON object, found {type(header).__name__}; "
                               f"{DAMAGED}")
@@ -208,8 +222,8 @@ def open_ckpt(path: Path) -> Checkpoint:
         if pending is None:
             raise ValueError("no entry")
     except (IndexError, ValueError) as err:
-        raise CheckpointError(f"{path} is not a MindSpore .ckpt file, or truncated or encrypted: no valid entry behind "
-                              f"byte {position} of {size}; copy or save it again") from err
+        reason = or_else(path, f"no valid entry behind byte {position} of {size}; copy or save it again")
+        raise CheckpointError(f"{path} is not a MindSpore .ckpt file, or truncated or encrypted: {reason}") from err
     _add_ckpt_tensor(checkpoint, path, pending, extents)
     return checkpoint
 

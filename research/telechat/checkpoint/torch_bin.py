@@ -6,16 +6,25 @@ back at once, because they count as resident memory of the process.
 import ctypes
 import math
 import mmap
+import re
 from pathlib import Path
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 
+from research.telechat.checkpoint.foreign import or_else
 from research.telechat.checkpoint.reader import DAMAGED, Checkpoint, TensorInfo
 from research.telechat.common.errors import CheckpointError
 from research.telechat.common.files import JsonObject
+from research.telechat.spec.parameters import summarise
 
 _MADV_DONTNEED = 4
+_USUAL_NAMES = ("state_dict", "model_state_dict", "model", "module", "weights", "params", "net", "network")
+_NO_WEIGHTS = ("optimizer", "optimizer_state_dict", "optimizer_states", "optim", "lr_scheduler", "lr_schedulers",
+               "scheduler", "scaler", "rng_state", "callbacks", "hyper_parameters", "args", "loops")
+_DEEPEST = 3                                 # dictionaries in dictionaries that are looked into
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+_GLOBAL = re.compile(r"(?:GLOBAL|[Cc]lass|instance of) (?:<class ')?([A-Za-z_][\w.]*\.\w+)")
 
 
 def import_torch() -> Any:
@@ -46,6 +55,11 @@ class _BinCheckpoint(Checkpoint):
         self.add(name, TensorInfo(code, tuple(tensor.shape), data.nbytes, path), [])
         self._bytes[name], self._mapped[name] = data, mapped
 
+    def rename(self, names: Dict[str, str]) -> None:
+        super().rename(names)
+        self._bytes = {names[name]: data for name, data in self._bytes.items()}
+        self._mapped = {names[name]: mapped for name, mapped in self._mapped.items()}
+
     def read_into(self, name: str, start: int, view: memoryview) -> None:
         part = self._bytes[name][start:start + view.nbytes]
         if part.nbytes != view.nbytes:
@@ -74,16 +88,71 @@ def open_bin(paths: Sequence[Path]) -> Checkpoint:
     torch = import_torch()
     checkpoint = _BinCheckpoint(paths)
     for path in paths:
-        state, mapped = _load(torch, path)
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise CheckpointError(f"{path} holds {type(state).__name__}, not a dictionary of tensors; give the weights "
-                                  "themselves, as official checkpoints hold them")
+        content, mapped = _load(torch, path)
+        state, notes = _weights_in(torch, content, path)
+        checkpoint.notes.extend(notes)
         for name, tensor in state.items():
-            checkpoint.add_tensor(str(name), tensor, path, mapped)
+            checkpoint.add_tensor(name, tensor, path, mapped)
         if not mapped:
             checkpoint.notes.append(f"{path.name} has the format of PyTorch before 1.6, which cannot be mapped: it is "
                                     "held in memory as a whole")
     return checkpoint
+
+
+def _weights_in(torch: Any, content: Any, path: Path) -> Tuple[Dict[str, Any], List[str]]:
+    """(the dictionary of tensors in a .bin's content, lines for the user). Raises CheckpointError.
+
+    It may stand among other things (`{"state_dict": ..., "epoch": 3}`), or have entries that are no tensors.
+    """
+    found = list(_dictionaries(torch, content, ()))
+    if not found:
+        raise CheckpointError(f"{path} holds {_described(torch, content)}, and no dictionary of tensors; save the "
+                              "weights themselves, as official checkpoints hold them: torch.save(model.state_dict(), "
+                              "file)")
+    if len(found) > 1:
+        usual = [one for one in found if one[0][-1:] and one[0][-1] in _USUAL_NAMES]
+        if len(usual) != 1:
+            places = ", ".join(f"{_place(at)} with {count} tensors" for at, _, count in found)
+            raise CheckpointError(f"{path} holds several dictionaries of tensors ({places}); save the one that is the "
+                                  "model's weights alone")
+        found = usual
+    at, state, _ = found[0]
+    notes = []
+    others = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        notes.append(f"{path.name}: left out, as they are no tensors: {summarise(others)}")
+    if at:
+        beside = [str(name) for name in content if name != at[0]]
+        notes.append(f"{path.name}: the weights are those in {_place(at)}"
+                     + (f"; left out: {summarise(beside)}" if beside else ""))
+    return {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}, notes
+
+
+def _dictionaries(torch: Any, content: Any, at: Tuple[str, ...]) -> Iterator[Tuple[Tuple[str, ...], Any, int]]:
+    """(where, dictionary, number of tensors) of all dictionaries from names to tensors in `content`."""
+    if not isinstance(content, dict):
+        return
+    tensors = sum(isinstance(value, torch.Tensor) and isinstance(name, str) for name, value in content.items())
+    dictionaries = {name: value for name, value in content.items() if isinstance(value, dict)}
+    if tensors and tensors >= len(dictionaries):
+        yield at, content, tensors
+    elif len(at) < _DEEPEST:
+        for name, value in dictionaries.items():
+            if isinstance(name, str) and name not in _NO_WEIGHTS:
+                yield from _dictionaries(torch, value, (*at, name))
+
+
+def _place(at: Tuple[str, ...]) -> str:
+    return "".join(f"[{name!r}]" for name in at) or "the file itself"
+
+
+def _described(torch: Any, content: Any) -> str:
+    """What a .bin's content is, in a few words."""
+    if isinstance(content, torch.Tensor):
+        return f"one tensor of shape {list(content.shape)}"
+    if isinstance(content, dict):
+        return f"a dictionary of {summarise([f'{name} ({type(value).__name__})' for name, value in content.items()])}"
+    return f"an object of type {type(content).__name__}"
 
 
 def _load(torch: Any, path: Path) -> Any:
@@ -93,9 +162,15 @@ def _load(torch: Any, path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped), zipped
     except Exception as err:                              # torch raises many types for files that are not its own
-        reason = " ".join(str(err).split())[:200] or type(err).__name__
-        raise CheckpointError(f"{path} cannot be read as a PyTorch .bin of weights: {reason}; it is damaged, or holds "
-                              "more than tensors: copy or download it again") from err
+        text = " ".join(_ESCAPES.sub("", str(err)).split())
+        kind = _GLOBAL.search(text)
+        if kind:
+            raise CheckpointError(f"{path} holds an object of {kind[1]}, which is not read, as that could run code "
+                                  "from the file; load it where you trust it and save the weights alone: "
+                                  "torch.save(model.state_dict(), file)") from err
+        reason = or_else(path, f"{text[:200] or type(err).__name__}; it is damaged, or holds more than tensors: copy "
+                               "or download it again")
+        raise CheckpointError(f"{path} cannot be read as a PyTorch .bin of weights: {reason}") from err
 
 
 def save_bin(path: Path, buffers: Dict[str, np.ndarray], codes: Dict[str, str], shapes: JsonObject) -> None:
