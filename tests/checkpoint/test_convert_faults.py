@@ -55,7 +55,7 @@ FAULTS = {
     "shard missing, no index": (lambda d: ((d / SHARD).unlink(), (d / INDEX).unlink()), ["number 2 is missing"]),
     "shard truncated": (lambda d: os.truncate(d / SHARD, 2000), [SHARD, "truncated", "download it again"]),
     "shard cut in its header": (lambda d: os.truncate(d / SHARD, 40), [SHARD, "truncated"]),
-    "shard empty": (lambda d: os.truncate(d / SHARD, 0), [SHARD, "0 bytes"]),
+    "shard empty": (lambda d: os.truncate(d / SHARD, 0), [SHARD, "it is empty"]),
     "shard of zeros": (lambda d: (d / SHARD).write_bytes(bytes(500)), [SHARD, "cannot be read"]),
     "shard of text": (lambda d: (d / SHARD).write_text("<html>not found</html>" * 9), [SHARD, "not a safetensors"]),
     "index not json": (lambda d: (d / INDEX).write_text("{"), [INDEX, "not valid JSON"]),
