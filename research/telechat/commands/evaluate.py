@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, List, Optional
 from research.telechat.common.command import run_command
 from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import JsonObject, prepare_log
+from research.telechat.common.files import JsonObject, prepare_log, read_json_object, refuse_foreign
+from research.telechat.common.lock import output_lock
 from research.telechat.common.printable import printable
 from research.telechat.common.versions import fitting_versions
 from research.telechat.evaluation.report import (
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system", help="system prompt, with --apply_chat_template")
     add("--seed", type=int, default=1234, help="of the choice of examples, and of sampling")
     add("--output", default="output/evaluation.json", help="report; the chart gets the same name with .png")
+    add("--overwrite", action="store_true", help="replace --output even if this command did not write it")
     add("--samples", action="store_true", help="write every question with its answer, too")
     add("--use_parallel", type=str2bool, help="run as one of several processes (msrun)")
     add("--auto_trans_ckpt", type=str2bool, help="cut a complete checkpoint for the parallel plan")
@@ -89,6 +91,7 @@ def check(args: argparse.Namespace) -> List[str]:
     output = Path(args.output)
     if output.is_dir() or output.suffix != ".json":
         raise ConfigError(f"--output: expected the name of a .json file, found {args.output}")
+    refuse_foreign([output], is_report, args.overwrite)
     if args.data_only:
         return names
     if not args.config:
@@ -102,6 +105,14 @@ def check(args: argparse.Namespace) -> List[str]:
         raise ConfigError(f"--load_checkpoint: {args.load_checkpoint} does not exist; convert the official weights "
                           "first (research/telechat/convert_weight_torch_to_ms.py)")
     return names
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report of this command."""
+    try:
+        return {"checkpoint", "tokenizer_sha256", "recipe"} <= read_json_object(path, "report").keys()
+    except ConfigError:
+        return False
 
 
 def read_texts(path: Path) -> List[str]:
@@ -215,7 +226,8 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     print(printable(text), flush=True)
     for note, count in report.get("notes", {}).items():
         print(f"note: {count} {note}")
-    written = write(Path(args.output), report, rows, samples)
+    with output_lock(Path(args.output)):
+        written = write(Path(args.output), report, rows, samples)
     print("written: " + ", ".join(map(str, written)), flush=True)
     return 0
 

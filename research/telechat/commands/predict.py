@@ -21,7 +21,8 @@ from research.telechat.chat.session import Session
 from research.telechat.common.command import run_command
 from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import JsonObject, prepare_log
+from research.telechat.common.files import JsonObject, prepare_log, refuse_foreign
+from research.telechat.common.lock import output_lock
 from research.telechat.common.printable import one_line, printable
 from research.telechat.common.versions import fitting_versions
 from research.telechat.recipe.options import or_none, overrides_of, parse_further, str2bool
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tools_file", help="JSON list of tools that the model may call (TeleChat2)")
     add("--generation_config", default="", help="generation_config.json, or the folder that holds it")
     add("--output_file", default="", help="JSON lines of the answers; default: telechat_predict.jsonl in output_dir")
+    add("--overwrite", action="store_true", help="replace --output_file even if this command did not write it")
     add("--output_dir", help="folder of logs and results")
     add("--max_new_tokens", type=int, help="tokens of an answer")
     add("--do_sample", type=str2bool, help="sample; else the likeliest token")
@@ -140,15 +142,24 @@ def answer_file(session: Session, questions: List[Question], args: argparse.Name
     return failed
 
 
+def is_answers(path: Path) -> bool:
+    """Whether a file is one of answers, as this command writes them."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            record = json.loads(file.readline())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and "line" in record and bool({"output", "error"} & record.keys())
+
+
 @contextlib.contextmanager
 def _lines(path: Path, active: bool) -> Iterator[Callable[[JsonObject], None]]:
     """A function that writes a record as a line. The file appears under its name when all is done, or interrupted."""
     if not active:
         yield lambda record: None
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
+    with output_lock(path), part.open("w", encoding="utf-8") as file:
         def write(record: JsonObject) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
@@ -179,6 +190,9 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
         from research.telechat.text.renderer import Renderer, choose_template
     config, tokenizer = prepare_prediction(args.yaml_file, overrides, args.vocab_file_path)
     template = choose_template(tokenizer.vocab, model_config(config).chat_template)
+    output = Path(args.output_file or Path(config.output_dir) / "telechat_predict.jsonl")
+    if not args.interactive and rank() == 0:
+        refuse_foreign([output], is_answers, args.overwrite)
     renderer = Renderer(template, tokenizer.vocab, start_token=args.start_token,
                         user_token=args.user_token, bot_token=args.bot_token, end_token=args.end_token)
     changes = {key: getattr(args, key) for key in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p",
@@ -195,7 +209,6 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
         Terminal(lambda messages, seed: session.pieces(messages, tools, seed), lambda: session.report, sys.stdout,
                  args.system, args.seed).run(ask)
         return 0
-    output = Path(args.output_file or Path(config.output_dir) / "telechat_predict.jsonl")
     first = rank() == 0
     failed = answer_file(session, questions, args, tools, output, first)
     if first:

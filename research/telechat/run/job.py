@@ -3,6 +3,7 @@
 Sets the recipe's keys, adapts it to the device, checks what can be checked before anything is built, and starts
 MindFormers' Trainer. It computes nothing itself.
 """
+import contextlib
 import os
 from pathlib import Path
 from typing import List, Optional, Tuple
@@ -15,9 +16,10 @@ from mindformers.trainer import Trainer
 
 from research.telechat import telechat, telechat_config, telechat_tokenizer, telechat_tokenizer_fast
 from research.telechat.bridge.compat import apply_template, prepare_cpu, set_output_path
-from research.telechat.common.environment import cores, workers
+from research.telechat.common.environment import cores, rank, workers
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
+from research.telechat.common.lock import output_lock
 from research.telechat.recipe import master_weights
 from research.telechat.recipe.legacy import translate
 from research.telechat.recipe.read import set_key
@@ -175,9 +177,19 @@ def run(recipe: JsonObject, overrides: JsonObject, register_path: Optional[str] 
         raw: leave prompts as they are instead of writing them as the model's template demands.
 
     Raises:
-        ConfigError: anything about recipe, checkpoint or data that can be told before the model is built.
+        ConfigError: anything about recipe, checkpoint or data that can be told before the model is built; another
+            training writes into the same output folder.
     """
     config = prepare_recipe(recipe, overrides)
+    with contextlib.ExitStack() as stack:
+        if config.run_mode in ("train", "finetune") and rank() == 0:
+            stack.enter_context(output_lock(Path(str(config.output_dir)), folder=True))
+        _carry_out(config, register_path, predict_data, raw)
+
+
+def _carry_out(config: MindFormerConfig, register_path: Optional[str], predict_data: Optional[List[str]], raw: bool
+               ) -> None:
+    """`run`, once the recipe is complete and the output folder is ours."""
     limit_readers(config)
     training = config.run_mode in ("train", "finetune")
     base = settle_with_checkpoint(config)
