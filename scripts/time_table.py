@@ -42,8 +42,8 @@ def table() -> str:
     found = fit(points)
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "",
                       f"Constants: {found.matrix:.0%} of 313 TFLOP/s in matrix products, {found.attention:.0%} in "
-                      f"flash attention, {found.memory:.0%} of 1.6 TB/s memory bandwidth, {found.links:.0%} of the links "
-                      "(28 GB/s between two cards of a machine, 25 GB/s of a network port), "
+                      f"flash attention, {found.memory:.0%} of 1.6 TB/s memory bandwidth, {found.links:.0%} of the "
+                      "links (28 GB/s between two cards of a machine, 25 GB/s of a network port), "
                       f"{found.latency * 1e6:.0f} µs for each collective and each pass of a layer."])
 
 

@@ -6,7 +6,7 @@ from vocab_fixtures import train_sentencepiece
 
 from research.telechat.chat.session import Session, parse_tool_calls
 from research.telechat.chat.stream import Piece, ThinkFilter
-from research.telechat.evaluation.answers import AllStopped, Answers
+from research.telechat.evaluation.answers import Answer
 from research.telechat.text.renderer import Renderer, get_template
 from research.telechat.text.vocab import Vocab
 
@@ -79,8 +79,9 @@ def test_calls_are_read_from_tokens_and_text(vocab):
 def test_answers_of_an_evaluation_are_without_reasoning(vocab):
     renderer = Renderer(get_template("telechat2_think"), vocab)
     prompt = renderer.prompt(USER)
-    answers = Answers(vocab, [prompt], {renderer.end_id}, ["\n\n"], renderer.kept_ids, thinking=True)
-    with pytest.raises(AllStopped):
-        for token in [prompt, *vocab.encode("so\n\nso\n</think>\n\n42"), renderer.end_id]:
-            answers.put(token)
-    assert answers.texts == ["42"]
+    answer = Answer(vocab, prompt, {renderer.end_id}, ["\n\n"], renderer.kept_ids, thinking=True)
+    for token in [*vocab.encode("so\n\nso\n</think>\n\n42"), renderer.end_id]:
+        assert not answer.stopped
+        answer.add(token)
+    answer.close()
+    assert answer.text == "42"

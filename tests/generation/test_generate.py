@@ -67,6 +67,9 @@ def test_mindformers_own_loop_gives_the_same(models, is_dynamic):
     expected = [reference_answer(HF_CONFIGS["telechat2_gqa"], weights, prompt, 10) for prompt in PROMPTS[:2]]
     model._step_engine = FrameworkEngine(model)
     assert answers(model, PROMPTS[:2], max_new_tokens=10) == expected
+    left = [[3] * (9 - len(prompt)) + prompt for prompt in PROMPTS[:2]]
+    assert [ids[9:] for ids in answers(model, left, max_new_tokens=10)] == [
+        ids[len(prompt):] for ids, prompt in zip(expected, PROMPTS)]
     padded = [prompt + [3] * (9 - len(prompt)) for prompt in PROMPTS[:2]]
     theirs = GenerationMixin.generate(model, padded, max_new_tokens=10, do_sample=False, eos_token_id=[-1])
     assert [list(ids) for ids in theirs] == expected

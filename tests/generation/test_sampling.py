@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.telechat.common.errors import ConfigError
-from research.telechat.generation.batch import Row, check_room, read_prompts
+from research.telechat.generation.batch import Row, check_room, padding_before, read_prompts
 from research.telechat.generation.requests import Request
 from research.telechat.generation.sampling import Sampling, adjust, candidates, choose
 
@@ -81,8 +81,11 @@ def test_senseless_settings_are_named(field, value):
 
 
 def test_prompts_lose_their_padding():
-    prompts = read_prompts([[5, 6, 3, 3], [3, 7, 8, 9]], 3, 10)
-    assert [list(prompt) for prompt in prompts] == [[5, 6], [3, 7, 8, 9]]
+    ids = [[5, 6, 3, 3], [3, 3, 8, 9], [3, 7, 3, 3], [4, 5, 6, 7]]
+    assert [list(prompt) for prompt in read_prompts(ids, 3, 10)] == [[5, 6], [8, 9], [7], [4, 5, 6, 7]]
+    assert padding_before(ids, 3) == padding_before(np.array(ids), 3) == [0, 2, 1, 0]
+    assert padding_before(ids, None) == padding_before(ids, 3, 3) == [0, 0, 0, 0]
+    assert [list(prompt) for prompt in read_prompts(ids[:2], 3, 10, 3)] == [[5, 6], [3, 3, 8, 9]]  # bos
     assert [list(prompt) for prompt in read_prompts([[5], [6, 7]], 3, 10)] == [[5], [6, 7]]
     assert [list(prompt) for prompt in read_prompts(np.array([4, 5]), None, 10)] == [[4, 5]]
 

@@ -128,6 +128,34 @@ def test_history_gives_way_before_the_system_prompt(vocabs):
         renderer.prompt(messages, limit=3)
 
 
+@pytest.mark.parametrize("name", ["12b", "telechat2"])
+def test_histories_that_do_not_alternate_are_written_by_role(vocabs, name):
+    """As the official chat does: a question without answer, an answer without question, several of either in a row."""
+    vocab = vocabs[name]
+    renderer = Renderer(get_template("telechat" if name == "12b" else "telechat2"), vocab)
+    head = renderer.prompt([user("x")])
+    head = head[:head.index(renderer.user_id)]
+    separator = list(vocab.encode(renderer.template.separator)) if renderer.template.separator else []
+    for number, roles in enumerate(["u", "uu", "bu", "buu", "ubbu", "uubu", "bbuuu", "ububu", "ubuubbu"]):
+        messages = [user(f"q{place}") if role == "u" else bot(f"a{place}") for place, role in enumerate(roles)]
+        expected = list(head)
+        for place, role in enumerate(roles):
+            text = vocab.encode(f"{'q' if role == 'u' else 'a'}{place}")
+            expected += [renderer.user_id, *text] if role == "u" else [
+                renderer.bot_id, *text, renderer.end_id, *separator]
+        assert renderer.prompt(messages) == [*expected, renderer.bot_id], roles
+        if "uu" in roles or roles.startswith("b"):
+            with pytest.raises(ConversationError, match=r"expected (user|bot)"):
+                renderer.render([*messages, bot("end")])
+        short = renderer.fit_prompt(messages, limit=len(expected))
+        assert len(short.ids) <= len(expected) and short.dropped_turns + short.cut_tokens > 0, number
+
+
+def test_a_system_prompt_before_an_answer_goes_to_the_first_question(vocabs):
+    renderer = Renderer(get_template("telechat"), vocabs["12b"], system_policy="prepend")
+    assert renderer.prompt([system("s"), bot("a"), user("q")]) == renderer.prompt([bot("a"), user("s\nq")])
+
+
 # Mistakes
 
 @pytest.mark.parametrize("messages,words", [

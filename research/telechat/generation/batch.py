@@ -11,30 +11,44 @@ from research.telechat.generation.sampling import Random
 PREFILL_TOKENS = 256                   # prompts are read together up to so many tokens: attention is over all pairs
 
 
-def read_prompts(input_ids: Any, pad_token_id: Optional[int], vocab_size: int) -> List[np.ndarray]:
-    """Prompts as int32 arrays without the padding at their end.
+def read_prompts(input_ids: Any, pad_token_id: Optional[int], vocab_size: int,
+                 bos_token_id: Optional[int] = None) -> List[np.ndarray]:
+    """Prompts as int32 arrays without the padding at either end.
 
-    input_ids: token ids of one prompt, or a list of prompts, of equal length (padded on the right) or not.
+    input_ids: token ids of one prompt, or a list of prompts, of equal length (padded on either side) or not.
+    bos_token_id: where it is pad_token_id, what begins with it is no padding.
 
     Raises:
         ConfigError: no ids, an empty prompt, or an id that the model's vocabulary does not have.
     """
-    if isinstance(input_ids, np.ndarray) or not isinstance(input_ids, (list, tuple)):
-        input_ids = np.asarray(input_ids).tolist()
-    rows = input_ids if input_ids and isinstance(input_ids[0], (list, tuple, np.ndarray)) else [input_ids]
     prompts = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_rows(input_ids)):
         ids = np.asarray(row)
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
             raise ConfigError(f"prompt {number}: expected a list of token ids, found {str(row)[:80]}")
         if pad_token_id is not None:
             kept = np.flatnonzero(ids != pad_token_id)
-            ids = ids[:kept[-1] + 1 if kept.size else 0]
+            first = 0 if pad_token_id == bos_token_id or not kept.size else kept[0]
+            ids = ids[first:kept[-1] + 1 if kept.size else 0]
         if not ids.size:
             raise ConfigError(f"prompt {number} is empty (or holds nothing but padding); give it one token at least")
         check_tokens(ids, vocab_size, f"prompt {number}")
         prompts.append(ids.astype(np.int32))
     return prompts
+
+
+def padding_before(input_ids: Any, pad_token_id: Optional[int], bos_token_id: Optional[int] = None) -> List[int]:
+    """Tokens of padding in front of each prompt of `read_prompts`, which the result of a generation keeps."""
+    if pad_token_id is None or pad_token_id == bos_token_id:
+        return [0 for _ in _rows(input_ids)]
+    return [int(np.argmax(np.asarray(row) != pad_token_id)) for row in _rows(input_ids)]
+
+
+def _rows(input_ids: Any) -> List[Any]:
+    """One list or array of ids for each prompt."""
+    if isinstance(input_ids, np.ndarray) or not isinstance(input_ids, (list, tuple)):
+        input_ids = np.asarray(input_ids).tolist()
+    return list(input_ids) if input_ids and isinstance(input_ids[0], (list, tuple, np.ndarray)) else [input_ids]
 
 
 def check_tokens(ids: np.ndarray, vocab_size: int, what: str) -> None:

@@ -20,7 +20,7 @@ from mindspore import Tensor
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.tokens import end_tokens
-from research.telechat.generation.batch import check_room, read_prompts
+from research.telechat.generation.batch import check_room, padding_before, read_prompts
 from research.telechat.generation.engine import DirectEngine, FrameworkEngine
 from research.telechat.generation.passes import Settings
 from research.telechat.generation.requests import Event, Request, Token
@@ -46,7 +46,8 @@ class TelechatGenerationMixin(Model):
         """Answers to prompts.
 
         Args:
-            input_ids: token ids of one prompt or of several, of equal length (padded on the right) or not.
+            input_ids: token ids of one prompt or of several, of equal length (padded on either side) or not. Padding
+                behind a prompt is left out of the result, padding in front of it stays there.
             generation_config: settings; None: those of the model's config.
             logits_processor: MindFormers' LogitsProcessorList, applied after the repetition penalty.
             streamer: its `put` gets the prompts, then every new token; then `end` is called.
@@ -62,7 +63,7 @@ class TelechatGenerationMixin(Model):
         config = self._generation_config(generation_config, kwargs)
         if self._needs_framework(config, kwargs):
             return super().generate(input_ids, generation_config, logits_processor, streamer, seed, **kwargs)
-        prompts = read_prompts(input_ids, config.pad_token_id, self.config.vocab_size)
+        prompts = read_prompts(input_ids, config.pad_token_id, self.config.vocab_size, config.bos_token_id)
         batch = _Batch(prompts, self._limits(prompts, config), config.pad_token_id or 0)
         record = _Record(config)
         choose = _ChooseTogether(batch, logits_processor, record) if logits_processor or record.active else choose_each
@@ -86,7 +87,9 @@ class TelechatGenerationMixin(Model):
         seconds, new = time.time() - started, int((batch.lengths - batch.prompt_lengths).sum())
         logger.info("total time: %s s; generated tokens: %s tokens; generate speed: %s tokens/s", seconds, new,
                     new / seconds)
-        sequences = batch.sequences()
+        before = padding_before(input_ids, config.pad_token_id, config.bos_token_id)
+        sequences = [np.concatenate([np.full(count, config.pad_token_id, np.int32), sequence]) if count else sequence
+                     for count, sequence in zip(before, batch.sequences())]
         return record.output(sequences) if config.return_dict_in_generate else sequences
 
     def stream(self, input_ids: Sequence[int], generation_config: Optional[GenerationConfig] = None,

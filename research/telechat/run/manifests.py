@@ -86,7 +86,8 @@ def _files_to_load(config: MindFormerConfig) -> List[Path]:
 def check_hashes(config: MindFormerConfig) -> None:
     """Hold checkpoint and data sets against their hashes, once for each machine, unless `check_hashes` is False.
 
-    This key and those of run/published.py are taken out of `config`. Raises ConfigError: a file is not as it was written.
+    This key and those of run/published.py are taken out of `config`. Raises ConfigError: a file has changed since it
+    was written.
     """
     for key in (CONFLICT, MEANING):
         config.pop(key, None)

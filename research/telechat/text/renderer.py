@@ -222,10 +222,14 @@ class Renderer:
 
     class _Turns(NamedTuple):
         system: Optional[str]
-        turns: List[List[Message]]           # each: user or tools, then bot (none in the last turn of a prompt)
+        turns: List[List[Message]]           # each: user or tools, then bot; in a prompt one of them may be missing
 
     def _turns(self, messages: Sequence[MessageLike], tools: Tools, last: str) -> "Renderer._Turns":
-        """Check the order of roles and group the messages into turns."""
+        """Check the order of roles and group the messages into turns.
+
+        In a prompt a question may lack its answer, and an answer its question, as in the official chat, which writes
+        every message by its role; training wants them in turn.
+        """
         if tools and self.template.tools_block is None:
             raise ConversationError(f"the template {self.template.name} has no place for tools; {_NO_TOOLS}")
         checked = [to_message(message, number) for number, message in enumerate(messages, 1)]
@@ -238,13 +242,13 @@ class Renderer:
                     raise ConversationError(f"message {number}: a system prompt after other messages; it must be the "
                                             "first")
                 system = message.content
-            elif message.role == BOT:
-                if before in (None, SYSTEM, BOT):
+            elif message.role == BOT and before in (None, SYSTEM, BOT):
+                if last == BOT:
                     raise ConversationError(f"message {number}: bot after {before or 'nothing'}; expected user")
+                turns.append([message])
+            elif message.role == BOT or (message.role == TOOL and before == TOOL):
                 turns[-1].append(message)
-            elif message.role == TOOL and before == TOOL:
-                turns[-1].append(message)
-            elif before in (USER, TOOL) or (message.role == TOOL and before != BOT):
+            elif (before in (USER, TOOL) and last == BOT) or (message.role == TOOL and before != BOT):
                 expected = "user" if before in (None, SYSTEM) else "bot"
                 raise ConversationError(f"message {number}: {message.role} after {before or 'nothing'}; expected "
                                         f"{expected}")
@@ -264,8 +268,8 @@ class Renderer:
                 raise ConversationError(f"the template {self.template.name} has no place for a system prompt; "
                                         "leave it out, or choose a system policy other than error")
             if self.system_policy == "prepend" and system:
-                first = turns[0][0]
-                turns[0][0] = first._replace(content=f"{system.rstrip()}\n{first.content}")
+                turn = next(turn for turn in turns if turn[0].role != BOT)
+                turn[0] = turn[0]._replace(content=f"{system.rstrip()}\n{turn[0].content}")
             system = None
         return Renderer._Turns(system, turns)
 
@@ -303,7 +307,8 @@ class Renderer:
     def _turn(self, turn: List[Message], training: bool = False, last: bool = False) -> List[Span]:
         """One turn with markers as ids. last: of a conversation to be trained, whose answer begins with reasoning."""
         user, bot, end = self._marker_spans
-        spans = [user, *self._stretches(self._question_parts(turn, training))]
+        asked = turn[0].role != BOT
+        spans = [user, *self._stretches(self._question_parts(turn, training))] if asked else []
         if turn[-1].role == BOT:
             thinks = self.template.think_start is not None
             train = turn[-1].train and training and (last or not thinks)
@@ -373,14 +378,16 @@ class Renderer:
         if self.as_text:
             parts = []
             for turn in turns:
-                parts += [(self.template.user, False), (self._question(turn), True)]
+                if turn[0].role != BOT:
+                    parts += [(self.template.user, False), (self._question(turn), True)]
                 if turn[-1].role == BOT:
                     parts += [(self.template.bot, False), (answer_text(turn[-1]), True),
                               (self._text_end, False)]
             return self._encode(self._guarded(parts + ([(self.template.bot, False)] if bot else [])))
         spans = []
         for number, turn in enumerate(turns):
-            spans += ([Span(separator)] if number else []) + self._turn(turn)
+            answered = number and turns[number - 1][-1].role == BOT
+            spans += ([Span(separator)] if answered else []) + self._turn(turn)
         return self._encode(spans + ([marker_span(self.bot_id), *self._opening_spans] if bot else []))
 
     def _encode(self, spans: List[Span]) -> List[int]:
