@@ -11,7 +11,7 @@ from research.telechat.data.encoding import Encoder
 from research.telechat.data.records import parse_record
 from research.telechat.data.report import Report, format_report
 from research.telechat.data.sources import Chunk
-from research.telechat.text.messages import answer_text
+from research.telechat.text.calls import answer_text
 from research.telechat.text.renderer import BOT, SYSTEM, USER, Renderer, get_template
 from research.telechat.text.vocab import Vocab
 

@@ -16,6 +16,7 @@ from research.telechat.chat.interrupt import Tokens
 from research.telechat.chat.stream import Piece, StopFilter, ThinkFilter
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
+from research.telechat.text.calls import read_parameters
 from research.telechat.text.messages import Tools
 from research.telechat.text.renderer import BOT, TOOL, USER, Renderer
 from research.telechat.text.vocab import IncrementalDecoder, Vocab
@@ -228,12 +229,14 @@ class ToolCalls(NamedTuple):
     faults: List[str]                # calls that are no JSON object with name and arguments, and why
 
 
-def parse_tool_calls(answer: Union[str, Sequence[int]], vocab: Optional[Vocab] = None) -> ToolCalls:
+def parse_tool_calls(answer: Union[str, Sequence[int]], vocab: Optional[Vocab] = None, tools: Tools = None
+                     ) -> ToolCalls:
     """The calls in an answer: objects with name and arguments between <tool_call> and </tool_call>.
 
     The answer is text, or token ids of `vocab`, in which the two markers are single tokens or text.
 
     They are JSON or, as in a sixth of the official examples, Python literals; arguments may be text that holds either.
+    Coder's form is read as well (text/calls.py), where `tools` tell which values are texts.
     """
     if not isinstance(answer, str):
         if vocab is None:
@@ -248,6 +251,8 @@ def parse_tool_calls(answer: Union[str, Sequence[int]], vocab: Optional[Vocab] =
             faults.append(f"call {number} has no </tool_call>: the answer was cut")
             continue
         call = _literal(body)
+        if call is None:
+            call = read_parameters(body, tools)
         if not isinstance(call, dict):
             faults.append(f"call {number} is no JSON object: {body[:80]}")
             continue

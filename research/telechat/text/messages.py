@@ -166,23 +166,13 @@ _BLOCK = re.compile(r"(<tool_call>)(\s*\{.*?\}\s*)(</tool_call>)", re.DOTALL)
 _RESPONSE = re.compile(r"(<tool_response>)(\n.*?\n)(</tool_response>)(\n?)", re.DOTALL)
 
 
-def answer_parts(message: Message, separator: str = "\n", blocks: bool = False) -> Parts:
-    """A bot's message in parts (text, whether it is a marker): its content, then its tool calls.
+def content_parts(message: Message, blocks: bool = False) -> Parts:
+    """A bot's content in parts (text, whether it is a marker).
 
-    separator: between content and the first call. blocks: calls that the content writes out itself, as the answer of a
-    model and official data do, have markers, too.
+    blocks: calls that the content writes out itself, as the answer of a model and official data do, have markers.
     """
     pieces = _BLOCK.split(message.content) if blocks else [message.content]
-    parts = [(piece, index % 4 in (1, 3)) for index, piece in enumerate(pieces)]
-    for number, call in enumerate(message.calls):
-        parts += [("\n" if number else separator if message.content else "", False), ("<tool_call>", True),
-                  (f"\n{call}\n", False), ("</tool_call>", True)]
-    return parts
-
-
-def answer_text(message: Message, separator: str = "\n") -> str:
-    """A bot's message as the text that it is trained on: its content, then its tool calls."""
-    return "".join(text for text, _ in answer_parts(message, separator))
+    return [(piece, index % 4 in (1, 3)) for index, piece in enumerate(pieces)]
 
 
 def response_parts(text: str) -> Parts:

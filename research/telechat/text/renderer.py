@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import FrozenSet, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat.common.errors import ConfigError, ConversationError
+from research.telechat.text.calls import JSON, answer_parts, answer_text, result_parts
 from research.telechat.text.messages import (
     BOT,
     SYSTEM,
@@ -25,8 +26,6 @@ from research.telechat.text.messages import (
     Message,
     MessageLike,
     Tools,
-    answer_parts,
-    answer_text,
     json_text,
     response_parts,
     to_message,
@@ -90,6 +89,8 @@ class Renderer:
         self._inner = {piece: vocab.markers[piece] for piece in (*TOOL_MARKERS, *THINK_MARKERS)
                        if piece in vocab.markers}
         self._inner_pattern = re.compile("(" + "|".join(map(re.escape, self._inner)) + ")")
+        self._observation = marker_span(self._marker("observation", template.observation)
+                                        if template.observation else self.user_id)
         self._opening_spans = self._stretches([(template.think_start, True)]) if template.think_start else []
         self._opening = 1
         self._marker_spans = marker_span(self.user_id), marker_span(self.bot_id), Span((self.end_id,), loss=True)
@@ -146,7 +147,8 @@ class Renderer:
                 spans.append(Span(separator))
             starts.append(len(spans))
             last = number == len(turns.turns) - 1
-            spans += self._text_turn(turn, last) if self.as_text else self._turn(turn, True, last)
+            spans += self._text_turn(turn, last) if self.as_text else self._turn(
+                turn, True, last, number >= _last_question(turns.turns))
         return Plan(spans, starts, len(separator))
 
     def conversations(self, messages: Sequence[Message]) -> List[List[Message]]:
@@ -282,6 +284,8 @@ class Renderer:
         head = [Span((self.start_id,))] if self.start_id is not None else []
         if system is not None and self.system_id is not None:
             return head + self._system_spans(system, tools), self._separator
+        if template.bare_system:
+            return [*head, marker_span(self.system_id)], self._separator
         if self._prompt_start is None:
             return head, self._separator
         return head or [Span((self._prompt_start,))], ()
@@ -297,31 +301,38 @@ class Renderer:
         elif tools:
             lines = tools if isinstance(tools, str) else "\n".join(json_text(tool) for tool in tools)
             before, _, after = block.partition("{tools}")
-            text = system if self.template.default_for == "always" else system.rstrip("\n")
+            kept = self.template.default_for == "always" or self.template.bare_system
+            text = system if kept else system.rstrip("\n")
             parts = [(text, False), (before.format(), True), (lines, False), (after.format(), True)]
         else:
             parts.append((self.template.system_end, False))
         spans = [marker_span(self.system_id), *self._stretches(parts)]
         return [*spans, Span(self._separator)] if self.template.system_separator else spans
 
-    def _turn(self, turn: List[Message], training: bool = False, last: bool = False) -> List[Span]:
-        """One turn with markers as ids. last: of a conversation to be trained, whose answer begins with reasoning."""
+    def _turn(self, turn: List[Message], training: bool = False, last: bool = False, current: bool = False
+              ) -> List[Span]:
+        """One turn with markers as ids. last: of a conversation to be trained, whose answer begins with reasoning.
+        current: no other question comes behind it."""
         user, bot, end = self._marker_spans
+        opening = user if turn[0].role == USER else self._observation
         asked = turn[0].role != BOT
-        spans = [user, *self._stretches(self._question_parts(turn, training))] if asked else []
+        spans = [opening, *self._stretches(self._question_parts(turn, training))] if asked else []
         if turn[-1].role == BOT:
             thinks = self.template.think_start is not None
             train = turn[-1].train and training and (last or not thinks)
-            answer = self._stretches(answer_parts(turn[-1], self.template.call_separator, bool(self._inner)), train)
-            if thinks and last:
+            reasoned = last or (current and self.template.keeps_reasoning and bool(turn[-1].reasoning))
+            start = "" if thinks and reasoned else self.template.answer_start
+            parts = answer_parts(turn[-1], self.template.call_separator, bool(self._inner), self.template.call_form)
+            answer = self._stretches([(start, True), *parts], train)
+            if thinks and reasoned:
                 answer = self._reasoned(turn[-1], answer, train)
             spans += [bot, *answer, end if train else end._replace(loss=False)]
         return spans
 
     def _reasoned(self, message: Message, answer: List[Span], train: bool) -> List[Span]:
         """An answer behind its reasoning. Without reasoning what opens and closes it is context."""
-        before = self._stretches([(message.reasoning, False), (self.template.think_end, True)],
-                                 train and bool(message.reasoning))
+        before = self._stretches([(self.template.think_first + message.reasoning, False),
+                                  (self.template.think_end, True)], train and bool(message.reasoning))
         if self._opening_spans[-1].text is not None:
             before[0] = self._continued_span(before[0].text or "", True, before[0].loss)
         if before[-1].text is not None and answer and answer[0].text is not None:
@@ -362,13 +373,9 @@ class Renderer:
         """The question or the results of tools. Official training data has results as a user's text."""
         if turn[0].role == USER:
             text = turn[0].content
-            return response_parts(text) if training and self._inner else [(text, False)]
-        parts: List[Tuple[str, bool]] = []
-        for message in turn:
-            if message.role == TOOL:
-                parts += [("\n" if parts else "", False), ("<tool_response>", True), (f"\n{message.content}\n", False),
-                          ("</tool_response>", True)]
-        return parts
+            written = training and bool(self._inner) and self.template.call_form == JSON
+            return response_parts(text) if written else [(text, False)]
+        return result_parts([message for message in turn if message.role == TOOL], self.template.call_form)
 
     def _question(self, turn: List[Message]) -> str:
         return "".join(text for text, _ in self._question_parts(turn))
@@ -387,7 +394,8 @@ class Renderer:
         spans = []
         for number, turn in enumerate(turns):
             answered = number and turns[number - 1][-1].role == BOT
-            spans += ([Span(separator)] if answered else []) + self._turn(turn)
+            spans += [Span(separator)] if answered and separator else []
+            spans += self._turn(turn, current=number >= _last_question(turns))
         return self._encode(spans + ([marker_span(self.bot_id), *self._opening_spans] if bot else []))
 
     def _encode(self, spans: List[Span]) -> List[int]:
@@ -442,3 +450,8 @@ class Renderer:
     def _continued_span(self, text: str, continues: bool, loss: bool) -> Span:
         skip = self._continuation if continues else 0
         return Span(text="\n" + text if skip else text, loss=loss, skip=skip)
+
+
+def _last_question(turns: List[List[Message]]) -> int:
+    """Number of the last turn that begins with a question; those behind it begin with results of tools."""
+    return max((number for number, turn in enumerate(turns) if turn[0].role == USER), default=0)

@@ -50,6 +50,12 @@ class Template:
     prompt_start: Optional[str] = None       # in front without system prompt; no separators then
     think_start: Optional[str] = None        # opens every answer, behind the bot marker; None: the weights do not think
     think_end: str = "\n</think>\n\n"        # between the reasoning and the answer
+    think_first: str = ""                    # what the model itself writes in front of its reasoning
+    keeps_reasoning: bool = False            # a prompt has the reasoning since the last question, between tool calls
+    answer_start: str = ""                   # in front of an answer whose reasoning is left out
+    bare_system: bool = False                # where there is no system prompt, its marker stands alone
+    observation: Optional[str] = None        # marker in front of results of tools; None: that of the user
+    call_form: str = "json"                  # or "parameters", see text/calls.py
     padding_side: str = "left"               # as the family's official training code pads
     needs: Tuple[str, ...] = ()              # pieces by which a vocabulary is recognised as this family's
     needs_settings: bool = False             # and tokenizer_config.json beside it, which has no tool markers
@@ -76,6 +82,15 @@ _TELECHAT2 = Template("telechat2", system="<_system>", separator="\n", system_en
 _START = replace(_TELECHAT2, name="telechat2_start", system_end="", system_separator=True, default_for="tools",
                  call_separator="\n", prompt_start="<_start>", needs_settings=True)
 
+_CODER_TOOLS = (
+    "\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{tools}\n</tools>\n\n"
+    "For each function call, output the function name and arguments within the following XML format:\n"
+    "<tool_call>{{function-name}}<param_key>{{param-key-1}}</param_key><param_value>{{param-value-1}}</param_value>"
+    "<param_key>{{param-key-2}}</param_key><param_value>{{param-value-2}}</param_value>...</tool_call>")
+_TELECHAT3 = replace(_TELECHAT2, name="telechat3", default_system="", default_for="tools", bare_system=True,
+                     think_start="<think>\n", needs=())
+
 # The order matters for `detect_template`: the first one whose needs a vocabulary meets.
 TEMPLATES: Dict[str, Template] = {template.name: template for template in (
     _START,
@@ -85,6 +100,10 @@ TEMPLATES: Dict[str, Template] = {template.name: template for template in (
     # The rest is told by a model's name only.
     Template("telechat_system", system="<_system>"),
     replace(_TELECHAT2, name="telechat2_think", think_start="<think>\n", needs=()),
+    _TELECHAT3,
+    replace(_TELECHAT3, name="telechat3_coder", separator="", system_end="", tools_block=_CODER_TOOLS,
+            think_start="<think>", think_first="\n", think_end="\n</think>", answer_start="</think>",
+            keeps_reasoning=True, observation="<_observation>", call_form="parameters"),
     replace(_START, name="telechat2_before", default_system=_TELECHAT2_SYSTEM + "\n", default_for="training", needs=(),
             needs_settings=False),
 )}
