@@ -80,6 +80,9 @@ class TelechatConfig(PretrainedConfig):
         self.theta = settings.theta
         self.extend_method = settings.extend_method
         self.scaling_factor = settings.scaling_factor
+        self.yarn_beta_fast = settings.yarn_beta_fast
+        self.yarn_beta_slow = settings.yarn_beta_slow
+        self.attention_factor = settings.attention_factor
         self.training_seqlen = settings.training_seqlen
         self.base_seqlen = settings.base_seqlen
         self.rope_base_power = settings.rope_base_power
@@ -151,7 +154,8 @@ class TelechatConfig(PretrainedConfig):
             head_dim=self.head_dim, theta=self.theta, extend_method=self.extend_method,
             scaling_factor=self.scaling_factor, training_seqlen=self.training_seqlen, base_seqlen=self.base_seqlen,
             base_power=self.rope_base_power, mscale=self.rope_mscale, length=self.rope_length or 0,
-            table_dtype=dtype_name(self.rotary_dtype))
+            table_dtype=dtype_name(self.rotary_dtype), beta_fast=self.yarn_beta_fast, beta_slow=self.yarn_beta_slow,
+            attention_factor=self.attention_factor)
 
     def to_variant(self) -> Variant:
         """Sizes and capabilities as a Variant, which names and shapes of parameters follow from."""
@@ -162,7 +166,7 @@ class TelechatConfig(PretrainedConfig):
         """The config of an official checkpoint, in the precision of the official code.
 
         Args:
-            path_or_dict: config.json of any of the four families, the folder that holds it, or its content.
+            path_or_dict: config.json of any of the five families, the folder that holds it, or its content.
             **overrides: keys of `model_config` that win over it.
 
         Returns:

@@ -42,7 +42,7 @@ def test_net_name_brings_sizes_and_conventions(name):
     ({"seq_length": 0}, ["seq_length", "positive", "0"]),
     ({"seq_length": True}, ["seq_length", "True"]),
     ({"hidden_dropout_prob": 1.5}, ["hidden_dropout_prob", "1.5"]),
-    ({"extend_method": "YARN"}, ["extend_method", "YARN", "NTK"]),
+    ({"extend_method": "LONGROPE"}, ["extend_method", "LONGROPE", "NTK", "YARN"]),
     ({"net_name": "telechat_13b"}, ["telechat_13b", "telechat_12b"]),
     ({"rms_norm_eps": math.nan}, ["rms_norm_eps"]),
     ({"ffn_dim_multiplier": "wide"}, ["ffn_dim_multiplier", "positive", "wide"]),

@@ -14,7 +14,7 @@ from research.telechat.spec.hf_config import hf_config
 from research.telechat.spec.variants import Variant, get_variant
 
 BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
-FAMILIES = ("telechat_7b", "telechat_12b", "telechat_52b", "telechat2_7b", "telechat2_115b")
+FAMILIES = ("telechat_7b", "telechat_12b", "telechat_52b", "telechat2_7b", "telechat2_115b", "telechat3_36b")
 
 
 class Raw(NamedTuple):
@@ -55,6 +55,15 @@ def official_tensors(variant: Variant, dtype: str = "F16", seed: int = 0, any_bi
                             prefix + "mlp.c_fc.weight": raw(hidden, 2 * ffn),
                             prefix + "mlp.c_proj.weight": raw(ffn, hidden)})
         return {**tensors, "transformer.ln_f.weight": raw(hidden), "lm_head.weight": raw(variant.vocab_size, hidden)}
+    if variant.hf_layout == "llama":
+        tensors = {"model.embed_tokens.weight": raw(variant.vocab_size, hidden)}
+        for n in range(variant.num_layers):
+            shapes = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+                      "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv // 2, hidden),
+                      "self_attn.v_proj": (kv // 2, hidden), "self_attn.o_proj": (hidden, hidden),
+                      "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden), "mlp.down_proj": (hidden, ffn)}
+            tensors.update({f"model.layers.{n}.{name}.weight": raw(*shape) for name, shape in shapes.items()})
+        return {**tensors, "model.norm.weight": raw(hidden), "lm_head.weight": raw(variant.vocab_size, hidden)}
     start = "" if variant.tie_word_embeddings else "transformer."
     tensors = {start + "word_embeddings.weight": raw(variant.vocab_size, hidden)}
     for n in range(variant.num_layers):
@@ -85,6 +94,8 @@ def from_floats(dtype: str, values: np.ndarray) -> Raw:
 def mindspore_tensors(variant: Variant, official: Tensors, mp: int = 0) -> Tensors:
     """The same weights under MindSpore names. mp: for 52B, rows as an earlier converter ordered them for that degree;
     0: this project's order."""
+    if variant.hf_layout == "llama":
+        return _from_llama(variant, official)
     plain = {name[len("transformer."):] if name.startswith("transformer.") else name: raw
              for name, raw in official.items()}
     result = {"model.norm_out.weight": plain["ln_f.weight"],
@@ -115,6 +126,23 @@ def mindspore_tensors(variant: Variant, official: Tensors, mp: int = 0) -> Tenso
             rows = [raw.bits[:, part * columns + group * width + i]
                     for group in range(groups) for part in range(parts) for i in range(width)]
             result[f"{mine}{new}.weight"] = Raw(raw.dtype, np.stack(rows))
+    return result
+
+
+def _from_llama(variant: Variant, official: Tensors) -> Tensors:
+    """`mindspore_tensors` of Llama's names: k and v of each key/value head one behind the other."""
+    result = {"model.norm_out.weight": official["model.norm.weight"], "lm_head.weight": official["lm_head.weight"],
+              "model.tok_embeddings.embedding_weight": official["model.embed_tokens.weight"]}
+    names = {"attention_norm": "input_layernorm", "attention.wq": "self_attn.q_proj", "ffn_norm":
+             "post_attention_layernorm", "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
+             "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj"}
+    for n in range(variant.num_layers):
+        layer = f"model.layers.{n}."
+        result.update({f"{layer}{new}.weight": official[f"{layer}{old}.weight"] for new, old in names.items()})
+        key, value = (official[f"{layer}self_attn.{name}_proj.weight"] for name in "kv")
+        rows = [matrix.bits[head * variant.head_dim + i] for head in range(variant.kv_heads) for matrix in (key, value)
+                for i in range(variant.head_dim)]
+        result[f"{layer}attention.wk_v.weight"] = Raw(key.dtype, np.stack(rows))
     return result
 
 

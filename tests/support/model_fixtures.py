@@ -3,7 +3,15 @@ from typing import Any, Dict
 
 import numpy as np
 
-from research.telechat.spec.parameters import group_rows, match_official, parameters
+from research.telechat.spec.parameters import (
+    LLAMA,
+    MINDSPORE,
+    match_llama,
+    match_official,
+    official_layout,
+    parameters,
+    row_order,
+)
 from research.telechat.spec.variants import variant_from_hf
 
 _COMMON = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "vocab_size": 97}
@@ -25,23 +33,29 @@ def random_official(hf_config: Dict[str, Any], seed: int = 0) -> Dict[str, np.nd
     """Random float32 weights under the official names and shapes, large enough that attention is peaked."""
     rng = np.random.default_rng(seed)
     weights = {}
-    for param in parameters(variant_from_hf(hf_config)):
+    variant = variant_from_hf(hf_config)
+    layout = official_layout(variant)
+    for param in parameters(variant):
         std = 1.0 if "norm" in param.ms_name else 0.3
-        value = rng.normal(0, std, param.hf_shape)
-        weights[param.hf_name] = (1 + 0.2 * value if "norm" in param.ms_name else value).astype(np.float32)
+        for name in param.names(layout):
+            value = rng.normal(0, std, param.tensor_shape(layout))
+            weights[name] = (1 + 0.2 * value if "norm" in param.ms_name else value).astype(np.float32)
     return weights
 
 
 def to_mindspore(hf_config: Dict[str, Any], weights: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
     """Official weights under MindSpore names, in MindSpore's layout, float32."""
-    params = parameters(variant_from_hf(hf_config))
-    match = match_official(params, weights)
+    variant = variant_from_hf(hf_config)
+    params, layout = parameters(variant), official_layout(variant)
+    match = match_llama(params, {}, weights) if layout == LLAMA else match_official(params, weights)
     assert not match.missing and not match.unknown and not match.duplicate
     result = {}
     for param in params:
-        value = weights[match.found[param.ms_name]].astype(np.float32)
+        names = param.llama_names if layout == LLAMA else [match.found[param.ms_name]]
+        value = np.concatenate([weights[name] for name in names]).astype(np.float32)
         value = value.T if param.transposed else value
-        result[param.ms_name] = group_rows(value, param.parts, param.groups) if param.parts > 1 else value.copy()
+        order = row_order(param, param.groups_in(layout), param.groups_in(MINDSPORE))
+        result[param.ms_name] = value.copy() if order is None else value[order]
         assert result[param.ms_name].shape == param.shape
     return result
 

@@ -28,7 +28,7 @@ from research.telechat.checkpoint.slices import (
 from research.telechat.checkpoint.strategy import read_strategy
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.common.files import JsonObject
-from research.telechat.spec.parameters import Param, group_rows, parameters, ungroup_rows
+from research.telechat.spec.parameters import LLAMA, Param, group_rows, official_layout, parameters, ungroup_rows
 from research.telechat.spec.variants import Variant
 
 CONFIG_NAME = "adapter_config.json"                  # beside an adapter; as PEFT calls it
@@ -222,9 +222,16 @@ def _match_params(names: Iterable[str], variant: Variant, path: Path) -> Dict[st
     return {name: found[name] for name in names}
 
 
+def _check_peft(variant: Variant) -> None:
+    if official_layout(variant) == LLAMA:
+        raise ConfigError("PEFT's adapters of models with Llama's official names (TeleChat3) are not converted; merge "
+                          "the adapter into the weights (scripts/merge_lora.py), and convert these")
+
+
 def to_peft(adapter: Adapter, variant: Variant, path: Path) -> Tuple[Dict[str, np.ndarray], JsonObject]:
     """(tensors, adapter_config.json) of `adapter` for PEFT with the official model. Rows of fused weights return to
     the official order; `path` is named in errors."""
+    _check_peft(variant)
     tensors, targets, transposed = {}, [], False
     params = _match_params(adapter.pairs, variant, path)
     for name, param in params.items():
@@ -246,6 +253,7 @@ def to_peft(adapter: Adapter, variant: Variant, path: Path) -> Tuple[Dict[str, n
 
 def from_peft(tensors: Dict[str, np.ndarray], alpha: float, variant: Variant, path: Path) -> Adapter:
     """The inverse of `to_peft`; names count with and without the prefix `transformer.`."""
+    _check_peft(variant)
     wanted = {_module(param): param for param in target_params(variant)}
     parts: Dict[str, Dict[str, np.ndarray]] = {}
     for name, value in tensors.items():

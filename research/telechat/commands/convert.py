@@ -46,7 +46,8 @@ from research.telechat.spec.llama_config import (
     is_llama_config,
     origin,
 )
-from research.telechat.spec.parameters import LLAMA, MINDSPORE, OFFICIAL
+from research.telechat.spec.llama_keys import is_llama
+from research.telechat.spec.parameters import LLAMA, MINDSPORE, OFFICIAL, official_layout
 from research.telechat.spec.variants import VARIANTS, get_variant, read_hf_config, variant_from_hf
 
 _TO_MINDSPORE = "Convert an official TeleChat checkpoint to MindSpore."
@@ -130,9 +131,16 @@ def sizes_from_manifest(args: argparse.Namespace, path: Path) -> Optional[Sizes]
 
 
 def sizes_from_llama(args: argparse.Namespace, path: Path, folder: Path) -> Sizes:
-    """Sizes of a Llama folder: of its manifest or config.json, or, of a TeleChat from elsewhere, of --config or
-    --model_name. Raises ConfigError where its config.json contradicts them."""
+    """Sizes of a folder with Llama's names: of its manifest or config.json, or, of a TeleChat from elsewhere, of
+    --config or --model_name. Raises ConfigError where its config.json contradicts them."""
     file = folder / "config.json"
+    own = args.config or file
+    if own.is_file():
+        given = read_hf_config(own)
+        if is_llama(given) and not is_llama_config(given):                     # the official names are Llama's
+            return Sizes(variant_from_hf(given, args.model_name), given)
+    elif args.model_name is not None and official_layout(get_variant(args.model_name)) == LLAMA:
+        return sizes_from_table(args, folder)
     config = read_hf_config(file)
     sizes = sizes_from_manifest(args, path)
     try:
@@ -189,7 +197,7 @@ def run_conversion(args: argparse.Namespace, source: Source, sizes: Sizes, out: 
                    ) -> None:
     """Plan and run a conversion whose input is open, in `folder`, and print what happened."""
     dtype = _DTYPES[args.dtype] if args.dtype else None
-    transfers = plan_tensors(source, dtype, layout)
+    transfers = plan_tensors(source, dtype, official_layout(source.variant) if layout == OFFICIAL else layout)
     tensors = [transfer.out for transfer in transfers.values()]
     notes: List[str] = []
     if layout == MINDSPORE:

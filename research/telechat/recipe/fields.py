@@ -76,11 +76,14 @@ class ModelSettings:
     logits_scale: float = _capability(1.0, "factor on the logits (52B: output_mult / mup_scale_factor)")
     theta: float = _rotary(10000.0, "base of the rotary frequencies")
     extend_method: str = _rotary(
-        "TELECHAT", "TELECHAT: the official long-context rule; PI, NTK: with scaling_factor; None: neither",
-        choices=("TELECHAT", "None", "PI", "NTK"))
-    scaling_factor: float = _rotary(1.0, "stretch of PI and NTK")
+        "TELECHAT", "TELECHAT: the official long-context rule; PI, NTK: with scaling_factor; YARN: that of TeleChat3; "
+        "None: neither", choices=("TELECHAT", "None", "PI", "NTK", "YARN"))
+    scaling_factor: float = _rotary(1.0, "stretch of PI, NTK and YARN")
+    yarn_beta_fast: float = _rotary(32.0, "YARN: turns within base_seqlen tokens, above which a frequency stays")
+    yarn_beta_slow: float = _rotary(1.0, "YARN: turns within base_seqlen tokens, below which it is stretched whole")
+    attention_factor: float = _rotary(1.0, "factor on cos and sin at every length (YARN)")
     training_seqlen: int = _rotary(8192, "tokens; context the weights were trained with", positive=True)
-    base_seqlen: int = _rotary(8192, "tokens; L of the official rule", positive=True)
+    base_seqlen: int = _rotary(8192, "tokens; L of the official rule and of YARN", positive=True)
     rope_base_power: bool = _rotary(True, "base = theta * alpha^(d/(d-2)); False: theta * alpha (52B)")
     rope_mscale: bool = _rotary(True, "cos and sin grow past training_seqlen")
     rope_length: Optional[int] = _rotary(

@@ -179,7 +179,8 @@ def rope_rule(settings: ModelSettings) -> RopeRule:
         extend_method=settings.extend_method, scaling_factor=settings.scaling_factor,
         training_seqlen=settings.training_seqlen, base_seqlen=settings.base_seqlen,
         base_power=settings.rope_base_power, mscale=settings.rope_mscale, length=settings.rope_length or 0,
-        table_dtype=settings.rotary_dtype)
+        table_dtype=settings.rotary_dtype, beta_fast=settings.yarn_beta_fast, beta_slow=settings.yarn_beta_slow,
+        attention_factor=settings.attention_factor)
 
 
 def not_needed(given: JsonObject) -> List[str]:

@@ -23,8 +23,10 @@ MEANING, MEANINGS = "checkpoint_meaning", ("as_published", "as_before")
 CONFLICT = "checkpoint_conflict"
 # Of model_config: what decides the result and no shape of a tensor shows. The rest is checked against the tensors.
 _MODEL = ("num_heads", "n_kv_heads", "rms_norm_eps", "input_mult", "logits_scale", "theta", "extend_method",
-          "scaling_factor", "training_seqlen", "base_seqlen", "rope_base_power", "rope_mscale", "chat_template")
-_ROTARY = ("theta", "extend_method", "scaling_factor", "training_seqlen", "base_seqlen")
+          "scaling_factor", "yarn_beta_fast", "yarn_beta_slow", "attention_factor", "training_seqlen", "base_seqlen",
+          "rope_base_power", "rope_mscale", "chat_template")
+_ROTARY = ("theta", "extend_method", "scaling_factor", "yarn_beta_fast", "yarn_beta_slow", "attention_factor",
+           "training_seqlen", "base_seqlen")
 
 
 def settle(config: MindFormerConfig, facts: Optional[ModelFacts]) -> None:

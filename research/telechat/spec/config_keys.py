@@ -16,7 +16,8 @@ USED = frozenset((
     "training_seqlen", "base_seqlen", "seq_length", "tie_word_embeddings", "bos_token_id", "eos_token_id",
     "pad_token_id", "torch_dtype", "dtype", "hidden_dropout", "attention_dropout", "initializer_range", "rope_theta",
     "rope_scaling", "rope_parameters", "n_embd", "n_inner", "n_positions", "rotary_theta", "input_mult", "output_mult",
-    "mup_scale_factor", "use_mup", "embd_pdrop", "resid_pdrop", "attn_pdrop", "head_dim"))
+    "mup_scale_factor", "use_mup", "embd_pdrop", "resid_pdrop", "attn_pdrop", "head_dim", "num_hidden_layers",
+    "num_attention_heads", "intermediate_size", "rms_norm_eps", "max_position_embeddings"))
 
 NO_EFFECT: Dict[str, str] = {
     **dict.fromkeys(("architectures", "auto_map", "model_type", "_name_or_path", "name_or_path", "tokenizer_class",
@@ -28,7 +29,7 @@ NO_EFFECT: Dict[str, str] = {
                      "gradient_checkpointing"),
                     "chooses kernels and precision, which the recipe does here"),
     **dict.fromkeys(("skip_bias_add", "skip_bias_add_qkv"), "where the official code adds biases, not whether"),
-    **dict.fromkeys(("max_position_embeddings", "n_ctx"), "positions are computed for any length"),
+    "n_ctx": "positions are computed for any length",
     **dict.fromkeys(("use_cache", "unk_token_id", "output_attentions", "output_hidden_states", "return_dict",
                      "user_token_id", "bot_token_id", "start_token_id"), "nothing that the model computes"),
     **dict.fromkeys(("offset_alibi", "rotary_xpos_scale_base", "mup_base_width", "scale_attn_by_inverse_layer_idx",
@@ -43,6 +44,7 @@ REQUIRED: Dict[str, Tuple[object, ...]] = {
     "activation_function": ("silu", "swish"), "hidden_act": ("silu", "swish"),
     "relative_encoding": ("rotary",), "rotary_use_xpos": (False,), "partial_rotary_factor": (1,), "rotary_pct": (1,),
     "use_RMSNorm": (True,), "scale_attn_weights": (True,), "add_bias_linear": (False,),
+    "attention_bias": (False,), "mlp_bias": (False,),
     "logn": (False,), "semi_causal": (False,), "embed_layernorm": (False,),
     "alibi": (False,), "use_alibi": (False,), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
     "sliding_window": (), "use_sliding_window": (False,), "layer_types": (), "attention_chunk_size": (),
@@ -53,8 +55,8 @@ _SWITCHED: Dict[str, Tuple[str, object]] = {"sliding_window": ("use_sliding_wind
 _NO_SCALING = (None, "default")
 
 
-def check(cfg: JsonObject) -> None:
-    """Raise ConfigError for the first key whose value would change the result and is not supported."""
+def check_required(cfg: JsonObject) -> None:
+    """Raise ConfigError for the first key of REQUIRED that has another value."""
     for key, values in REQUIRED.items():
         value = cfg.get(key)
         switch, off = _SWITCHED.get(key, ("", None))
@@ -66,6 +68,11 @@ def check(cfg: JsonObject) -> None:
             expected = " or ".join(repr(good) for good in values) or "no such key"
             raise ConfigError(f"model config: {key} is {cfg[key]!r}, which changes the result and is not supported; "
                               f"expected {expected}: these weights need other code")
+
+
+def check(cfg: JsonObject) -> None:
+    """Raise ConfigError for the first key whose value would change the result and is not supported."""
+    check_required(cfg)
     heads, hidden = cfg.get("n_head"), cfg.get("n_embd", cfg.get("hidden_size"))
     if cfg.get("head_dim") is not None and heads and isinstance(hidden, (int, float)) and (
             cfg["head_dim"] * heads != hidden):

@@ -7,6 +7,7 @@ from typing import Dict, List, Optional
 
 from research.telechat.common.files import JsonObject
 from research.telechat.spec.config_keys import unknown_keys
+from research.telechat.spec.llama_keys import attention_factor
 from research.telechat.spec.variants import Variant, same_config
 
 _COMMON = {"initializer_range": 0.02, "unk_token_id": 0, "use_cache": True}
@@ -23,6 +24,10 @@ _CODE: Dict[str, JsonObject] = {       # by Variant.hf_module
     "telechat2": {"architectures": ["TeleChat2ForCausalLM"],
                   "auto_map": {"AutoConfig": "configuration_telechat2.Telechat2Config",
                                "AutoModelForCausalLM": "modeling_telechat2.Telechat2ForCausalLM"}},
+    "telechat3": {"architectures": ["Telechat3ForCausalLM"],
+                  "auto_map": {"AutoConfig": "configuration_telechat3.Telechat3Config",
+                               "AutoModel": "modeling_telechat3.Telechat3Model",
+                               "AutoModelForCausalLM": "modeling_telechat3.Telechat3ForCausalLM"}},
 }
 _MUP = {
     "model_type": "telechat", "activation_function": "silu", "add_bias_linear": False, "attn_pdrop": 0.0,
@@ -35,8 +40,34 @@ _MUP = {
 }
 
 
+_LLAMA = {"model_type": "telechat3", "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0,
+          "mlp_bias": False, "pretraining_tp": 1, "use_cache": True, "initializer_range": 0.0048}
+
+
+def _llama_config(variant: Variant) -> JsonObject:
+    config: JsonObject = {
+        "num_hidden_layers": variant.num_layers, "hidden_size": variant.hidden_size, "head_dim": variant.head_dim,
+        "intermediate_size": variant.intermediate_size, "num_attention_heads": variant.num_heads,
+        "num_key_value_heads": variant.kv_heads, "vocab_size": variant.vocab_size,
+        "rms_norm_eps": variant.rms_norm_eps, "max_position_embeddings": variant.training_seqlen,
+        "rope_theta": variant.theta, "tie_word_embeddings": variant.tie_word_embeddings,
+        "bos_token_id": variant.bos_token_id, "eos_token_id": variant.eos_token_id,
+        "pad_token_id": variant.pad_token_id}
+    if variant.extend_method == "YARN":
+        kind = "telechat3-yarn"
+        rope: JsonObject = {"rope_type": kind, "type": kind, "factor": variant.scaling_factor,
+                            "original_max_position_embeddings": variant.base_seqlen,
+                            "beta_fast": variant.yarn_beta_fast, "beta_slow": variant.yarn_beta_slow}
+        if variant.attention_factor != attention_factor(kind, variant.scaling_factor):
+            rope["attention_factor"] = variant.attention_factor
+        config["rope_scaling"] = rope
+    return {**_LLAMA, **_CODE[variant.hf_module], **config}
+
+
 def hf_config(variant: Variant) -> JsonObject:
     """An official config.json with the sizes of `variant`; spec.variants.variant_from_hf reads it back."""
+    if variant.hf_layout == "llama":
+        return _llama_config(variant)
     config: JsonObject = {
         "n_layer": variant.num_layers, "n_head": variant.num_heads, "vocab_size": variant.vocab_size,
         "layer_norm_epsilon": variant.rms_norm_eps,

@@ -27,8 +27,20 @@ _DEFAULTS: Dict[str, Any] = {
 
 def rope_rule(variant: Variant) -> RopeRule:
     """The rotary rule of a variant, with exact tables."""
-    return RopeRule(variant.head_dim, variant.theta, training_seqlen=variant.training_seqlen,
-                    base_seqlen=variant.base_seqlen, base_power=variant.rope_base_power, mscale=variant.rope_mscale)
+    return RopeRule(variant.head_dim, theta=variant.theta, extend_method=variant.extend_method,
+                    scaling_factor=variant.scaling_factor, training_seqlen=variant.training_seqlen,
+                    base_seqlen=variant.base_seqlen, base_power=variant.rope_base_power, mscale=variant.rope_mscale,
+                    beta_fast=variant.yarn_beta_fast, beta_slow=variant.yarn_beta_slow,
+                    attention_factor=variant.attention_factor)
+
+
+def yarn(variant: Variant) -> Optional[JsonObject]:
+    """`rope_scaling` of a variant with YaRN, under the type and with the factor that every reader of Llama knows."""
+    if variant.extend_method != "YARN":
+        return None
+    return {"rope_type": "yarn", "factor": variant.scaling_factor,
+            "original_max_position_embeddings": variant.base_seqlen, "beta_fast": variant.yarn_beta_fast,
+            "beta_slow": variant.yarn_beta_slow, "attention_factor": variant.attention_factor}
 
 
 def constant_length(variant: Variant) -> int:
@@ -71,6 +83,7 @@ def llama_config(variant: Variant, dtype: str, max_length: Optional[int] = None,
         "attention_dropout": 0.0, "pretraining_tp": 1, "tie_word_embeddings": variant.tie_word_embeddings,
         "bos_token_id": variant.bos_token_id, "eos_token_id": variant.eos_token_id,
         "pad_token_id": variant.pad_token_id, "initializer_range": 0.02, "use_cache": True, "torch_dtype": dtype,
+        **({"rope_scaling": yarn(variant)} if yarn(variant) else {}),
         ORIGIN: official or hf_config(variant),
     }
 
@@ -104,10 +117,12 @@ def check_llama_config(config: JsonObject, variant: Variant) -> None:
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
     found["rope_theta"] = rope.get("rope_theta", found["rope_theta"])         # where transformers 5 has it
     found["num_key_value_heads"] = found["num_key_value_heads"] or found["num_attention_heads"]
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(f"its rotary embedding is of the type {kind!r}, TeleChat's expected without scaling; is it "
-                          "this model's?")
+    rope = {**rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    for key, want in (yarn(variant) or {"rope_type": "default"}).items():
+        if rope.get(key) != want:
+            what = "is of the type" if key == "rope_type" else f"has {key}"
+            raise ConfigError(f"its rotary embedding {what} {rope.get(key)!r}, the TeleChat model's {want!r}; is it "
+                              "this model's?")
     for key in _DEFAULTS:
         want, got = expected[key], found[key]
         equal = abs(want - got) <= 1e-6 * abs(want) if isinstance(want, float) and isinstance(

@@ -113,6 +113,7 @@ class _Layout(NamedTuple):
     layer: Tuple[Tuple[str, str, str, int], ...]
     conv1d: bool = False                           # matrices of the layers are [in, out]
     buffers: Tuple[Tuple[str, float], ...] = ()    # constants that official checkpoints hold for every layer
+    is_llama: bool = False                         # the official names and rows are those of Llama
 
 
 _LAYOUTS: Dict[str, _Layout] = {
@@ -120,6 +121,7 @@ _LAYOUTS: Dict[str, _Layout] = {
     "telechat": _Layout("transformer.", "word_embeddings.weight", _DENSE_LAYER),
     "telechat2": _Layout("transformer.", "word_embeddings.weight", _DENSE_LAYER),
     "telechat_mup": _Layout("transformer.", "wte.weight", _MUP_LAYER, True, (("attn.masked_bias", -10000.0),)),
+    "llama": _Layout("", _LLAMA_EMBEDDING, _DENSE_LAYER, is_llama=True),
 }
 # Official entries without weights: causal masks and rotary tables that the code computes anew.
 _NO_WEIGHT = re.compile(r"(attn\.(masked_)?bias|rotary_emb\.(inv_freq|cos_cached|sin_cached))$")
@@ -132,6 +134,11 @@ _TRAINING = re.compile(
 def gate_up_groups(variant: Sizes) -> int:
     """Groups of rows in w_gate_hidden: the largest number that divides both the heads and intermediate_size."""
     return math.gcd(variant.num_heads, variant.intermediate_size)
+
+
+def official_layout(variant: Variant) -> str:
+    """The layout of the official checkpoint: OFFICIAL, or LLAMA where the official names are Llama's (TeleChat3)."""
+    return LLAMA if _LAYOUTS[variant.hf_layout].is_llama else OFFICIAL
 
 
 def parameters(variant: Variant) -> List[Param]:
@@ -151,10 +158,12 @@ def parameters(variant: Variant) -> List[Param]:
             dims = tuple(sizes[word] for word in shape.split())
             module, _, kind = ms_name.rpartition(".")
             llama = tuple(f"model.layers.{layer}.{name}.{kind}" for name in _LLAMA_LAYER[module].split())
-            params.append(Param(f"model.layers.{layer}.{ms_name}", f"{layout.prefix}h.{layer}.{hf_name}", dims,
+            official = llama[0] if layout.is_llama else f"{layout.prefix}h.{layer}.{hf_name}"
+            params.append(Param(f"model.layers.{layer}.{ms_name}", official, dims,
                                 layout.conv1d and len(dims) == 2, parts, groups[parts], llama,
                                 variant.kv_heads if parts == 1 and len(llama) > 1 else 1))
-    params.append(Param(_NORM_OUT, layout.prefix + "ln_f.weight", (hidden,), llama_names=(_LLAMA_NORM_OUT,)))
+    norm_out = _LLAMA_NORM_OUT if layout.is_llama else layout.prefix + "ln_f.weight"
+    params.append(Param(_NORM_OUT, norm_out, (hidden,), llama_names=(_LLAMA_NORM_OUT,)))
     if not variant.tie_word_embeddings:
         params.append(Param(_HEAD, "lm_head.weight", (vocab, hidden), llama_names=(_HEAD,),
                             llama_scale=variant.logits_scale))

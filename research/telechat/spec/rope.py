@@ -9,6 +9,9 @@ its tables):
 - TeleChat-52B: alpha as above with S' = S; base = theta * alpha; no mscale.
 - NTK, PI, None: what earlier MindSpore plugins offered. NTK: base = theta * scaling_factor^(d/(d-2)); PI: positions
   divided by scaling_factor; None: neither.
+- YARN (TeleChat3; Peng et al., 2023): frequencies that turn more than beta_fast times within L tokens stay, those that
+  turn less than beta_slow times are divided by scaling_factor, those between are blended linearly by their index; cos
+  and sin are multiplied by attention_factor. The same for every S.
 """
 import math
 from dataclasses import dataclass, replace
@@ -25,14 +28,17 @@ class RopeRule:
 
     head_dim: int                    # elements of one head, even
     theta: float = 10000.0           # base of the frequencies
-    extend_method: str = "TELECHAT"  # or None, PI, NTK
-    scaling_factor: float = 1.0      # for PI and NTK
+    extend_method: str = "TELECHAT"  # or None, PI, NTK, YARN
+    scaling_factor: float = 1.0      # for PI, NTK and YARN
     training_seqlen: int = 8192      # tokens; context the weights were trained with
     base_seqlen: int = 8192          # tokens; L of the rule
     base_power: bool = True          # base = theta * alpha^(d/(d-2)); False: theta * alpha, and S' = S
     mscale: bool = True              # scale cos and sin past training_seqlen
     length: int = 0                  # tokens; not 0: scale as for a sequence of this length, whatever its own is
     table_dtype: str = "float32"     # cos and sin are rounded to it: "float16", "bfloat16" or "float32"
+    beta_fast: float = 32.0          # YARN: turns within base_seqlen tokens, above which a frequency stays
+    beta_slow: float = 1.0           # YARN: turns within base_seqlen tokens, below which it is stretched whole
+    attention_factor: float = 1.0    # factor on cos and sin at every length
 
 
 def ntk_alpha(seq_length: int, base_seqlen: int) -> float:
@@ -61,9 +67,9 @@ def describe(rule: RopeRule, seq_length: int) -> str:
     length = rule.length or seq_length
     effective = max(length, rule.training_seqlen) if rule.base_power else length
     alpha = f"alpha {ntk_alpha(effective, rule.base_seqlen):g}, " if rule.extend_method == "TELECHAT" else (
-        f"scaling_factor {rule.scaling_factor:g}, " if rule.extend_method in ("NTK", "PI") else "")
-    return (f"extend_method {rule.extend_method}, theta {rule.theta:g}, {alpha}mscale {mscale:.4g}, frequencies from "
-            f"{base:.6g} at {seq_length} tokens")
+        f"scaling_factor {rule.scaling_factor:g}, " if rule.extend_method in ("NTK", "PI", "YARN") else "")
+    return (f"extend_method {rule.extend_method}, theta {rule.theta:g}, {alpha}mscale "
+            f"{mscale * rule.attention_factor:.4g}, frequencies from {base:.6g} at {seq_length} tokens")
 
 
 _ROUND = {"float32": lambda x: x, "float16": lambda x: x.astype(np.float16).astype(np.float32),
@@ -82,11 +88,24 @@ def rope_table(rule: RopeRule, seq_length: int, num_positions: int = 0) -> Tuple
         positions = positions / np.float32(rule.scaling_factor)
     exponents = np.arange(0, rule.head_dim, 2, dtype=np.float32) / np.float32(rule.head_dim)
     inv_freq = (1.0 / np.power(np.float32(base), exponents)).astype(np.float32)
+    if rule.extend_method == "YARN":
+        inv_freq = _stretched(inv_freq, rule)
     angles = np.outer(positions, inv_freq)                     # [positions, head_dim / 2]
     angles = np.concatenate([angles, angles], axis=-1)         # [positions, head_dim]
     rounded = _ROUND[rule.table_dtype]
-    factor = np.float32(mscale)
+    factor = np.float32(mscale * rule.attention_factor)
     return rounded(factor * rounded(np.cos(angles))), rounded(factor * rounded(np.sin(angles)))
+
+
+def _stretched(inv_freq: np.ndarray, rule: RopeRule) -> np.ndarray:
+    """YaRN's frequencies from the plain ones, both [head_dim / 2] float32."""
+    def index(turns: float) -> float:                          # of the frequency that turns so often in L tokens
+        return rule.head_dim * math.log(rule.base_seqlen / (turns * 2 * math.pi)) / (2 * math.log(rule.theta))
+    low, high = max(math.floor(index(rule.beta_fast)), 0), min(math.ceil(index(rule.beta_slow)), rule.head_dim - 1)
+    width = high - low if high != low else 0.001
+    share = np.clip((np.arange(len(inv_freq), dtype=np.float32) - low) / width, 0, 1).astype(np.float32)
+    stretched: np.ndarray = inv_freq / np.float32(rule.scaling_factor) * share + inv_freq * (1 - share)
+    return stretched
 
 
 class LengthTables(NamedTuple):

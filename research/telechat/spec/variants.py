@@ -4,14 +4,14 @@ Pure Python: no MindSpore, so that conversion, preprocessing and planning start 
 variants is a named capability (``tie_word_embeddings``, ``fused_projections``, ...), decided here once; nothing outside
 this file looks at a model's name.
 """
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Protocol, Tuple, Type, TypeVar, Union
+from typing import Any, Dict, List, Optional, Protocol, Tuple, Union
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, read_json_object
-from research.telechat.spec import config_keys
+from research.telechat.spec import config_keys, llama_keys
+from research.telechat.spec.hf_values import get_number
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Variant:
     logits_scale: float = 1.0                # logits are multiplied by it (52B: output_mult / mup_scale_factor)
     training_seqlen: int = 8192              # context the weights were trained with
     theta: float = 10000.0                   # base of the rotary frequencies
+    extend_method: str = "TELECHAT"          # which rotary rule (spec/rope.py)
+    scaling_factor: float = 1.0              # YARN: how many times base_seqlen the context is
+    yarn_beta_fast: float = 32.0             # YARN: turns within base_seqlen, see spec/rope.py
+    yarn_beta_slow: float = 1.0
+    attention_factor: float = 1.0            # YARN: factor on cos and sin
     base_seqlen: int = 8192                  # L of the NTK rule: alpha is 1 up to L (see spec/rope.py)
     rope_base_power: bool = True             # base = 10000 * alpha^(d/(d-2)); False: 10000 * alpha
     rope_mscale: bool = True                 # cos and sin grow with log(S / training_seqlen) past training_seqlen
@@ -77,6 +82,13 @@ _2_5: Dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.01}
 _T1: Dict[str, Any] = {"chat_template": "telechat2_think", "temperature": 0.6, "top_p": 0.95,
                        "repetition_penalty": 1.05}
 
+# Llama's architecture and names, with YaRN from 8192 tokens.
+_TELECHAT3 = Variant(64, 6144, 24576, 48, 131072, n_kv_heads=8, out_proj_has_bias=False, rope_fp16_tables=False,
+                     training_seqlen=32768, theta=1e6, extend_method="YARN", scaling_factor=4.0,
+                     attention_factor=llama_keys.attention_factor("telechat3-yarn", 4.0), hf_layout="llama",
+                     hf_module="telechat3", chat_template="telechat3", user_token_id=4, bot_token_id=5, do_sample=True,
+                     temperature=0.6, top_k=0, top_p=0.95, repetition_penalty=1.05)
+
 VARIANTS: Dict[str, Variant] = {
     "telechat_7b": Variant(30, 4096, 12288, 32, 160256, tie_word_embeddings=True, base_seqlen=4096,
                            hf_layout="telechat_tied", bos_token_id=160132, eos_token_id=160133, user_token_id=160130,
@@ -97,6 +109,11 @@ VARIANTS: Dict[str, Variant] = {
     "telechat2_5_115b": replace(_2_115B, **_2_5),
     "telechat_t1_35b": replace(_2_35B, **_T1),
     "telechat_t1_115b": replace(_2_115B, **_T1),
+    "telechat3_36b": _TELECHAT3,
+    # Coder's config.json was not at hand: sizes as 36B-Thinking, of the same YaRN up to the published 128K tokens.
+    "telechat3_coder": replace(_TELECHAT3, training_seqlen=131072, scaling_factor=16.0,
+                               attention_factor=llama_keys.attention_factor("telechat3-yarn", 16.0),
+                               chat_template="telechat3_coder"),
 }
 
 
@@ -130,65 +147,66 @@ def read_hf_config(path_or_dict: Union[str, Path, JsonObject]) -> JsonObject:
     return read_json_object(path / "config.json" if path.is_dir() else path, "model config")
 
 
-Number = TypeVar("Number", int, float)
-
-
-def _get(cfg: JsonObject, key: str, kind: Type[Number], default: Optional[Number] = None) -> Number:
-    """cfg[key] as `kind`; ConfigError if it is missing (and has no default) or of another type."""
-    value: Any = default if cfg.get(key) is None else cfg[key]
-    if value is None:
-        raise ConfigError(f"model config: key {key!r} is missing; is this a TeleChat config.json?")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():      # 30.0, 3e1
-        value = int(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"model config: key {key!r} must be {kind.__name__}, found {value!r}")
-    if not 0 < value < math.inf:
-        raise ConfigError(f"model config: key {key!r} must be positive, found {value!r}")
-    return value
-
-
 def variant_from_hf(cfg: JsonObject, name: Optional[str] = None) -> Variant:
-    """The variant that an official config describes, told by its structure (the official code has three).
+    """The variant that an official config describes, told by its structure (the official code has four).
 
-    `n_embd` marks the 52B code (fused projections, mu-parametrisation); `base_seqlen` the TeleChat2 code; otherwise
-    tied embeddings mark 7B (transformers' default is tied) and untied ones 12B. Among the members of one code the
+    Llama's keys mark TeleChat3 (spec/llama_keys.py); `n_embd` the 52B code (fused projections, mu-parametrisation);
+    `base_seqlen` the TeleChat2 code; otherwise tied embeddings mark 7B (transformers' default is tied) and untied ones
+    12B. Among the members of one code the
     first of the same sizes is taken, see `same_config`. `name` names the variant instead, where the caller knows it;
     sizes, epsilon, theta and lengths always come from `cfg`. Raises ConfigError on missing, wrong or contradicting
     keys, and on what is not supported (spec/config_keys.py).
     """
+    if llama_keys.is_llama(cfg):
+        return _variant_from_llama_keys(cfg, name)
     config_keys.check(cfg)
     layout = ("telechat_mup" if "n_embd" in cfg else "telechat2" if cfg.get("base_seqlen") is not None else
               "telechat_tied" if _flag(cfg, "tie_word_embeddings", True) else "telechat")
-    if name is not None:
-        template = get_variant(name)
-        if template.hf_layout != layout:
-            raise ConfigError(f"model config: its keys are those of the layout {layout!r}, but {name} has the layout "
-                              f"{template.hf_layout!r}; name the model that this checkpoint belongs to")
-    else:
-        template = _closest(cfg, layout)
+    template = _closest(cfg, layout) if name is None else _named(name, layout)
     if not template.fused_projections and isinstance(cfg.get("tie_word_embeddings"), bool):
         template = replace(template, tie_word_embeddings=cfg["tie_word_embeddings"])
-    num_layers, hidden, ffn, heads = (_get(cfg, key, int) for key in _size_keys(cfg))
-    kv_heads = None if cfg.get("num_key_value_heads") is None else _get(cfg, "num_key_value_heads", int)
+    num_layers, hidden, ffn, heads = (get_number(cfg, key, int) for key in _size_keys(cfg))
+    kv_heads = None if cfg.get("num_key_value_heads") is None else get_number(cfg, "num_key_value_heads", int)
     if kv_heads == heads:
         kv_heads = None
-    trained = _get(cfg, "n_positions", int, template.training_seqlen)
+    trained = get_number(cfg, "n_positions", int, template.training_seqlen)
     variant = replace(
         template, num_layers=num_layers, hidden_size=hidden, intermediate_size=ffn, num_heads=heads,
-        n_kv_heads=kv_heads, vocab_size=_get(cfg, "vocab_size", int),
-        rms_norm_eps=_get(cfg, "layer_norm_epsilon", float, template.rms_norm_eps),
+        n_kv_heads=kv_heads, vocab_size=get_number(cfg, "vocab_size", int),
+        rms_norm_eps=get_number(cfg, "layer_norm_epsilon", float, template.rms_norm_eps),
         theta=config_keys.rope_theta(cfg) or 10000.0,
-        training_seqlen=_get(cfg, "training_seqlen", int, trained),
-        base_seqlen=_get(cfg, "base_seqlen", int, template.base_seqlen))
+        training_seqlen=get_number(cfg, "training_seqlen", int, trained),
+        base_seqlen=get_number(cfg, "base_seqlen", int, template.base_seqlen))
     if template.fused_projections:
         mup = _flag(cfg, "use_mup", True)
-        scale = _get(cfg, "output_mult", float, 1.0) / _get(cfg, "mup_scale_factor", float, 1.0) if mup else 1.0
-        variant = replace(variant, logits_scale=scale,
-                          input_mult=_get(cfg, "input_mult", float, 1.0) if mup else 1.0)
+        scale = get_number(cfg, "output_mult", float, 1.0) / get_number(cfg, "mup_scale_factor", float, 1.0)
+        variant = replace(variant, logits_scale=scale if mup else 1.0,
+                          input_mult=get_number(cfg, "input_mult", float, 1.0) if mup else 1.0)
+    return _with_tokens(variant, cfg)
+
+
+def _variant_from_llama_keys(cfg: JsonObject, name: Optional[str]) -> Variant:
+    """`variant_from_hf` where the keys are Llama's. What they do not say comes from the member stretched as far."""
+    values: Dict[str, Any] = llama_keys.llama_fields(cfg)
+    members = [variant for variant in VARIANTS.values() if variant.hf_layout == "llama"]
+    template = _named(name, "llama") if name is not None else max(
+        members, key=lambda variant: variant.scaling_factor == values["scaling_factor"])
+    return _with_tokens(replace(template, **values), cfg)
+
+
+def _named(name: str, layout: str) -> Variant:
+    """The variant called `name`, whose config.json must have the keys of `layout`."""
+    template = get_variant(name)
+    if template.hf_layout != layout:
+        raise ConfigError(f"model config: its keys are those of the layout {layout!r}, but {name} has the layout "
+                          f"{template.hf_layout!r}; name the model that this checkpoint belongs to")
+    return template
+
+
+def _with_tokens(variant: Variant, cfg: JsonObject) -> Variant:
+    """`variant` with the token ids of its config, after a check of its sizes."""
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if isinstance(cfg.get(key), int) and template.hf_layout != "telechat_tied":
+        if isinstance(cfg.get(key), int) and variant.hf_layout != "telechat_tied":
             variant = replace(variant, **{key: cfg[key]})
     check_shape(variant, where="model config: ")
     return variant
