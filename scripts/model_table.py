@@ -17,6 +17,7 @@ if str(ROOT) not in sys.path:
 
 import yaml
 
+from research.telechat.recipe.read import read_recipe
 from research.telechat.spec.parameters import parameters
 from research.telechat.spec.variants import VARIANTS, Variant
 from research.telechat.text.templates import Template, get_template
@@ -34,10 +35,8 @@ def count_parameters(variant: Variant) -> int:
 
 def cards(recipe: str) -> int:
     """Cards of a recipe's parallel plan."""
-    plan = (yaml.safe_load((ROOT / "research/telechat" / recipe).read_text(encoding="utf-8")) or {}).get(
-        "parallel_config", {})
-    return math.prod(plan.get(key, 1) for key in ("data_parallel", "model_parallel", "pipeline_stage",
-                                                  "context_parallel"))
+    plan = read_recipe(ROOT / "research/telechat" / recipe)["parallel_config"]
+    return math.prod(plan[key] for key in ("data_parallel", "model_parallel", "pipeline_stage", "context_parallel"))
 
 
 def table() -> str:

@@ -82,9 +82,13 @@ def compile_small(path, folder):
 
 
 def graph_of(path):
-    """What the small recipe's graph depends on: all settings but names, tokens and tokenizer, and the variant's."""
+    """What the small recipe's graph depends on: all settings but names, tokens and tokenizer, and the variant's; how
+    far YaRN stretches changes numbers in constants only."""
     recipe = shrunk(read_recipe(path))
-    models = [{key: value for key, value in model.items() if key != "net_name" and not key.endswith("_token_id")}
+    numbers = {"scaling_factor", "attention_factor", "training_seqlen", "base_seqlen"} if read_plan(
+        recipe).model.extend_method == "YARN" else set()
+    models = [{key: value for key, value in model.items() if key not in {"net_name", *numbers} and
+               not key.endswith("_token_id")}
               for model in (recipe["model"].pop("model_config"), vars(read_plan(shrunk(read_recipe(path))).model))]
     return json.dumps([{**recipe, "processor": None, "trainer": None}, models], sort_keys=True, default=str)
 

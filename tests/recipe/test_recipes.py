@@ -17,9 +17,11 @@ pytestmark = pytest.mark.matrix
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "research/telechat").glob("*.yaml"))
-CARDS = {"telechat_52b": 16, **{name: 16 if "35b" in name else 64 for name in VARIANTS if "5b" in name}}
+_TELECHAT3 = ("telechat3_36b", "telechat3_coder")
+CARDS = {"telechat_52b": 16, **{name: 16 if "35b" in name else 64 for name in VARIANTS if "5b" in name},
+         **dict.fromkeys(_TELECHAT3, 16)}
 PREDICT_CARDS = {"telechat_52b": 4, **{name: 2 if "35b" in name else 8 for name in CARDS if "5b" in name},
-                 "telechat2_35b_32k": 4}
+                 "telechat2_35b_32k": 4, **dict.fromkeys(_TELECHAT3, 2)}
 
 
 def config_of(recipe):
@@ -42,8 +44,8 @@ def test_recipe_builds_its_config(path):
     assert name == config.net_name or name.startswith(f"{config.net_name}_")
     assert (config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads, config.n_kv_heads) == (
         variant.num_layers, variant.hidden_size, variant.intermediate_size, variant.num_heads, variant.kv_heads)
-    assert config.extend_method == ("NTK" if "128k" in path.stem else "TELECHAT")
-    assert config.theta == (4e7 if "128k" in path.stem else 1e6 if "32k" in path.stem else 1e4)
+    assert config.extend_method == ("NTK" if "128k" in path.stem else variant.extend_method)
+    assert config.theta == (4e7 if "128k" in path.stem else 1e6 if "32k" in path.stem else variant.theta)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
