@@ -1,18 +1,26 @@
 """The manifest beside a checkpoint: what conversion writes into it and takes from it, and what it protects."""
 import hashlib
 import json
+import logging
 import random
+import time
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 from checkpoint_fixtures import assert_same, official_tensors, read_safetensors, small_variant, write_official
 from convert_fixtures import error_of, to_ms, to_torch
+from strategy_fixtures import layout, write_strategies
 
 from research.telechat.checkpoint.integrity import check_files
-from research.telechat.checkpoint.manifest import find_manifest, load_manifest
+from research.telechat.checkpoint.lora import read_adapter
+from research.telechat.checkpoint.manifest import Manifest, find_manifest, load_manifest
+from research.telechat.checkpoint.strategy import read_strategy
+from research.telechat.commands import peft
 from research.telechat.common import verified
 from research.telechat.common.errors import CheckpointError
 from research.telechat.spec.hf_config import hf_config
+from research.telechat.training.save_manifest import ManifestWriter
 
 GENERATION = {"do_sample": False, "temperature": 0.3, "top_k": 5, "repetition_penalty": 1.02, "eos_token_id": [2, 7]}
 
@@ -144,6 +152,31 @@ def test_no_flipped_bit_is_accepted(official, tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match=f"{path.name} has the SHA-256 .* damaged or changed since"):
             check_files([path], remember=bool(turn % 2))
         path.write_bytes(before)
+
+
+def test_no_flipped_bit_of_an_adapter_or_strategy_is_accepted(tmp_path):
+    rng, numbers = random.Random(1), np.random.default_rng(0)
+    adapter, place = tmp_path / "a.ckpt", tmp_path / "a.ckpt.manifest.json"
+    name = "model.layers.0.attention.wq"
+    tensors = {f"{name}.mindpet_delta_lora_{part}": numbers.standard_normal(shape).astype(np.float32)
+               for part, shape in (("a", (2, 8)), ("b", (8, 2)))}
+    peft.write_result(tensors, {"format": "ms"}, {"r": 2, "lora_alpha": 16}, adapter, Manifest("adapter"), place, False)
+    assert read_adapter(adapter, verify=True).alpha == 16
+    strategy = next(write_strategies(tmp_path / "strategy", {f"{name}.weight": layout((2, 2), (1, 0))}, 1).iterdir())
+    ManifestWriter(None, logging.getLogger()).add(strategy, "strategy")
+    deadline = time.monotonic() + 30
+    while find_manifest(strategy) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert read_strategy(strategy).ranks == 4
+    reads = {adapter: lambda: read_adapter(adapter, verify=True), strategy: lambda: read_strategy(strategy),
+             tmp_path / "adapter_config.json": lambda: read_adapter(adapter, verify=True)}
+    for _ in range(100):
+        path = rng.choice(list(reads))
+        before = flip(path, rng)
+        with pytest.raises(CheckpointError):
+            reads[path]()
+        path.write_bytes(before)
+        reads[path]()
 
 
 def test_a_result_is_remembered_until_the_file_changes(official, tmp_path, monkeypatch):

@@ -6,7 +6,15 @@ manifest and CRC has nothing to be held against.
 from pathlib import Path
 from typing import Iterable, List, Optional
 
-from research.telechat.checkpoint.manifest import FOLDER_NAME, SUFFIX, FileEntry, Manifest, find_manifest, load_manifest
+from research.telechat.checkpoint.manifest import (
+    FOLDER_NAME,
+    SUFFIX,
+    FileEntry,
+    Manifest,
+    announced,
+    find_manifest,
+    load_manifest,
+)
 from research.telechat.checkpoint.reader import crc_trailer
 from research.telechat.common.errors import CheckpointError
 from research.telechat.common.hashing import file_sha256
@@ -56,8 +64,11 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is one that these commands wrote, unchanged, by the manifests in its folder."""
-    for one in (path.parent / FOLDER_NAME, *path.parent.glob(f"*{SUFFIX}")):
+    """Whether a file is one that these commands wrote, unchanged, by the manifests in its folder; those of runs that
+    were interrupted while they put their files into place count too."""
+    folder = path.parent
+    for one in (folder / FOLDER_NAME, announced(folder / FOLDER_NAME), *folder.glob(f"*{SUFFIX}"),
+                *folder.glob(announced(Path(f"*{SUFFIX}")).name)):
         try:
             entry = load_manifest(one).entry(path) if one.is_file() else None
         except CheckpointError:

@@ -135,7 +135,8 @@ def read_adapter(path: Path, alpha: Optional[float] = None, strategy: Optional[P
         side = Side(plan, rank_files(path, plan))
     opened = open_ranks(side.files) if side.strategy else {0: open_mindspore(path, "--adapter")}
     try:
-        check_files([file for checkpoint in opened.values() for file in checkpoint.files], False, verify)
+        files = [file for checkpoint in opened.values() for file in checkpoint.files]
+        check_files([*files, *(one for one in [files[0].with_name(CONFIG_NAME)] if one.is_file())], False, verify)
         parts: Dict[str, Dict[str, np.ndarray]] = {}
         matches = ((name, _PART.fullmatch(name)) for name in tensor_names(opened) if not name.startswith("adam_"))
         found = {name: match for name, match in matches if match}

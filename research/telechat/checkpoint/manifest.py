@@ -109,6 +109,11 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     write_json(path, value)
 
 
+def announced(path: Path) -> Path:
+    """Where a manifest stands while the files that it names get their names."""
+    return path.with_name(path.name + ".next")
+
+
 def load_manifest(path: Path) -> Manifest:
     """The manifest at `path`. Raises CheckpointError: it is damaged, or of a later format."""
     try:

@@ -5,6 +5,7 @@ Everything is written to `<name>.partial` beside its final place and renamed whe
 journal remembers how far an interrupted run came. Which tensors, and what is in them, is checkpoint/convert.py's job.
 """
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,14 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from research.telechat.checkpoint.dtypes import ITEM_SIZE
-from research.telechat.checkpoint.manifest import FileEntry, Manifest, manifest_path, with_files, write_manifest
+from research.telechat.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    announced,
+    manifest_path,
+    with_files,
+    write_manifest,
+)
 from research.telechat.common.errors import CheckpointError
 from research.telechat.common.files import JsonObject, write_text
 from research.telechat.common.hashing import FollowingHash
@@ -276,11 +284,12 @@ def publish(layouts: Sequence[Layout]) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: Path, tensors: Sequence[OutTensor], metadata: Dict[str, str], manifest: Optional[Manifest] = None
-             ) -> Iterator[OutputFile]:
+def new_file(path: Path, tensors: Sequence[OutTensor], metadata: Dict[str, str], manifest: Optional[Manifest] = None,
+             place: Optional[Path] = None, texts: Optional[Dict[Path, str]] = None) -> Iterator[OutputFile]:
     """A checkpoint to write into, .ckpt or .safetensors; it gets its name when the block ends, and is gone if it fails.
 
-    manifest: what is written beside it, but for the file itself; None: nothing.
+    manifest: what is written beside it, but for the files; None: nothing. place: where; None: as a single file's.
+    texts: small files beside it, path to content, that belong to it.
 
     Raises CheckpointError: another suffix, or no room for it.
     """
@@ -293,10 +302,17 @@ def new_file(path: Path, tensors: Sequence[OutTensor], metadata: Dict[str, str],
     try:
         yield file
         file.finish()
-        entry = file.entry()
-        publish([layout])
+        entries = {path.name: file.entry()}
+        for text_path, text in (texts or {}).items():
+            entries[text_path.name] = FileEntry(len(text.encode()), hashlib.sha256(text.encode()).hexdigest())
+        place = place or manifest_path(path, False)
         if manifest is not None:
-            write_manifest(manifest_path(path, False), with_files(manifest, {path.name: entry}))
+            write_manifest(announced(place), with_files(manifest, entries))
+        publish([layout])
+        for text_path, text in (texts or {}).items():
+            write_text(text_path, text)
+        if manifest is not None:
+            os.replace(announced(place), place)
     except BaseException:
         file.close()
         remove(partial_path(path))

@@ -7,12 +7,14 @@ Streams: no more than one block of rows of one weight is in memory. The result h
 adapters to and from PEFT is convert_lora.py. See docs/training.md.
 """
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Dict, Optional, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
+from research.telechat.checkpoint.agreement import CONFLICT, disagreements_of, recipe_wins
 from research.telechat.checkpoint.dtypes import ITEM_SIZE, RAW, cast
 from research.telechat.checkpoint.folder import open_mindspore
 from research.telechat.checkpoint.integrity import OVERWRITE_HELP, VERIFY_HELP, check_files, is_ours
@@ -93,6 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="the result, .ckpt or .safetensors")
     parser.add_argument("--lora_alpha", type=float, help="default: from adapter_config.json beside the adapter")
     parser.add_argument("--verify", action="store_true", help=VERIFY_HELP)
+    parser.add_argument("--checkpoint_conflict", choices=CONFLICT, default="stop",
+                        help="what counts where the manifests differ: checkpoint (the base's), recipe (the adapter's); "
+                             "default: stop")
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     return parser
 
@@ -101,6 +106,18 @@ def run(args: argparse.Namespace) -> None:
     """Carry out the command. Raises CheckpointError."""
     with output_lock(args.output):
         _merge(args)
+
+
+def facts_of_result(args: argparse.Namespace) -> Optional[ModelFacts]:
+    """What is known of the model: by the base, and by the adapter, which was trained with it. Raises ConfigError where
+    they say different things and --checkpoint_conflict does not say which counts."""
+    base, adapter = facts_beside(args.base), facts_beside(args.adapter)
+    if base is None or adapter is None:
+        return base or adapter
+    found = disagreements_of(adapter.to_variant(), base.to_variant())
+    if recipe_wins(found, args.checkpoint_conflict, args.base, "--checkpoint_conflict"):
+        return replace(base, variant={**base.variant, **{one.key: one.recipe for one in found}})
+    return base
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -113,7 +130,7 @@ def _merge(args: argparse.Namespace) -> None:
         refuse_foreign([args.output], is_ours, args.overwrite)
         refuse_foreign([manifest_path(args.output, False)], is_manifest, args.overwrite)
         check_files(base.files, False, args.verify)
-        merge(base, adapter, args.output, facts_beside(args.base))
+        merge(base, adapter, args.output, facts_of_result(args))
     finally:
         base.close()
     print(f"{args.output}: {len(adapter.pairs)} weights with the adapter (rank {adapter.rank}, lora_alpha "

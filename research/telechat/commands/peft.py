@@ -12,7 +12,7 @@ from typing import Dict, Optional, Sequence
 
 import numpy as np
 
-from research.telechat.checkpoint.integrity import OVERWRITE_HELP, VERIFY_HELP, check_files, file_entry, is_ours
+from research.telechat.checkpoint.integrity import OVERWRITE_HELP, VERIFY_HELP, check_files, is_ours
 from research.telechat.checkpoint.lora import (
     CONFIG_NAME,
     PEFT_NAMES,
@@ -24,21 +24,18 @@ from research.telechat.checkpoint.lora import (
     to_peft,
 )
 from research.telechat.checkpoint.manifest import (
-    FileEntry,
     Manifest,
     ModelFacts,
     facts_beside,
     facts_of,
     is_manifest,
     manifest_path,
-    with_files,
-    write_manifest,
 )
 from research.telechat.checkpoint.reader import open_safetensors
 from research.telechat.checkpoint.writer import OutTensor, new_file
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import CheckpointError, ConfigError
-from research.telechat.common.files import JsonObject, refuse_foreign, write_text
+from research.telechat.common.files import JsonObject, refuse_foreign
 from research.telechat.common.lock import output_lock
 from research.telechat.spec.variants import VARIANTS, Variant, get_variant, read_hf_config, variant_from_hf
 
@@ -54,13 +51,14 @@ def find_variant(args: argparse.Namespace, facts: Optional[ModelFacts] = None) -
     return get_variant(args.model_name)
 
 
-def write_tensors(path: Path, tensors: Dict[str, np.ndarray], metadata: Dict[str, str]) -> FileEntry:
-    """A complete .ckpt or .safetensors file of float32 `tensors`, or none; what a manifest says of it."""
+def write_tensors(path: Path, tensors: Dict[str, np.ndarray], metadata: Dict[str, str],
+                  manifest: Optional[Manifest] = None, place: Optional[Path] = None,
+                  texts: Optional[Dict[Path, str]] = None) -> None:
+    """A complete .ckpt or .safetensors file of float32 `tensors`, or none. The rest: see checkpoint/writer.new_file."""
     outs = [OutTensor(name, "F32", value.shape) for name, value in tensors.items()]
-    with new_file(path, outs, metadata) as file:
+    with new_file(path, outs, metadata, manifest, place, texts) as file:
         for name, value in tensors.items():
             file.write(name, 0, memoryview(value.astype("<f4", copy=False).tobytes()))
-    return file.entry()
 
 
 def write_result(tensors: Dict[str, np.ndarray], metadata: Dict[str, str], config: JsonObject, path: Path,
@@ -68,14 +66,10 @@ def write_result(tensors: Dict[str, np.ndarray], metadata: Dict[str, str], confi
     """The file `path`, adapter_config.json beside it and `manifest` at `place`, or none of them. Raises OverwriteError.
     """
     text = path.parent / CONFIG_NAME
-    written = [path] if _says(text, config) else [path, text]
-    refuse_foreign(written, is_ours, overwrite)
+    texts = {} if _says(text, config) else {text: json.dumps(config, indent=2) + "\n"}
+    refuse_foreign([path, *texts], is_ours, overwrite)
     refuse_foreign([place], is_manifest, overwrite)
-    entries = {path.name: write_tensors(path, tensors, metadata)}
-    if text in written:
-        write_text(text, json.dumps(config, indent=2) + "\n")
-        entries[text.name] = file_entry(text)
-    write_manifest(place, with_files(manifest, entries))
+    write_tensors(path, tensors, metadata, manifest, place, texts)
 
 
 def _says(path: Path, config: JsonObject) -> bool:
