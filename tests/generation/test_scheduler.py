@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from research.telechat.common.errors import ConfigError, WorkerError
-from research.telechat.generation.batch import Reading
+from research.telechat.generation.batch import Reading, Row
 from research.telechat.generation.blocks import BlockPool
+from research.telechat.generation.choice import Scores, pick
 from research.telechat.generation.passes import Settings
 from research.telechat.generation.ranks import Follower, Leader
 from research.telechat.generation.requests import (
@@ -100,14 +101,18 @@ class FakeEngine:
         return FakeStep([self.look(row, row.length) for row in rows])
 
 
-def alone(request, border=None):
-    """The events of a request that nobody else disturbs."""
-    events = []
-    scheduler = Scheduler(FakeEngine(border=border), Settings(buckets=(1,), reuse=False))
-    scheduler.submit(request, events.append)
-    while scheduler.step():
-        pass
-    return [event for event in events if not isinstance(event, Started)]
+def alone(request):
+    """The events of a request that nobody else disturbs, without a scheduler."""
+    row, events = Row(1, request), []
+    if request.prompt_logprobs:
+        scores = Scores(request.top_logprobs)
+        scores.add([logits_behind(row.tokens[:end]) for end in range(1, row.length)], row.tokens[1:row.length])
+        events.append(scores.event())
+    while row.length < row.limit and not row.finished:
+        logits = logits_behind(row.sequence)
+        events.append(Token(int(logits.argmax())) if row.plain else pick(row, logits))
+        row.append(events[-1].id)
+    return [*events, Finished("stop" if row.tokens[row.length - 1] in row.ends and row.finished else "length")]
 
 
 def random_request(rng):
@@ -152,7 +157,7 @@ def run_schedule(seed):
     for number, request in requests.items():
         got = [event for event in events[number] if not isinstance(event, Started)]
         assert isinstance(got[-1], Finished) and sum(isinstance(event, Finished) for event in got) == 1
-        wanted = alone(request, border)
+        wanted = alone(request)
         assert got == wanted if got[-1].reason != "cancelled" else got[:-1] == wanted[:len(got) - 1]
     stats = scheduler.stats()
     assert engine.pool.available == engine.pool.total and stats.blocks_used == 0
