@@ -25,7 +25,7 @@ from research.telechat.generation.requests import (
     Token,
 )
 from research.telechat.generation.sampling import Sampling
-from research.telechat.generation.scheduler import Scheduler
+from research.telechat.generation.scheduler import Scheduler, choose_each
 
 VOCAB = 13
 TABLE = np.random.RandomState(0).normal(0, 2, (997, VOCAB)).astype(np.float32)
@@ -226,6 +226,22 @@ def test_requests_that_cannot_be_answered():
     scheduler.drain()
     with pytest.raises(Draining):
         scheduler.submit(Request((1,), Sampling(), 2))
+
+
+def test_tokens_are_chosen_in_order_of_arrival():
+    """Rows of one batch may share their random numbers, also in steps that read some of them again."""
+    orders = []
+
+    def choose(places):
+        orders.append([place.row.number for place in places])
+        return choose_each(places)
+    engine = FakeEngine(border=8)
+    scheduler = Scheduler(engine, Settings(slots=3, together=True, buckets=(3,)), choose)
+    for length in (2, 7, 3):
+        scheduler.submit(Request(tuple(range(length)), Sampling(), 5))
+    while scheduler.step():
+        pass
+    assert orders == [[1, 2, 3]] * 5 and engine.stale_lengths and set(engine.batches) == {3}
 
 
 def test_failure_of_the_engine_ends_every_request():

@@ -92,12 +92,13 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> Tuple[np.ndarray, np.n
 
     logits: [V] float32, after `adjust`. The token that crosses top_p still counts; ties at the k-th place all count.
     """
+    ids = np.arange(len(logits))
+    if sampling.top_k and sampling.top_k < len(logits):
+        kth = np.partition(logits, -sampling.top_k)[-sampling.top_k]               # before the others cost anything
+        ids = np.flatnonzero(logits >= kth)
+        logits = logits[ids]
     scores = logits.astype(np.float64) / sampling.temperature
-    ids = np.arange(len(scores))
-    if sampling.top_k and sampling.top_k < len(scores):
-        kth = np.partition(scores, -sampling.top_k)[-sampling.top_k]
-        ids = np.flatnonzero(scores >= kth)
-    weights = np.exp(scores[ids] - scores.max())
+    weights = np.exp(scores - scores.max())
     weights /= weights.sum()
     if sampling.top_p is not None and sampling.top_p < 1:
         chosen = np.sort(_nucleus(weights, sampling.top_p))
