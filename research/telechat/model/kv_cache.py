@@ -4,7 +4,7 @@ The cache is paged, as MindFormers' generator manages it: `num_blocks` blocks of
 [B, K] says which blocks hold a sequence (-1: none yet), `slot_mapping` into which slot each token of this step goes
 (-1: nowhere). Prompts come padded on the right [B, S] or, with `flat_prefill`, back to back [1, T]; afterwards every
 step brings one token per sequence [B, 1]. With the composed cache, a prompt may also come piece by piece, each of which
-looks at what is cached before it. The attention itself is in telechat_transformer, generation in generation/scheduler.py.
+looks at what is cached before it. The attention itself is in telechat_transformer, the loop in generation/scheduler.py.
 
 Keys are cached rotated. Where the official rotary rule changes with the length of the sequence (spec/rope.py), a cache
 is valid for the lengths that share one scaling; generation/passes.py fills it anew when that changes.
