@@ -223,8 +223,8 @@ def test_terminal_commands(renderer, tmp_path):
     session = session_that_says(renderer, "我是一个语言模型。", prompts)
     file = tmp_path / "chat.jsonl"
     chat, text = terminal(session, ["你是谁？", "and?", "/retry", f"/save {file}", "/nonsense", "/save", "/clear",
-                                    "/retry", KeyboardInterrupt(), "again"], system="Be short.")
-    assert text.count("我是一个语言模型。") == 4
+                                    "/retry", KeyboardInterrupt(), "again"], system="Be short.", first="wait ...")
+    assert text.count("我是一个语言模型。") == 4 and text.count("wait ...\n") == 1
     assert prompts[1][0] == prompts[2][0] != prompts[0][0]
     assert prompts[3][0] == renderer.prompt([{"role": "user", "content": "again"}])
     record = json.loads(file.read_text(encoding="utf-8"))

@@ -119,9 +119,10 @@ def test_interactive_chat_survives_ctrl_c(tiny, vocab_file, tmp_path):
         part, seen = seen[:end], seen[end:]
         return part.decode(errors="replace")
     try:
-        wait_for(b"lists the commands.")
-        os.write(master, "你是谁？\n".encode())             # the graphs compile here
-        wait_for(b"per second")
+        begin = wait_for(b"lists the commands.")
+        assert "WARNING" not in begin, begin                 # MindFormers' own, at which a user can do nothing
+        os.write(master, "你是谁？\n".encode())
+        assert "compiling ..." in wait_for(b"per second")
         answer = ""
         while "(stopped)" not in answer:                     # the answer may be over before Ctrl-C comes
             os.write(master, b"again\n")

@@ -28,11 +28,12 @@ class Terminal:
 
     def __init__(self, answer: Callable[[List[JsonObject], Optional[int]], Generator[Union[Piece, str], None, None]],
                  report: Callable[[], Report], output: TextIO, system: Optional[str] = None,
-                 seed: Optional[int] = None):
+                 seed: Optional[int] = None, first: str = ""):
+        """`first`: said before the first answer, which takes longer than others."""
         self.answer, self.report, self.output = answer, report, output
         self.system, self.seed = system, seed
         self.history = History()
-        self._answers = 0
+        self._answers, self._first = 0, first
 
     def run(self, read: Callable[[str], str] = input) -> None:
         """Read questions and commands until /exit or the end of the input."""
@@ -74,6 +75,9 @@ class Terminal:
         pieces = self.answer(rendered, seed)
         self._answers += 1
         content = reasoning = ""
+        if self._first:
+            self._say(self._first)
+            self._first = ""
         try:
             for part in pieces:
                 piece = Piece(part) if isinstance(part, str) else part

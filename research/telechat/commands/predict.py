@@ -19,6 +19,7 @@ from typing import Callable, Iterator, List, NamedTuple, Optional
 from research.telechat.chat import interrupt
 from research.telechat.chat.session import Session
 from research.telechat.common.command import run_command
+from research.telechat.common.console import only_own_warnings
 from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, prepare_log, refuse_foreign
@@ -183,6 +184,8 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
                  **parse_further(rest)}
     check_overrides(read_recipe(resolve_config(args.yaml_file)), overrides)
     prepare_log(overrides.get("output_dir"))
+    if args.interactive:
+        only_own_warnings()
     with fitting_versions():
         from research.telechat.chat.api import make_session, read_generation_config
         from research.telechat.run.load import load_model, prepare_prediction, quieten
@@ -207,7 +210,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (line editing for input())
         Terminal(lambda messages, seed: session.pieces(messages, tools, seed), lambda: session.report, sys.stdout,
-                 args.system, args.seed).run(ask)
+                 args.system, args.seed, "compiling ...").run(ask)
         return 0
     first = rank() == 0
     failed = answer_file(session, questions, args, tools, output, first)
