@@ -68,6 +68,13 @@ def make_protocol(times: Times) -> type:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
+            self._watch_headers()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch_headers()
+
+        def _watch_headers(self) -> None:
             within = self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]
             if not within:
                 self._late = _cancel(self._late)

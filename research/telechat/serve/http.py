@@ -26,6 +26,7 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _LOCAL = {"localhost", "127.0.0.1", "::1", ""}
 _OPEN = {"/", "/health", "/ready"}
 PING_SECONDS = 15.0
+_PROBES = {"/health", "/ready", "/metrics"}      # asked for every few seconds, and not worth a line each
 _CLIENTS = 10_000                        # addresses whose rate is remembered
 
 
@@ -112,8 +113,10 @@ class Guard:
             if route not in _OPEN and route != "/metrics":
                 self.metrics.request_seconds.observe(seconds)
             client = scope.get("client") or ("-",)
-            log.info("%s %s %s %s %s %.3fs%s", client[0], request_id, scope["method"], _path(scope), status, seconds,
-                     "".join(f" {key}={value}" for key, value in note.items()))
+            quiet = route in _PROBES and status in (200, 503)
+            log.log(logging.DEBUG if quiet else logging.INFO, "%s %s %s %s %s %.3fs%s", client[0], request_id,
+                    scope["method"], _path(scope), status, seconds,
+                    "".join(f" {key}={value}" for key, value in note.items()))
 
     def _admit(self, scope: Scope, headers: Mapping[str, str]) -> None:
         """Raises ApiError for who may not ask."""
