@@ -290,14 +290,21 @@ def print_outlook(output: Path, seconds: float) -> None:
     chat = [sys.executable, str(PLUGIN / "run_telechat_predict.py"), "--interactive", "--yaml_file", str(PREDICT),
             "--vocab_file_path", str(output / "tokenizer" / "tokenizer.model"),
             "--checkpoint_path", str(last_checkpoint(output / "finetune"))]
+    serve = [sys.executable, str(ROOT / "scripts" / "serve.py"), "--demo", str(output)]
     print(f"""
 Done in {seconds:.0f} s. All results are in {show([str(output)])}/:
   finetune/training_curve.png   loss and learning rate over the steps
   finetune/checkpoint/          the fine-tuned model; predict/answers.json: its answers; logs/: all output
 For a real model on an Ascend machine: the same commands, printed above, with its recipe; README.md has every step, from
-the official weights on. To chat with the model just trained:
+the official weights on.
 
-{show(chat)}""")
+To chat with the model just trained, in the terminal:
+
+{show(chat)}
+
+and in the browser, at http://localhost:8000/ (OpenAI's API is there, too: docs/server.md):
+
+{show(serve)}""")
 
 
 def main() -> int:

@@ -23,6 +23,7 @@ COMMANDS: Dict[str, Command] = {
     "convert": Command("convert:main", "checkpoints between the official format and MindSpore"),
     "preprocess": Command("preprocess:main", "make a data set for fine-tuning from conversations"),
     "chat": Command("predict:main", "answer the questions of a file, or chat in the terminal"),
+    "serve": Command("serve:main", "answer over HTTP: OpenAI's API, a chat page"),
     "plan": Command("plan:main", "check a parallel plan, and count what it costs"),
     "evaluate": Command("evaluate:main", "score a checkpoint on tasks, or on texts by perplexity"),
     "transform": Command("transform:main", "merge and split distributed checkpoints"),
