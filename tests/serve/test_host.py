@@ -1,5 +1,6 @@
 """The process of the server: connections that hang, signals, a failing engine."""
 import asyncio
+import http.client
 import json
 import os
 import signal
@@ -51,13 +52,14 @@ def test_half_a_request_is_not_waited_for(port, data):
 
 
 def test_a_connection_is_kept_for_the_next_request(port):
-    asked = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.settimeout(5)
-        for _ in range(2):
-            connection.sendall(asked)
-            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
-            time.sleep(0.8)                              # longer than the headers of a request may take
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection.connect()
+    first = connection.sock
+    for _ in range(2):
+        connection.request("GET", "/health")
+        assert connection.getresponse().read() and connection.sock is first
+        time.sleep(0.8)                                  # longer than the headers of a request may take
+    connection.close()
 
 
 def test_a_client_who_takes_nothing_counts_as_gone():
@@ -182,7 +184,8 @@ def test_other_addresses_need_a_key(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("words", "fault"), [
     ([], "--config is missing"), (["--demo", "/no/such"], "quick start"),
-    (["--config", "x", "--port", "70000"], "--port"), (["--config", "x", "--slots", "0"], "--slots"), (["--config", "x", "--demo"], "leave them out")])
+    (["--config", "x", "--port", "70000"], "--port"),
+    (["--config", "x", "--slots", "0"], "--slots"), (["--config", "x", "--demo"], "leave them out")])
 def test_options_that_make_no_sense(words, fault):
     with pytest.raises(ConfigError, match=fault):
         serve_command.complete(parse(*words))

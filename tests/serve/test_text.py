@@ -4,6 +4,7 @@ import json
 import pytest
 
 from research.telechat.serve.text import AnswerText, CallFilter, ReasoningFilter
+from research.telechat.text.renderer import Renderer, detect_template, get_template
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
 
@@ -22,7 +23,7 @@ def reason(pieces, opened=False):
 
 @pytest.mark.parametrize(("text", "opened", "reasoning", "content"), [
     ("<think>因为</think>\n\n所以", False, "因为", "所以"),
-    ("\n<think>\na<b</think>c</think>", False, "\na<b", "c</think>"),
+    ("\n<think>\na<b\n</think>\n\nc</think>", False, "a<b", "c</think>"),
     ("因为</think>所以", True, "因为", "所以"),
     ("没有思考 <think>x</think>", False, "", "没有思考 <think>x</think>"),
     ("<think>没有结束</th", False, "没有结束</th", ""),
@@ -54,11 +55,22 @@ def test_calls_are_taken_out_whole_or_not_at_all(text, content, names):
 
 def test_an_answer_of_whole_characters_ends_at_its_stop_string(vocabs):
     vocab = vocabs["12b"]
-    answer = AnswerText(vocab, stop=["龘結束"])
+    renderer = Renderer(detect_template(vocab), vocab)
+    answer = AnswerText(renderer, stop=["龘結束"])
     parts = [answer.feed(token) for token in vocab.encode("龙龘龘結束龘")]
     assert answer.stopped
     assert "".join(part.content for part in parts) == "龙龘"
     assert all("�" not in part.content for part in parts)
-    cut = AnswerText(vocab)
+    cut = AnswerText(renderer)
     tokens = vocab.encode("龘")
     assert not any(cut.feed(token) for token in tokens[:-1]) and cut.end().content == "�"
+
+
+def test_the_reasoning_that_a_prompt_has_opened(vocabs):
+    """No stop string within, no call; behind it both count."""
+    renderer = Renderer(get_template("telechat2_think"), vocabs["telechat2"])
+    answer = AnswerText(renderer, stop=["停"], tools=True, thinking=True)
+    text = f"不停。{CALL}\n</think>\n\n答案停。"
+    parts = [answer.feed(token) for token in vocabs["telechat2"].encode(text)]
+    assert "".join(part.reasoning for part in parts).lstrip(" ") == f"不停。{CALL}"
+    assert "".join(part.content for part in parts) == "答案" and answer.stopped and not answer.called

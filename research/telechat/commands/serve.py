@@ -142,7 +142,8 @@ def load_engine(args: argparse.Namespace, overrides: "JsonObject") -> "Engine":
         from research.telechat.generation.scheduler import Scheduler
         from research.telechat.run.load import load_model, prepare_prediction, quieten
         from research.telechat.serve.answering import Engine
-        from research.telechat.text.renderer import Renderer, detect_template
+        from research.telechat.text.renderer import Renderer
+        from research.telechat.text.templates import choose_template
     config, tokenizer = prepare_prediction(args.config, overrides, args.tokenizer)
     if config.use_parallel:
         raise ConfigError("use_parallel: the server runs in a single process; set --use_parallel False")
@@ -159,7 +160,7 @@ def load_engine(args: argparse.Namespace, overrides: "JsonObject") -> "Engine":
                                                  deterministic=args.deterministic))
     _say("compiling ...")
     scheduler.warm_up()
-    renderer = Renderer(detect_template(tokenizer.vocab), tokenizer.vocab)
+    renderer = Renderer(choose_template(tokenizer.vocab, model.config.chat_template), tokenizer.vocab)
     return Engine(scheduler, renderer, model.config.seq_length, model.config.vocab_size, sampling, longest,
                   frozenset(end_tokens(chosen.eos_token_id)))
 

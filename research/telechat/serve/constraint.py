@@ -6,7 +6,7 @@ nothing of this is offered (`available`), and the APIs refuse what needs it.
 import importlib.util
 import json
 from functools import cached_property
-from typing import Any, List, Sequence
+from typing import Any, FrozenSet, List, Sequence
 
 import numpy as np
 
@@ -51,14 +51,15 @@ def calls_grammar(tools: Sequence[JsonObject], several: bool) -> str:
 class Grammars:
     """Makes constraints for one vocabulary."""
 
-    def __init__(self, vocab: Vocab, vocab_size: int, ends: Sequence[int]):
-        """vocab_size: of the model, which may be wider; ends: tokens that end an answer."""
-        self._vocab, self._size, self._ends = vocab, vocab_size, sorted(ends)
+    def __init__(self, vocab: Vocab, vocab_size: int, ends: Sequence[int], kept: FrozenSet[int] = frozenset()):
+        """vocab_size: of the model, which may be wider; ends: tokens that end an answer; kept: special tokens that are
+        part of a text (see IncrementalDecoder)."""
+        self._vocab, self._size, self._ends, self._kept = vocab, vocab_size, sorted(set(ends)), kept
 
     @cached_property
     def _tokenizer(self) -> Any:
         from llguidance import LLTokenizer, TokenizerWrapper
-        return LLTokenizer(TokenizerWrapper(_Table(self._vocab, self._ends)), n_vocab=self._vocab.size)
+        return LLTokenizer(TokenizerWrapper(_Table(self._vocab, self._ends, self._kept)), n_vocab=self._vocab.size)
 
     def constraint(self, grammar: str, param: str) -> "Grammar":
         """A constraint of one answer. Raises ApiError: the library is missing, or cannot use the schema."""
@@ -79,10 +80,10 @@ class _Table:
 
     bos_token_id = None
 
-    def __init__(self, vocab: Vocab, ends: Sequence[int]):
+    def __init__(self, vocab: Vocab, ends: Sequence[int], kept: FrozenSet[int]):
         self._vocab = vocab
         self.eos_token_id = ends[0]
-        hidden = {*vocab.special_ids, *ends}
+        hidden = {*(vocab.special_ids - kept), *ends}
         self.special_token_ids = sorted(token for token in hidden if token < vocab.size)
         self.tokens = [b"\xff" + str(token).encode() if token in hidden else vocab.token_bytes(token)
                        for token in range(vocab.size)]

@@ -103,7 +103,7 @@ def choice(service: Service, wanted: Wanted) -> Choice:
     settings = dict(wanted.settings)
     ids, longest = _fit(engine, wanted.messages, settings.pop("max_length"))
     stops = engine.renderer.text_markers if engine.renderer.as_text else ()
-    return service.choice(engine, ids, longest, settings, AnswerText(engine.renderer.vocab, stops))
+    return service.choice(engine, ids, longest, settings, AnswerText(engine.renderer, stops, thinking=True))
 
 
 def _fit(engine: Engine, messages: List[JsonObject], max_length: int) -> Tuple[List[int], int]:

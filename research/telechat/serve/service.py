@@ -14,7 +14,7 @@ from research.telechat.serve.constraint import Grammars, calls_grammar, json_gra
 from research.telechat.serve.errors import ApiError, too_long
 from research.telechat.serve.metrics import Metrics
 from research.telechat.serve.openai_requests import Asked, ChatBody, CompletionBody
-from research.telechat.serve.text import THINK, AnswerText
+from research.telechat.serve.text import AnswerText
 
 STARTING, READY, DRAINING, BROKEN = "starting", "ready", "draining", "broken"
 _Result = TypeVar("_Result")
@@ -46,7 +46,8 @@ class Service:
     def open(self, engine: Engine) -> None:
         """The model is loaded: requests are taken from now on."""
         ends = engine.ends or {engine.renderer.end_id}
-        self._grammars = Grammars(engine.renderer.vocab, engine.vocab_size, [engine.renderer.end_id, *ends])
+        self._grammars = Grammars(engine.renderer.vocab, engine.vocab_size, [engine.renderer.end_id, *ends],
+                                  engine.renderer.kept_ids)
         self.engine = engine
         self.state = READY
 
@@ -85,11 +86,10 @@ class Service:
         if body.called:
             grammar = calls_grammar(body.called, body.several_calls)
         param = "response_format" if body.schema is not None else "tool_choice"
-        opened = _ends_with(engine, ids, THINK)
 
         def text() -> AnswerText:
-            return AnswerText(engine.renderer.vocab, self._stops(engine, asked.stop), tools=bool(body.tools),
-                              thinking=not grammar, opened=opened)
+            return AnswerText(engine.renderer, self._stops(engine, asked.stop), tools=bool(body.tools),
+                              thinking=not grammar)
         constraint: Optional[Callable[[], TokenConstraint]] = None
         if grammar:
             constraint = self._constraint(grammar, param)
@@ -102,7 +102,7 @@ class Service:
         asked, vocab = body.asked, engine.renderer.vocab
 
         def text() -> AnswerText:
-            return AnswerText(vocab, asked.stop)
+            return AnswerText(engine.renderer, asked.stop, turn=False)
 
         def prepare() -> Tuple[List[Choice], List[Tuple[str, Sequence[int]]]]:
             choices: List[Choice] = []
@@ -190,11 +190,6 @@ def prompt_of(engine: Engine, messages: Sequence[JsonObject], tools: Sequence[Js
         return engine.renderer.prompt(messages, tools or None)
     except (ConversationError, ConfigError) as err:
         raise ApiError(400, str(err), "messages") from err
-
-
-def _ends_with(engine: Engine, ids: Sequence[int], text: str) -> bool:
-    """Whether a prompt ends with `text`, line ends aside."""
-    return engine.renderer.vocab.decode(ids[-16:]).rstrip().endswith(text)
 
 
 async def _in_thread(work: Callable[[], _Result]) -> _Result:

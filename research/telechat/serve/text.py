@@ -1,13 +1,14 @@
 """Text of an answer out of its tokens, as it grows: whole characters, stop strings, reasoning, tool calls."""
 import json
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat.chat.session import parse_tool_calls
-from research.telechat.chat.stream import StopFilter
+from research.telechat.chat.stream import StopFilter, ThinkFilter
 from research.telechat.common.files import JsonObject
-from research.telechat.text.vocab import IncrementalDecoder, Vocab
+from research.telechat.text.renderer import Renderer
+from research.telechat.text.vocab import IncrementalDecoder
 
-THINK, THOUGHT = "<think>", "</think>"
+THINK = "<think>"
 CALL, CALLED = "<tool_call>", "</tool_call>"
 
 
@@ -28,45 +29,31 @@ def _held_back(text: str, tag: str) -> int:
 
 
 class ReasoningFilter:
-    """Divides an answer that begins with <think> into its reasoning and the rest. Any other passes unchanged.
+    """Divides an answer into its reasoning and the rest, where it begins with <think>. Any other passes unchanged.
 
     opened: the prompt ends with <think>, so that the answer begins within the reasoning.
     """
 
     def __init__(self, opened: bool = False):
-        self._state = "within" if opened else "before"
-        self._held = ""
+        self._divided = ThinkFilter(True) if opened else None
+        self._held: Optional[str] = ""                   # what could become <think>; None: it did not
 
     def feed(self, text: str, last: bool = False) -> Tuple[str, str]:
         """(reasoning, content) that are certain after `text`; all that was held back if it is the last."""
-        if self._state == "behind":
-            return "", text
-        if self._state == "skipping":
-            return "", self._skip(text)
-        self._held += text
-        if self._state == "before":
+        if self._divided is None:
+            if self._held is None:
+                return "", text
+            self._held += text
             begun = self._held.lstrip()
-            if begun.startswith(THINK):
-                self._state, self._held = "within", begun[len(THINK):]
-            elif last or (begun and not THINK.startswith(begun)):
-                self._state, content, self._held = "behind", self._held, ""
-                return "", content
-            else:
-                return "", ""
-        reasoning, found, content = self._held.partition(THOUGHT)
-        if found:
-            self._state, self._held = "skipping", ""
-            return reasoning, self._skip(content)
-        keep = 0 if last else _held_back(self._held, THOUGHT)
-        shown, self._held = self._held[:len(self._held) - keep], self._held[len(self._held) - keep:]
-        return shown, ""
-
-    def _skip(self, text: str) -> str:
-        """Line ends between the reasoning and the content belong to neither."""
-        text = text.lstrip("\n")
-        if text:
-            self._state = "behind"
-        return text
+            if not begun.startswith(THINK):
+                if not last and THINK.startswith(begun):
+                    return "", ""
+                text, self._held = self._held, None
+                return "", text
+            self._divided, text = ThinkFilter(True), begun[len(THINK):]
+        pieces = self._divided.feed(text) + (self._divided.flush() if last else [])
+        return ("".join(piece.text for piece in pieces if piece.reasoning),
+                "".join(piece.text for piece in pieces if not piece.reasoning))
 
 
 class CallFilter:
@@ -110,17 +97,22 @@ class AnswerText:
     """The text of one answer. Attributes: `stopped`, whether a stop string has ended it; `called`, whether it holds
     tool calls."""
 
-    def __init__(self, vocab: Vocab, stop: Sequence[str] = (), tools: bool = False, thinking: bool = False,
-                 opened: bool = False):
+    def __init__(self, renderer: Renderer, stop: Sequence[str] = (), tools: bool = False, thinking: bool = False,
+                 turn: bool = True):
         """
         Args:
-            stop: texts that end the answer and are not part of it.
+            renderer: has written the prompt.
+            stop: texts that end the answer and are not part of it; in the reasoning they end nothing.
             tools: take tool calls out of it.
-            thinking: take the reasoning out of it; opened: see `ReasoningFilter`.
+            thinking: take the reasoning out of it.
+            turn: it is an answer in a conversation, not the continuation of a text.
         """
-        self._decoder = IncrementalDecoder(vocab, skip_special_tokens=True)
-        self._stops = StopFilter(stop)
+        self._decoder = IncrementalDecoder(renderer.vocab, skip_special_tokens=True, kept=renderer.kept_ids)
+        opened = turn and renderer.thinks
+        if opened:                                       # the answer continues the text that opens the reasoning
+            self._decoder.feed(renderer.opening_ids)
         self._reasoning = ReasoningFilter(opened) if thinking else None
+        self._stops = StopFilter(stop)
         self._calls = CallFilter() if tools else None
         self.called = False
 
@@ -130,18 +122,23 @@ class AnswerText:
 
     def feed(self, token: int) -> Part:
         """What the next token, which is no end token, makes certain."""
-        return self._divide(self._stops.feed(self._decoder.feed(token)), self.stopped)
+        return self._divide(self._decoder.feed(token), False)
 
     def end(self) -> Part:
         """What was held back, when no more tokens come."""
-        return self._divide(self._stops.feed(self._decoder.flush()) + self._stops.flush(), True)
+        return self._divide(self._decoder.flush(), True)
 
     def _divide(self, text: str, last: bool) -> Part:
+        if self.stopped:
+            return Part()
         reasoning, content = "", text
-        calls: List[JsonObject] = []
         if self._reasoning is not None:
             reasoning, content = self._reasoning.feed(text, last)
+        content = self._stops.feed(content)
+        if last:
+            content += self._stops.flush()
+        calls: List[JsonObject] = []
         if self._calls is not None:
-            content, calls = self._calls.feed(content, last)
+            content, calls = self._calls.feed(content, last or self.stopped)
         self.called = self.called or bool(calls)
         return Part(content, reasoning, tuple(calls))
