@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import random
 import re
 import signal
 import socket
@@ -21,6 +20,7 @@ from needs import program, require
 from serve_fixtures import events
 from vocab_fixtures import train_sentencepiece
 
+from benchmarks import serve_streams
 from research.telechat.text.renderer import Renderer, detect_template
 from research.telechat.text.vocab import Vocab
 
@@ -44,7 +44,7 @@ class Running:
         sizes = save_tiny(folder / "tiny.ckpt")
         self.log = folder / "stdout"
         self.process = prepared.start(
-            ["research/telechat/__main__.py", "serve", "--config", "research/telechat/predict_telechat_tiny_cpu.yaml",
+            ["scripts/serve.py", "--config", "research/telechat/predict_telechat_tiny_cpu.yaml",
              "--load_checkpoint", str(folder / "tiny.ckpt"), "--tokenizer", str(self.vocab_file), "--port", "0",
              "--output_dir", str(folder), "--slots", str(SLOTS), "--max_queue", str(STREAMS), *sizes],
             ROOT, dict(os.environ), str(self.log), str(folder / "stderr"))
@@ -70,16 +70,6 @@ class Running:
         request = urllib.request.Request(self.url + path, json.dumps(body).encode())
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read())
-
-    def figures(self):
-        """{name with labels: value} of /metrics."""
-        return {name: float(value) for name, _, value in
-                (line.rpartition(" ") for line in self.get("/metrics").splitlines() if not line.startswith("#"))}
-
-    def idle(self):
-        """Wait until nothing is under way; the figures then."""
-        self._wait(lambda: self.figures()["telechat_running"] == self.figures()["telechat_waiting"] == 0, 20)
-        return self.figures()
 
 
 @pytest.fixture(scope="module")
@@ -221,41 +211,14 @@ def test_garbage_does_no_harm(server):
     assert server.get("/ready") == '{"status":"ready"}'
 
 
-async def one_stream(server, rng):
-    """One stream, left after some pieces or read to its end: whether it was, and how it ended."""
-    leave = rng.random() < 0.5
-    body = json.dumps({"messages": [{"role": "user", "content": rng.choice(["你好", "the quick", "今天天气" * 3])}],
-                       "stream": True, "max_tokens": rng.randint(1, 16), "seed": rng.randrange(99), "temperature": 1,
-                       "ignore_eos": True}).encode()
-    reader, writer = await asyncio.open_connection("localhost", server.port)
-    try:
-        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: "
-                     + str(len(body)).encode() + b"\r\n\r\n" + body)
-        await writer.drain()
-        if leave:
-            await reader.read(rng.choice([1, 200, 800]))
-            return False, ""
-        return True, (await reader.read()).decode()
-    finally:
-        if leave:
-            writer.transport.abort()
-        writer.close()
-
-
 def test_many_streams_and_clients_who_leave(server):
     """None is lost, no block leaks, memory stays flat."""
-    rng = random.Random(7)
     process = psutil.Process(server.process.pid)
-    before, memory = server.idle(), process.memory_info().rss
-
-    async def all_streams():
-        return await asyncio.gather(*(one_stream(server, random.Random(rng.random())) for _ in range(STREAMS)))
-    answers = asyncio.run(asyncio.wait_for(all_streams(), 90))
-    read = [text for whole, text in answers if whole]
-    assert 60 < len(read) < 140
-    for text in read:
-        assert text.startswith("HTTP/1.1 200") and "data: [DONE]" in text and '"finish_reason":"length"' in text
-    after = server.idle()
+    before, memory = serve_streams.settled(server.port), process.memory_info().rss
+    ended = asyncio.run(asyncio.wait_for(serve_streams.streams(server.port, STREAMS, 7), 90))
+    read = [one for one in ended if one.text is not None]
+    assert 60 < len(read) < 140 and all(one.whole for one in read)
+    after = serve_streams.settled(server.port)
     change = {key: after[key] - before.get(key, 0) for key in after if key.startswith("telechat_answers_total")}
     assert sum(change.values()) <= STREAMS and change['telechat_answers_total{outcome="failed"}'] == 0
     assert change['telechat_answers_total{outcome="finished"}'] >= len(read)
