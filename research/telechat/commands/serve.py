@@ -139,7 +139,6 @@ def load_engine(args: argparse.Namespace, overrides: "JsonObject") -> "Engine":
         from research.telechat.chat.api import read_generation_config
         from research.telechat.generation.passes import Settings
         from research.telechat.generation.sampling import Sampling
-        from research.telechat.generation.scheduler import Scheduler
         from research.telechat.run.load import load_model, prepare_prediction, quieten
         from research.telechat.serve.answering import Engine
         from research.telechat.text.renderer import Renderer
@@ -156,8 +155,8 @@ def load_engine(args: argparse.Namespace, overrides: "JsonObject") -> "Engine":
     longest = settings.pop("max_new_tokens")
     sampling = Sampling(**{key: value for key, value in settings.items() if value is not None})
     buckets = (*(size for size in (1, 4, 16, 64) if size < args.slots), args.slots)
-    scheduler = Scheduler(model._engine(), Settings(slots=args.slots, buckets=buckets, max_queue=args.max_queue,
-                                                 deterministic=args.deterministic))
+    scheduler = model.scheduler(Settings(slots=args.slots, buckets=buckets, max_queue=args.max_queue,
+                                         deterministic=args.deterministic))
     _say("compiling ...")
     scheduler.warm_up()
     renderer = Renderer(choose_template(tokenizer.vocab, model.config.chat_template), tokenizer.vocab)
