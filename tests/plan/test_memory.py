@@ -136,6 +136,13 @@ def test_repeated_gathers_are_sent():
     assert sent(NORMS) - sent(False) == 6291456
 
 
+def test_gathered_keys_by_hand():
+    """Of the layer that is recomputed: keys and values of the other rank's 1024 tokens, and their gradients, 16 bits."""
+    gathered, ring = (activations.layer_bytes(plan_of(cp=2, model={"use_ring_attention": ring}))
+                      for ring in (False, True))
+    assert gathered.full - ring.full == 2 * 1024 * 2 * 512 * 2
+
+
 def test_masks_by_hand():
     """4 sequences of 512 tokens."""
     square, triangle = 512 ** 2, 2048 ** 2

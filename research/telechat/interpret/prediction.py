@@ -10,7 +10,7 @@ from research.telechat.interpret.graphs import Compiled
 from research.telechat.interpret.rank import Rank
 from research.telechat.interpret.shrink import BLOCK_SIZE
 from research.telechat.interpret.training import LIMIT
-from research.telechat.interpret.weights import Weights, cut_by_shape, random_weights
+from research.telechat.interpret.weights import Weights, cut, random_weights
 
 PROMPTS = (21, 9)                            # tokens; the second stands in another block after two steps
 _INPUTS = ("input_ids", "batch_valid_length", "block_tables", "slot_mapping")
@@ -35,7 +35,7 @@ def _inputs(compiled: Compiled, graph: str, given: Dict[str, np.ndarray]) -> Lis
 def generate(compiled: Compiled, weights: Weights, prompts: Sequence[Sequence[int]], steps: int) -> Generation:
     """Read the prompts and bring `steps` - 1 more tokens, the most likely ones. Raises ExecutionError."""
     ranks = len(compiled.programs)
-    held = [cut_by_shape(weights, compiled, rank, "prefill") for rank in range(ranks)]
+    held = [cut(weights, compiled, rank, "prefill") for rank in range(ranks)]
     tokens = [list(prompt) for prompt in prompts]
     blocks = compiled.plan.model.num_blocks // len(prompts)
     tables = np.arange(blocks * len(prompts), dtype=np.int32).reshape(len(prompts), blocks)

@@ -38,16 +38,21 @@ def random_weights(program: Program, seed: int = 0) -> Weights:
 
 
 def _place(compiled: Compiled, name: str, rank: int, shape: Sequence[int], held: Sequence[int]) -> Tuple[slice, ...]:
-    """Where the slice of shape `held` that a rank holds of a parameter lies in it."""
-    strategy = compiled.strategy
-    if strategy is None or name not in strategy.layouts:
-        place = tuple(slice(0, size) for size in shape)
+    """Where the slice of shape `held` that a rank holds of a parameter lies in it.
+
+    Of what the strategy files do not name (frozen parameters, and all of a prediction), one axis may be cut over model
+    parallelism, whose ranks are neighbours.
+    """
+    strategy, ways = compiled.strategy, compiled.plan.mp
+    if strategy is not None and name in strategy.layouts:
+        place = [tuple(ends) for ends in region(strategy.layouts[name], rank % strategy.stage_ranks, shape)]
     else:
-        place = tuple(slice(*ends) for ends in region(strategy.layouts[name], rank % strategy.stage_ranks, shape))
-    if tuple(one.stop - one.start for one in place) != tuple(held):
-        raise ExecutionError(f"rank {rank}: {name} of {tuple(shape)} is {tuple(held)} in the graph, the strategy file "
-                             f"says {[(one.start, one.stop) for one in place]}")
-    return place
+        place = [(0, size) if size != part * ways else (rank % ways * part, (rank % ways + 1) * part)
+                 for size, part in zip(shape, held)]
+    if tuple(stop - start for start, stop in place) != tuple(held):
+        raise ExecutionError(f"rank {rank}: {name} of {tuple(shape)} is {tuple(held)} in the graph, by the strategy files "
+                             f"it is {place}")
+    return tuple(slice(start, stop) for start, stop in place)
 
 
 def cut(weights: Weights, compiled: Compiled, rank: int, graph: str) -> Weights:
@@ -61,22 +66,6 @@ def cut(weights: Weights, compiled: Compiled, rank: int, graph: str) -> Weights:
             continue
         value = weights[parameter.name]
         result[parameter.name] = value[_place(compiled, parameter.name, rank, value.shape, parameter.shape)]
-    return result
-
-
-def cut_by_shape(weights: Weights, compiled: Compiled, rank: int, graph: str) -> Weights:
-    """What a rank of model parallelism holds, without strategy files: prediction writes none."""
-    result = {}
-    ranks = compiled.plan.mp
-    for parameter in compiled.programs[rank][graph].parameters.values():
-        value = weights[parameter.name]
-        for axis, (size, held) in enumerate(zip(value.shape, parameter.shape)):
-            if size not in (held, held * ranks):
-                raise ExecutionError(f"{parameter.name} of {value.shape} cannot be cut to {parameter.shape} for "
-                                     f"{ranks} ranks")
-            if size != held:
-                value = np.split(value, ranks, axis)[rank]
-        result[parameter.name] = value
     return result
 
 

@@ -71,6 +71,8 @@ def layer_bytes(plan: Plan) -> LayerBytes:
     if model.layernorm_compute_type != model.res_dtype:
         full += 2 * stream * hidden * BYTES[model.layernorm_compute_type]
     full += tokens * (3 * hidden + 2 * plan.kv_size) // plan.mp * compute
+    if not model.use_ring_attention:                           # gathered keys and values, and their gradients
+        full += 2 * tokens * 2 * plan.kv_size // plan.mp * compute * (plan.cp // plan.ulysses - 1)
     scores = plan.batch * heads * model.seq_length ** 2 // plan.cp
     if model.use_flash_attention:
         full += tokens * heads * SOFTMAX_STATISTICS

@@ -250,8 +250,8 @@ def _width_faults(plan: Plan) -> List[str]:
     if plan.ulysses > 1:
         for key, value in (("num_heads", model.num_heads), ("n_kv_heads", model.n_kv_heads)):
             _multiple(faults, f"model_config.{key}", value, "model_parallel * context parallelism over heads",
-                      plan.mp * plan.ulysses, "lower one of them, or use ring attention (context_parallel_algo "
-                      "colossalai_cp, use_ring_attention True)")
+                      plan.mp * plan.ulysses, "lower one of them, or gather keys and values (context_parallel_algo "
+                      "colossalai_cp)")
     return faults
 
 
@@ -342,6 +342,10 @@ def find_notes(plan: Plan) -> List[str]:
     if plan.ulysses > 1 and not plan.alltoall:
         notes.append("parallel.enable_alltoall is off: context parallelism over heads gathers whole tensors instead of "
                      "exchanging parts; set it to True")
+    if plan.cp > 1 and plan.model.use_ring_attention:
+        notes.append("model_config.use_ring_attention: for keys behind its own a card asks the attention kernel for a "
+                     "band of no width, which may let tokens see later ones (docs/parallel.md); leave it out, gathered "
+                     "keys or ulysses_cp do the same")
     if plan.mp > 8:
         notes.append(f"model_parallel {plan.mp} reaches beyond the eight cards of a machine, over its slow links")
     return notes
