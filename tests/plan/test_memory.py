@@ -137,7 +137,7 @@ def test_repeated_gathers_are_sent():
 
 
 def test_gathered_keys_by_hand():
-    """Of the layer that is recomputed: keys and values of the other rank's 1024 tokens, and their gradients, 16 bits."""
+    """Of the layer that is recomputed: keys and values of the other rank's 1024 tokens, and their gradients."""
     gathered, ring = (activations.layer_bytes(plan_of(cp=2, model={"use_ring_attention": ring}))
                       for ring in (False, True))
     assert gathered.full - ring.full == 2 * 1024 * 2 * 512 * 2

@@ -50,8 +50,8 @@ def _place(compiled: Compiled, name: str, rank: int, shape: Sequence[int], held:
         place = [(0, size) if size != part * ways else (rank % ways * part, (rank % ways + 1) * part)
                  for size, part in zip(shape, held)]
     if tuple(stop - start for start, stop in place) != tuple(held):
-        raise ExecutionError(f"rank {rank}: {name} of {tuple(shape)} is {tuple(held)} in the graph, by the strategy files "
-                             f"it is {place}")
+        raise ExecutionError(f"rank {rank}: {name} of {tuple(shape)} is {tuple(held)} in the graph, by the strategy "
+                             f"files it is {place}")
     return tuple(slice(start, stop) for start, stop in place)
 
 
