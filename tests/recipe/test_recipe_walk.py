@@ -125,25 +125,33 @@ def test_recipe_compiles(path, compilations):
         check_prediction(plan, rank, report["graphs"])
 
 
-def check_attention(plan, graph):
-    """The flash attention kernel gets the recipe's settings: heads of one rank, scale, causal triangle, dropout."""
+def check_attention(plan, rank, graph):
+    """The flash attention kernel gets the recipe's settings: heads of one rank, scale, causal triangle, dropout.
+
+    Where keys are gathered, the queries of a rank are a block of the sequence; the kernel counts a band from the lower
+    right corner, so that query i of block b of s queries sees the keys up to s b + i.
+    """
     model = plan.model
     keep = 1 - model.attention_dropout_prob if plan.training else 1.0
+    blocks = plan.cp // plan.ulysses
+    queries, block = model.seq_length // blocks, rank // plan.mp % plan.cp // plan.ulysses
     for way in graph["attention"]:
         assert way["head_num"] == model.num_heads // plan.mp // plan.ulysses
         assert way["keep_prob"] == pytest.approx(keep)
         assert way["scale"] == pytest.approx((model.hidden_size // model.num_heads) ** -0.5)
-        if not model.use_ring_attention:                       # which looks at the blocks of other ranks in other ways
-            assert way["pre_tokens"] == 2**31 - 1 and way["next_tokens"] == 0
+        if model.use_ring_attention:                           # which looks at the blocks of other ranks in other ways
+            continue
+        last = way["next_tokens"] + (model.seq_length - queries if blocks > 1 else 0)
+        assert way["pre_tokens"] >= model.seq_length and last == queries * block
     if plan.training and not model.use_ring_attention:
         assert [(way["layout"], way["sparse_mode"], way["mask"]) for way in graph["attention"]] == [
-            ("BNSD", 2, ["uint8", [2048, 2048]])]
+            ("BNSD", 4 if blocks > 1 else 2, ["uint8", [2048, 2048]])]
 
 
 def check_training(plan, rank, graph):
     """What the recipe asks for is in the graph."""
     operators, found = graph["operators"], graph["communication"]
-    check_attention(plan, graph)
+    check_attention(plan, rank, graph)
     axes = {axis for names in found["by_axes"] for axis in names.split("+")}
     degrees = {"mp": plan.mp, "cp": plan.cp, "pp": plan.pp, "dp": plan.dp}
     assert axes - {""} == {axis for axis, degree in degrees.items() if degree > 1}
@@ -164,7 +172,7 @@ def check_prediction(plan, rank, graphs):
     for graph in graphs.values():
         assert graph["memory"]["parameters"]["bytes"] == memory.parameters
         assert graph["memory"]["kv_cache"]["bytes"] == memory.kv_cache
-        check_attention(plan, graph)
+        check_attention(plan, rank, graph)
     layers = plan.model.num_layers
     assert graphs["prefill"]["operators"]["FlashAttentionScore"] == {"forward": layers}
     assert graphs["decode"]["operators"]["PagedAttention"] == {"forward": layers}

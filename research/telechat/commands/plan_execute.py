@@ -5,8 +5,9 @@ from typing import Any, Callable, Dict, List
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.common.table import table
-from research.telechat.interpret import cpu_step, prediction, training
+from research.telechat.interpret import attention, cpu_step, prediction, training
 from research.telechat.interpret.graphs import Compiled, compiled
+from research.telechat.interpret.operators import OPERATORS
 from research.telechat.interpret.shrink import Sizes, shrink, uncut
 from research.telechat.interpret.weights import differences, random_weights
 from research.telechat.plan.plan import Plan, read_plan
@@ -25,6 +26,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--sizes", nargs="+", default=[], metavar="KEY=VALUE",
         help="with --execute: sizes of the small model other than the least, e.g. num_layers=4 seq_length=64")
     add("--jobs", type=int, default=1, help="with --execute: ranks compiled at the same time (a core, 1.5 GB each)")
+    add("--declared_types", action="store_true",
+        help="with --execute: compute in the types of the graph as well, and compare the rounding")
     add("--cpu", action="store_true",
         help="with --execute: compare the uncut graph with a real step on the CPU as well")
 
@@ -63,6 +66,12 @@ def _training(plan: Compiled, whole: Compiled, args: argparse.Namespace) -> Json
           "parameters and moments, as a share of the largest change:")
     print(_show(result.differences))
     print(f"tokens behind a label change its loss by {result.leak:.1e}")
+    model = plan.plan.model
+    if model.use_ring_attention and plan.plan.cp > plan.plan.ulysses:
+        other = training.compare(plan, whole, args.steps, operators={**OPERATORS, **attention.operators(True)})
+        print("ring attention asks the kernel for a band of no width; read as documented, as the diagonal, the plan "
+              f"differs by {result.worst:.1e}, read as empty by {other.worst:.1e}; only a device can tell "
+              "(docs/parallel.md)")
     if result.stale:
         print(f"a later pipeline stage keeps an older copy of {', '.join(result.stale[:3])}; merging takes the first's")
     return result.as_json()
@@ -112,6 +121,12 @@ def execute_plan(recipe: JsonObject, args: argparse.Namespace) -> JsonObject:
     if args.cpu and plan.training:
         result["cpu"] = _real_step(whole, args)
         faults.append(result["cpu"]["fault"])
+    if args.declared_types and plan.training:
+        rounded = training.rounding(cut, whole, args.steps)
+        print(f"in the declared types: loss and norm differ by {rounded.of_types:.1e} from float64, and by "
+              f"{rounded.between_plans:.1e} between the plan and one rank")
+        result["rounding"] = rounded._asdict()
+        faults.append(rounded.fault())
     result["fault"] = "; ".join(filter(None, faults))
     print(f"error: {result['fault']}" if result["fault"] else "the plan computes what one rank computes")
     return result

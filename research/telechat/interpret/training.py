@@ -12,6 +12,9 @@ from research.telechat.interpret.rank import Rank
 from research.telechat.interpret.weights import Weights, cut, differences, merge, random_weights
 
 LIMIT = 1e-10                                # largest difference to the uncut plan, in float64
+ROUNDING_LIMIT = 5.0                         # of differences between plans in declared types, in units of their rounding
+ROUNDING_FLOOR = 1e-6                        # where everything is float32
+AGREE = {True: 1e-10, False: 1e-5}           # of ranks on loss and norm: in float64, in the declared types
 IGNORED = -100                               # label of a token that does not count
 _LOSS, _NORM = 0, 4                          # places among the results of a step
 Batch = List[np.ndarray]
@@ -46,10 +49,10 @@ def make_batch(whole: Compiled, seed: int) -> Batch:
     return batch
 
 
-def _scalar(results: Sequence[Sequence[object]], number: int) -> float:
+def _scalar(results: Sequence[Sequence[object]], number: int, limit: float) -> float:
     """One of the results of a step, on which all ranks must agree."""
     values = [float(np.ravel(np.asarray(result[number]))[0]) for result in results]
-    if max(values) - min(values) > LIMIT * max(1.0, abs(values[0])):
+    if max(values) - min(values) > limit * max(1.0, abs(values[0])):
         raise ExecutionError(f"the ranks disagree on the {'loss' if number == _LOSS else 'norm'}: {values}")
     return values[0]
 
@@ -67,8 +70,8 @@ def execute(compiled: Compiled, weights: Weights, batches: Sequence[Batch], prec
     for batch in batches:
         results = collectives.run({rank.number: rank.run(batch) for rank in ranks}, box)
         outputs = [results[rank.number] for rank in ranks]
-        losses.append(_scalar(outputs, _LOSS))
-        norms.append(_scalar(outputs, _NORM))
+        losses.append(_scalar(outputs, _LOSS, AGREE[precise]))
+        norms.append(_scalar(outputs, _NORM, AGREE[precise]))
     merged = merge([rank.named() for rank in ranks], weights, compiled)
     executed: Dict[str, int] = {}
     for rank in ranks:
@@ -131,11 +134,38 @@ def compare(compiled: Compiled, uncut: Compiled, steps: int = 2, seed: int = 0,
     batches = [make_batch(uncut, seed + 1 + step) for step in range(steps)]
     expected = execute(uncut, weights, batches)
     found = execute(compiled, weights, batches, operators=operators)
-    gaps = [abs(one - other) / abs(other) for one, other in zip(found.losses + found.norms,
-                                                                expected.losses + expected.norms)]
-    return Comparison(steps, found.losses, found.norms, max(gaps),
+    return Comparison(steps, found.losses, found.norms, _gap(found, expected),
                       differences(found.weights, expected.weights, _in_order(uncut, weights)),
                       causality(compiled, weights, batches[0]), found.stale)
+
+
+class Rounding(NamedTuple):
+    """Steps in the declared types: relative differences of losses and norms, largest over the steps."""
+
+    of_types: float                          # uncut, declared types against float64
+    between_plans: float                     # declared types, the plan against the uncut one
+
+    def fault(self) -> str:
+        """What is wrong, in a line; '' where nothing is."""
+        if self.between_plans <= ROUNDING_LIMIT * self.of_types + ROUNDING_FLOOR:
+            return ""
+        return (f"in the declared types loss or norm differ between the plan and one rank by {self.between_plans:.1e}, "
+                f"more than rounding makes of them, {self.of_types:.1e}")
+
+
+def rounding(compiled: Compiled, uncut: Compiled, steps: int = 2, seed: int = 0) -> Rounding:
+    """Execute both with every result rounded to its declared type. Raises ExecutionError."""
+    weights = random_weights(uncut.programs[0]["step"], seed)
+    batches = [make_batch(uncut, seed + 1 + step) for step in range(steps)]
+    exact, whole, plan = (execute(one, weights, batches, precise) for one, precise in (
+        (uncut, True), (uncut, False), (compiled, False)))
+    return Rounding(_gap(whole, exact), _gap(plan, whole))
+
+
+def _gap(found: Steps, expected: Steps) -> float:
+    """Largest relative difference of losses and norms."""
+    return max(abs(one - other) / abs(other) for one, other in zip(found.losses + found.norms,
+                                                                   expected.losses + expected.norms))
 
 
 def _in_order(uncut: Compiled, weights: Weights) -> Weights:
