@@ -33,9 +33,9 @@ from scripts.generated import begin, with_part
 
 DOCUMENT = ROOT / "docs/parallel.md"
 SCRIPT = "execute_recipes.py"
-HEAD = ["recipe", "ranks", "data x model x pipeline x context", "with", "loss and norm, or logits",
+HEAD = ["recipe", "ranks", "layers", "data x model x pipeline x context", "with", "loss and norm, or logits",
         "parameters and moments"]
-_DEGREES = {"data parallelism", "model parallelism", "pipeline"}     # which the third column shows
+_DEGREES = {"data parallelism", "model parallelism", "pipeline"}     # which the degrees show
 
 
 def recipes(pattern: str) -> List[Path]:
@@ -47,11 +47,11 @@ def recipes(pattern: str) -> List[Path]:
     return found
 
 
-def execute(path: Path, ranks: int, jobs: int) -> List[str]:
+def execute(path: Path, ranks: int, layers: int, jobs: int) -> List[str]:
     """The row of a recipe. Raises UserError: it cannot be executed, or computes something else than one rank."""
     recipe = copy.deepcopy(read_recipe(path))
     translate(recipe)
-    small = shrink(recipe, min(ranks, read_plan(recipe).ranks), {})
+    small = shrink(recipe, min(ranks, read_plan(recipe).ranks), {"num_layers": layers} if layers else {})
     plan, whole = compiled(small, jobs), compiled(uncut(small), jobs)
     its = plan.plan
     first, others = "", "-"
@@ -63,7 +63,7 @@ def execute(path: Path, ranks: int, jobs: int) -> List[str]:
         fault, first = tokens.fault(), f"{tokens.worst:.1e}"
     if fault:
         raise UserError(f"{path.stem}: {fault}")
-    return [path.stem, str(its.ranks), f"{its.dp} x {its.mp} x {its.pp} x {its.cp}",
+    return [path.stem, str(its.ranks), str(its.model.num_layers), f"{its.dp} x {its.mp} x {its.pp} x {its.cp}",
             ", ".join(sorted(features(its) - _DEGREES)), first, others]
 
 
@@ -79,13 +79,14 @@ def run() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="?", default="*", help="pattern of their names")
     parser.add_argument("--ranks", type=int, default=8, help="at most so many; degrees are halved")
+    parser.add_argument("--layers", type=int, default=0, help="of the small models; default: two, or one per stage")
     parser.add_argument("--jobs", type=int, default=1, help="ranks compiled at the same time")
     parser.add_argument("--write", action="store_true", help="write the rows into docs/parallel.md")
     args = parser.parse_args()
     failed = 0
     for path in recipes(args.recipes):
         try:
-            row = execute(path, args.ranks, args.jobs)
+            row = execute(path, args.ranks, args.layers, args.jobs)
         except UserError as err:
             print(f"error: {err}", file=sys.stderr, flush=True)
             failed += 1

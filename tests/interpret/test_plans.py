@@ -4,6 +4,7 @@ Each compilation of a rank takes some eight seconds of a core; the graphs are ke
 change of model, recipe or training step. One layer per stage: what joins two layers is the same within a stage.
 """
 import copy
+import json
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import prepared
 import pytest
 
+from research.telechat.commands import plan as plan_command
 from research.telechat.common.errors import ConfigError, ExecutionError
 from research.telechat.interpret import cpu_step, norm, prediction, training, weights
 from research.telechat.interpret.features import features
@@ -93,6 +95,19 @@ class TestExecuted:
         assert max(weights.differences(found, expected.weights, given).values()) < cpu_step.LIMIT
         assert set(found) == set(given)
 
+    def test_command(self, graphs, tmp_path, capsys):
+        """The graphs are found by their content; nothing is compiled again."""
+        graphs("data parallel, tied")
+        options = ["--config", str(ROOT / "research/telechat/finetune_telechat_7b.yaml"), "--ranks", "2", "--execute",
+                   "--sizes", "num_layers=1", "--declared_types", "--json", str(tmp_path / "result.json")]
+        assert plan_command.main(options) == 0
+        printed = capsys.readouterr().out
+        assert "compiled in 0 s" in printed and "the plan computes what one rank computes" in printed
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert result["fault"] == "" and 0 < result["worst"] < training.LIMIT
+        rounding = result["rounding"]                        # 16 bits differ from float64, and plans as much or less
+        assert 1e-6 < rounding["of_types"] < 0.05 and rounding["between_plans"] < 2 * rounding["of_types"]
+
     def test_faults_are_found_and_named(self, graphs):
         plan, whole = graphs("data parallel, tied")
 
@@ -156,6 +171,16 @@ def test_recipes_shrink_and_keep_their_kind(name):
     assert one.ranks == 1 and one.model.hidden_size == tiny.model.hidden_size
     if plan.training:
         assert one.step_tokens == tiny.step_tokens
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--sizes", "num_layers"], "--sizes num_layers: expected KEY=NUMBER"), (["--steps", "0"], "--steps and --jobs"),
+    (["--ranks", "3"], "cannot be halved to 3 ranks"), (["--sizes", "num_heads=3"], "num_heads")])
+def test_command_refuses(options, words, capsys):
+    recipe = str(ROOT / "research/telechat/finetune_telechat_7b.yaml")
+    assert plan_command.main(["--config", recipe, "--ranks", "2", "--execute", *options]) == 1
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
 
 
 def test_degrees_are_halved():

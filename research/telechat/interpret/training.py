@@ -12,7 +12,7 @@ from research.telechat.interpret.rank import Rank
 from research.telechat.interpret.weights import Weights, cut, differences, merge, random_weights
 
 LIMIT = 1e-10                                # largest difference to the uncut plan, in float64
-ROUNDING_LIMIT = 5.0                         # of differences between plans in declared types, in units of their rounding
+ROUNDING_LIMIT = 5.0                         # of differences between plans in declared types, in units of rounding
 ROUNDING_FLOOR = 1e-6                        # where everything is float32
 AGREE = {True: 1e-10, False: 1e-5}           # of ranks on loss and norm: in float64, in the declared types
 IGNORED = -100                               # label of a token that does not count
