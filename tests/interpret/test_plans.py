@@ -15,6 +15,7 @@ import pytest
 from research.telechat.commands import plan as plan_command
 from research.telechat.common.errors import ConfigError, ExecutionError
 from research.telechat.interpret import cpu_step, norm, prediction, training, weights
+from research.telechat.interpret import graphs as graphs_module
 from research.telechat.interpret.features import features
 from research.telechat.interpret.graphs import compiled
 from research.telechat.interpret.operators import OPERATORS
@@ -175,7 +176,8 @@ def test_recipes_shrink_and_keep_their_kind(name):
 
 @pytest.mark.parametrize("options, words", [
     (["--sizes", "num_layers"], "--sizes num_layers: expected KEY=NUMBER"), (["--steps", "0"], "--steps and --jobs"),
-    (["--ranks", "3"], "cannot be halved to 3 ranks"), (["--sizes", "num_heads=3"], "num_heads")])
+    (["--ranks", "3"], "cannot be halved to 3 ranks"), (["--context.device_target", "CPU"], "device_target is CPU"),
+    (["--sizes", "num_heads=3"], "num_heads")])
 def test_command_refuses(options, words, capsys):
     recipe = str(ROOT / "research/telechat/finetune_telechat_7b.yaml")
     assert plan_command.main(["--config", recipe, "--ranks", "2", "--execute", *options]) == 1
@@ -190,3 +192,17 @@ def test_degrees_are_halved():
         fewer_ranks({"dp": 8, "pp": 1, "mp": 1, "cp": 1}, 3)
     with pytest.raises(ConfigError, match="num_heads"):
         shrink(full("finetune_telechat2_7b", {}), 2, {"num_heads": 3})
+
+
+def test_kept_graphs_that_cannot_be_read(tmp_path, monkeypatch):
+    """A file that is no graph is named and removed, not believed."""
+    monkeypatch.setattr(graphs_module.runtime, "cache_folder", lambda: tmp_path)
+    recipe = uncut(small("data parallel, tied"))
+    file = tmp_path / "graphs" / graphs_module._key(recipe) / "rank_0.gz"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"no graph")
+    with pytest.raises(ConfigError, match=r"rank_0\.gz, a graph kept from an earlier run, cannot be read"):
+        compiled(recipe)
+    assert not file.exists()
+    recipe["seed"] = 1
+    assert graphs_module._key(recipe) != file.parent.name           # another recipe is another graph

@@ -106,6 +106,8 @@ def execute_plan(recipe: JsonObject, args: argparse.Namespace) -> JsonObject:
     """Print what executing shows; returns it for a file, with "fault": '' where all is well. Raises UserError."""
     if args.steps < 1 or args.jobs < 1:
         raise ConfigError("--steps and --jobs: expected at least 1")
+    if read_plan(recipe).device == "CPU":
+        raise ConfigError("--execute: context.device_target is CPU; graphs are compiled for Ascend, name a recipe of it")
     ranks = args.ranks or min(read_plan(recipe).ranks, MOST_RANKS)
     small = shrink(recipe, ranks, read_sizes(args.sizes))
     plan = read_plan(small)

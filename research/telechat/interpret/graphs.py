@@ -12,7 +12,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from research.telechat.ascend_sim import runtime
 from research.telechat.ascend_sim.account import Mesh
@@ -104,11 +104,22 @@ def compiled(recipe: JsonObject, jobs: int = 1, timeout: float = 3600, start: St
         seconds = sum(pool.map(one, range(plan.ranks)))
     programs, strategies = [], {}
     for file in files:
-        with gzip.open(file, "rb") as handle:
-            mine, written = pickle.load(handle)              # our own files in the user's cache
+        mine, written = _kept(file)
         programs.append(mine)
         strategies.update(written)
     return Compiled(recipe, plan, programs, _strategy(plan, strategies), seconds)
+
+
+def _kept(file: Path) -> Tuple[Dict[str, Program], Dict[str, bytes]]:
+    """Graphs and strategy files of a rank, as `_compile_rank` wrote them into the user's own cache."""
+    try:
+        with gzip.open(file, "rb") as handle:
+            programs, strategies = pickle.load(handle)
+        return programs, strategies
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, ImportError, pickle.UnpicklingError) as err:
+        file.unlink(missing_ok=True)
+        raise ConfigError(f"{file}, a graph kept from an earlier run, cannot be read ({err}) and was removed; run the "
+                          "command again") from err
 
 
 def _strategy(plan: Plan, files: Dict[str, bytes]) -> Optional[Strategy]:
