@@ -107,7 +107,7 @@ def execute_plan(recipe: JsonObject, args: argparse.Namespace) -> JsonObject:
     if args.steps < 1 or args.jobs < 1:
         raise ConfigError("--steps and --jobs: expected at least 1")
     if read_plan(recipe).device == "CPU":
-        raise ConfigError("--execute: context.device_target is CPU; graphs are compiled for Ascend, name a recipe of it")
+        raise ConfigError("--execute: context.device_target is CPU; graphs are compiled for Ascend, name its recipe")
     ranks = args.ranks or min(read_plan(recipe).ranks, MOST_RANKS)
     small = shrink(recipe, ranks, read_sizes(args.sizes))
     plan = read_plan(small)
