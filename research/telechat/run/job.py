@@ -25,7 +25,7 @@ from research.telechat.recipe.legacy import translate
 from research.telechat.recipe.read import set_key
 from research.telechat.run.batches import pad_evaluation, settle_batches
 from research.telechat.run.manifests import check_hashes, settle_with_checkpoint
-from research.telechat.run.preflight import check_checkpoint, check_dataset, model_config
+from research.telechat.run.preflight import check_checkpoint, check_dataset, check_ring_attention, model_config
 from research.telechat.run.prompts import (
     check_length,
     first_answers,
@@ -218,6 +218,7 @@ def _carry_out(config: MindFormerConfig, register_path: Optional[str], predict_d
     build_context(config)
     prepare_cpu()
     if training:
+        check_ring_attention(config)
         Trainer(config).train()
     elif config.run_mode == "eval":
         Trainer(config).evaluate(eval_checkpoint=config.load_checkpoint)

@@ -3,6 +3,7 @@
 Nothing is loaded: only headers of checkpoints and the description beside a data set are read; a data set without one is
 read once (data/scan.py).
 """
+import os
 import re
 from pathlib import Path
 from typing import Dict, List, Tuple, Union
@@ -14,6 +15,7 @@ from research.telechat.checkpoint.folder import open_mindspore
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.data.meta import data_files
 from research.telechat.data.scan import check_dataset as check_files
+from research.telechat.model import kernels
 from research.telechat.run.batches import sequences_per_step, steps_per_epoch
 from research.telechat.spec.parameters import parameters
 from research.telechat.telechat_config import TelechatConfig
@@ -30,6 +32,21 @@ def model_config(config: MindFormerConfig) -> TelechatConfig:
         raise ConfigError("the recipe has no section model.model_config; begin from a recipe in research/telechat")
     keys = {key: value for key, value in section.items() if key not in ("type", "auto_register", "auto_map")}
     return TelechatConfig(**keys)
+
+
+def check_ring_attention(config: MindFormerConfig) -> None:
+    """Refuse ring attention on a device whose attention kernel lets tokens see those of later cards (docs/parallel.md).
+
+    Needs the device; nothing can be asked where it is simulated. Raises ConfigError.
+    """
+    model = config.model.model_config
+    cards = (config.get("parallel_config") or {}).get("context_parallel", 1) if config.get("use_parallel") else 1
+    if not model.get("use_ring_attention") or cards == 1 or os.environ.get("MS_SIMULATION_LEVEL"):
+        return
+    if kernels.narrow_band_sees_keys():
+        raise ConfigError("model_config.use_ring_attention: the attention kernel of this device sees keys in a band of "
+                          "no width, so that tokens would see those of later cards; set it to False (keys are "
+                          "gathered), or parallel_config.context_parallel_algo to ulysses_cp")
 
 
 def _listed(lines: List[str]) -> str:
