@@ -175,7 +175,7 @@ def converts_52b(place, said):
     assert_same(read_ckpt(place.path / "telechat_52b.ckpt"), mindspore_tensors(variant, raw))
 
 
-@runs("ms_to_torch", "telechat_12b", change={"telechat_12b_export": "back"}, more=["--config", "telechat_12b"],
+@runs("ms_to_torch", "telechat_12b", change={"path/to/telechat_12b_export": "back"}, more=["--config", "telechat_12b"],
       needs=["converts_12b"])
 def converts_12b_back(place, said):
     assert_same(read_safetensors(*(place.root / "back").glob("*.safetensors")), place.models["telechat_12b"][3])
