@@ -130,6 +130,12 @@ def test_merges_in_another_order_are_found_out(vocabs):
     assert differences(content, vocabs["12b"], probe_texts(vocabs["12b"]))
 
 
+def test_a_unigram_model_as_the_quick_start_trains_it(tmp_path):
+    vocab = Vocab.load(train_sentencepiece(tmp_path / "tokenizer.model", model_type="unigram", vocab_size=380))
+    content, _, _ = loaded(vocab, "telechat")
+    assert differences(content, vocab, [*probe_texts(vocab), *example_texts()]) == []
+
+
 def test_text_behind_each_marker_has_the_dummy_prefix(vocabs):
     _, tokenizer, _ = loaded(vocabs["12b"], "telechat")
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("<_user>user<_bot> bot", add_special_tokens=False).input_ids)
@@ -138,7 +144,7 @@ def test_text_behind_each_marker_has_the_dummy_prefix(vocabs):
 
 
 @pytest.mark.parametrize("options, fault", [
-    ({"model_type": "unigram", "vocab_size": 380}, "it is no BPE model"),
+    ({"model_type": "char", "vocab_size": 380, "hard_vocab_limit": False}, "it is neither a BPE nor a unigram model"),
     ({"normalization_rule_name": "nmt_nfkc"}, "it normalises characters"),
     ({"remove_extra_whitespaces": True}, "it removes blanks"),
 ])

@@ -4,7 +4,7 @@ Written by hand from the vocabulary file, because the usual ways are wrong: Llam
 prefix behind a marker, and the pre-tokenizer Metaspace leaves it out where a text begins with a blank.
 
 - A SentencePiece BPE model merges the pair with the best score; here a merge has the rank of its piece, and of several
-  ways to one piece the one with the longer left side comes first.
+  ways to one piece the one with the longer left side comes first. A unigram model has the same form in both.
 - The dummy prefix is a normaliser, `Prepend`, which works on each stretch of text between two markers.
 - User-defined symbols that are text (digits, line ends) never merge: a pre-tokenizer isolates them.
 - Markers are added tokens, found wherever they stand, as `Vocab.encode_with_specials` does. Every tokenizer of Hugging
@@ -24,7 +24,8 @@ from research.telechat.common.protobuf import fields
 from research.telechat.text.vocab import Vocab
 
 _NORMAL, _USER_DEFINED, _BYTE = 1, 4, 6                  # values of ModelProto.SentencePiece.Type
-_BPE = 2                                                 # of TrainerSpec.ModelType
+_UNIGRAM, _BPE = 1, 2                                    # of TrainerSpec.ModelType
+_NEVER = -1e6                                            # score of a piece that no text may become
 _SPACE = "\u2581"                                        # SentencePiece writes a space as this character
 
 
@@ -116,16 +117,33 @@ def _sentencepiece(vocab: Vocab, data: bytes) -> JsonObject:
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": _added_tokens(vocab),
         "normalizer": {"type": "Sequence", "normalizers": [
             *prefix, {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]},
-        "pre_tokenizer": pre if symbols else None, "post_processor": None,
+        "pre_tokenizer": pre if symbols and not settings["unigram"] else None, "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}, {"type": "ByteFallback"},
             {"type": "Fuse"}, *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else [])]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": vocab.own_tokens.get("unk"),
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
-                  "byte_fallback": any(piece.kind == _BYTE for piece in pieces),
-                  "vocab": {name: token_id for token_id, name in sorted(names.items())},
-                  "merges": [f"{left} {right}" for left, right in _merges(pieces, markers)]},
+        "model": _unigram(vocab, pieces, names) if settings["unigram"] else _bpe(vocab, pieces, names),
     }
+
+
+def _bpe(vocab: Vocab, pieces: List[Piece], names: Dict[int, str]) -> JsonObject:
+    return {"type": "BPE", "dropout": None, "unk_token": vocab.own_tokens.get("unk"),
+            "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
+            "byte_fallback": any(piece.kind == _BYTE for piece in pieces),
+            "vocab": {name: token_id for token_id, name in sorted(names.items())},
+            "merges": [f"{left} {right}" for left, right in _merges(pieces, vocab.markers.values())]}
+
+
+def _unigram(vocab: Vocab, pieces: List[Piece], names: Dict[int, str]) -> JsonObject:
+    """User-defined symbols have the score that the search of SentencePiece gives them, better than any other."""
+    best = max(piece.score for piece in pieces if piece.kind == _NORMAL)
+    markers = set(vocab.markers.values())
+    scores = [_NEVER if token_id in markers or piece.kind not in (_NORMAL, _USER_DEFINED) else
+              piece.score if piece.kind == _NORMAL else len(piece.text.encode()) * best - 0.1
+              for token_id, piece in enumerate(pieces)]
+    unknown = vocab.own_tokens.get("unk")
+    return {"type": "Unigram", "unk_id": None if unknown is None else vocab.token_to_id(unknown),
+            "byte_fallback": any(piece.kind == _BYTE for piece in pieces),
+            "vocab": [[names[token_id], score] for token_id, score in enumerate(scores)]}
 
 
 def _escaped(text: str) -> str:
@@ -154,7 +172,7 @@ def _read_model(vocab: Vocab, data: bytes) -> Tuple[List[Piece], Dict[str, bool]
     """The pieces of a SentencePiece model, and what its normaliser does; VocabError where that cannot be written."""
     pieces: List[Piece] = []
     faults: List[str] = []
-    settings = {"dummy_prefix": True}
+    settings = {"dummy_prefix": True, "unigram": False}
     blanks = True                                        # remove_extra_whitespaces: the format's default
     for field, _, begin, end in fields(data, 0, len(data)):
         if field == 1 and data[begin] == 0x0A and begin + data[begin + 1] + 7 == end:      # text and score, no more
@@ -164,8 +182,11 @@ def _read_model(vocab: Vocab, data: bytes) -> Tuple[List[Piece], Dict[str, bool]
         if field == 1:
             score = struct.unpack("<f", data[parts[2][0]:parts[2][0] + 4])[0] if 2 in parts else 0.0
             pieces.append(Piece(data[slice(*parts[1])].decode(), score, data[parts[3][0]] if 3 in parts else _NORMAL))
-        elif field == 2 and (data[parts[3][0]] if 3 in parts else 1) != _BPE:
-            faults.append("it is no BPE model")
+        elif field == 2:
+            kind = data[parts[3][0]] if 3 in parts else _UNIGRAM
+            settings["unigram"] = kind == _UNIGRAM
+            if kind not in (_UNIGRAM, _BPE):
+                faults.append("it is neither a BPE nor a unigram model")
         elif field == 3:
             settings["dummy_prefix"] = bool(data[parts[3][0]]) if 3 in parts else True
             blanks = bool(data[parts[4][0]]) if 4 in parts else True
