@@ -28,7 +28,7 @@ from research.telechat.checkpoint.slices import (
 from research.telechat.checkpoint.strategy import read_strategy
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.common.files import JsonObject
-from research.telechat.spec.parameters import LLAMA, Param, group_rows, official_layout, parameters, ungroup_rows
+from research.telechat.spec.parameters import LLAMA, MINDSPORE, OFFICIAL, Param, official_layout, parameters, row_order
 from research.telechat.spec.variants import Variant
 
 CONFIG_NAME = "adapter_config.json"                  # beside an adapter; as PEFT calls it
@@ -36,7 +36,7 @@ PEFT_NAMES = ("adapter_model.safetensors",)
 _TARGET = re.compile(r"model\.layers\.\d+\.[a-z_]+\.(\w+)\.weight$")
 _CONTAINERS = ("layers", "attention", "feed_forward", *map(str, range(10)))    # cells on the way to a linear layer
 _PART = re.compile(r"(.+)\.(?:mindpet|tk)_delta_lora_([abAB])$")
-_PEFT_PREFIX = "base_model.model.transformer."
+_PEFT_PREFIX, _LLAMA_PREFIX = "base_model.model.transformer.", "base_model.model."
 _CHOOSE = "choose the model that the adapter was made for (--model_name or --config)"
 
 
@@ -223,28 +223,30 @@ def _match_params(names: Iterable[str], variant: Variant, path: Path) -> Dict[st
     return {name: found[name] for name in names}
 
 
-def _check_peft(variant: Variant) -> None:
-    if official_layout(variant) == LLAMA:
-        raise ConfigError("PEFT's adapters of models with Llama's official names (TeleChat3) are not converted; merge "
-                          "the adapter into the weights (scripts/merge_lora.py), and convert these")
+def to_peft(adapter: Adapter, variant: Variant, path: Path, layout: str = OFFICIAL
+            ) -> Tuple[Dict[str, np.ndarray], JsonObject]:
+    """(tensors, adapter_config.json) of `adapter` for PEFT with the official model, or with the Llama layout, which is
+    the official one of TeleChat3.
 
-
-def to_peft(adapter: Adapter, variant: Variant, path: Path) -> Tuple[Dict[str, np.ndarray], JsonObject]:
-    """(tensors, adapter_config.json) of `adapter` for PEFT with the official model. Rows of fused weights return to
-    the official order; `path` is named in errors."""
-    _check_peft(variant)
+    Rows of fused weights return to the official order. Llama's projections of one weight share its A. `path` is named
+    in errors.
+    """
     tensors, targets, transposed = {}, [], False
-    params = _match_params(adapter.pairs, variant, path)
-    for name, param in params.items():
+    layout = official_layout(variant) if layout == OFFICIAL else layout
+    for name, param in _match_params(adapter.pairs, variant, path).items():
         a, b = adapter.pairs[name]
         if (len(b), a.shape[1]) != param.shape:
             raise CheckpointError(f"{path}: the adapter of {name} is for [{len(b)}, {a.shape[1]}], the model has "
                                   f"{list(param.shape)}; {_CHOOSE}")
-        module = _module(param)
-        tensors[f"{_PEFT_PREFIX}{module}.lora_A.weight"] = a
-        tensors[f"{_PEFT_PREFIX}{module}.lora_B.weight"] = ungroup_rows(b, param.parts, param.groups)
-        targets.append(module.split(".", 2)[2])
-        transposed |= param.transposed
+        order = row_order(param, param.groups_in(MINDSPORE), param.groups_in(layout))
+        rows = b if order is None else b[order]
+        modules = _llama_modules(param) if layout == LLAMA else [_module(param)]
+        for module, part in zip(modules, np.split(rows, len(modules))):
+            prefix = _LLAMA_PREFIX if layout == LLAMA else _PEFT_PREFIX
+            tensors[f"{prefix}{module}.lora_A.weight"] = a
+            tensors[f"{prefix}{module}.lora_B.weight"] = part
+            targets.append(module.rpartition(".")[2] if layout == LLAMA else module.split(".", 2)[2])
+        transposed |= param.transposed and layout == OFFICIAL
     rank, alpha = adapter.rank, adapter.alpha
     return tensors, {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": rank,
                      "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha, "lora_dropout": 0.0,
@@ -253,24 +255,69 @@ def to_peft(adapter: Adapter, variant: Variant, path: Path) -> Tuple[Dict[str, n
 
 
 def from_peft(tensors: Dict[str, np.ndarray], alpha: float, variant: Variant, path: Path) -> Adapter:
-    """The inverse of `to_peft`; names count with and without the prefix `transformer.`."""
-    _check_peft(variant)
-    wanted = {_module(param): param for param in target_params(variant)}
-    parts: Dict[str, Dict[str, np.ndarray]] = {}
+    """The inverse of `to_peft`, of both layouts, which the names tell; official names count with and without the prefix
+    `transformer.`.
+
+    Where Llama's projections of one weight have an A each, as after training there, theirs are stacked: the rank grows
+    (`_joined`), and lora_alpha with it, so that the product stays the same.
+    """
+    llama = any(name.startswith(f"{_LLAMA_PREFIX}model.layers.") for name in tensors)
+    modules = {param: _llama_modules(param) if llama else [_module(param)] for param in target_params(variant)}
+    wanted = {module: (param, number) for param, names in modules.items() for number, module in enumerate(names)}
+    parts: Dict[Param, Dict[int, Dict[str, np.ndarray]]] = {}
     for name, value in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(?:transformer\.)?(.+)\.lora_([AB])(?:\.default)?\.weight", name)
-        param = wanted.get(match[1]) if match else None
-        if match is None or param is None:
+        found = wanted.get(match[1]) if match else None
+        if match is None or found is None:
             raise CheckpointError(f"{path}: {name} belongs to no linear layer of this model; {_CHOOSE}")
-        grouped = group_rows(value, param.parts, param.groups) if match[2] == "B" else value
-        parts.setdefault(param.ms_name, {})[match[2].lower()] = grouped
-        if (value.shape[0] if match[2] == "B" else value.shape[-1]) != param.shape[match[2] == "A"]:
-            raise CheckpointError(f"{path}: {name} has shape {list(value.shape)}, the weight {list(param.shape)}; "
-                                  f"{_CHOOSE}")
+        param, number = found
+        shape = (param.shape[0] // len(modules[param]), param.shape[1])
+        if (value.shape[0] if match[2] == "B" else value.shape[-1]) != shape[match[2] == "A"]:
+            raise CheckpointError(f"{path}: {name} has shape {list(value.shape)}, the weight {list(shape)}; {_CHOOSE}")
+        parts.setdefault(param, {}).setdefault(number, {})[match[2].lower()] = value
     if not parts:
         raise CheckpointError(f"{path} holds no adapter; expected tensors named base_model.model....lora_A.weight and "
                               "lora_B.weight, as PEFT saves them")
-    return _adapter(parts, alpha, path)
+    rank, pairs = 0, {}
+    for param, pieces in parts.items():
+        for number, pair in pieces.items():
+            if set(pair) != {"a", "b"}:
+                raise CheckpointError(f"{path}: of the adapter of {modules[param][number]} only lora_"
+                                      f"{next(iter(pair)).upper()} is there; copy or save the adapter again")
+            rank = rank or len(pair["a"])
+            if (len(pair["a"]), pair["b"].shape[1]) != (rank, rank):
+                raise CheckpointError(f"{path}: rank {len(pair['a'])} of {modules[param][number]} differs from rank "
+                                      f"{rank} of others; only adapters of one rank can be used")
+        a, b = _joined([(pieces[n]["a"], pieces[n]["b"]) if n in pieces else None for n in range(len(modules[param]))])
+        order = row_order(param, param.groups_in(LLAMA if llama else OFFICIAL), param.groups_in(MINDSPORE))
+        pairs[param.ms_name] = (a, b if order is None else b[order])
+    highest = max(len(a) for a, _ in pairs.values())
+    padded = {name: (np.pad(a, ((0, highest - len(a)), (0, 0))), np.pad(b, ((0, 0), (0, highest - len(a)))))
+              for name, (a, b) in pairs.items()}
+    return check_adapter(Adapter(padded, alpha * highest / rank), path)
+
+
+def _joined(pairs: List[Optional[Tuple[np.ndarray, np.ndarray]]]) -> Tuple[np.ndarray, np.ndarray]:
+    """One A and B of several projections, stacked row after row; those without an adapter are zero.
+
+    With the same A in all, as in an exported adapter, that is the A; else the As are stacked, and B is block-diagonal.
+    """
+    there = [pair for pair in pairs if pair is not None]
+    rows = len(there[0][1])
+    if all(np.array_equal(a, there[0][0]) for a, _ in there):
+        zero = np.zeros_like(there[0][1])
+        return there[0][0], np.concatenate([zero if pair is None else pair[1] for pair in pairs])
+    blocks, column = np.zeros((rows * len(pairs), sum(len(a) for a, _ in there)), np.float32), 0
+    for number, pair in enumerate(pairs):
+        if pair is not None:
+            blocks[number * rows:(number + 1) * rows, column:column + len(pair[0])] = pair[1]
+            column += len(pair[0])
+    return np.concatenate([a for a, _ in there]), blocks
+
+
+def _llama_modules(param: Param) -> List[str]:
+    """The Llama modules of a weight, such as model.layers.0.self_attn.k_proj."""
+    return [name[:-len(".weight")] for name in param.llama_names]
 
 
 def _module(param: Param) -> str:

@@ -3,7 +3,9 @@
     python scripts/convert_lora.py export --adapter X.ckpt --peft_dir DIR --model_name telechat_12b
     python scripts/convert_lora.py import --peft_dir DIR --adapter X.ckpt --model_name telechat_12b
 
-Rows of 52B's fused weights change their order as the weights do. Adding an adapter to weights is merge_lora.py.
+Rows of fused weights change their order as the weights do. With --layout llama an adapter fits a folder that
+`telechat convert --to llama` wrote, for PEFT and vLLM; adapters trained there are imported in the same way. Adding an
+adapter to weights is merge_lora.py.
 """
 import argparse
 import json
@@ -37,13 +39,19 @@ from research.telechat.common.command import run_command
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.common.files import JsonObject, refuse_foreign
 from research.telechat.common.lock import output_lock
+from research.telechat.spec.llama_config import NO_ORIGIN, is_llama_config, origin
+from research.telechat.spec.parameters import LLAMA, OFFICIAL
 from research.telechat.spec.variants import VARIANTS, Variant, get_variant, read_hf_config, variant_from_hf
 
 
 def find_variant(args: argparse.Namespace, facts: Optional[ModelFacts] = None) -> Variant:
     """Sizes from --config, else from the adapter's manifest, else from the table."""
     if args.config is not None:
-        return variant_from_hf(read_hf_config(args.config), args.model_name)
+        config = read_hf_config(args.config)
+        official = origin(config) if is_llama_config(config) else config
+        if official is None:
+            raise ConfigError(f"{args.config}: {NO_ORIGIN}")
+        return variant_from_hf(official, args.model_name)
     if facts is not None and args.model_name in (None, facts.name):
         return facts.to_variant()
     if args.model_name is None:
@@ -85,7 +93,7 @@ def export_adapter(args: argparse.Namespace) -> None:
     with output_lock(args.peft_dir, folder=True):
         adapter = read_adapter(args.adapter, args.lora_alpha, args.adapter_strategy, args.verify)
         facts = facts_beside(args.adapter)
-        tensors, config = to_peft(adapter, find_variant(args, facts), args.adapter)
+        tensors, config = to_peft(adapter, find_variant(args, facts), args.adapter, args.layout)
         write_result(tensors, {"format": "pt"}, config, args.peft_dir / PEFT_NAMES[0], Manifest("peft", model=facts),
                      manifest_path(args.peft_dir, True), args.overwrite)
     print(f"{args.peft_dir}: {len(tensors) // 2} adapted layers, rank {config['r']}, lora_alpha {config['lora_alpha']}")
@@ -125,8 +133,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter_strategy", type=Path, help="export: how the ranks cut the adapter, file or folder; "
                         "default: the folder strategy beside --adapter, if that holds rank_0, rank_1, ...")
     parser.add_argument("--peft_dir", type=Path, required=True, help=f"folder with {PEFT_NAMES[0]} and {CONFIG_NAME}")
+    parser.add_argument("--layout", choices=(OFFICIAL, LLAMA), default=OFFICIAL, help="export: for the official model "
+                        "(default), or for a folder of the Llama layout; import: its names tell")
     parser.add_argument("--model_name", choices=list(VARIANTS), help="the model, sizes as published")
-    parser.add_argument("--config", type=Path, help="official config.json of a model of other sizes")
+    parser.add_argument("--config", type=Path, help="config.json of a model of other sizes, official or Llama's")
     parser.add_argument("--lora_alpha", type=float, help="default: from adapter_config.json")
     parser.add_argument("--verify", action="store_true", help=VERIFY_HELP)
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
