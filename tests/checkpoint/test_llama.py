@@ -1,5 +1,6 @@
 """The Llama layout: unmodified transformers computes what the reference does, and everything comes back bit for bit."""
 import json
+import math
 import shutil
 
 import numpy as np
@@ -19,6 +20,8 @@ from checkpoint_fixtures import (
 from conversation_fixtures import bot, user
 from convert_fixtures import error_of, read_ckpt, to_ms, to_torch
 from llama_fixtures import MEMBERS, make_member, vocab_of
+from model_fixtures import random_official
+from safetensors.numpy import save_file
 
 from research.telechat.checkpoint.manifest import FOLDER_NAME
 from research.telechat.checkpoint.writer import partial_path
@@ -208,6 +211,35 @@ def test_a_length_at_which_the_rotation_changes_is_refused(name):
     assert llama_config(variant, "float16", limit)["max_position_embeddings"] == limit
     with pytest.raises(ConfigError, match=f"at most {limit} "):
         llama_config(variant, "float16", limit + 1)
+
+
+TELECHAT3 = {"model_type": "telechat3", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97, "max_position_embeddings": 64,
+             "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False, "bos_token_id": 1,
+             "eos_token_id": 2, "pad_token_id": 3, "rope_scaling": {
+                 "rope_type": "telechat3-yarn", "factor": 4.0, "beta_fast": 4.0, "beta_slow": 0.5,
+                 "original_max_position_embeddings": 16}}
+
+
+def test_telechat3_gets_a_rotation_that_others_know(tmp_path):
+    """Its tensors are Llama's already; its own rope_type becomes yarn with the factor written out. And back."""
+    weights = random_official(TELECHAT3)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text(json.dumps(TELECHAT3))
+    save_file({name: np.ascontiguousarray(value) for name, value in weights.items()}, tmp_path / "hf/model.safetensors")
+    assert convert(["--from", str(tmp_path / "hf"), "--to", "llama", str(tmp_path / "llama")]) == 0
+    config = json.loads((tmp_path / "llama/config.json").read_text())
+    factor = 0.07 * math.log(4) + 1
+    assert config["rope_scaling"]["rope_type"] == "yarn" and not config["attention_bias"]
+    assert config["rope_scaling"]["attention_factor"] == pytest.approx(factor)
+    assert_same(*(read_safetensors(tmp_path / name / "model.safetensors") for name in ("llama", "hf")))
+    assert convert(["--from", str(tmp_path / "llama"), "--to", "official", str(tmp_path / "back")]) == 0
+    assert json.loads((tmp_path / "back/config.json").read_text()) == TELECHAT3
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.model.rotary_emb.attention_scaling == pytest.approx(factor)
 
 
 @pytest.fixture

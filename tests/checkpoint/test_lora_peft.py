@@ -132,3 +132,18 @@ def test_an_adapter_trained_on_the_llama_layout(family, modules, tmp_path):
             a, b = adapter.pairs[name]
             found = adapter.alpha / adapter.rank * b @ a
         np.testing.assert_allclose(found, delta, atol=1e-4)
+
+
+def test_an_adapter_of_telechat3_has_the_names_of_llama(tmp_path):
+    variant = variant_from_hf({"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 97,
+                               "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+                               "rms_norm_eps": 1e-5, "rope_theta": 1e4})
+    rng = np.random.default_rng(0)
+    pairs = {param.ms_name: (rng.normal(size=(2, param.shape[1])), rng.normal(size=(param.shape[0], 2)))
+             for param in lora.target_params(variant)}
+    adapter = lora.Adapter(pairs, 4.0)
+    tensors, config = lora.to_peft(adapter, variant, tmp_path)
+    assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    back = lora.from_peft(tensors, 4.0, variant, tmp_path)
+    assert back.alpha == 4.0 and all(np.array_equal(*both) for name, pair in pairs.items()
+                                     for both in zip(pair, back.pairs[name]))
