@@ -208,6 +208,19 @@ def test_long_prompt_does_not_stop_the_others():
     assert [type(event) for event in long] == [Started, Token]
 
 
+def test_whole_prompts_are_read_a_few_at_a_time():
+    """Where an engine cannot read pieces, a step still reads no more than it must."""
+    engine = FakeEngine(num_blocks=20, pieces=False)
+    scheduler = Scheduler(engine, Settings(prefill_tokens=10))
+    for length in (12, 6, 4, 2):
+        scheduler.submit(Request((1,) * length, Sampling(), 5))
+    read = []
+    for _ in range(3):
+        scheduler.step()
+        read.append(engine.read_tokens)
+    assert read == [12, 22, 24]
+
+
 def test_requests_that_cannot_be_answered():
     scheduler = Scheduler(FakeEngine(num_blocks=5), Settings(max_queue=2, slots=1))
     with pytest.raises(RequestTooLong, match=r"21 tokens.*2, but the KV cache .* holds 20") as caught:

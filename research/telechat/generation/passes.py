@@ -72,12 +72,11 @@ class Passes:
         whole: List[Row] = []
         readings: List[Reading] = []
         for row in rows:
-            if self.settings.together or not self.engine.pieces:
-                size = row.length - row.cached
-            else:
-                size = min(row.length - row.cached, self.settings.prefill_tokens)
-                if size > left and left < self.settings.prefill_tokens:
-                    break
+            size = row.length - row.cached
+            if not self.settings.together:
+                size = min(size, self.settings.prefill_tokens) if self.engine.pieces else size
+                if left < size and left < self.settings.prefill_tokens:
+                    break                                          # the first one is read, however long it is
             left -= size
             if self._is_read_whole(row):
                 whole.append(row)
