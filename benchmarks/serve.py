@@ -5,7 +5,7 @@
 
 Rows: one by one (`model.stream`), all at once, and 1, 8 and 32 clients, each of which asks again after a pause of
 exponentially distributed length (Poisson arrivals). Half of the requests are greedy, half are sampled. Times are those
-of `Scheduler.submit` and of the events, without HTTP. Measured figures are in docs/chat.md.
+of `Scheduler.submit` and of the events, without HTTP.
 """
 import argparse
 import heapq
