@@ -9,6 +9,7 @@ Jinja template is encoded as one, so that the prefix is written out there, as a 
 """
 from typing import List, Optional
 
+from research.telechat.text.calls import JSON
 from research.telechat.text.renderer import Renderer
 from research.telechat.text.templates import Template
 
@@ -43,8 +44,11 @@ def _prefix(renderer: Renderer) -> str:
 def _with_markers(renderer: Renderer) -> List[str]:
     template = renderer.template
     user, bot, end = (_piece(renderer, token) for token in (renderer.user_id, renderer.bot_id, renderer.end_id))
-    think = template.think_start
-    lines = ["{%- set ns = namespace(system=none, separator=" + _quoted(template.separator) + ", turns=0) -%}"]
+    think, line = template.think_start, "\n" if template.call_form == JSON else ""
+    lines = ["{%- set ns = namespace(system=none, separator=" + _quoted(template.separator) + ", turns=0, last=0) -%}"]
+    if template.keeps_reasoning:
+        lines.append(f"{{%- for message in messages -%}}{{%- if message.role in {_USER} -%}}"
+                     "{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}")
     if renderer.start_id is not None:
         lines.append("{{- " + _quoted(_piece(renderer, renderer.start_id)) + " -}}")
     lines += _head(renderer) if template.system else _no_system(template)
@@ -60,15 +64,18 @@ def _with_markers(renderer: Renderer) -> List[str]:
               "{{- " + _quoted(user) + " + text(message.content) -}}"]
     if template.tools_block is not None:
         lines += [f"{{%- elif message.role in {_TOOL} -%}}",
-                  f"{{%- if loop.previtem is defined and loop.previtem.role in {_TOOL} -%}}{{{{- '\\n' -}}}}",
-                  "{%- else -%}" + turn + "{{- " + _quoted(user) + " -}}{%- endif -%}",
-                  "{{- '<tool_response>\\n' + text(message.content) + '\\n</tool_response>' -}}"]
+                  f"{{%- if loop.previtem is defined and loop.previtem.role in {_TOOL} -%}}{{{{- {_quoted(line)} -}}}}",
+                  "{%- else -%}" + turn + "{{- " + _quoted(template.observation or user) + " -}}{%- endif -%}",
+                  "{{- " + _quoted(f"<tool_response>{line}") + " + text(message.content) + "
+                  + _quoted(f"{line}</tool_response>") + " -}}"]
     lines.append(f"{{%- elif message.role in {_BOT} -%}}")
     lines.append("{{- " + _quoted(bot) + " -}}")
     if think is not None:
-        reasoning = "(message.reasoning_content or message.reasoning or '').strip('\\n')"
-        lines += ["{%- if loop.last -%}{{- " + _quoted(think) + f" + {reasoning} + "
-                  + _quoted(template.think_end) + " -}}{%- endif -%}"]
+        kept = " or (reasoning and loop.index0 > ns.last)" if template.keeps_reasoning else ""
+        lines += ["{%- set reasoning = (message.reasoning_content or message.reasoning or '').strip('\\n') -%}",
+                  f"{{%- if loop.last{kept} -%}}" + "{{- " + _quoted(think + template.think_first) + " + reasoning + "
+                  + _quoted(template.think_end) + " -}}{%- else -%}{{- " + _quoted(template.answer_start)
+                  + " -}}{%- endif -%}"]
     lines += ["{{- " + bot_text + " + " + _quoted(end) + " -}}",
               "{%- else -%}{{- raise_exception('role ' + message.role + ' has no place in this template') -}}",
               "{%- endif -%}", "{%- endfor -%}",
@@ -96,7 +103,8 @@ def _head(renderer: Renderer) -> List[str]:
     system_end = _quoted(template.system_end)
     if template.tools_block is not None:
         before, after = (part.format() for part in template.tools_block.split("{tools}"))
-        stripped = "ns.system" if template.default_for == "always" else "ns.system.rstrip('\\n')"
+        whole = template.default_for == "always" or template.bare_system
+        stripped = "ns.system" if whole else "ns.system.rstrip('\\n')"
         lines += ["{%- if '<tools>\\n' in ns.system and '\\n</tools>' in ns.system -%}{{- ns.system -}}",
                   "{%- elif tools -%}{{- " + stripped + " + " + _quoted(before) + " -}}",
                   "{%- for tool in tools -%}{{- ('' if loop.first else '\\n') + (tool | tojson) -}}{%- endfor -%}",
@@ -107,18 +115,28 @@ def _head(renderer: Renderer) -> List[str]:
         lines += _no_system(template)
     if template.system_separator and template.separator:
         lines.append("{{- " + _quoted(_prefix(renderer) + template.separator) + " -}}")
-    if template.prompt_start:
+    if template.bare_system:
+        lines.append("{%- else -%}{{- " + _quoted(template.system or "") + " -}}")
+    elif template.prompt_start:
         start = "" if renderer.start_id is not None else "{{- " + _quoted(template.prompt_start) + " -}}"
         lines.append("{%- else -%}" + start + "{%- set ns.separator = '' -%}")
     return [*lines, "{%- endif -%}"]
 
 
 def _answer_with_calls(template: Template) -> List[str]:
-    """The macro that writes an answer: its content, then its tool calls as JSON."""
+    """The macro that writes an answer: its content, then its tool calls."""
     separator = _quoted(template.call_separator)
-    return ["{%- macro answer(message) -%}", "{{- text(message.content) -}}",
+    head = ["{%- macro answer(message) -%}", "{{- text(message.content) -}}",
             "{%- for item in message.tool_calls or [] -%}",
-            "{%- set call = item.function if item.function is defined else item -%}",
+            "{%- set call = item.function if item.function is defined else item -%}"]
+    if template.call_form != JSON:
+        return [*head, "{{- '<tool_call>' + call.name -}}",
+                "{%- if call.arguments is string -%}{{- raise_exception('arguments of a tool call must be an object, "
+                "not a text') -}}{%- endif -%}",
+                "{%- for key, value in (call.arguments or {}).items() -%}{{- '<param_key>' + key + '</param_key>"
+                "<param_value>' + (value if value is string else value | tojson) + '</param_value>' -}}{%- endfor -%}",
+                "{{- '</tool_call>' -}}", "{%- endfor -%}", "{%- endmacro -%}"]
+    return [*head,
             "{%- set arguments = call.arguments if call.arguments is defined and call.arguments else '{}' -%}",
             "{%- if not loop.first -%}{{- '\\n' -}}{%- elif message.content -%}{{- " + separator + " -}}{%- endif -%}",
             "{{- '<tool_call>\\n{\"name\": ' + (call.name | tojson) + ', \"arguments\": ' + "
