@@ -135,7 +135,7 @@ def answer_file(session: Session, questions: List[Question], args: argparse.Name
             if session.report.reasoning:
                 record["reasoning_content"] = session.report.reasoning
             if tools:
-                record["tool_calls"] = parse_tool_calls(answer).calls
+                record["tool_calls"] = parse_tool_calls(answer, tools=tools).calls
             write(record)
             if show:
                 print(printable(f"question: {question.text}\nanswer: {answer}\n截至目前的聊天记录是: {history}\n"),
