@@ -23,6 +23,7 @@ from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import find_faults, find_notes, read_plan
 from research.telechat.plan.report import memory_notes, stages
 from research.telechat.recipe.read import read_recipe
+from research.telechat.spec.variants import GENERATION
 from research.telechat.telechat_config import TelechatConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,15 +83,17 @@ def compile_small(path, folder):
 
 
 def graph_of(path):
-    """What the small recipe's graph depends on: all settings but names, tokens and tokenizer, and the variant's; how
-    far YaRN stretches changes numbers in constants only."""
+    """What the small recipe's graph depends on: all settings but names, tokens and tokenizer, the variant's, and what a
+    checkpoint and the choice of tokens are asked; how far YaRN stretches changes numbers in constants only."""
     recipe = shrunk(read_recipe(path))
-    numbers = {"scaling_factor", "attention_factor", "training_seqlen", "base_seqlen"} if read_plan(
-        recipe).model.extend_method == "YARN" else set()
-    models = [{key: value for key, value in model.items() if key not in {"net_name", *numbers} and
-               not key.endswith("_token_id")}
-              for model in (recipe["model"].pop("model_config"), vars(read_plan(shrunk(read_recipe(path))).model))]
-    return json.dumps([{**recipe, "processor": None, "trainer": None}, models], sort_keys=True, default=str)
+    unseen = {"net_name", "chat_template", *GENERATION}
+    if read_plan(recipe).model.extend_method == "YARN":
+        unseen |= {"scaling_factor", "attention_factor", "training_seqlen", "base_seqlen"}
+    given, settings = recipe["model"].pop("model_config"), vars(read_plan(shrunk(read_recipe(path))).model)
+    models = [{key: value for key, value in model.items() if key not in unseen and not key.endswith("_token_id")}
+              for model in (given, settings)]
+    rest = {**recipe, "processor": None, "trainer": None, "checkpoint_conflict": None}
+    return json.dumps([rest, models], sort_keys=True, default=str)
 
 
 @pytest.fixture(scope="module")
