@@ -73,9 +73,11 @@ def check_required(cfg: JsonObject) -> None:
 def check(cfg: JsonObject) -> None:
     """Raise ConfigError for the first key whose value would change the result and is not supported."""
     check_required(cfg)
-    heads, hidden = cfg.get("n_head"), cfg.get("n_embd", cfg.get("hidden_size"))
-    if cfg.get("head_dim") is not None and heads and isinstance(hidden, (int, float)) and (
-            cfg["head_dim"] * heads != hidden):
+    heads: Any = cfg.get("n_head")
+    hidden: Any = cfg.get("n_embd", cfg.get("hidden_size"))
+    head_dim: Any = cfg.get("head_dim")
+    sizes = isinstance(heads, (int, float)) and isinstance(hidden, (int, float)) and heads
+    if head_dim is not None and sizes and not (isinstance(head_dim, (int, float)) and head_dim * heads == hidden):
         raise ConfigError(f"model config: head_dim is {cfg['head_dim']!r}, expected hidden_size / n_head "
                           f"({hidden} / {heads}); other sizes of a head are not supported")
     if "n_embd" not in cfg and cfg.get("n_inner") not in (None, cfg.get("ffn_hidden_size")):
