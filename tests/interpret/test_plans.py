@@ -19,7 +19,7 @@ from research.telechat.interpret import graphs as graphs_module
 from research.telechat.interpret.features import features
 from research.telechat.interpret.graphs import compiled
 from research.telechat.interpret.operators import OPERATORS
-from research.telechat.interpret.shrink import fewer_ranks, shrink, uncut
+from research.telechat.interpret.shrink import MAX_GRAD_NORM, fewer_ranks, shrink, uncut
 from research.telechat.plan.plan import find_faults, read_plan
 from research.telechat.recipe.legacy import translate
 from research.telechat.recipe.read import read_recipe, set_key
@@ -83,7 +83,7 @@ class TestExecuted:
         result = (training if plan.plan.training else prediction).compare(plan, whole)
         assert result.fault() == ""
         if plan.plan.training:
-            assert min(result.norms) > 0.1                       # of max_grad_norm: gradients were clipped
+            assert min(result.norms) > MAX_GRAD_NORM             # gradients were clipped
 
     def test_the_uncut_graph_is_the_real_model(self, graphs):
         """A float32 step on the CPU, through the Trainer: other kernels, another optimizer, no recomputation."""

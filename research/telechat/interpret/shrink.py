@@ -13,6 +13,7 @@ from research.telechat.plan.plan import Plan, find_faults, read_plan
 
 HEAD_DIM = 8
 VOCABULARY = 96
+MAX_GRAD_NORM = 0.01                         # so small that all gradients are clipped
 SEQUENCES = 4                                # of a step, where the plan can do with so few
 BLOCK_SIZE, BLOCKS = 16, 8                   # of the KV cache
 _DEGREES = {"dp": "data_parallel", "pp": "pipeline_stage", "mp": "model_parallel", "cp": "context_parallel"}
@@ -94,7 +95,7 @@ def _shrink_training(small: JsonObject) -> None:
         small.setdefault(section, {})["learning_rate"] = 1e-2
     small["lr_schedule"].update(total_steps=100, warmup_ratio=0.0)
     small["optimizer"]["weight_decay"] = 0.1
-    small.setdefault("runner_wrapper", {}).update(use_clip_grad=True, max_grad_norm=0.1)
+    small.setdefault("runner_wrapper", {}).update(use_clip_grad=True, max_grad_norm=MAX_GRAD_NORM)
     small.setdefault("parallel", {}).setdefault("parallel_optimizer_config", {})["parallel_optimizer_threshold"] = 0
     pet: Any = small["model"]["model_config"].get("pet_config")
     if pet:

@@ -80,7 +80,8 @@ def execute(compiled: Compiled, weights: Weights, batches: Sequence[Batch], prec
     return Steps(losses, norms, merged.weights, merged.stale, executed)
 
 
-def causality(compiled: Compiled, weights: Weights, batch: Batch) -> float:
+def causality(compiled: Compiled, weights: Weights, batch: Batch,
+              operators: Optional[Dict[str, Operator]] = None) -> float:
     """How much the loss of the first half of the labels changes with the tokens of the second half; 0 is causal."""
     ids, labels = batch[0], batch[1].copy()
     half = ids.shape[1] // 2
@@ -88,7 +89,8 @@ def causality(compiled: Compiled, weights: Weights, batch: Batch) -> float:
     labels[:, half:] = IGNORED
     other = ids.copy()
     other[:, half:] = ids[:, half:][:, ::-1]
-    losses = [execute(compiled, weights, [[tokens, labels, *batch[2:]]]).losses[0] for tokens in (ids, other)]
+    losses = [execute(compiled, weights, [[tokens, labels, *batch[2:]]], operators=operators).losses[0]
+              for tokens in (ids, other)]
     return abs(losses[0] - losses[1])
 
 
@@ -136,7 +138,7 @@ def compare(compiled: Compiled, uncut: Compiled, steps: int = 2, seed: int = 0,
     found = execute(compiled, weights, batches, operators=operators)
     return Comparison(steps, found.losses, found.norms, _gap(found, expected),
                       differences(found.weights, expected.weights, _in_order(uncut, weights)),
-                      causality(compiled, weights, batches[0]), found.stale)
+                      causality(compiled, weights, batches[0], operators), found.stale)
 
 
 class Rounding(NamedTuple):
