@@ -120,9 +120,9 @@ class TestExecuted:
 
         def other_gradient(node, *inputs):
             dx, dweight = norm.rms_norm_grad(node, *inputs)
-            return dx, dweight * (1 + 1e-8 * ("layers-CellList/0" in node.place and "ffn_norm" in node.place))
+            return dx, dweight * (1 + 1e-6 * ("layers-CellList/0" in node.place and "ffn_norm" in node.place))
         wrong = training.compare(plan, whole, 1, operators={**OPERATORS, "RmsNormGrad": other_gradient})
-        assert {name for name, gap in wrong.differences.items() if gap > 1e-9} >= {"model.layers.0.ffn_norm.weight"}
+        assert wrong.differences["model.layers.0.ffn_norm.weight"] > training.LIMIT
         assert "is the first parameter that differs" in wrong.fault()
 
     def test_ranks_that_should_agree_and_do_not(self, graphs):
