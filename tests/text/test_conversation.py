@@ -136,7 +136,7 @@ def test_histories_that_do_not_alternate_are_written_by_role(vocabs, name):
     head = renderer.prompt([user("x")])
     head = head[:head.index(renderer.user_id)]
     separator = list(vocab.encode(renderer.template.separator)) if renderer.template.separator else []
-    for number, roles in enumerate(["u", "uu", "bu", "buu", "ubbu", "uubu", "bbuuu", "ububu", "ubuubbu"]):
+    for number, roles in enumerate(["u", "uu", "buu", "ubbu", "uubu", "bbuuu", "ububu", "ubuubbu"]):
         messages = [user(f"q{place}") if role == "u" else bot(f"a{place}") for place, role in enumerate(roles)]
         expected = list(head)
         for place, role in enumerate(roles):
