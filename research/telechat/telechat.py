@@ -9,6 +9,7 @@ from mindspore.ops import operations as P
 from research.telechat.bridge.compat import LayerSetting, MindFormerModuleType, lazy_inline, plugin_class
 from research.telechat.generation.generate import TelechatGenerationMixin
 from research.telechat.model import kernels, sharding
+from research.telechat.model.chunked_loss import ChunkedLoss
 from research.telechat.model.kv_cache import GenerationStep
 from research.telechat.model.loss import CrossEntropyLoss
 from research.telechat.model.mask import AttentionMask, Documents
@@ -107,8 +108,11 @@ class TelechatHead(nn.Cell):
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
         """x: rows [T, H], weight: [V, H] -> [T, V]."""
-        logits = self.matmul(self.cast(x, self.dtype), self.cast(weight, self.dtype))
-        logits = self.cast(logits, mstype.float32)
+        return self.product(x, self.cast(weight, self.dtype))
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """As `construct`, with weights in the dtype of the matrix multiplications."""
+        logits = self.cast(self.matmul(self.cast(x, self.dtype), weight), mstype.float32)
         return self.mul(logits, self.scale) if self.scale != 1.0 else logits
 
 
@@ -144,6 +148,7 @@ class TelechatForCausalLM(TelechatGenerationMixin, TelechatPreTrainedModel):
             self.lm_head = LMHead(config)
         self.head = TelechatHead(config)
         self.loss = CrossEntropyLoss(config)
+        self.chunked_loss = ChunkedLoss(config, self.head, self.loss)
         self.to_rows = TokensToRows(config)
         self.to_tokens = RowsToTokens(config)
         self.slice = P.StridedSlice()
@@ -170,7 +175,14 @@ class TelechatForCausalLM(TelechatGenerationMixin, TelechatPreTrainedModel):
                 return logits
             return logits, labels, (labels != self.ignore_token_id).astype(mstype.float32)
         tokens, targets, attention_mask = self.shifted(input_ids, labels, attention_mask)
-        return self.loss(self.logits(self.model(tokens, attention_mask, actual_seq_len)), targets)
+        return self.loss_of(self.model(tokens, attention_mask, actual_seq_len), targets)
+
+    def loss_of(self, hidden: Tensor, targets: Tensor) -> Tuple[Tensor, Tensor]:
+        """Rows [T, H] and their labels [T] -> sum and number (model/loss.py)."""
+        at_once, rows = self.chunked_loss.rows_of_chunk(hidden.shape[0])
+        if at_once < rows:
+            return self.chunked_loss(hidden, self.head_weight(), targets)
+        return self.loss(self.logits(hidden), targets)
 
     def shifted(self, input_ids: Tensor, labels: Optional[Tensor], attention_mask: Optional[Tensor]
                 ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
@@ -202,4 +214,8 @@ class TelechatForCausalLM(TelechatGenerationMixin, TelechatPreTrainedModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows [T, H] -> [T, V] float32."""
-        return self.head(hidden, self.model.tok_embeddings.embedding_weight if self.tied else self.lm_head.weight)
+        return self.head(hidden, self.head_weight())
+
+    def head_weight(self) -> Tensor:
+        """[V, H]."""
+        return self.model.tok_embeddings.embedding_weight if self.tied else self.lm_head.weight

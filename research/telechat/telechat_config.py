@@ -126,6 +126,7 @@ class TelechatConfig(PretrainedConfig):
         self.repetition_penalty = settings.repetition_penalty
         self.share_layer_graphs = settings.share_layer_graphs
         self.train_layer_by_layer = settings.train_layer_by_layer
+        self.loss_chunk_rows = settings.loss_chunk_rows
         self.offset = settings.offset
         self.pp_interleave_num = settings.pp_interleave_num
 

@@ -19,6 +19,7 @@ from needs import require
 
 from research.telechat.ascend_sim.account import Mesh
 from research.telechat.commands import plan as plan_command
+from research.telechat.plan.activations import loss_rows
 from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import find_faults, find_notes, read_plan
 from research.telechat.plan.report import memory_notes, stages
@@ -29,16 +30,24 @@ from research.telechat.telechat_config import TelechatConfig
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "research/telechat").glob("*.yaml"))
 EACH = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "n_kv_heads", "vocab_size", "seq_length")
+SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "n_kv_heads", "vocab_size", "seq_length",
+         "loss_chunk_rows")
+
+
+def in_chunks(plan):
+    """Whether head and loss are computed in chunks of rows."""
+    at_once, rows = loss_rows(plan)
+    return plan.training and at_once < rows
 
 
 def shrunk(recipe):
-    """The recipe with small sizes. Groups of query heads, and whether the vocabulary can be cut, stay as they are."""
+    """The recipe with small sizes. Groups of query heads, whether the vocabulary can be cut, and whether the loss is
+    computed in chunks, stay as they are."""
     small, plan = copy.deepcopy(recipe), read_plan(recipe)
     kv_heads = max(2, plan.mp * plan.ulysses)
     heads = kv_heads * (plan.model.num_heads // plan.model.n_kv_heads)
     values = (max(2, plan.pp), 32 * heads, 96 * heads, heads, kv_heads,
-              4096 + (plan.model.vocab_size % plan.mp > 0), 256 * plan.cp)
+              4096 + (plan.model.vocab_size % plan.mp > 0), 256 * plan.cp, 96 if in_chunks(plan) else None)
     small["model"]["model_config"].update(zip(SIZES, values))
     if plan.pp > 1:
         small["parallel_config"]["micro_batch_num"] = plan.pp

@@ -54,6 +54,9 @@ class CrossEntropyLoss(nn.Cell):
         self.select_label = P.Mul()
         self.token_loss = P.Sub()
         self.masked = P.Mul()
+        self.log_softmax = P.LogSoftmax(-1)            # on the CPU, where products with a column need far more memory
+        self.probability = P.Div()
+        self.minus_label = P.Sub()
         self.total = P.ReduceSum()
         self.little = Tensor([_LITTLE], mstype.float32)
         self.cast = P.Cast()
@@ -69,10 +72,14 @@ class CrossEntropyLoss(nn.Cell):
         part = 1 / unit(labels.shape[0] * self.parts)
         return self.total(loss) * part, self.total(mask) * part + self.little
 
+    def counted(self, labels: Tensor) -> Tuple[Tensor, Tensor]:
+        """Which labels count, [N] float32, and the labels with 0 for those that do not."""
+        mask = self.cast(self.not_equal(labels, self.ignore), mstype.float32)
+        return mask, self.select_label(labels, self.cast(mask, mstype.int32))
+
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor]:
         """Loss of each token (0 where the label does not count) and the mask, both [N] float32."""
-        mask = self.cast(self.not_equal(labels, self.ignore), mstype.float32)      # [N]
-        labels = self.select_label(labels, self.cast(mask, mstype.int32))          # ignored ones become 0
+        mask, labels = self.counted(labels)
         shifted = self.sub(logits, stop_gradient(self.max(logits)))            # [N, V]
         log_sum = self.log(self.sum(self.exp(shifted), -1))                        # [N, 1]
         if self.by_gather:
@@ -82,3 +89,20 @@ class CrossEntropyLoss(nn.Cell):
             picked = self.sum(self.one_hot_mul(shifted, one_hot), -1)              # [N, 1]
         loss = self.reshape(self.token_loss(log_sum, picked), (-1,))               # [N]
         return self.masked(loss, mask), mask
+
+    def with_gradient(self, logits: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """As `token_losses`, and softmax(logits) - one_hot(label), [N, V] float32: the gradient of a token's loss by
+        its logits if the label counts."""
+        mask, labels = self.counted(labels)
+        one_hot = self.one_hot(labels, self.vocab_size, self.on, self.off)
+        if self.by_gather:
+            log_probability = self.log_softmax(logits)
+            loss = -self.picked(log_probability, 1, self.reshape(labels, (-1, 1)))             # [N, 1]
+            probability = self.exp(log_probability)
+        else:
+            shifted = self.sub(logits, self.max(logits))                           # [N, V]
+            exponentials = self.exp(shifted)
+            total = self.sum(exponentials, -1)                                     # [N, 1]
+            loss = self.token_loss(self.log(total), self.sum(self.one_hot_mul(shifted, one_hot), -1))
+            probability = self.probability(exponentials, total)
+        return self.masked(self.reshape(loss, (-1,)), mask), mask, self.minus_label(probability, one_hot)

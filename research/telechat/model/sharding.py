@@ -224,7 +224,25 @@ def loss(cell: nn.Cell, mesh: Mesh) -> None:
     cell.select_label.shard((row, row))
     cell.token_loss.shard((column, column))
     cell.masked.shard((row, row))
+    cell.probability.shard((logits, column))
+    cell.minus_label.shard((logits, logits))
     cell.total.shard((row,))
+
+
+def chunked_loss(cell: nn.Cell, mesh: Mesh) -> None:
+    """Chunks of the rows of each device, cut as the logits are; the gradient of the rows as that of a row_linear."""
+    rows = mesh.head_rows
+    cell.rows_of.shard(((rows, 1, 1),))
+    cell.labels_of.shard(((rows, 1),))
+    for count in range(1, len(cell.joins)):
+        cell.joins[count].shard(((rows, 1),) * count)
+        cell.gradient_joins[count].shard(((rows, 1, mesh.vocab),) * count)
+    scatter = ((mesh.stream, 1),) if mesh.sequence_parallel and mesh.vocab > 1 else None
+    cell.back.shard(((rows, mesh.vocab), (mesh.vocab, 1)), scatter)
+    kept = (mesh.stream if mesh.vocab > 1 else rows, 1)
+    cell.of_counted.shard((kept, kept))
+    cell.along.shard((kept, kept))
+    cell.sum.shard((kept,))
 
 
 def pipeline(model: nn.Cell, plan: TransformerOpParallelConfig) -> None:
@@ -251,6 +269,7 @@ def causal_lm(cell: nn.Cell, plan: TransformerOpParallelConfig) -> None:
     if last > 0:
         cell.head.pipeline_stage = last
         cell.loss.pipeline_stage = last
+        cell.chunked_loss.pipeline_stage = last
         if cell.tied:
             cell.model.tok_embeddings.embedding_weight.add_pipeline_stage(last)
         else:

@@ -13,6 +13,7 @@ import re
 from typing import Any, List, NamedTuple, Tuple
 
 from research.telechat.plan.plan import BYTES, Plan, ends_of, layers_of
+from research.telechat.spec.loss_chunks import rows_at_once
 
 SOFTMAX_STATISTICS = 64                # bytes per query and head that flash attention keeps: two rows of eight float32
 TRIANGLE = 2048                        # side of the compressed causal mask (model/mask.py)
@@ -206,14 +207,24 @@ def kept_masks(plan: Plan, stage: int) -> int:
     return stay + int(max(1, in_flight(plan, stage)) * each)
 
 
+def loss_rows(plan: Plan) -> Tuple[int, int]:
+    """(rows whose loss is computed at once, rows) of logits on a rank of the last stage (model/chunked_loss.py)."""
+    rows = plan.tokens // plan.mp if plan.vocab_pieces == 1 and plan.mp > 1 else plan.tokens
+    return rows_at_once(rows, plan.model.vocab_size // plan.vocab_pieces, plan.model.loss_chunk_rows), rows
+
+
 def loss_bytes(plan: Plan, head_gradient: int) -> int:
     """Bytes of logits and what the loss makes of them, on a rank of the last stage.
 
     The fullest moment is in the loss (LOSS_BYTES), or in the backward pass of the head, where the logits' gradient in
     the type of the matrix multiplications and the gradient of the head's weights (head_gradient, bytes) exist at once.
+    In chunks, the logits' gradient is made with the loss and kept: the fullest moment of the loss is the last chunk, or
+    when the gradients of all chunks are put together.
     """
-    model = plan.model
-    rows = plan.tokens // plan.mp if plan.vocab_pieces == 1 and plan.mp > 1 else plan.tokens
-    logits = rows * model.vocab_size // plan.vocab_pieces
-    others = (plan.interleaved_batches - 1) * KEPT_LOSS_BYTES * logits
-    return others + max(LOSS_BYTES * logits, BYTES[model.compute_dtype] * logits + head_gradient)
+    at_once, rows = loss_rows(plan)
+    vocab, item = plan.model.vocab_size // plan.vocab_pieces, BYTES[plan.model.compute_dtype]
+    whole, chunk = rows * vocab, at_once * vocab
+    kept, fullest = KEPT_LOSS_BYTES * whole, LOSS_BYTES * whole
+    if at_once < rows:
+        kept, fullest = item * whole, max(item * whole + LOSS_BYTES * chunk, 2 * item * whole)
+    return (plan.interleaved_batches - 1) * kept + max(fullest, item * whole + head_gradient)

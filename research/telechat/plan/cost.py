@@ -16,6 +16,7 @@ from research.telechat.plan.activations import (
     kept_masks,
     layer_bytes,
     loss_bytes,
+    loss_rows,
     recomputed,
     repeated_gathers,
 )
@@ -265,6 +266,10 @@ def _end_traffic(plan: Plan, stage: int) -> List[Traffic]:
         # Without sequence parallelism gradients stay partial sums on the way down, to the sum behind the embedding.
         head = 2 * part if plan.sequence_parallel else 0
         loss = 5 * reduce(4 * plan.tokens, plan.mp)        # largest logit, sum, logit of the label; two backwards
+        at_once, rows_in_all = loss_rows(plan)
+        if at_once < rows_in_all:                          # the gradient of the rows is a row_linear's result
+            head += part if plan.sequence_parallel else 2 * whole
+            loss = 3 * reduce(4 * plan.tokens, plan.mp)
         items.append(Traffic("activations", "mp", plan.micro_batches * (head + loss), "head and loss"))
     return items
 

@@ -37,7 +37,7 @@ class Tail(nn.Cell):
 
     def construct(self, x: Tensor, targets: Tensor) -> Tensor:
         """x: rows [T, H], targets: [T] -> loss, [] float32."""
-        total, count = self.network.loss(self.network.logits(self.network.model.norm_out(x)), targets)
+        total, count = self.network.loss_of(self.network.model.norm_out(x), targets)
         return F.reshape(total / count, ())
 
 
