@@ -25,6 +25,7 @@ HEADS = {
     "compile": ["layers", "until the end of the first step", "reference: the smallest number of layers",
                 "times the reference"],
     "by_layer": ["model", "further steps (median), first step", "memory", "time of a whole step"],
+    "loss": ["step", "time (median)", "memory", "memory of the first line"],
     "master_weights": ["weights kept as", "share of the exact distance (relative error)",
                        "limit: AdamW in float64", "fall of the loss, of that in float32"],
     "generation": ["sequences at once", "decoding (median), first token", "limit: reading weights and cache",
@@ -73,6 +74,12 @@ def by_layer_rows(figures: Any) -> List[List[str]]:
     """Lines of the output of train.py --by_layer."""
     return [[f"{row['layers']} layers, {row['way']}", f"{row['seconds']:.2f} s, {row['first']:.1f} s",
              f"{row['gigabytes']:.2f} GB", f"{row['seconds'] / figures[0]['seconds']:.2f} times"] for row in figures]
+
+
+def loss_rows(figures: Any) -> List[List[str]]:
+    """Lines of the output of train.py --loss."""
+    return [[f"{row['tokens']:,} tokens, {row['way']}", f"{row['seconds']:.2f} s", f"{row['gigabytes']:.2f} GB",
+             f"{row['gigabytes'] / figures[0]['gigabytes']:.0%}"] for row in figures]
 
 
 def master_weights_rows(figures: Any) -> List[List[str]]:

@@ -3,13 +3,15 @@
     python benchmarks/train.py [--rounds 5] [--steps 4] [--json FILE]            step time
     python benchmarks/train.py --compile 8 64 [--json FILE]                      compile time of so many layers
     python benchmarks/train.py --by_layer 16 [--json FILE]  so many layers, as a whole and layer by layer
+    python benchmarks/train.py --loss 2048 [--json FILE]    so many tokens, loss of all at once and in chunks
 
 One step is forward pass, backward pass, clipping by the global norm and AdamW, in float32, of a model of TeleChat-12B's
 shape (hidden 256, 4 layers, 8 heads, feed-forward 768, vocabulary 8000, sequence 256, batch 4). The PyTorch model is
 written here from the same formulas, as a user would write it: scaled_dot_product_attention, cross_entropy, fused AdamW
 where there is one. The two take turns; medians are shown. The peak is the best of square float32 matrix products in the
 same framework and process. Compile times come from fresh processes, one for each number of layers. Time and memory of
-the two ways in which a deep model can be trained on a CPU come from fresh processes, too.
+the two ways in which a deep model can be trained on a CPU come from fresh processes, too; and so do those of a step with
+one layer and a vocabulary of 64,000 whose loss is computed for all tokens at once and in chunks.
 """
 import argparse
 import json
@@ -31,6 +33,7 @@ import numpy as np
 SHAPE = {"hidden_size": 256, "num_layers": 4, "num_heads": 8, "intermediate_size": 768, "vocab_size": 8000,
          "seq_length": 256}
 BATCH = 4
+VOCABULARY = 64000                         # of the step whose loss is computed in two ways
 SMALL = {**SHAPE, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "vocab_size": 200, "seq_length": 32}
 
 
@@ -242,10 +245,21 @@ def measure_by_layer(layers: int, steps: int) -> List[Dict[str, Any]]:
     return results
 
 
-def deep_worker(by_layer: bool, layers: int, steps: int) -> None:
+def measure_loss(tokens: int, steps: int) -> List[Dict[str, Any]]:
+    """Time and memory of a step of `tokens` tokens with head and loss of all at once and in chunks, one after the
+    other."""
+    results = []
+    for name in ("loss at once", "loss in chunks"):
+        _, further, memory = figures_of_worker(name, name, "--steps", str(steps), "--tokens", str(tokens))
+        results.append({"way": name, "tokens": tokens, "seconds": further, "gigabytes": memory})
+        print(f"{tokens} tokens, {name:15} {further:6.2f} s each, memory {memory:5.2f} GB", flush=True)
+    return results
+
+
+def worker_in_full(shape: Dict[str, Any], steps: int) -> None:
     """Print seconds of the first step, of further ones (median), and the most memory in GB."""
     import resource
-    step = mindspore_step({**SHAPE, "num_layers": layers, "train_layer_by_layer": by_layer})
+    step = mindspore_step(shape)
     times = []
     for _ in range(steps + 1):
         started = time.perf_counter()
@@ -262,13 +276,22 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4, help="steps per round and framework")
     parser.add_argument("--compile", type=int, nargs="+", metavar="LAYERS", help="measure compile time instead")
     parser.add_argument("--by_layer", type=int, metavar="LAYERS", help="measure both ways to train deep models instead")
+    parser.add_argument("--loss", type=int, metavar="TOKENS", help="measure both ways to compute the loss instead")
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--worker", choices=("mindspore", "torch", "compile", "as a whole", "layer by layer"),
+    parser.add_argument("--worker", choices=("mindspore", "torch", "compile", "as a whole", "layer by layer",
+                                             "loss at once", "loss in chunks"),
                         help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.layers:
-        deep_worker(args.worker == "layer by layer", args.layers, args.steps)
+        by_layer = args.worker == "layer by layer"
+        worker_in_full({**SHAPE, "num_layers": args.layers, "train_layer_by_layer": by_layer}, args.steps)
+        return 0
+    if args.tokens:
+        chunk = args.tokens // 8 if args.worker == "loss in chunks" else 0
+        worker_in_full({**SHAPE, "num_layers": 1, "vocab_size": VOCABULARY, "seq_length": args.tokens // BATCH,
+                        "loss_chunk_rows": chunk}, args.steps)
         return 0
     if args.worker == "compile":
         step = mindspore_step({**SMALL, "num_layers": args.steps})
@@ -283,6 +306,8 @@ def main() -> int:
         results = measure_compile(args.compile)
     elif args.by_layer:
         results = measure_by_layer(args.by_layer, args.steps)
+    elif args.loss:
+        results = measure_loss(args.loss, args.steps)
     else:
         results = measure_steps(args.rounds, args.steps)
         for row in results:

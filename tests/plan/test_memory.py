@@ -44,7 +44,7 @@ def published(name):
     """The plan of a published recipe, through what turns old keys into today's."""
     facts = PUBLISHED[name]
     recipe = copy.deepcopy(read_recipe(ROOT / "configs/telechat/finetune.yaml"))
-    recipe["model"]["model_config"].update(facts["model"], **SHARED)
+    recipe["model"]["model_config"].update(facts["model"], loss_chunk_rows=0, **SHARED)
     recipe["optimizer"]["master_weights"] = "none"                       # nobody had them
     recipe["runner_config"]["batch_size"] = facts["batch"]
     recipe["parallel_config"].update(facts["degrees"])
@@ -89,6 +89,18 @@ def test_loss_of_two_micro_batches_at_once():
     assert activations.loss_bytes(one, 0) == 16 * logits
     assert activations.loss_bytes(two, 0) == 24 * logits
     assert activations.loss_bytes(one, 10 ** 9) == 2 * logits + 10 ** 9  # a large head outweighs it
+
+
+def test_loss_in_chunks():
+    """The gradient of all logits in 16 bits, and what the loss makes of one chunk; or that gradient twice, as it is put
+    together; or beside the gradient of the head. Two micro-batches at once keep two gradients."""
+    def loss(rows, head=0, **keywords):
+        return activations.loss_bytes(plan_of(dp=2, mp=2, model={"loss_chunk_rows": rows}, **keywords), head)
+    logits, chunk = 4 * 512 * 4096 // 2, 128 * 4096 // 2
+    assert loss(128) == 2 * 2 * logits and loss(512) == 2 * logits + 16 * 4 * chunk
+    assert loss(128, 10 ** 9) == 2 * logits + 10 ** 9
+    assert loss(512, micro_batch_interleave_num=2) == 2 * loss(512) - 16 * 4 * chunk
+    assert activations.loss_rows(plan_of(mp=2, model={"vocab_size": 4097, "loss_chunk_rows": 64})) == (64, 1024)
 
 
 def test_layer_by_hand():

@@ -125,6 +125,10 @@ def test_rows_of_each_benchmark():
         {"way": "as a whole", "layers": 9, "seconds": 2.0, "first": 30.04, "gigabytes": 3.456},
         {"way": "layer by layer", "layers": 9, "seconds": 2.5, "first": 10, "gigabytes": 1}])[1] == [
             "9 layers, layer by layer", "2.50 s, 10.0 s", "1.00 GB", "1.25 times"]
+    assert benchmark_page.loss_rows([
+        {"way": "loss at once", "tokens": 2048, "seconds": 2.0, "gigabytes": 4.0},
+        {"way": "loss in chunks", "tokens": 2048, "seconds": 2.5, "gigabytes": 1.0}])[1] == [
+            "2,048 tokens, loss in chunks", "2.50 s", "1.00 GB", "25%"]
     assert benchmark_page.master_weights_rows({
         "distances": {"float32": [1.0, 0.00001], "float16 and remainder": [0.99999, 0.00005]},
         "curves": {"float32": {"share": 1.0}}}) == [

@@ -65,7 +65,9 @@ class ChunkedLoss(nn.Cell):
         pieces, vocab, dtype = self.pieces, self.vocab_size, self.head.dtype
         weight = self.cast(weight, dtype)
         fixed, labels = self.reshape(stop_gradient(x), (pieces, rows, hidden)), self.reshape(labels, (pieces, rows))
-        losses, masks, gradients = (), (), ()
+        losses: Tuple[Tensor, ...] = ()
+        masks: Tuple[Tensor, ...] = ()
+        gradients: Tuple[Tensor, ...] = ()
         for start in range(0, rows, size):
             stop = min(start + size, rows)
             part = self.rows_of(fixed, (0, start, 0), (pieces, stop, hidden), (1, 1, 1))

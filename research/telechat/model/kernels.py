@@ -113,6 +113,22 @@ class RowMax(nn.Cell):
         self.max.shard((strategy,))
 
 
+class Spread(nn.Cell):
+    """A column made ready to be combined with each column of a matrix.
+
+    Repeated on the CPU, whose operators on two shapes keep sixteen bytes of indices per element for as long as the
+    graph lives; elsewhere as it is.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.repeat = on_cpu()
+
+    def construct(self, column: Tensor, matrix: Tensor) -> Tensor:
+        """column: [N, 1], matrix: [N, V] -> [N, V] on the CPU, [N, 1] elsewhere."""
+        return ms.ops.broadcast_to(column, matrix.shape) if self.repeat else column
+
+
 class RMSNormKernel(nn.Cell):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich, 2019)."""
 

@@ -4,7 +4,7 @@ It holds for the global batch, in however many parts it is computed (ranks, micr
 whole set in evaluation. A mean of means would give the tokens of short answers more weight. So the model returns sum
 and number, whoever joins parts adds both, and the division comes last. Shifting of labels happens in the model.
 """
-from typing import Tuple
+from typing import Optional, Tuple
 
 import mindspore.common.dtype as mstype
 from mindspore import Tensor, nn
@@ -42,6 +42,7 @@ class CrossEntropyLoss(nn.Cell):
         self.parts = plan.micro_batch_num if plan.pipeline_stage > 1 else 1
         self.by_gather = kernels.gather_labels()
         self.max = kernels.RowMax()
+        self.spread = kernels.Spread()
         self.sub = P.Sub()
         self.exp = P.Exp()
         self.sum = P.ReduceSum(keep_dims=True)
@@ -54,8 +55,7 @@ class CrossEntropyLoss(nn.Cell):
         self.select_label = P.Mul()
         self.token_loss = P.Sub()
         self.masked = P.Mul()
-        self.log_softmax = P.LogSoftmax(-1)            # on the CPU, where products with a column need far more memory
-        self.probability = P.Div()
+        self.probability = P.RealDiv()                 # Div keeps indices on the CPU even for equal shapes
         self.minus_label = P.Sub()
         self.total = P.ReduceSum()
         self.little = Tensor([_LITTLE], mstype.float32)
@@ -80,14 +80,9 @@ class CrossEntropyLoss(nn.Cell):
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor]:
         """Loss of each token (0 where the label does not count) and the mask, both [N] float32."""
         mask, labels = self.counted(labels)
-        shifted = self.sub(logits, stop_gradient(self.max(logits)))            # [N, V]
+        shifted = self.sub(logits, self.spread(stop_gradient(self.max(logits)), logits))       # [N, V]
         log_sum = self.log(self.sum(self.exp(shifted), -1))                        # [N, 1]
-        if self.by_gather:
-            picked = self.picked(shifted, 1, self.reshape(labels, (-1, 1)))        # [N, 1]
-        else:
-            one_hot = self.one_hot(labels, self.vocab_size, self.on, self.off)     # [N, V], cut over the vocabulary
-            picked = self.sum(self.one_hot_mul(shifted, one_hot), -1)              # [N, 1]
-        loss = self.reshape(self.token_loss(log_sum, picked), (-1,))               # [N]
+        loss = self.reshape(self.token_loss(log_sum, self.of_label(shifted, labels, None)), (-1,))
         return self.masked(loss, mask), mask
 
     def with_gradient(self, logits: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
@@ -95,14 +90,17 @@ class CrossEntropyLoss(nn.Cell):
         its logits if the label counts."""
         mask, labels = self.counted(labels)
         one_hot = self.one_hot(labels, self.vocab_size, self.on, self.off)
+        shifted = self.sub(logits, self.spread(self.max(logits), logits))          # [N, V]
+        exponentials = self.exp(shifted)
+        total = self.sum(exponentials, -1)                                         # [N, 1]
+        loss = self.token_loss(self.log(total), self.of_label(shifted, labels, one_hot))
+        gradient = self.minus_label(self.probability(exponentials, self.spread(total, logits)), one_hot)
+        return self.masked(self.reshape(loss, (-1,)), mask), mask, gradient
+
+    def of_label(self, shifted: Tensor, labels: Tensor, one_hot: Optional[Tensor]) -> Tensor:
+        """The element of each row of `shifted` [N, V] that its label names, [N, 1]; one_hot: [N, V], where it exists."""
         if self.by_gather:
-            log_probability = self.log_softmax(logits)
-            loss = -self.picked(log_probability, 1, self.reshape(labels, (-1, 1)))             # [N, 1]
-            probability = self.exp(log_probability)
-        else:
-            shifted = self.sub(logits, self.max(logits))                           # [N, V]
-            exponentials = self.exp(shifted)
-            total = self.sum(exponentials, -1)                                     # [N, 1]
-            loss = self.token_loss(self.log(total), self.sum(self.one_hot_mul(shifted, one_hot), -1))
-            probability = self.probability(exponentials, total)
-        return self.masked(self.reshape(loss, (-1,)), mask), mask, self.minus_label(probability, one_hot)
+            return self.picked(shifted, 1, self.reshape(labels, (-1, 1)))
+        if one_hot is None:
+            one_hot = self.one_hot(labels, self.vocab_size, self.on, self.off)     # cut over the vocabulary
+        return self.sum(self.one_hot_mul(shifted, one_hot), -1)
