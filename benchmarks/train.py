@@ -10,8 +10,8 @@ shape (hidden 256, 4 layers, 8 heads, feed-forward 768, vocabulary 8000, sequenc
 written here from the same formulas, as a user would write it: scaled_dot_product_attention, cross_entropy, fused AdamW
 where there is one. The two take turns; medians are shown. The peak is the best of square float32 matrix products in the
 same framework and process. Compile times come from fresh processes, one for each number of layers. Time and memory of
-the two ways in which a deep model can be trained on a CPU come from fresh processes, too; and so do those of a step with
-one layer and a vocabulary of 64,000 whose loss is computed for all tokens at once and in chunks.
+the two ways in which a deep model can be trained on a CPU come from fresh processes, too; so do those of a step of one
+layer and a vocabulary of 64,000 whose loss is computed for all tokens at once and in chunks.
 """
 import argparse
 import json

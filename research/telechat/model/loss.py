@@ -98,7 +98,7 @@ class CrossEntropyLoss(nn.Cell):
         return self.masked(self.reshape(loss, (-1,)), mask), mask, gradient
 
     def of_label(self, shifted: Tensor, labels: Tensor, one_hot: Optional[Tensor]) -> Tensor:
-        """The element of each row of `shifted` [N, V] that its label names, [N, 1]; one_hot: [N, V], where it exists."""
+        """The element of each row of `shifted` [N, V] that its label names, [N, 1]. one_hot: [N, V] or None."""
         if self.by_gather:
             return self.picked(shifted, 1, self.reshape(labels, (-1, 1)))
         if one_hot is None:

@@ -142,7 +142,7 @@ class ModelSettings:
         None, "one small graph for all layers, which are computed anew in the backward pass; None: in one process on a "
         "CPU, with more than 8 layers")
     loss_chunk_rows: Optional[int] = _compile(
-        None, "tokens per device whose logits exist at once in training; None: so many that these are at most 2^27; 0: "
+        None, "tokens per device whose logits exist at once in training; None: so many that these are about 2^26; 0: "
         "all")
     offset: object = _pipeline(0, "layers by which pipeline stages differ from the even split, one number or a list")
     pp_interleave_num: int = _pipeline(1, "virtual pipeline stages per stage", positive=True)
