@@ -81,13 +81,13 @@ class TelechatModel(TelechatPreTrainedModel):
         return self.norm_out(h)
 
     def prepare(self, tokens: Tensor, attention_mask: Optional[Tensor], actual_seq_len: Optional[Tensor]
-                ) -> Tuple[Tensor, Tuple[Tensor, Tensor], Optional[Tensor]]:
+                ) -> Tuple[Tensor, Tuple[Tensor, Tensor], kernels.Mask]:
         """Embeddings, rows [B S, H]; rotary tables and the mask of all layers."""
         seq = tokens.shape[1]
         if self.document_boundaries and actual_seq_len is not None:
             documents, positions = self.documents(seq, actual_seq_len)             # [B, S] each
             rope = self.rotary.at(positions, seq)
-            mask = self.mask(tokens, attention_mask, documents)
+            mask = self.mask(tokens, attention_mask, documents, actual_seq_len)
         else:
             rope = self.rotary.all_positions(seq)
             mask = self.mask(tokens, attention_mask, None)

@@ -87,7 +87,7 @@ class TelechatAttention(nn.Cell):
                 self.attend_flat = kernels.FlatFlashAttention(config)
         sharding.attention(self, sharding.Mesh(config))
 
-    def construct(self, x: Tensor, shape: Tuple[int, int], rope: Tuple[Tensor, Tensor], mask: Optional[Tensor],
+    def construct(self, x: Tensor, shape: Tuple[int, int], rope: Tuple[Tensor, Tensor], mask: kernels.Mask,
                   cached: Optional[Tuple] = None) -> Tensor:
         """x: rows [B S, H] -> [B S, H].
 
@@ -112,7 +112,7 @@ class TelechatAttention(nn.Cell):
             return key, value
         return self.cache.read(caches, cached[1])
 
-    def attend_paged(self, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor], cached: Tuple) -> Tensor:
+    def attend_paged(self, query: Tensor, key: Tensor, value: Tensor, mask: kernels.Mask, cached: Tuple) -> Tensor:
         """As `construct`, after rotation, with the fused kernels of the cache -> [B, S, H]."""
         slot_mapping, lengths, block_tables = cached
         flat_key, flat_value = self.flatten(key), self.flatten(value)
@@ -156,7 +156,7 @@ class TelechatDecodeLayer(SharedGraph, nn.Cell):
         self.res_dtype = self.out_dtype = config.res_dtype
         sharding.decode_layer(self, sharding.Mesh(config))
 
-    def construct(self, x: Tensor, shape: Tuple[int, int], rope: Tuple[Tensor, Tensor], mask: Optional[Tensor],
+    def construct(self, x: Tensor, shape: Tuple[int, int], rope: Tuple[Tensor, Tensor], mask: kernels.Mask,
                   cached: Optional[Tuple] = None) -> Tensor:
         """x: rows [B S, H] of the residual stream, shape: (B, S); the others as in TelechatAttention -> as x."""
         x = self.cast(x, self.res_dtype)

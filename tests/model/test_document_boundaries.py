@@ -6,6 +6,10 @@ from model_fixtures import HF_CONFIGS, build_model, logits_of, random_official
 from vocab_fixtures import train_sentencepiece
 
 from research.telechat.data.packing import IGNORED, FirstFitPacker, ShuffleBuffer, marked_ids, pack_all, to_record
+from research.telechat.interpret import attention
+from research.telechat.model.mask import COMPRESSED, DocumentEnds, Documents
+from research.telechat.spec.attention_form import documents_back_to_back
+from research.telechat.telechat_config import TelechatConfig
 from research.telechat.text.renderer import Renderer, get_template
 from research.telechat.text.vocab import Vocab
 
@@ -59,3 +63,35 @@ def test_packed_losses_are_those_of_each_alone(rendered, family, side):
         counted += int((alone_labels != IGNORED).sum())
         start += len(piece)
     assert counted == int((labels != IGNORED).sum()) > 10
+
+
+def test_documents_back_to_back():
+    """What the kernel does with ends and triangle is what the mask of each sequence says, in NumPy; a tail without an
+    end, two documents that end together and sequences of several ranks included."""
+    ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+    batch, seq, heads, dim = 2, 8, 2, 4
+    ends = np.array([[3, 5, 8, 8], [1, 6, 6, 9]], np.int32)                # 9: beyond the tokens that are trained on
+    config = TelechatConfig(num_layers=1, hidden_size=heads * dim, num_heads=heads, document_boundaries=True)
+    flat = DocumentEnds(config)(ms.Tensor(ends), batch, seq).asnumpy()
+    assert flat.tolist() == [3, 5, 8, 8, 8, 9, 14, 14, 16, 16] and flat.dtype == np.int64
+    assert DocumentEnds(config)(None, batch, seq).asnumpy().tolist() == [8, 16]
+    documents = Documents(config)(seq, ms.Tensor(ends))[0].asnumpy()
+    hidden = np.triu(np.ones((seq, seq), bool), 1) | (documents[:, :, None] != documents[:, None])
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(batch, heads, seq, dim)) for _ in range(3))
+    expected = attention.forward(q, k, v, hidden[:, None], 0.5)[2]
+
+    def tokens(x):
+        return np.swapaxes(x, 1, 2).reshape(batch * seq, heads, dim)
+    triangle = np.triu(np.ones((COMPRESSED, COMPRESSED), np.uint8), 1)
+    found = attention.flash_attention(None, tokens(q), tokens(k), tokens(v), None, None, None, triangle, None, flat,
+                                      flat, heads, 1.0, 0.5, 2**31 - 1, 0, 0, attention.LAYOUTS.index("TND"), 3)[3]
+    np.testing.assert_allclose(found, tokens(expected), atol=1e-14)
+
+
+@pytest.mark.parametrize("keys, gathering, expected", [
+    ({}, 1, True), ({}, 2, False), ({"mask_pad_tokens": True}, 1, False), ({"attention_dropout_prob": 0.1}, 1, False),
+    ({"document_boundaries": False}, 1, False), ({"use_flash_attention": False}, 1, False)])
+def test_when_documents_stand_back_to_back(keys, gathering, expected):
+    config = TelechatConfig(num_layers=1, hidden_size=8, num_heads=2, **{"document_boundaries": True, **keys})
+    assert documents_back_to_back(config, gathering) is expected

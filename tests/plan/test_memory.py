@@ -158,18 +158,20 @@ def test_gathered_keys_by_hand():
 def test_masks_by_hand():
     """4 sequences of 512 tokens."""
     square, triangle = 512 ** 2, 2048 ** 2
-    keys = {"document_boundaries": True}
+    keys, padded = {"document_boundaries": True}, {"mask_pad_tokens": True}
     assert memory_of(plan_of(), 0).masks == 2 * triangle
     assert memory_of(plan_of(model={"use_attn_mask_compression": False}), 0).masks == 2 * square
-    assert memory_of(plan_of(model=keys), 0).masks == square + 3 * 4 * square
-    assert memory_of(plan_of(model={"mask_pad_tokens": True}), 0).masks == square + 3 * 4 * square
+    assert memory_of(plan_of(model=padded), 0).masks == square + 3 * 4 * square
+    assert memory_of(plan_of(model={**keys, **padded}), 0).masks == square + 3 * 4 * square
+    assert memory_of(plan_of(model=keys), 0).masks == 2 * triangle       # documents stand back to back
     assert memory_of(plan_of(cp=2, model=keys), 0).masks == square + 3 * 4 * square // 2
-    ulysses = plan_of(cp=2, model=keys, parallel_config={"context_parallel_algo": "ulysses_cp"})
-    assert memory_of(ulysses, 0).masks == square + 3 * 4 * square        # heads are cut, not queries
+    for model, masks in ((padded, square + 3 * 4 * square), (keys, 2 * triangle)):    # heads are cut, not queries
+        ulysses = plan_of(cp=2, model=model, parallel_config={"context_parallel_algo": "ulysses_cp"})
+        assert memory_of(ulysses, 0).masks == masks
     assert memory_of(plan_of(cp=2, model={"use_ring_attention": True}), 0).masks == 0
     composed = plan_of(model={"use_flash_attention": False, "softmax_compute_type": "float32"})
     assert memory_of(composed, 0).masks == square + 4 * square
-    waiting = plan_of(pp=2, model=keys, parallel_config={"micro_batch_num": 4})
+    waiting = plan_of(pp=2, model=padded, parallel_config={"micro_batch_num": 4})
     assert memory_of(waiting, 0).masks == square + 2 * 4 * square + 2 * 4 * square    # two wait
 
 

@@ -121,6 +121,19 @@ class TestCompiled:
         ways = graphs["step"]["attention"]
         assert [(way["sparse_mode"], way["mask"]) for way in ways] == [(0, ["uint8", [4, 1, 256, 512]])]
 
+    @pytest.mark.parametrize("cp, sections", [
+        (1, {"parallel_config": {"use_seq_parallel": True}}),
+        (2, {"parallel_config": {"context_parallel_algo": "ulysses_cp"}, "parallel": {"enable_alltoall": True}})])
+    def test_documents_back_to_back(self, cp, sections):
+        """Without dropout the kernel gets documents by their ends; the mask of a rank is the triangle."""
+        recipe = small_recipe(dp=2, mp=2, cp=cp, model={"document_boundaries": True}, **sections)
+        recipe["train_dataset"]["input_columns"] = ["input_ids", "labels", "actual_seq_len"]
+        plan, graphs = compiled(recipe)
+        agree(plan, 0, graphs["step"])
+        ways = graphs["step"]["attention"]
+        assert [(way["layout"], way["sparse_mode"], way["mask"], way["query"][1]) for way in ways] == [
+            ("TND", 3, ["uint8", [2048, 2048]], [4 * 512, 4 // cp, 64])]
+
     def test_prediction(self):
         recipe = small_recipe(mp=4, base="predict", model={"n_kv_heads": 4, "tie_word_embeddings": False})
         plan, graphs = compiled(recipe)

@@ -24,6 +24,7 @@ from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import find_faults, find_notes, read_plan
 from research.telechat.plan.report import memory_notes, stages
 from research.telechat.recipe.read import read_recipe
+from research.telechat.spec.attention_form import documents_back_to_back
 from research.telechat.spec.variants import GENERATION
 from research.telechat.telechat_config import TelechatConfig
 
@@ -156,8 +157,9 @@ def check_attention(plan, rank, graph):
         last = way["next_tokens"] + (model.seq_length - queries if blocks > 1 else 0)
         assert way["pre_tokens"] >= model.seq_length and last == queries * block
     if plan.training and not model.use_ring_attention:
+        form = ("TND", 3) if documents_back_to_back(model, plan.cp // plan.ulysses) else ("BNSD", 4 if blocks > 1 else 2)
         assert [(way["layout"], way["sparse_mode"], way["mask"]) for way in graph["attention"]] == [
-            ("BNSD", 4 if blocks > 1 else 2, ["uint8", [2048, 2048]])]
+            (*form, ["uint8", [2048, 2048]])]
 
 
 def check_training(plan, rank, graph):

@@ -193,6 +193,8 @@ def flash_attention(node: Node, q: Array, k: Array, v: Array, shift: Any, drop: 
     tops, totals = np.zeros((len(qt), heads, 1)), np.zeros((len(qt), heads, 1))
     result = np.zeros_like(qt)
     for rows, keys in zip(_pieces(call.layout, q_ends, "q lengths"), _pieces(call.layout, kv_ends, "kv lengths")):
+        if rows.start == rows.stop:                                # an empty document
+            continue
         qh, kh, vh = (np.swapaxes(x, 0, 1)[None] for x in (qt[rows], kt[keys], vt[keys]))
         call.check(qh, kh, vh)
         # TH is causal: the kernel repeats the triangle it is given.
@@ -223,6 +225,8 @@ def flash_attention_grad(node: Node, q: Array, k: Array, v: Array, dy: Array, sh
         return (*(_from_heads(part, call.layout) for part in parts), empty)
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for rows, keys in zip(_pieces("TND", q_ends, "q lengths"), _pieces("TND", kv_ends, "kv lengths")):
+        if rows.start == rows.stop:
+            continue
         qh, kh, vh, dyh, rh, t, s = (np.swapaxes(x, 0, 1)[None] for x in (
             q[rows], k[keys], v[keys], dy[rows], result[rows], top[rows, :, :1], total[rows, :, :1]))
         parts = backward(qh, kh, vh, dyh, call.hidden(qh.shape[2], kh.shape[2], mask), scale, t, s, rh)

@@ -8,7 +8,6 @@ again: differentiation and sharding treat it as any other linear layer. No produ
 """
 from typing import Tuple
 
-import mindspore as ms
 import mindspore.common.dtype as mstype
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
@@ -34,9 +33,8 @@ class ChunkedLoss(nn.Cell):
     def __init__(self, config: TelechatConfig, head: nn.Cell, loss: CrossEntropyLoss):
         super().__init__()
         mesh = sharding.Mesh(config)
-        cut = ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
-        self.pieces = mesh.head_rows if cut else 1         # of rows, each on a device of its own
-        self.vocab_size, self.vocab_pieces = config.vocab_size, mesh.vocab if cut else 1
+        self.pieces = mesh.head_rows if mesh.in_effect else 1         # of rows, each on a device of its own
+        self.vocab_size, self.vocab_pieces = config.vocab_size, mesh.vocab if mesh.in_effect else 1
         self.chunk_rows = config.loss_chunk_rows
         self.head, self.loss = head, loss
         self.parts = loss.parts
@@ -74,8 +72,8 @@ class ChunkedLoss(nn.Cell):
             if start > 0:                                  # one after the other, or all logits exist at once
                 part = self.after(part, gradients[-1])
             targets = self.labels_of(labels, (0, start), (pieces, stop), (1, 1))
-            logits = self.head.product(self.reshape(part, (-1, hidden)), stop_gradient(weight))
-            loss, mask, gradient = self.loss.with_gradient(logits, self.reshape(targets, (-1,)))
+            logits = self.head.product(self.reshape(part, (-1, hidden)), weight)
+            loss, mask, gradient = self.loss.with_gradient(stop_gradient(logits), self.reshape(targets, (-1,)))
             losses += (self.reshape(loss, (pieces, stop - start)),)
             masks += (self.reshape(mask, (pieces, stop - start)),)
             gradients += (self.reshape(self.cast(gradient, dtype), (pieces, stop - start, vocab)),)

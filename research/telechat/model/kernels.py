@@ -2,7 +2,7 @@
 
 The only module that asks for the device. Each factory or cell below hides one such choice; the layers do not know it.
 """
-from typing import Optional
+from typing import Any, Tuple, Union
 
 import mindspore as ms
 import mindspore.common.dtype as mstype
@@ -16,10 +16,13 @@ from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
 from research.telechat.bridge.compat import on_cpu
 from research.telechat.model import sharding
+from research.telechat.spec.attention_form import documents_back_to_back
 from research.telechat.telechat_config import TelechatConfig
 
 NO_LIMIT = 2**31 - 1                     # of the attention kernel's window
 NOTHING = -1e4                           # below it, the largest score of a query that sees no key
+# What the attention of all layers is given (model/mask.py): nothing, a mask, or the triangle and the ends of documents.
+Mask = Union[None, Tensor, Tuple[Tensor, Tensor]]
 
 
 def matmul_dtype(dtype: mstype.Type) -> mstype.Type:
@@ -171,34 +174,49 @@ def per_sequence_mask(config: TelechatConfig) -> bool:
     return config.mask_pad_tokens or config.document_boundaries
 
 
+def back_to_back(config: TelechatConfig) -> bool:
+    """Whether packed documents pass through the kernel back to back."""
+    plan = config.parallel_config
+    gathering = plan.context_parallel // plan.get_ulysses_cp_num()
+    return use_flash_attention(config) and documents_back_to_back(config, gathering)
+
+
 class CausalFlashAttention(nn.Cell):
     """Causal attention in the fused kernel (Dao et al., 2022), which never stores the scores.
 
     Its mask is a 2048 x 2048 triangle that the kernel repeats (sparse mode 2), a full one (mode 0), [B, 1, S, S] where
-    sequences differ and else [S, S], or none with ring attention, which masks by itself.
+    sequences differ and else [S, S], or none with ring attention, which masks by itself. Packed documents without
+    dropout have the triangle, too: their tokens stand back to back (layout TND), each document ends where `ends` says,
+    and its triangle begins anew (mode 3).
     """
 
     def __init__(self, config: TelechatConfig):
         super().__init__()
         self.ring = config.use_ring_attention and config.parallel_config.context_parallel > 1
-        self.mask_form = ("sequence" if per_sequence_mask(config) else
+        self.back_to_back = back_to_back(config)
+        self.mask_form = ("triangle" if self.back_to_back else "sequence" if per_sequence_mask(config) else
                           "triangle" if config.use_attn_mask_compression else "full")
         self.has_dropout = config.attention_dropout_prob > 0
         keep = 1.0 - config.attention_dropout_prob
         self.kernel = FlashAttentionScore(
             head_num=config.num_heads, keep_prob=keep, scale_value=config.head_dim ** -0.5, pre_tokens=NO_LIMIT,
-            next_tokens=0, inner_precise=0, input_layout="BNSD",
-            sparse_mode=2 if self.mask_form == "triangle" and not self.ring else 0)
+            next_tokens=0, inner_precise=0, input_layout="TND" if self.back_to_back else "BNSD",
+            sparse_mode=3 if self.back_to_back else 2 if self.mask_form == "triangle" and not self.ring else 0)
         if self.ring:
             self.kernel.add_prim_attr("enable_ring_attention", True)
             self.kernel.add_prim_attr("enable_ra_send_recv", True)
         self.draw_dropout = P.DropoutGenMask()
         self.keep = Tensor(keep, mstype.float16)
+        self.to_tokens = P.Transpose()
+        self.to_heads = P.Transpose()
         self.reshape = P.Reshape()
         sharding.flash_attention(self, sharding.Mesh(config))
 
-    def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor]) -> Tensor:
-        """query: [B, N, S, D]; key, value: [B, N_kv, T, D]; mask: uint8, 1 where a query may not look -> as query."""
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+        """query: [B, N, S, D]; key, value: [B, N_kv, T, D]; mask: uint8, 1 where a query may not look, or that and ends
+        [K] int64 -> as query."""
+        if self.back_to_back:
+            return self.of_documents(query, key, value, mask[0], mask[1])
         drop = None
         if self.has_dropout:                                           # one bit per score
             batch, heads, seq, _ = query.shape
@@ -206,6 +224,18 @@ class CausalFlashAttention(nn.Cell):
             drop = self.draw_dropout((batch, heads, seq, keys), self.keep)
             drop = self.reshape(drop, (batch, heads, seq, keys // 8))
         return self.kernel(query, key, value, None, drop, None, mask, None, None, None)[3]
+
+    def of_documents(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
+        """As `construct`, with the tokens back to back, [B S, N, D]."""
+        batch, heads, seq, dim = query.shape
+        query, key, value = self.flat(query), self.flat(key), self.flat(value)
+        result = self.kernel(query, key, value, None, None, None, mask, None, ends, ends)[3]
+        return self.to_heads(self.reshape(result, (batch, seq, heads, dim)), (0, 2, 1, 3))
+
+    def flat(self, x: Tensor) -> Tensor:
+        """[B, N, S, D] -> [B S, N, D]."""
+        _, heads, _, dim = x.shape
+        return self.reshape(self.to_tokens(x, (0, 2, 1, 3)), (-1, heads, dim))
 
 
 def narrow_band_sees_keys() -> bool:

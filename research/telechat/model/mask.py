@@ -27,6 +27,18 @@ def _positions(size: int) -> Tensor:
     return Tensor(np.arange(size, dtype=np.int32))
 
 
+@constexpr
+def _row_starts(batch: int, seq: int, ranks: int) -> Tensor:
+    """[batch, 1] int32: where each sequence begins among those of its rank, which stand back to back."""
+    return Tensor((np.arange(batch, dtype=np.int32) % (batch // ranks) * seq)[:, None])
+
+
+@constexpr
+def _column(batch: int, value: int) -> Tensor:
+    """[batch, 1] int32, all `value`."""
+    return Tensor(np.full((batch, 1), value, np.int32))
+
+
 def forbidden_score(softmax_dtype: mstype.Type) -> float:
     """What is added to a score to take it out of the softmax; finite, so that a row of only such scores is no NaN."""
     return -3e4 if softmax_dtype == mstype.float16 else -1e30
@@ -36,13 +48,16 @@ class AttentionMask(nn.Cell):
     """The mask that all layers share.
 
     Composed attention: additive, in softmax_compute_type. Flash attention: uint8, 1 where a query may not look; the
-    2048 x 2048 triangle where the mask is only causal; None for ring attention, which masks by itself.
+    2048 x 2048 triangle where the mask is only causal, together with the ends of documents where these stand back to
+    back; None for ring attention, which masks by itself.
     """
 
     def __init__(self, config: TelechatConfig):
         super().__init__()
         self.flash = kernels.use_flash_attention(config)
         self.per_sequence = kernels.per_sequence_mask(config)
+        self.back_to_back = kernels.back_to_back(config)
+        self.ends = DocumentEnds(config)
         self.compressed = config.use_attn_mask_compression and not self.per_sequence
         self.ring = config.use_ring_attention and config.parallel_config.context_parallel > 1
         if self.ring and self.per_sequence:
@@ -61,15 +76,20 @@ class AttentionMask(nn.Cell):
         self.mul = P.Mul()
         sharding.mask(self, sharding.Mesh(config))
 
-    def construct(self, tokens: Tensor, attention_mask: Optional[Tensor], documents: Optional[Tensor]
-                  ) -> Optional[Tensor]:
+    def construct(self, tokens: Tensor, attention_mask: Optional[Tensor], documents: Optional[Tensor],
+                  ends: Optional[Tensor] = None) -> kernels.Mask:
         """tokens: [B, S]; attention_mask: [B, S], 0 where nothing may look; documents: [B, S], number of the document
-        a token belongs to -> [1 or B, 1, S, S] or the compressed forms."""
+        a token belongs to; ends: [B, K], theirs -> [1 or B, 1, S, S] or the compressed forms."""
         batch, seq = tokens.shape
         if self.flash and self.ring:
             return None
+        if self.back_to_back:
+            if attention_mask is not None:
+                raise ValueError("with document_boundaries and flash attention there is no attention_mask: leave the "
+                                 "column out, or set model_config.mask_pad_tokens to True")
+            return self.triangle(), self.ends(ends, batch, seq)
         if self.flash and self.compressed and attention_mask is None:
-            return self.reshape(self.cast(_above_diagonal(COMPRESSED), mstype.uint8), (COMPRESSED, COMPRESSED))
+            return self.triangle()
         hidden = _above_diagonal(seq)
         if documents is not None:
             rows, columns = self.reshape(documents, (batch, 1, seq, 1)), self.reshape(documents, (batch, 1, 1, seq))
@@ -86,6 +106,36 @@ class AttentionMask(nn.Cell):
         # takes.
         hidden = stop_gradient(self.cast(hidden, mstype.uint8))
         return hidden if self.per_sequence or attention_mask is not None else self.reshape(hidden, (seq, seq))
+
+
+    def triangle(self) -> Tensor:
+        """What the kernel repeats."""
+        return self.reshape(self.cast(_above_diagonal(COMPRESSED), mstype.uint8), (COMPRESSED, COMPRESSED))
+
+
+class DocumentEnds(nn.Cell):
+    """Where packed documents end among the tokens of a rank, whose sequences stand back to back."""
+
+    def __init__(self, config: TelechatConfig):
+        super().__init__()
+        mesh = sharding.Mesh(config)
+        self.ranks = mesh.dp if mesh.in_effect else 1
+        self.limit = P.Minimum()
+        self.join = P.Concat(1)
+        self.shift = P.Add()
+        self.cast = P.Cast()
+        self.reshape = P.Reshape()
+        sharding.document_ends(self, mesh)
+
+    def construct(self, ends: Optional[Tensor], batch: int, seq: int) -> Tensor:
+        """ends: [B, K] int32, as `Documents` has them; None: each sequence is a document -> [B (K + 1)] int64.
+
+        What follows the last end of a sequence is a document of its own, as there; a document may be empty.
+        """
+        last = _column(batch, seq)
+        if ends is not None:
+            last = self.join((self.limit(ends, seq), last))
+        return self.cast(self.reshape(self.shift(last, _row_starts(batch, seq, self.ranks)), (-1,)), mstype.int64)
 
 
 class Documents(nn.Cell):

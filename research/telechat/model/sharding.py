@@ -13,6 +13,7 @@ of its constructor. In modes other than semi_auto_parallel MindSpore ignores all
 """
 from typing import Tuple
 
+import mindspore as ms
 from mindformers.modules.transformer.transformer import TransformerOpParallelConfig
 from mindspore import nn
 from mindspore.parallel import Layout
@@ -36,6 +37,8 @@ class Mesh:
         # Whether results of communication over mp are kept for the backward pass of a recomputed layer.
         self.keep_results = not getattr(plan.recompute, "mp_comm_recompute", True)
         self.documents = config.document_boundaries       # then masks and rotary tables differ between sequences
+        # Whether tensors are cut as this module says: their shapes are those of all devices then, else of this one.
+        self.in_effect = ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
         self.tables = "dp" if self.documents or config.use_past else "None"
 
     @property
@@ -143,6 +146,12 @@ def flash_attention(cell: nn.Cell, mesh: Mesh) -> None:
     heads, seq = ("mp", "ulysses"), "cp"
     query = layout("dp", heads, seq, "None")
     key = query if cell.ring else layout("dp", heads, "None", "None")
+    if cell.back_to_back:
+        tokens, ends = layout("dp", heads, "None"), layout("dp")
+        cell.to_tokens.shard((query,))
+        cell.to_heads.shard((layout("dp", seq, heads, "None"),))
+        cell.kernel.shard((tokens, tokens, tokens, layout("None", "None"), ends, ends))
+        return
     strategy = [query, key, key]
     if cell.has_dropout:
         strategy.append(query)
@@ -192,6 +201,14 @@ def mask(cell: nn.Cell, mesh: Mesh) -> None:
     cell.or_other_document.shard((causal, square))
     cell.or_padding.shard((square if mesh.documents else causal, column))
     cell.mul.shard((square if cell.per_sequence else causal, ()))
+
+
+def document_ends(cell: nn.Cell, mesh: Mesh) -> None:
+    """Sequences over dp."""
+    ends = (mesh.dp, 1)
+    cell.limit.shard((ends, ()))
+    cell.join.shard((ends, ends))
+    cell.shift.shard((ends, ends))
 
 
 def documents(cell: nn.Cell, mesh: Mesh) -> None:

@@ -13,6 +13,7 @@ import re
 from typing import Any, List, NamedTuple, Tuple
 
 from research.telechat.plan.plan import BYTES, Plan, ends_of, layers_of
+from research.telechat.spec.attention_form import documents_back_to_back
 from research.telechat.spec.loss_chunks import rows_at_once
 
 SOFTMAX_STATISTICS = 64                # bytes per query and head that flash attention keeps: two rows of eight float32
@@ -179,7 +180,8 @@ def attention_masks(plan: Plan) -> Tuple[int, int]:
     Sequences with masks of their own (document_boundaries, mask_pad_tokens): [B, 1, S, S] in one byte per score,
     queries cut over the part of context parallelism that does not cut heads. While one is made, two more of it in bool;
     the causal triangle [S, S] it begins with is a constant. A full causal mask is a constant in bool and in the
-    kernel's type; so is the 2048 x 2048 triangle. Ring attention has none.
+    kernel's type; so is the 2048 x 2048 triangle, which serves documents that stand back to back as well. Ring
+    attention has none.
     """
     model = plan.model
     side, queries = model.seq_length, model.seq_length * plan.ulysses // plan.cp
@@ -187,10 +189,11 @@ def attention_masks(plan: Plan) -> Tuple[int, int]:
     item = 1 if flash else BYTES[model.softmax_compute_type]
     if (flash and model.use_ring_attention and plan.cp > 1) or (not plan.training and model.is_dynamic):
         return 0, 0
-    if model.document_boundaries or model.mask_pad_tokens:
+    back_to_back = plan.training and documents_back_to_back(model, plan.cp // plan.ulysses)
+    if not back_to_back and (model.document_boundaries or model.mask_pad_tokens):
         own = plan.batch * queries * side
         return side * side + 2 * own, own * item
-    if flash and model.use_attn_mask_compression:
+    if flash and (back_to_back or model.use_attn_mask_compression):
         return 2 * TRIANGLE ** 2, 0
     return side * side + queries * side * item, 0
 
