@@ -157,7 +157,9 @@ def check_attention(plan, rank, graph):
         last = way["next_tokens"] + (model.seq_length - queries if blocks > 1 else 0)
         assert way["pre_tokens"] >= model.seq_length and last == queries * block
     if plan.training and not model.use_ring_attention:
-        form = ("TND", 3) if documents_back_to_back(model, plan.cp // plan.ulysses) else ("BNSD", 4 if blocks > 1 else 2)
+        form = ("BNSD", 4 if blocks > 1 else 2)
+        if documents_back_to_back(model, plan.cp // plan.ulysses):
+            form = ("TND", 3)
         assert [(way["layout"], way["sparse_mode"], way["mask"]) for way in graph["attention"]] == [
             (*form, ["uint8", [2048, 2048]])]
 
