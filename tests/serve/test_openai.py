@@ -240,7 +240,7 @@ FAULTS = [
     ({}, "messages", None), ({"messages": []}, "messages", None), ({"messages": "hi"}, "messages", None),
     ({"messages": [{"role": "bot?", "content": "x"}]}, "messages", "role 'bot?' is unknown"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text"),
-    ({"messages": [*MESSAGES, *MESSAGES]}, "messages", "user after user"),
+    ({"messages": [*MESSAGES, {"role": "system", "content": "x"}, *MESSAGES]}, "messages", "after other messages"),
     ({"messages": MESSAGES * 2000}, "messages", "found 2000"),
     ({"temperature": -1}, "temperature", "found -1"), ({"temperature": "hot"}, "temperature", "number"),
     ({"temperature": True}, "temperature", "number"), ({"top_p": 0}, "top_p", "over 0"),

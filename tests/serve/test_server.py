@@ -102,7 +102,8 @@ def name(server):
 
 def test_answers_equal_those_of_the_model_alone(server, model):
     prompt = server.renderer.prompt(ASKED)
-    ids = list(model.stream(prompt, do_sample=False, repetition_penalty=1.0, max_new_tokens=12, eos_token_id=[server.renderer.end_id]))
+    ids = list(model.stream(prompt, do_sample=False, repetition_penalty=1.0, max_new_tokens=12,
+                            eos_token_id=[server.renderer.end_id]))
     sampled = list(model.stream(prompt, do_sample=True, temperature=0.9, top_k=0, top_p=1.0, repetition_penalty=1.0,
                                 seed=5, max_new_tokens=12, eos_token_id=[server.renderer.end_id]))
     for expected, how in ((ids, {"temperature": 0}), (sampled, {"temperature": 0.9, "seed": 5, "top_k": 0})):
