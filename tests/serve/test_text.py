@@ -7,6 +7,8 @@ from research.telechat.serve.text import AnswerText, CallFilter, ReasoningFilter
 from research.telechat.text.renderer import Renderer, detect_template, get_template
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}}}]
 
 
 def cuts(text):
@@ -53,6 +55,17 @@ def test_calls_are_taken_out_whole_or_not_at_all(text, content, names):
             assert all(json.loads(call["arguments"]) == {"city": "北京"} for call in found)
 
 
+def test_parameters_one_by_one_have_the_types_of_the_tools():
+    """Coder's form: a text that reads as a number stays a text where the tool says so."""
+    for written, arguments in (("<param_key>city</param_key><param_value>2025</param_value>"
+                                "<param_key>days</param_key><param_value>3</param_value>", {"city": "2025", "days": 3}),
+                               ("", {})):
+        for pieces in cuts(f"<tool_call>weather{written}</tool_call>"):
+            calls = CallFilter(TOOLS)
+            found = [call for piece in pieces for call in calls.feed(piece)[1]] + calls.feed("", True)[1]
+            assert [(call["name"], json.loads(call["arguments"])) for call in found] == [("weather", arguments)]
+
+
 def test_an_answer_of_whole_characters_ends_at_its_stop_string(vocabs):
     vocab = vocabs["12b"]
     renderer = Renderer(detect_template(vocab), vocab)
@@ -69,7 +82,7 @@ def test_an_answer_of_whole_characters_ends_at_its_stop_string(vocabs):
 def test_the_reasoning_that_a_prompt_has_opened(vocabs):
     """No stop string within, no call; behind it both count."""
     renderer = Renderer(get_template("telechat2_think"), vocabs["telechat2"])
-    answer = AnswerText(renderer, stop=["停"], tools=True, thinking=True)
+    answer = AnswerText(renderer, stop=["停"], tools=TOOLS, thinking=True)
     text = f"不停。{CALL}\n</think>\n\n答案停。"
     parts = [answer.feed(token) for token in vocabs["telechat2"].encode(text)]
     assert "".join(part.reasoning for part in parts).lstrip(" ") == f"不停。{CALL}"

@@ -5,6 +5,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 from research.telechat.chat.session import parse_tool_calls
 from research.telechat.chat.stream import StopFilter, ThinkFilter
 from research.telechat.common.files import JsonObject
+from research.telechat.text.messages import Tools
 from research.telechat.text.renderer import Renderer
 from research.telechat.text.vocab import IncrementalDecoder
 
@@ -57,9 +58,13 @@ class ReasoningFilter:
 
 
 class CallFilter:
-    """Takes tool calls out of an answer: held back from <tool_call> on until they are complete."""
+    """Takes tool calls out of an answer: held back from <tool_call> on until they are complete.
 
-    def __init__(self) -> None:
+    tools: descriptions of the tools, by which parameters written one by one are typed (text/calls.py).
+    """
+
+    def __init__(self, tools: Tools = None) -> None:
+        self._tools = tools
         self._held = ""
         self._called = False
 
@@ -83,7 +88,7 @@ class CallFilter:
             end = len(self._held) if end < 0 else end + len(CALLED)
             written, before = self._held[begin:end], self._held[:begin]
             self._held = self._held[end:]
-            found = parse_tool_calls(written)
+            found = parse_tool_calls(written, tools=self._tools)
             if found.faults or not found.calls:
                 content += before + written                  # as the model wrote it, rather than half of it
                 continue
@@ -97,13 +102,13 @@ class AnswerText:
     """The text of one answer. Attributes: `stopped`, whether a stop string has ended it; `called`, whether it holds
     tool calls."""
 
-    def __init__(self, renderer: Renderer, stop: Sequence[str] = (), tools: bool = False, thinking: bool = False,
+    def __init__(self, renderer: Renderer, stop: Sequence[str] = (), tools: Tools = None, thinking: bool = False,
                  turn: bool = True):
         """
         Args:
             renderer: has written the prompt.
             stop: texts that end the answer and are not part of it; in the reasoning they end nothing.
-            tools: take tool calls out of it.
+            tools: descriptions of the tools that it may call; where there are any, calls are taken out of it.
             thinking: take the reasoning out of it.
             turn: it is an answer in a conversation, not the continuation of a text.
         """
@@ -113,7 +118,7 @@ class AnswerText:
             self._decoder.feed(renderer.opening_ids)
         self._reasoning = ReasoningFilter(opened) if thinking else None
         self._stops = StopFilter(stop)
-        self._calls = CallFilter() if tools else None
+        self._calls = CallFilter(tools) if tools else None
         self.called = False
 
     @property
