@@ -146,6 +146,16 @@ def test_history_is_a_list_that_is_not_changed():
             with_question(given_history, question)
 
 
+def test_history_keeps_calls_and_reasoning_in_the_prompt():
+    """In the forms of other libraries: calls beside a content of null, roles of any name."""
+    given = [{"role": "developer", "content": "a"}, {"role": "human", "content": "b"},
+             {"role": "assistant", "content": None, "reasoning_content": "r",
+              "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+             {"role": "function", "content": "c"}]
+    assert with_question(given, None)[1] == given
+    assert with_question(given, None, "s")[1] == [{"role": "system", "content": "s"}, *given[1:]]
+
+
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Weather of a city.",
                                            "parameters": {"type": "object", "properties": {"city": {}}}}}]
 

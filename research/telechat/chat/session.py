@@ -17,8 +17,8 @@ from research.telechat.chat.stream import Piece, StopFilter, ThinkFilter
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.text.calls import read_parameters
-from research.telechat.text.messages import Tools
-from research.telechat.text.renderer import BOT, TOOL, USER, Renderer
+from research.telechat.text.messages import ROLE_ALIASES, Tools
+from research.telechat.text.renderer import BOT, SYSTEM, TOOL, USER, Renderer
 from research.telechat.text.vocab import IncrementalDecoder, Vocab
 
 _ANSWER_SHARE = 4                    # without max_new_tokens, a quarter of the context is kept for the answer
@@ -291,12 +291,14 @@ def with_question(history: Optional[Iterable[JsonObject]], question: Optional[st
     messages = History(getattr(history, "tokenizer", None), history)
     if question:
         messages.append({"role": USER, "content": question})
-    elif not messages or messages[-1]["role"] not in (USER, TOOL):
+    roles = [ROLE_ALIASES.get(role, role) for role in (str(message.get("role")) for message in messages)]
+    if not roles or roles[-1] not in (USER, TOOL):
         raise ConfigError("the question is empty; give a text, or a history that ends with a question or the results "
                           "of tools")
-    rendered = [{"role": message["role"], "content": message["content"]} for message in messages]
+    rendered = [dict(message) for message in messages]
     if system is not None:
-        rendered = [{"role": "system", "content": system}] + [m for m in rendered if m["role"] != "system"]
+        rendered = [{"role": SYSTEM, "content": system}] + [
+            message for message, role in zip(rendered, roles) if role != SYSTEM]
     return messages, rendered
 
 
