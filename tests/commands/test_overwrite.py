@@ -37,6 +37,10 @@ def test_a_report_replaces_reports_only(tmp_path):
     with pytest.raises(ConfigError, match=r"report\.json would be replaced"):
         evaluate.check(args)
     evaluate.check(evaluate.build_parser().parse_args([*words, "--overwrite"]))
+    output.unlink()
+    (tmp_path / "report.png").write_bytes(b"somebody's")
+    with pytest.raises(ConfigError, match=r"report\.png would be replaced"):
+        evaluate.check(args)
 
 
 def test_merging_leaves_what_is_there(tmp_path, capfd):

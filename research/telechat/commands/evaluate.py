@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system", help="system prompt, with --apply_chat_template")
     add("--seed", type=int, default=1234, help="of the choice of examples, and of sampling")
     add("--output", default="output/evaluation.json", help="report; the chart gets the same name with .png")
-    add("--overwrite", action="store_true", help="replace --output even if this command did not write it")
+    add("--overwrite", action="store_true", help="replace --output and its pictures even if this command did not write them")
     add("--samples", action="store_true", help="write every question with its answer, too")
     add("--use_parallel", type=str2bool, help="run as one of several processes (msrun)")
     add("--auto_trans_ckpt", type=str2bool, help="cut a complete checkpoint for the parallel plan")
@@ -91,7 +91,8 @@ def check(args: argparse.Namespace) -> List[str]:
     output = Path(args.output)
     if output.is_dir() or output.suffix != ".json":
         raise ConfigError(f"--output: expected the name of a .json file, found {args.output}")
-    refuse_foreign([output], is_report, args.overwrite)
+    beside = [output.with_suffix(".png"), *([samples_path(output)] if args.samples else [])]
+    refuse_foreign([output, *beside], lambda _: is_report(output), args.overwrite)
     if args.data_only:
         return names
     if not args.config:

@@ -225,7 +225,8 @@ class TelechatLM(TemplateLM):
                 for _ in range(-len(asked) % scheduler.settings.slots):
                     scheduler.submit(asked[-1].request)
             while not all(listener.finished for listener in listeners):
-                scheduler.step()
+                if not scheduler.step() and not all(listener.finished for listener in listeners):
+                    raise RuntimeError("the scheduler has ended before all answers; its listener has failed")
         for each, listener in zip(asked, listeners):
             texts[each.number] = listener.answer.text
         return texts
