@@ -88,8 +88,7 @@ class Service:
         param = "response_format" if body.schema is not None else "tool_choice"
 
         def text() -> AnswerText:
-            return AnswerText(engine.renderer, self._stops(engine, asked.stop), tools=body.tools,
-                              thinking=not grammar)
+            return AnswerText(engine.renderer, self._stops(engine, asked.stop), tools=body.tools, thinking=not grammar)
         constraint: Optional[Callable[[], TokenConstraint]] = None
         if grammar:
             constraint = self._constraint(grammar, param)
