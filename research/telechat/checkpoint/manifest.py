@@ -57,7 +57,8 @@ class ModelFacts:
 @dataclass(frozen=True)
 class Manifest:
     """A manifest. kind: "mindspore", "official", "llama", "training", "adapter", "peft" or "strategy"; files: by path,
-    seen from the manifest's folder; training: of a training checkpoint, where in the training it stands (run/training_setup.py)."""
+    seen from the manifest's folder; training: of a training checkpoint, where in the training it stands
+    (run/training_setup.py)."""
 
     kind: str
     files: Dict[str, FileEntry] = field(default_factory=dict)

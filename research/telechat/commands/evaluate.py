@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system", help="system prompt, with --apply_chat_template")
     add("--seed", type=int, default=1234, help="of the choice of examples, and of sampling")
     add("--output", default="output/evaluation.json", help="report; the chart gets the same name with .png")
-    add("--overwrite", action="store_true", help="replace --output and its pictures even if this command did not write them")
+    add("--overwrite", action="store_true", help="replace --output and what lies beside it even if not of this command")
     add("--samples", action="store_true", help="write every question with its answer, too")
     add("--use_parallel", type=str2bool, help="run as one of several processes (msrun)")
     add("--auto_trans_ckpt", type=str2bool, help="cut a complete checkpoint for the parallel plan")

@@ -182,7 +182,8 @@ class Routes:
         engine = self.service.ready()
         renderer = engine.renderer
         names = {renderer.vocab.markers[name]: name for name in renderer.vocab.markers}
-        return Whole({"bos_token": names.get(-1 if renderer.start_id is None else renderer.start_id), "eos_token": names.get(renderer.end_id),
+        start = None if renderer.start_id is None else names.get(renderer.start_id)
+        return Whole({"bos_token": start, "eos_token": names.get(renderer.end_id),
                       "pad_token": names.get(renderer.pad_id), "chat_template": None,
                       "template": renderer.template.name})
 
