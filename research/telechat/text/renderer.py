@@ -14,7 +14,7 @@ that its ids differ from those of the real one.
 """
 import re
 from functools import cached_property
-from typing import FrozenSet, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import FrozenSet, Iterable, List, Optional, Sequence, Tuple
 
 from research.telechat.common.errors import ConfigError, ConversationError
 from research.telechat.text.calls import JSON, answer_parts, answer_text, result_parts
@@ -39,13 +39,13 @@ from research.telechat.text.templates import (
     detect_template,
     get_template,
 )
+from research.telechat.text.turns import Turns, last_question, read_turns
 from research.telechat.text.vocab import Vocab
 
 __all__ = ["BOT", "SYSTEM", "TOOL", "USER", "ConversationError", "Message", "Plan", "Prompt", "Rendered", "Renderer",
            "Span", "choose_template", "detect_template", "get_template", "to_message"]
 
 SYSTEM_POLICIES = ("ignore", "prepend", "error")
-_NO_TOOLS = "leave them out, or use a TeleChat2 model"
 
 
 class Renderer:
@@ -139,7 +139,7 @@ class Renderer:
 
     def plan(self, messages: Sequence[MessageLike], tools: Tools = None) -> Plan:
         """The first half of `render`: what to encode. Raises ConversationError."""
-        turns = self._turns(messages, tools, last=BOT)
+        turns = self._turns(messages, tools, BOT)
         spans, separator = self._head(turns.system, tools, training=True)
         starts = []
         for number, turn in enumerate(turns.turns):
@@ -148,7 +148,7 @@ class Renderer:
             starts.append(len(spans))
             last = number == len(turns.turns) - 1
             spans += self._text_turn(turn, last) if self.as_text else self._turn(
-                turn, True, last, number >= _last_question(turns.turns))
+                turn, True, last, number >= last_question(turns.turns))
         return Plan(spans, starts, len(separator))
 
     def conversations(self, messages: Sequence[Message]) -> List[List[Message]]:
@@ -192,7 +192,7 @@ class Renderer:
         If the last question alone is too long, it loses its beginning. Raises ConversationError where not even the
         markers and the system prompt fit, and as `render` does.
         """
-        conversation = self._turns(messages, tools, last=USER)
+        conversation = self._turns(messages, tools, USER)
         spans, separator = self._head(conversation.system, tools, training=False)
         head = self._encode(spans)
         turns = conversation.turns
@@ -222,58 +222,8 @@ class Renderer:
 
     # Parts of a conversation
 
-    class _Turns(NamedTuple):
-        system: Optional[str]
-        turns: List[List[Message]]           # each: user or tools, then bot; in a prompt one of them may be missing
-
-    def _turns(self, messages: Sequence[MessageLike], tools: Tools, last: str) -> "Renderer._Turns":
-        """Check the order of roles and group the messages into turns.
-
-        In a prompt a question may lack its answer, and an answer its question, as in the official chat, which writes
-        every message by its role; training wants them in turn.
-        """
-        if tools and self.template.tools_block is None:
-            raise ConversationError(f"the template {self.template.name} has no place for tools; {_NO_TOOLS}")
-        checked = [to_message(message, number) for number, message in enumerate(messages, 1)]
-        system = None
-        turns: List[List[Message]] = []
-        for number, message in enumerate(checked, 1):
-            before = checked[number - 2].role if number > 1 else None
-            if message.role == SYSTEM:
-                if before is not None:
-                    raise ConversationError(f"message {number}: a system prompt after other messages; it must be the "
-                                            "first")
-                system = message.content
-            elif message.role == BOT and before in (None, SYSTEM, BOT):
-                if last == BOT:
-                    raise ConversationError(f"message {number}: bot after {before or 'nothing'}; expected user")
-                turns.append([message])
-            elif message.role == BOT or (message.role == TOOL and before == TOOL):
-                turns[-1].append(message)
-            elif (before in (USER, TOOL) and last == BOT) or (message.role == TOOL and before != BOT):
-                expected = "user" if before in (None, SYSTEM) else "bot"
-                raise ConversationError(f"message {number}: {message.role} after {before or 'nothing'}; expected "
-                                        f"{expected}")
-            else:
-                turns.append([message])
-            if message.role == TOOL and self.template.tools_block is None:
-                raise ConversationError(f"message {number}: the template {self.template.name} has no place for tools; "
-                                        f"{_NO_TOOLS}")
-        if not turns:
-            raise ConversationError("there is no user message in the conversation; it needs one at least")
-        ends_with_bot = checked[-1].role == BOT
-        if ends_with_bot != (last == BOT):
-            raise ConversationError(f"the last message is from {checked[-1].role}; expected "
-                                    + ("the bot's answer" if last == BOT else "a user's question"))
-        if system is not None and self.system_id is None:
-            if self.system_policy == "error":
-                raise ConversationError(f"the template {self.template.name} has no place for a system prompt; "
-                                        "leave it out, or choose a system policy other than error")
-            if self.system_policy == "prepend" and system:
-                turn = next(turn for turn in turns if turn[0].role != BOT)
-                turn[0] = turn[0]._replace(content=f"{system.rstrip()}\n{turn[0].content}")
-            system = None
-        return Renderer._Turns(system, turns)
+    def _turns(self, messages: Sequence[MessageLike], tools: Tools, last: str) -> Turns:
+        return read_turns(messages, tools, last, self.template, self.system_id is not None, self.system_policy)
 
     def _head(self, system: Optional[str], tools: Tools, training: bool) -> Tuple[List[Span], Tuple[int, ...]]:
         """What stands in front of the turns, and the ids between them."""
@@ -395,7 +345,7 @@ class Renderer:
         for number, turn in enumerate(turns):
             answered = number and turns[number - 1][-1].role == BOT
             spans += [Span(separator)] if answered and separator else []
-            spans += self._turn(turn, current=number >= _last_question(turns))
+            spans += self._turn(turn, current=number >= last_question(turns))
         return self._encode(spans + ([marker_span(self.bot_id), *self._opening_spans] if bot else []))
 
     def _encode(self, spans: List[Span]) -> List[int]:
@@ -450,8 +400,3 @@ class Renderer:
     def _continued_span(self, text: str, continues: bool, loss: bool) -> Span:
         skip = self._continuation if continues else 0
         return Span(text="\n" + text if skip else text, loss=loss, skip=skip)
-
-
-def _last_question(turns: List[List[Message]]) -> int:
-    """Number of the last turn that begins with a question; those behind it begin with results of tools."""
-    return max((number for number, turn in enumerate(turns) if turn[0].role == USER), default=0)
