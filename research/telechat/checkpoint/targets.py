@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat import __version__
-from research.telechat.checkpoint.convert import Target
+from research.telechat.checkpoint.conversion import Target
 from research.telechat.checkpoint.manifest import Manifest, ModelFacts, facts_of, manifest_path
 from research.telechat.checkpoint.reader import BIN_INDEX_NAME, INDEX_NAMES
 from research.telechat.checkpoint.writer import (

@@ -18,15 +18,8 @@ from pathlib import Path
 from typing import List, Optional, Sequence
 
 from research.telechat.checkpoint.agreement import CONFLICT, Disagreement, disagreements_of, recipe_wins
-from research.telechat.checkpoint.convert import (
-    Options,
-    Source,
-    convert,
-    dtype_names,
-    open_source,
-    plan_tensors,
-    summary,
-)
+from research.telechat.checkpoint.conversion import Options, Source, dtype_names, summary
+from research.telechat.checkpoint.convert import convert, open_source, plan_tensors
 from research.telechat.checkpoint.dtypes import CODES, NAMES
 from research.telechat.checkpoint.export import Wishes, beside
 from research.telechat.checkpoint.folder import layout_of_names, open_any, open_mindspore, open_official
