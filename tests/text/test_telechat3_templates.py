@@ -82,6 +82,17 @@ def test_thinking_is_trained_with_its_reasoning_and_asked_as_it_is_trained(think
     assert ids[:len(thinking.prompt(messages[:1]))] == thinking.prompt(messages[:1])
 
 
+@pytest.mark.parametrize("content", ["<think>\nplan\n</think>\n\na", "\n<think>plan</think>a", "plan\n</think>\n\na"])
+def test_reasoning_in_the_content_is_reasoning(thinking, content):
+    """As models write it, with the marker that opens it or without, as the prompt has that."""
+    whole, part = ({"role": "assistant", "content": content},
+                   {"role": "assistant", "content": "a", "reasoning_content": "plan"})
+    assert trained(thinking, [user("q"), whole]) == trained(thinking, [user("q"), part])
+    assert thinking.prompt([user("q"), whole, user("r")]) == thinking.prompt([user("q"), bot("a"), user("r")])
+    other = {"role": "assistant", "content": f"see <think> and {content}"}           # not at the beginning: a text
+    assert "see <think>" in written(thinking, thinking.prompt([user("q"), other, user("r")]))
+
+
 def test_coder_has_no_line_ends_and_keeps_the_reasoning_since_the_last_question(coder):
     def prompt(messages, tools=None):
         return written(coder, coder.prompt(messages, tools))

@@ -30,6 +30,7 @@ CONVERSATIONS = [
     ([user(""), bot("  two blanks"), user("a"), bot("")], None),
     ([user("1+1=?"), {**bot("2"), "reasoning_content": "一加一。\n得二。"}, user("2+2=?"),
       {**bot("4"), "reasoning_content": "二加二得四。"}], None),
+    ([user("1+1=?"), bot("\n<think>\n一加一。\n</think>\n\n2"), user("2+2=?"), bot("二加二\n</think>\n\n4")], None),
     ([user("北京天气"),
       {"role": "assistant", "content": "", "tool_calls": [call('{"city": "北京"}'), call({"city": "上海"})]},
       {"role": "tool", "content": "晴"}, {"role": "tool", "content": "雨"}, bot("北京晴，上海雨。")], TOOLS),

@@ -13,6 +13,7 @@ from research.telechat.data.markers import NO_REASONING
 from research.telechat.data.packing import Cut, cut, marked_ids
 from research.telechat.data.records import Conversation, detect_format, parse_record
 from research.telechat.data.sources import Chunk, Source, peek_records
+from research.telechat.text.messages import divided
 from research.telechat.text.renderer import BOT, Renderer
 
 UNREASONED = "answer without reasoning, trained behind empty reasoning"
@@ -95,7 +96,7 @@ class Encoder:
         """The notes of a conversation; where the template has a place for reasoning, those of its answers."""
         if not self.renderer.thinks:
             return list(conversation.notes)
-        answers = [message for message in conversation.messages if message.role == BOT and message.train]
+        answers = [divided(message) for message in conversation.messages if message.role == BOT and message.train]
         return ([note for note in conversation.notes if note != NO_REASONING] + [ALONE for _ in answers[1:]]
                 + [UNREASONED for message in answers if not message.reasoning])
 

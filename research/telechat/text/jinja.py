@@ -54,7 +54,7 @@ def _with_markers(renderer: Renderer) -> List[str]:
     lines += _head(renderer) if template.system else _no_system(template)
     if template.tools_block is not None:
         lines += _answer_with_calls(template)
-    bot_text = "answer(message)" if template.tools_block is not None else "text(message.content)"
+    bot_text = "answer(message, content)" if template.tools_block is not None else "content"
     turn = "{%- if ns.turns -%}{{- ns.separator -}}{%- endif -%}{%- set ns.turns = ns.turns + 1 -%}"
     lines += ["{%- for message in messages -%}",
               f"{{%- if message.role in {_SYSTEM} -%}}",
@@ -69,10 +69,11 @@ def _with_markers(renderer: Renderer) -> List[str]:
                   "{{- " + _quoted(f"<tool_response>{line}") + " + text(message.content) + "
                   + _quoted(f"{line}</tool_response>") + " -}}"]
     lines.append(f"{{%- elif message.role in {_BOT} -%}}")
-    lines.append("{{- " + _quoted(bot) + " -}}")
+    lines.append("{{- " + _quoted(bot) + " -}}{%- set content = text(message.content) -%}")
     if think is not None:
         kept = " or (reasoning and loop.index0 > ns.last)" if template.keeps_reasoning else ""
         lines += ["{%- set reasoning = (message.reasoning_content or message.reasoning or '').strip('\\n') -%}",
+                  *_divided(),
                   f"{{%- if loop.last{kept} -%}}" + "{{- " + _quoted(think + template.think_first) + " + reasoning + "
                   + _quoted(template.think_end) + " -}}{%- else -%}{{- " + _quoted(template.answer_start)
                   + " -}}{%- endif -%}"]
@@ -81,6 +82,15 @@ def _with_markers(renderer: Renderer) -> List[str]:
               "{%- endif -%}", "{%- endfor -%}",
               "{%- if add_generation_prompt -%}{{- " + _quoted(bot + (think or "")) + " -}}{%- endif -%}"]
     return lines
+
+
+def _divided() -> List[str]:
+    """Reasoning that the content brings, set apart as by text/messages.py."""
+    return ["{%- if not reasoning and '</think>' in content -%}",
+            "{%- set before = content.split('</think>')[0] -%}{%- set thought = before.lstrip() -%}",
+            "{%- set thought = thought[7:] if thought.startswith('<think>') else before -%}",
+            "{%- if '<think>' not in thought -%}{%- set reasoning = thought.strip('\\n') -%}",
+            "{%- set content = content[(before | length) + 8:].lstrip('\\n') -%}{%- endif -%}", "{%- endif -%}"]
 
 
 def _no_system(template: Template) -> List[str]:
@@ -126,7 +136,7 @@ def _head(renderer: Renderer) -> List[str]:
 def _answer_with_calls(template: Template) -> List[str]:
     """The macro that writes an answer: its content, then its tool calls."""
     separator = _quoted(template.call_separator)
-    head = ["{%- macro answer(message) -%}", "{{- text(message.content) -}}",
+    head = ["{%- macro answer(message, content) -%}", "{{- content -}}",
             "{%- for item in message.tool_calls or [] -%}",
             "{%- set call = item.function if item.function is defined else item -%}"]
     if template.call_form != JSON:
@@ -138,7 +148,7 @@ def _answer_with_calls(template: Template) -> List[str]:
                 "{{- '</tool_call>' -}}", "{%- endfor -%}", "{%- endmacro -%}"]
     return [*head,
             "{%- set arguments = call.arguments if call.arguments is defined and call.arguments else '{}' -%}",
-            "{%- if not loop.first -%}{{- '\\n' -}}{%- elif message.content -%}{{- " + separator + " -}}{%- endif -%}",
+            "{%- if not loop.first -%}{{- '\\n' -}}{%- elif content -%}{{- " + separator + " -}}{%- endif -%}",
             "{{- '<tool_call>\\n{\"name\": ' + (call.name | tojson) + ', \"arguments\": ' + "
             "(arguments.strip() if arguments is string else arguments | tojson) + '}\\n</tool_call>' -}}",
             "{%- endfor -%}", "{%- endmacro -%}"]

@@ -80,6 +80,17 @@ def _reasoning(message: JsonObject) -> str:
                  if isinstance(message.get(key), str) and message[key].strip()), "")
 
 
+def divided(message: Message) -> Message:
+    """The message with its reasoning apart where its content brings it, as models write it: <think>...</think> in front
+    of the answer, or without <think>, which the prompt had opened."""
+    before, close, answer = message.content.partition("</think>")
+    thought = before.lstrip()
+    thought = thought[len("<think>"):] if thought.startswith("<think>") else before
+    if message.role != BOT or message.reasoning or not close or "<think>" in thought:
+        return message
+    return message._replace(content=answer.lstrip("\n"), reasoning=thought.strip("\n"))
+
+
 def _content(message: JsonObject, number: int) -> object:
     """The content, text parts joined; OpenAI's `refusal` is the content of an answer without another."""
     content = message.get("content")

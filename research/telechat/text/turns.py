@@ -2,7 +2,7 @@
 from typing import List, NamedTuple, Optional, Sequence
 
 from research.telechat.common.errors import ConversationError
-from research.telechat.text.messages import BOT, SYSTEM, TOOL, USER, Message, MessageLike, Tools, to_message
+from research.telechat.text.messages import BOT, SYSTEM, TOOL, USER, Message, MessageLike, Tools, divided, to_message
 from research.telechat.text.templates import Template
 
 _NO_TOOLS = "leave them out, or use a TeleChat2 model"
@@ -35,6 +35,8 @@ def read_turns(messages: Sequence[MessageLike], tools: Tools, last: str, templat
     if tools and template.tools_block is None:
         raise ConversationError(f"the template {template.name} has no place for tools; {_NO_TOOLS}")
     checked = [to_message(message, number) for number, message in enumerate(messages, 1)]
+    if template.think_start is not None:
+        checked = [divided(message) for message in checked]
     system = None
     turns: List[List[Message]] = []
     for number, message in enumerate(checked, 1):
