@@ -158,6 +158,8 @@ OFFICIAL = {"n_layer": 2, "hidden_size": 16, "ffn_hidden_size": 8, "n_head": 2, 
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_parameters asks for the type 'yarn'"),
     ({"rope_scaling": 4}, "expected an object with rope_type"), ({"rope_theta": "10000"}, "expected a positive number"),
     ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "contradict each other"),
+    ({"num_hidden_layers": 3}, "n_layer 2 and num_hidden_layers 3 contradict"),
+    ({"rms_norm_eps": 1e-6, "layer_norm_epsilon": 1e-5}, "layer_norm_epsilon 1e-05 and rms_norm_eps 1e-06 contradict"),
     ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm is True"),
     ({"sliding_window": 4096}, "sliding_window is 4096"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"activation_function": "gelu_new"}, "activation_function is 'gelu_new'"), ({"head_dim": 16}, "head_dim is 16"),
@@ -183,6 +185,9 @@ def test_other_spellings_of_a_config(tmp_path):
     config = TelechatConfig.from_hf_config(tmp_path)
     assert config.compute_dtype == mstype.bfloat16 and config.repetition_penalty == 1.0
     assert unknown_keys({**odd, "surprise": 1, "nothing": None, "flash_attn": True}) == ["surprise"]
+    # Llama's word is not read here, unless it says the same.
+    assert unknown_keys({**OFFICIAL, "rms_norm_eps": 1e-6}) == ["rms_norm_eps"]
+    assert unknown_keys({**OFFICIAL, "layer_norm_epsilon": 1e-6, "rms_norm_eps": 1e-6}) == []
 
 
 @needs_shared

@@ -19,6 +19,10 @@ USED = frozenset((
     "mup_scale_factor", "use_mup", "embd_pdrop", "resid_pdrop", "attn_pdrop", "head_dim", "num_hidden_layers",
     "num_attention_heads", "intermediate_size", "rms_norm_eps", "max_position_embeddings"))
 
+# TeleChat's word and Llama's for the same; only that of the config's own kind is read.
+_SAME = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "ffn_hidden_size": "intermediate_size",
+         "layer_norm_epsilon": "rms_norm_eps"}
+
 NO_EFFECT: Dict[str, str] = {
     **dict.fromkeys(("architectures", "auto_map", "model_type", "_name_or_path", "name_or_path", "tokenizer_class",
                      "transformers_version", "torchscript", "_commit_hash", "task_specific_params"),
@@ -56,7 +60,12 @@ _NO_SCALING = (None, "default")
 
 
 def check_required(cfg: JsonObject) -> None:
-    """Raise ConfigError for the first key of REQUIRED that has another value."""
+    """Raise ConfigError for the first key of REQUIRED that has another value, and where two words for the same have
+    different ones."""
+    for ours, theirs in _SAME.items():
+        if cfg.get(ours) is not None and cfg.get(theirs) is not None and cfg[ours] != cfg[theirs]:
+            raise ConfigError(f"model config: {ours} {cfg[ours]!r} and {theirs} {cfg[theirs]!r} contradict each other; "
+                              "correct config.json")
     for key, values in REQUIRED.items():
         value = cfg.get(key)
         switch, off = _SWITCHED.get(key, ("", None))
@@ -128,5 +137,7 @@ def _check_scaling(key: str, section: JsonObject) -> None:
 
 def unknown_keys(cfg: JsonObject) -> List[str]:
     """Keys that are neither used nor listed, in the order of the file; empty values do not count."""
-    known = USED | NO_EFFECT.keys() | REQUIRED.keys()
+    llama = "num_hidden_layers" in cfg and "num_attention_heads" in cfg
+    unread = {ours if llama else theirs for ours, theirs in _SAME.items() if ours not in cfg or theirs not in cfg}
+    known = (USED - unread) | NO_EFFECT.keys() | REQUIRED.keys()
     return [key for key, value in cfg.items() if key not in known and value not in (None, [], {})]
