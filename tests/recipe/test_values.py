@@ -70,6 +70,7 @@ def test_entries_of_a_list_are_set(dotted, found):
 @pytest.mark.parametrize(("dotted", "words"), [
     ("callbacks.save_checkpoint_steps", ["callbacks is a list", "1 CheckpointMonitor", "'save_checkpoint_steps'"]),
     ("callbacks.7.x", ["callbacks is a list", "0 MFLossMonitor"]), ("callbacks.X.y", ["2 X", "3 X"]),
+    ("callbacks", ["a list of sections", "--callbacks.0.type"]), ("callbacks.1", ["one of its keys", "a whole entry"]),
     ("seed.0", ["no section 'seed'"]), ("eod.2", ["eod is a list"])])
 def test_what_a_list_does_not_have_is_named(dotted, words):
     recipe = recipe_with_lists()

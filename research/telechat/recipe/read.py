@@ -154,9 +154,21 @@ def set_key(config: JsonObject, dotted: str, value: object) -> None:
                               + (f"did you mean {near[0]!r}?" if near else f"sections there are: {known or 'none'}"))
         place = below
     if isinstance(place, list):
-        place[_entry(place, key, sections, dotted)] = value
+        number = _entry(place, key, sections, dotted)
+        if isinstance(place[number], dict) and not isinstance(value, dict):
+            raise ConfigError(f"--{dotted}: expected one of its keys, such as --{dotted}."
+                              f"{next(iter(place[number]), 'type')}, or a whole entry, found {value!r}")
+        place[number] = value
+    elif _sections(place.get(key)) and value is not None and not (value == [] or _sections(value)):
+        raise ConfigError(f"--{dotted}: it is a list of sections, found {value!r}; set a key of one entry, such as "
+                          f"--{dotted}.0.{next(iter(place[key][0]), 'type')}")
     else:
         place[key] = conform(value, place.get(key), f"--{dotted}")
+
+
+def _sections(value: object) -> bool:
+    """Whether it is a list of sections, such as callbacks."""
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, dict) for entry in value)
 
 
 def check_overrides(recipe: JsonObject, overrides: JsonObject) -> None:
