@@ -7,8 +7,9 @@ from golden import SHARED, needs_shared
 
 from research.telechat.chat.session import parse_tool_calls
 from research.telechat.chat.stream import ThinkFilter
+from research.telechat.common.errors import ConfigError
 from research.telechat.text.calls import read_parameters
-from research.telechat.text.renderer import Renderer, get_template
+from research.telechat.text.renderer import Renderer, choose_template, get_template
 from research.telechat.text.vocab import Vocab
 
 pytestmark = needs_shared
@@ -56,6 +57,11 @@ def test_markers_are_the_tokens_of_the_official_vocabulary(thinking):
     ids = thinking.prompt([user("你好")])
     assert ids == [6, 4, *thinking.vocab.encode("你好"), 5, 10, *thinking.vocab.encode("\n")]
     assert written(thinking, ids) == "<_system><_user>你好<_bot><think>\n"
+
+
+def test_the_vocabulary_alone_does_not_tell_the_template(vocab):
+    with pytest.raises(ConfigError, match=r"TeleChat3's.*telechat3, telechat3_coder"):
+        choose_template(vocab)
 
 
 def test_thinking_always_has_a_system_marker_and_asks_for_reasoning(thinking):

@@ -117,7 +117,10 @@ def get_template(name: str) -> Template:
 
 
 def detect_template(vocab: HasMarkers) -> Template:
-    """The template that fits a vocabulary, by the markers it has. Raises ConfigError where none does."""
+    """The template that fits a vocabulary, by the markers it has. Raises ConfigError where none does, or several do."""
+    if all(piece in vocab.markers for piece in THINK_MARKERS):
+        raise ConfigError(f"vocabulary {vocab.path} is TeleChat3's, whose models do not all write conversations alike; "
+                          "name the model (--model_name, net_name) or the template (telechat3, telechat3_coder)")
     plain = bool(getattr(vocab, "settings", None)) and TOOL_MARKERS[0] not in vocab.markers
     for template in TEMPLATES.values():
         if template.needs and all(piece in vocab.markers for piece in template.needs) and (
