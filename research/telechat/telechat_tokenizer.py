@@ -16,7 +16,7 @@ from research.telechat.bridge.compat import MindFormerModuleType, plugin_class
 from research.telechat.common.errors import VocabError
 from research.telechat.common.files import whole
 from research.telechat.text.messages import Tools
-from research.telechat.text.renderer import Renderer, detect_template
+from research.telechat.text.renderer import Renderer, choose_template
 from research.telechat.text.vocab import Vocab
 from research.telechat.text.vocab_files import JSON_FILE, MODEL_FILE
 
@@ -42,6 +42,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
     Raises VocabError for a file that cannot be read, or a token that is not a marker in it.
     """
 
+    template_name: Optional[str] = None      # of text/templates.py; None: as the vocabulary tells
     vocab_files_names: Dict[str, str] = {"vocab_file": MODEL_FILE}     # noqa: RUF012 (MindFormers' own form)
     model_input_names: List[str] = ["input_ids", "attention_mask"]      # noqa: RUF012
 
@@ -122,7 +123,8 @@ class TelechatTokenizer(PreTrainedTokenizer):
                             tools: Tools = None, **kwargs: object) -> Any:
         """Token ids of a conversation (a list of messages with role and content), written as its family writes them.
 
-        MindFormers' `chat` calls it. With `truncation` the oldest turns are dropped until `max_length` ids are left.
+        MindFormers' `chat` calls it. Members of one vocabulary differ: `template_name` names the template, which
+        prediction sets by the model. With `truncation` the oldest turns are dropped until `max_length` ids are left.
         A Jinja template, given here or to the tokenizer, is used instead; it cannot keep typed markers from becoming
         tokens. Raises ConversationError, ConfigError.
         """
@@ -163,7 +165,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
 
     @property
     def _renderer(self) -> Renderer:
-        return Renderer(detect_template(self.vocab), self.vocab)
+        return Renderer(choose_template(self.vocab, self.template_name), self.vocab)
 
     @property
     def _prefix_ids(self) -> List[int]:

@@ -294,5 +294,9 @@ def test_official_tokenizer_config_of_telechat2(tmp_path):
         assert tokenizer.decode([9, 710], skip_special_tokens=True) == "<"
         ids = tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], add_generation_prompt=True)
         assert list(ids) == TELECHAT2_NI_HAO
+        tokenizer.template_name = "telechat2_think"           # a member of the same vocabulary
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], add_generation_prompt=True,
+                                             tokenize=False)
+        assert text.endswith("<_bot><think>\n")
     again = pickle.loads(pickle.dumps(tokenizer.vocab))
     assert again.markers["<tool_call>"] == 9

@@ -144,7 +144,7 @@ def read_prompts(config: MindFormerConfig, predict_data: Optional[List[str]], ra
                  ) -> Tuple[TelechatTokenizer, List[str]]:
     """(tokenizer, prompts) of a prediction, checked against the model. Raises ConfigError."""
     model = model_config(config)
-    tokenizer = load_tokenizer(config, model.vocab_size)
+    tokenizer = load_tokenizer(config, model.vocab_size, model.chat_template)
     prompts = to_prompts(read_texts(predict_data or config.get("input_data")), tokenizer, raw, model.chat_template)
     check_length(prompts, tokenizer, model.seq_length)
     return tokenizer, prompts

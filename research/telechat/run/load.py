@@ -49,7 +49,8 @@ def prepare_prediction(recipe_name: str, overrides: JsonObject, vocab_file: str 
     section = config.processor.tokenizer
     if vocab_file:
         section["tokenizer_file" if "tokenizer_file" in section else "vocab_file"] = vocab_file
-    return config, load_tokenizer(config, model_config(config).vocab_size)
+    model = model_config(config)
+    return config, load_tokenizer(config, model.vocab_size, model.chat_template)
 
 
 def load_model(config: MindFormerConfig) -> TelechatForCausalLM:

@@ -14,8 +14,11 @@ from research.telechat.text.renderer import Renderer, choose_template
 from research.telechat.text.vocab import check_fit
 
 
-def load_tokenizer(config: MindFormerConfig, vocab_size: int) -> TelechatTokenizer:
-    """The tokenizer of the recipe. ConfigError: none named, file missing or broken, or it is another model's."""
+def load_tokenizer(config: MindFormerConfig, vocab_size: int, template: str = "") -> TelechatTokenizer:
+    """The tokenizer of the recipe, which writes conversations as `template` ("": as the vocabulary tells).
+
+    ConfigError: none named, file missing or broken, or it is another model's.
+    """
     section = (config.get("processor") or {}).get("tokenizer")
     if not section:
         raise ConfigError("the recipe has no section processor.tokenizer; inherit it (base_config: "
@@ -29,6 +32,7 @@ def load_tokenizer(config: MindFormerConfig, vocab_size: int) -> TelechatTokeniz
     warning = check_fit("processor.tokenizer", len(tokenizer), vocab_size)
     if warning:
         logger.warning("%s", warning)
+    tokenizer.template_name = template or None
     return tokenizer
 
 
