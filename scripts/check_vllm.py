@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Small models of each architecture but TeleChat3, exported as Llama, served by vLLM on the CPU, and compared with this project's model.
+"""Small models of each architecture but TeleChat3, exported as Llama, served by vLLM on the CPU, compared with ours.
 
     python scripts/check_vllm.py --work_dir DIR [--members 7b 12b 52b telechat2 telechat2_32k telechat2_gqa]
 

@@ -110,6 +110,8 @@ def test_command_prints_writes_and_draws(tmp_path, capsys, monkeypatch):
     (["--search", "--model", "telechat3_99b", "--cards", "8"], "telechat3_99b"),
     (["--search", "--model", "telechat2_115b", "--cards", "8"], "fits 8 cards of 58 GB"),
     (["--search", "--model", "telechat_7b", "--cards", "8", "--margin", "1"], "--margin"),
+    (["--search", "--config", "research/telechat/predict_telechat2_35b.yaml", "--cards", "4", "--picture", "x.png"],
+     "--picture: belongs to the search for plans of training"),
     (["--search", "--model", "telechat_7b", "--cards", "8", "--global_batch", "-3"], "--global_batch")])
 def test_what_cannot_be_searched_is_one_line(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

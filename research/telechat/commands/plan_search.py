@@ -42,6 +42,10 @@ def run_search(recipe: JsonObject, args: argparse.Namespace) -> int:
         recipe["model"]["model_config"]["seq_length"] = args.seq_length
     start = read_plan(recipe)
     if not start.training:
+        for option in ("global_batch", "write_recipe", "picture"):
+            if getattr(args, option):
+                raise ConfigError(f"--{option}: belongs to the search for plans of training, and {args.config} is for "
+                                  "prediction; leave it out")
         print(prediction_table(search_prediction(recipe, args.ranks, args.margin)))
         return 0
     sequences = args.global_batch or sequences_of(recipe)
