@@ -35,13 +35,14 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from research.telechat.data.encoding import source_formats
-from research.telechat.data.records import parse_record
+from research.telechat.data.records import Document, parse_any
 from research.telechat.data.sources import Source, read_chunks
 from research.telechat.text.vocab import Vocab
 vocab, sources = Vocab.load(sys.argv[3]), [Source(Path(sys.argv[2]))]
 data_format, = source_formats(sources)
-texts = [message.content for chunk in read_chunks(sources) for raw in chunk.records
-         for message in parse_record(raw, data_format).messages]
+records = [parse_any(raw, data_format) for chunk in read_chunks(sources) for raw in chunk.records]
+texts = [text for record in records for text in ([record.text] if isinstance(record, Document) else [
+    message.content for message in record.messages])]
 seconds = time.perf_counter()
 tokens = 0
 for text in texts:

@@ -1,4 +1,4 @@
-"""Command: conversations -> MindRecord data set. See docs/data.md."""
+"""Command: conversations and texts -> MindRecord data set. See docs/data.md."""
 import sys
 from pathlib import Path
 

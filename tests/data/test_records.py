@@ -322,8 +322,8 @@ def test_formats_are_told_per_file(tmp_path):
     empty = Source(write(tmp_path / "c.jsonl", b""))
     assert source_formats([inline, alpaca, empty]) == ["input_output", "alpaca", "input_output"]
     assert source_formats([inline, alpaca], "dialog") == ["dialog", "dialog"]
-    with pytest.raises(ConfigError, match=r"format of .*d.jsonl cannot be told .*'\{\"text\": \"x\"\}'.*--format"):
-        source_formats([Source(write(tmp_path / "d.jsonl", raw({"text": "x"})))])
+    with pytest.raises(ConfigError, match=r"format of .*d.jsonl cannot be told .*'\{\"caption\": \"x\"\}'.*--format"):
+        source_formats([Source(write(tmp_path / "d.jsonl", raw({"caption": "x"})))])
 
 
 @needs_shared

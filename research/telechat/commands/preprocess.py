@@ -1,4 +1,4 @@
-"""Conversations to a MindRecord data set for fine-tuning: the command. What it does stands in the modules it joins.
+"""Conversations and texts to a MindRecord data set for training: the command. What it does is in the modules it joins.
 
     python research/telechat/telechat_preprocess.py --input_dataset_file data.jsonl --output_path OUT \
         --vocab_file_path tokenizer.model --max_length 2048
@@ -19,15 +19,16 @@ from tqdm import tqdm
 from research.telechat.common.command import run_command
 from research.telechat.common.environment import cores
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import write_text
+from research.telechat.common.files import JsonObject, write_text
 from research.telechat.common.picture import LANGUAGES
 from research.telechat.common.printable import one_line, printable
+from research.telechat.data.budget import TokenBudget
 from research.telechat.data.encoding import Encoded, Encoder, source_formats
 from research.telechat.data.meta import REPORT_FILE
 from research.telechat.data.packing import LONG_MODES, FirstFitPacker, ShuffleBuffer, pack_all, to_record
-from research.telechat.data.records import FORMATS
+from research.telechat.data.records import DATA_FORMATS
 from research.telechat.data.report import Report, format_report, ignored_line
-from research.telechat.data.sources import Source, find_sources, read_chunks, total_bytes
+from research.telechat.data.sources import Source, find_sources, read_chunks, read_evenly, total_bytes
 from research.telechat.data.workers import ordered_map
 from research.telechat.data.writer import DatasetWriter
 from research.telechat.spec.variants import VARIANTS, get_variant
@@ -41,23 +42,29 @@ _CHUNK_BYTES = 1 << 19
 
 def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """The options; see `--help`."""
-    parser = argparse.ArgumentParser(description="Make a MindRecord data set for fine-tuning from conversations.",
+    parser = argparse.ArgumentParser(description="Make a MindRecord data set from conversations and from texts.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--input_dataset_file", nargs="+", required=True, metavar="PATH",
-        help="files (.jsonl, .json, also .gz or .zst; .csv, .parquet), folders of them, or a JSON file that lists "
-        "files (with weights)")
+        help="files (.jsonl, .json, also .gz or .zst; .csv, .parquet, .arrow, .txt), folders of them, or a JSON file "
+        "that lists files (with weights)")
     add("--output_path", required=True, metavar="DIR", help="folder for the data set and the report")
     add("--vocab_file_path", required=True, metavar="FILE", help="tokenizer.model or tokenizer.json of the model")
     add("--max_length", type=int, default=2048, help="seq_length of the recipe; records are one token longer")
-    add("--seed", type=int, default=2024, help="for the order of the conversations")
+    add("--seed", type=int, default=2024, help="for the order of the conversations and texts")
     add("--model_name", choices=list(VARIANTS), help="model whose template is used; default: told by the vocabulary")
     add("--template", choices=list(TEMPLATES), help="template by its own name, instead of --model_name")
     for role in ("start", "user", "bot", "end", "pad"):
         add(f"--{role}_token", help="marker in front of each conversation; default: none" if role == "start" else
             "another marker than the template's")
-    add("--format", choices=["auto", *FORMATS], default="auto", help="of the records; auto: told by their keys")
-    add("--long", choices=LONG_MODES, default="split", help="what to do with conversations longer than a record")
+    add("--format", choices=["auto", *DATA_FORMATS], default="auto",
+        help="of the records; auto: told by their keys; text: documents, trained on every token")
+    add("--long", choices=LONG_MODES, default="split", help="what to do with conversations and texts longer than a "
+        "record")
+    add("--overlap", type=int, default=1, help="tokens shared by two pieces of a long text, without loss in the second")
+    add("--txt_documents", choices=["file", "line"], default="file", help="what is a document of a .txt file")
+    add("--max_tokens", type=int, default=None, help="write at most that many tokens, padding aside, of all files in "
+        "proportion; default: all")
     add("--system_prompt", choices=["ignore", "prepend", "error"], default="ignore",
         help="where the template has no place for one: leave out and count, put before the first question, or refuse")
     add("--padding_side", choices=["left", "right"], help="default: as the family's official code")
@@ -81,6 +88,11 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if args.model_name and args.template not in (None, get_variant(args.model_name).chat_template):
         raise ConfigError(f"--model_name {args.model_name} has another template than --template {args.template}; name "
                           "only one of them")
+    if not 0 <= args.overlap <= args.max_length // 2:
+        raise ConfigError(f"--overlap is {args.overlap}; expected a number from 0 to half of --max_length, "
+                          f"{args.max_length // 2}")
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise ConfigError(f"--max_tokens is {args.max_tokens}; the least is 1")
     return args
 
 
@@ -98,6 +110,8 @@ def preprocess(args: argparse.Namespace) -> dict:
     started = time.perf_counter()
     ignored: List[Path] = []
     sources = find_sources(args.input_dataset_file, ignored)
+    if args.txt_documents == "line":
+        sources = [source._replace(lines=True) for source in sources]
     if ignored:
         print(one_line(ignored_line([str(path) for path in ignored])))
     renderer = make_renderer(args)
@@ -106,22 +120,24 @@ def preprocess(args: argparse.Namespace) -> dict:
     slots = args.max_documents if args.document_boundaries else 0
     side = args.padding_side or renderer.template.padding_side
     columns = {"input_ids": length, "labels": length, **({"actual_seq_len": slots} if slots else {})}
-    encoder = Encoder(renderer, formats, length, args.long, named=args.format != "auto")
+    encoder = Encoder(renderer, formats, length, args.long, named=args.format != "auto", overlap=args.overlap)
     report = Report(length)
     report.ignored = [str(path) for path in ignored]
     packer = FirstFitPacker(length, args.pack_window, slots - 1 if slots else length, args.seed)
     shuffle = ShuffleBuffer(args.shuffle_buffer, args.seed)
+    budget = TokenBudget(args.max_tokens)
     with DatasetWriter(Path(args.output_path), columns, args.file_megabytes << 20, args.overwrite) as writer:
-        chunks = read_chunks(sources, args.seed, _CHUNK_BYTES)
+        chunks = read_chunks(sources, args.seed, _CHUNK_BYTES) if args.max_tokens is None else read_evenly(
+            sources, args.seed, min(max(args.max_tokens // 16, 1 << 10), _CHUNK_BYTES))
         results = ordered_map(partial(_itself, encoder), chunks, args.num_workers)
-        for pack in pack_all(_pieces(results, sources, report, args.max_errors), shuffle, packer):
+        for pack in pack_all(_pieces(results, sources, report, args.max_errors, budget), shuffle, packer):
             writer.add(to_record(pack, length, renderer.pad_id, side, slots))
         if not writer.records:
             raise ConfigError(_nothing(sources, report))
-        summary = report.summary(writer.records, time.perf_counter() - started)
+        summary = _summary(report, writer, started, budget)
         extra = {"lengths.png": report.histogram_png(args.lang)}
         files = writer.finish(_meta(args, renderer, side, summary), extra)
-        summary = report.summary(writer.records, time.perf_counter() - started)
+        summary = _summary(report, writer, started, budget)
         write_text(Path(args.output_path) / REPORT_FILE, json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     return {**summary, "files": [str(file) for file in files]}
 
@@ -130,10 +146,17 @@ def _itself(encoder: Encoder) -> Encoder:
     return encoder
 
 
-def _pieces(results: Iterator[Encoded], sources: List[Source], report: Report, max_errors: int) -> Iterator[np.ndarray]:
-    """The pieces of all chunks; counts, shows progress, and stops at too many unusable records."""
+def _summary(report: Report, writer: DatasetWriter, started: float, budget: TokenBudget) -> JsonObject:
+    summary = report.summary(writer.records, time.perf_counter() - started)
+    bound = {} if budget.most is None else {"max_tokens": budget.most, "max_tokens_reached": budget.spent}
+    return {**summary, **bound}
+
+
+def _pieces(results: Iterator[Encoded], sources: List[Source], report: Report, max_errors: int,
+            budget: TokenBudget) -> Iterator[np.ndarray]:
+    """The pieces of all chunks within the budget; counts, shows progress, and stops at too many unusable records."""
     with tqdm(total=total_bytes(sources), unit="B", unit_scale=True, desc="preprocess", mininterval=0.5) as bar:
-        for encoded in results:
+        for encoded in map(budget.take, results):
             report.add(encoded.counts, encoded.lengths, str(sources[encoded.source].path), encoded.unused)
             bar.update(encoded.progress)
             for number, error in encoded.errors:
@@ -144,6 +167,8 @@ def _pieces(results: Iterator[Encoded], sources: List[Source], report: Report, m
                     raise ConfigError(f"stopped at {report.unusable} records that cannot be used, named above; correct "
                                       "them, name the right --format, or allow more with --max_errors")
             yield from encoded.pieces()
+            if budget.spent:
+                return
 
 
 def _nothing(sources: List[Source], report: Report) -> str:
@@ -155,8 +180,11 @@ def _nothing(sources: List[Source], report: Report) -> str:
 def _meta(args: argparse.Namespace, renderer: Renderer, side: str, summary: dict) -> dict:
     """What training has to know; the same for the same input and options, wherever and whenever it is made."""
     markers = {role: getattr(renderer, f"{role}_id") for role in ("start", "user", "bot", "system", "end", "pad")}
+    documents = summary.get("documents_read", 0)
+    alone = documents == summary["conversations"]["read"]            # then no template is in it
+    budget = {key: summary[key] for key in ("max_tokens", "max_tokens_reached") if key in summary}
     return {
-        "template": renderer.template.name, "markers_as_text": renderer.as_text,
+        "template": "" if alone else renderer.template.name, "markers_as_text": renderer.as_text,
         "seq_length": args.max_length, "record_length": args.max_length + 1,
         "tool_marker_ids": sorted(renderer.kept_ids),
         "tokenizer": renderer.vocab.path.name, "tokenizer_sha256": renderer.vocab.fingerprint,
@@ -164,6 +192,7 @@ def _meta(args: argparse.Namespace, renderer: Renderer, side: str, summary: dict
         "padding_side": side, "long": args.long, "seed": args.seed, "system_prompt": args.system_prompt,
         "conversations": summary["conversations"], "tokens": summary["tokens"],
         "conversation_length": summary["conversation_length"],
+        **({"documents": documents, "overlap": args.overlap} if documents else {}), **budget,
     }
 
 
@@ -178,5 +207,9 @@ def _run(argv: Optional[Sequence[str]]) -> None:
     if unnamed:
         print(f"... and {unnamed} more records that cannot be used", file=sys.stderr)
     print(printable(format_report(summary)))
+    if "max_tokens" in summary:
+        reached = "reached; what was not read or left out is not trained" if summary["max_tokens_reached"] else (
+            "not reached: there is no more input")
+        print(f"budget     {summary['max_tokens']:,} tokens, {reached}")
     print(f"data set   {', '.join(summary['files'])}")
     print(f"details    {Path(summary['files'][0]).parent}: meta.json, report.json, lengths.png")

@@ -1,20 +1,22 @@
 """Raw records to pieces of token ids: the work of one worker process of preprocessing.
 
-Joins the steps that data/records.py, text/renderer.py and data/packing.py define, for one chunk of records, with
-one call of the vocabulary for all their texts, and counts what happens to them.
+Joins the steps that data/records.py, text/renderer.py, data/packing.py and data/documents.py define, for one chunk of
+records, with one call of the vocabulary for all their texts, and counts what happens to them.
 """
 from collections import Counter
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from research.telechat.common.errors import ConfigError, ConversationError, RecordError
+from research.telechat.data.documents import TEXT, Document, cut_document
 from research.telechat.data.markers import NO_REASONING
 from research.telechat.data.packing import Cut, cut, marked_ids
-from research.telechat.data.records import Conversation, detect_format, parse_record
+from research.telechat.data.records import Conversation, detect_format, parse_any
 from research.telechat.data.sources import Chunk, Source, peek_records
+from research.telechat.data.texts import is_text
 from research.telechat.text.messages import divided
-from research.telechat.text.renderer import BOT, Renderer
+from research.telechat.text.renderer import BOT, Plan, Renderer
 
 UNREASONED = "answer without reasoning, trained behind empty reasoning"
 ALONE = "answer trained in a conversation of its own, without the reasoning of earlier ones"
@@ -26,11 +28,14 @@ class Encoded(NamedTuple):
     source: int
     tokens: np.ndarray                       # int32, all pieces in a row, as data/packing.py writes them
     sizes: np.ndarray                        # int32, tokens of each piece
-    lengths: np.ndarray                      # int32, tokens of each conversation before it was cut
+    lengths: np.ndarray                      # int32, tokens of each conversation or document before it was cut
     counts: Dict[str, int]
     unused: Dict[str, int]                   # keys of the records that nobody read
     errors: List[Tuple[int, str]]
     progress: int
+    fresh: np.ndarray                        # int32, of each piece: its tokens that are in no earlier piece
+    owners: np.ndarray                       # int32, of each piece: the conversation or document, index in `lengths`
+    fates: List[str]                         # of each conversation or document, as counted
 
     def pieces(self) -> List[np.ndarray]:
         """The pieces, each an array of its own, so that keeping one does not keep the whole chunk."""
@@ -46,27 +51,28 @@ class Encoder:
         formats: the data format of each source (see `source_formats`).
         named: the user has named it; if not, each record's own keys go first.
         limit: tokens of one record, N + 1.
-        long: what to do with longer conversations (data.packing.LONG_MODES).
+        long: what to do with longer ones (data.packing.LONG_MODES).
+        overlap: tokens that the pieces of a long document share (data.documents.cut_document).
     """
 
     def __init__(self, renderer: Renderer, formats: Sequence[str], limit: int, long: str = "split",
-                 named: bool = False):
+                 named: bool = False, overlap: int = 1):
         self.renderer, self.formats, self.limit, self.long = renderer, list(formats), limit, long
-        self.named = named
+        self.named, self.overlap = named, overlap
 
     def __call__(self, chunk: Chunk) -> Encoded:
         counts: Counter[str] = Counter(records=len(chunk.records))
         counts.update(f"note: {note}" for note in chunk.notes)
         unused: Counter[str] = Counter()
         errors: List[Tuple[int, str]] = []
-        plans = []
+        plans: List[Plan] = []
+        documents: List[bool] = []               # of each plan
         data_format = self.formats[chunk.source]
         for number, raw in zip(chunk.numbers, chunk.records):
             counts["bytes"] += len(raw)
             try:
-                conversation = parse_record(raw, data_format, self.named)
-                parts = self.renderer.conversations(conversation.messages)
-                plans += [self.renderer.plan(part, conversation.tools) for part in parts]
+                record = parse_any(raw, data_format, self.named)
+                plans += self._plans(record)
             except RecordError as err:
                 counts[f"unusable: {err.kind}"] += 1
                 errors.append((number, str(err)))
@@ -75,47 +81,66 @@ class Encoder:
                 counts["unusable: order or kind of messages"] += 1
                 errors.append((number, str(err)))
                 continue
-            counts.update(f"note: {note}" for note in self._notes(conversation))
-            unused.update(conversation.unused)
-            if conversation.messages[0].role == "system" and self.renderer.system_id is None:
+            documents += [isinstance(record, Document)] * (len(plans) - len(documents))
+            counts.update(f"note: {note}" for note in self._notes(record))
+            unused.update(record.unused)
+            if not isinstance(record, Document) and record.messages[0].role == "system" and (
+                    self.renderer.system_id is None):
                 counts[f"note: system prompt, policy {self.renderer.system_policy!r}"] += 1
         encoded = iter(self.renderer.vocab.encode_batch([text for plan in plans for text in plan.texts], num_threads=1))
         conversations = [self.renderer.assemble(plan, encoded) for plan in plans]
         pieces: List[np.ndarray] = []
-        for rendered, marked in zip(conversations, marked_ids(conversations)):
-            result = cut(rendered, marked, self.limit, self.long)
+        fresh: List[int] = []
+        owners: List[int] = []
+        fates: List[str] = []
+        for rendered, marked, document in zip(conversations, marked_ids(conversations), documents):
+            result = cut_document(marked, self.limit, self.long, self.overlap) if document else cut(
+                rendered, marked, self.limit, self.long)
             pieces += result.pieces
-            _count(counts, result, len(marked))
+            fresh += result.fresh
+            owners += [len(fates)] * len(result.pieces)
+            fates.append(_count(counts, result, len(marked)))
+        counts["documents"] = sum(documents)
         tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
         counts["answer tokens"] = int((tokens >= 0).sum())
         sizes = np.array([len(piece) for piece in pieces], np.int32)
         lengths = np.array([len(rendered.ids) for rendered in conversations], np.int32)
-        return Encoded(chunk.source, tokens, sizes, lengths, dict(counts), dict(unused), errors, chunk.progress)
+        return Encoded(chunk.source, tokens, sizes, lengths, dict(counts), dict(unused), errors, chunk.progress,
+                       np.array(fresh, np.int32), np.array(owners, np.int32), fates)
 
-    def _notes(self, conversation: Conversation) -> List[str]:
-        """The notes of a conversation; where the template has a place for reasoning, those of its answers."""
-        if not self.renderer.thinks:
+    def _plans(self, record: Union[Conversation, Document]) -> List[Plan]:
+        """What to train of a record. Raises ConversationError."""
+        if isinstance(record, Document):
+            return [self.renderer.document(record.text, record.ends, record.train)]
+        return [self.renderer.plan(part, record.tools) for part in self.renderer.conversations(record.messages)]
+
+    def _notes(self, conversation: Union[Conversation, Document]) -> List[str]:
+        """The notes of a record; where the template has a place for reasoning, those of a conversation's answers."""
+        if isinstance(conversation, Document) or not self.renderer.thinks:
             return list(conversation.notes)
         answers = [divided(message) for message in conversation.messages if message.role == BOT and message.train]
         return ([note for note in conversation.notes if note != NO_REASONING] + [ALONE for _ in answers[1:]]
                 + [UNREASONED for message in answers if not message.reasoning])
 
 
-def _count(counts: Counter[str], result: Cut, tokens: int) -> None:
+def _count(counts: Counter[str], result: Cut, tokens: int) -> str:
+    """Count what became of a conversation or document; the name under which it is."""
     counts["conversations"] += 1
     counts["tokens"] += tokens
     counts["tokens kept"] += result.kept
     counts["tokens dropped"] += result.dropped
     counts["tokens repeated"] += result.repeated
     counts["pieces"] += len(result.pieces)
-    counts[result.fate if result.pieces else f"dropped: {result.fate}"] += 1
+    fate = result.fate if result.pieces else f"dropped: {result.fate}"
+    counts[fate] += 1
+    return fate
 
 
 def source_formats(sources: Sequence[Source], named: Optional[str] = None) -> List[str]:
     """The data format of each source: `named`, or that of its first usable record. Raises ConfigError."""
     if named:
         return [named] * len(sources)
-    return [_detect(source) for source in sources]
+    return [TEXT if is_text(source.path) else _detect(source) for source in sources]
 
 
 def _detect(source: Source) -> str:

@@ -26,6 +26,7 @@ class Cut(NamedTuple):
     dropped: int                             # tokens that are in none
     repeated: int                            # tokens in later pieces that repeat earlier ones, as context without loss
     fate: str                                # "whole", "split", "truncated", or why it was dropped
+    fresh: Sequence[int] = ()                # of each piece: its tokens that are in no earlier one
 
 
 def marked_ids(conversations: Sequence[Rendered]) -> List[np.ndarray]:
@@ -53,7 +54,7 @@ def cut(rendered: Rendered, marked: np.ndarray, limit: int, long: str = "split")
     if not (marked[1:] >= 0).any():
         return Cut([], 0, len(marked), 0, "nothing to train")
     if len(marked) <= limit:
-        return Cut([marked], len(marked), 0, 0, "whole")
+        return Cut([marked], len(marked), 0, 0, "whole", [len(marked)])
     if long == "drop":
         return Cut([], 0, len(marked), 0, "longer than the length")
     head = rendered.turns[0]
@@ -61,25 +62,27 @@ def cut(rendered: Rendered, marked: np.ndarray, limit: int, long: str = "split")
         return Cut([], 0, len(marked), 0, "system prompt fills the length")
     spans = _spans(rendered)
     windows = _windows(spans, marked, limit - head, rendered.opening)
-    bodies = [np.concatenate([_without_loss(marked[start:end], max(new - start, 0)) for start, end in parts])
+    bodies = [np.concatenate([without_loss(marked[start:end], max(new - start, 0)) for start, end in parts])
               for parts, new in windows]
     chosen = [number for number, body in enumerate(bodies) if (body >= 0).any()]     # the others would train nothing
     if not chosen:
         return Cut([], 0, len(marked), 0, "nothing to train")
     if long == "truncate":
         chosen = chosen[:1]
-    pieces, covered, length = [], np.zeros(len(marked), bool), 0
+    pieces, fresh, covered = [], [], np.zeros(len(marked), bool)
     covered[:head] = True
+    known = 0                                                # tokens of the conversation in the pieces so far
     for parts, body in ((windows[number][0], bodies[number]) for number in chosen):
         pieces.append(np.concatenate([marked[:head], body]))
-        length += len(pieces[-1])
         for start, end in parts:
             covered[start:end] = True
-    kept = int(covered.sum())
-    return Cut(pieces, kept, len(marked) - kept, length - kept, "truncated" if long == "truncate" else "split")
+        fresh.append(int(covered.sum()) - known)
+        known += fresh[-1]
+    repeated = sum(map(len, pieces)) - known
+    return Cut(pieces, known, len(marked) - known, repeated, "truncated" if long == "truncate" else "split", fresh)
 
 
-def _without_loss(marked: np.ndarray, count: int) -> np.ndarray:
+def without_loss(marked: np.ndarray, count: int) -> np.ndarray:
     """The same piece, where the first `count` tokens carry no loss."""
     if count <= 0:
         return marked

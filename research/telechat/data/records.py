@@ -5,36 +5,55 @@ raises RecordError with a kind, under which it is counted, and what exactly is w
 """
 import json
 import re
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Tuple, Union
 
 from research.telechat.common.errors import ConversationError, RecordError
 from research.telechat.common.files import DuplicateKeyError, unique_keys
+from research.telechat.data.documents import TEXT, Document, holds_text, is_document, read_document
 from research.telechat.data.formats import FORMATS, Conversation, read_format, split_inline, told_format
 from research.telechat.text.renderer import BOT, SYSTEM
 
-__all__ = ["FORMATS", "Conversation", "detect_format", "parse_record", "split_inline"]
+__all__ = ["DATA_FORMATS", "FORMATS", "Conversation", "Document", "detect_format", "parse_any", "parse_record",
+           "split_inline"]
+
+DATA_FORMATS = (*FORMATS, TEXT)
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_record(raw: bytes, data_format: str, named: bool = True) -> Conversation:
-    """A record as a conversation.
+    """A record as a conversation: `parse_any` for a format of conversations. RecordError where it is a document."""
+    parsed = parse_any(raw, data_format, named)
+    if isinstance(parsed, Document):
+        raise RecordError("no conversation", "the record is a text without roles")
+    return parsed
+
+
+def parse_any(raw: bytes, data_format: str, named: bool = True) -> Union[Conversation, Document]:
+    """A record as a conversation or, in the format "text", as a document.
 
     Args:
         raw: its JSON text in UTF-8.
-        data_format: a key of FORMATS.
+        data_format: one of DATA_FORMATS.
         named: the user has named the format. If not, the record's own keys go first, where they tell one.
 
     Raises:
-        RecordError: no UTF-8, no JSON, a key twice, other keys or types, roles that do not alternate, an empty answer,
+        RecordError: no UTF-8, no JSON, a key twice, other keys or types, roles that do not alternate, no text,
             what would change the meaning and cannot be honoured (pictures, two system prompts, odd loss markers).
     """
     record, notes = _parse_json(raw)
-    own = None if named else told_format(record)
+    own = None if named else told_format(record) or (TEXT if is_document(record) else None)
     if own and own != data_format:
         notes = (*notes, f"record in the format {own!r} in a file of {data_format!r}")
+    if (own or data_format) == TEXT:
+        document = read_document(record)
+        return document._replace(notes=(*document.notes, *notes))
+    return _conversation(record, own or data_format, notes)
+
+
+def _conversation(record: Any, data_format: str, notes: Tuple[str, ...]) -> Conversation:
     try:
-        conversation = read_format(record, own or data_format)
+        conversation = read_format(record, data_format)
     except ConversationError as err:
         raise RecordError("unusable message", str(err)) from None
     messages = list(conversation.messages)
@@ -51,7 +70,8 @@ def parse_record(raw: bytes, data_format: str, named: bool = True) -> Conversati
 
 def detect_format(raw: bytes) -> Optional[str]:
     """The format of a record by its keys; None if it cannot be told. Raises RecordError where it is no JSON."""
-    return told_format(_parse_json(raw)[0])
+    record = _parse_json(raw)[0]
+    return told_format(record) or (TEXT if holds_text(record) else None)
 
 
 def _parse_json(raw: bytes) -> Tuple[Any, Tuple[str, ...]]:

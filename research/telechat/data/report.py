@@ -1,6 +1,6 @@
 """What preprocessing did: totals, the printed report, report.json and the histogram of lengths. No tokens, no files."""
 from collections import Counter
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 
@@ -12,6 +12,11 @@ SHOWN_ERRORS = 100                           # unusable records that are named o
 _KEYS = 50                                   # unused keys that are named per file, and of them on the terminal:
 _SHOWN_KEYS, _SHOWN_FILES = 8, 10
 _CHINESE = {"Lengths of {count} conversations": "{count} 段对话的长度分布",
+            "Lengths of {count} documents": "{count} 篇文档的长度分布",
+            "Lengths of {count} conversations and documents": "{count} 段对话和文档的长度分布",
+            "tokens in a document": "每篇文档的 token 数", "documents": "文档数",
+            "tokens in a conversation or document": "每段对话或每篇文档的 token 数",
+            "conversations and documents": "对话和文档数",
             "tokens in a conversation": "每段对话的 token 数",
             "conversations": "对话数", " (last bar: {least} or more)": "（最后一柱：{least} 及以上）",
             "max_length {length}: a record holds {limit} tokens": "max_length {length}：每条记录 {limit} 个 token"}
@@ -57,6 +62,7 @@ class Report:
         written = counts["tokens kept"] + counts["tokens repeated"]
         return {
             "records_read": counts["records"],
+            **({"documents_read": counts["documents"]} if counts["documents"] else {}),
             "conversations": {
                 "read": counts["conversations"],
                 "kept_whole": counts["whole"],
@@ -87,6 +93,14 @@ class Report:
             "ignored_files": self.ignored,
         }
 
+    def _unit(self) -> Tuple[str, str]:
+        """What the records hold: conversations, documents or both, as one of them and all."""
+        documents = self.counts["documents"]
+        if not documents:
+            return "conversation", "conversations"
+        alone = documents == self.counts["conversations"]
+        return ("document", "documents") if alone else ("conversation or document", "conversations and documents")
+
     def _group(self, prefix: str) -> Dict[str, int]:
         return {name[len(prefix):]: count for name, count in sorted(self.counts.items()) if name.startswith(prefix)}
 
@@ -101,7 +115,8 @@ class Report:
         return {"mean": round(self.counts["tokens"] / total), **quantiles, "max": self._longest}
 
     def histogram_png(self, language: str = "en") -> Optional[bytes]:
-        """The histogram of the conversations' lengths as a PNG; None if there are none, or no matplotlib."""
+        """The histogram of the lengths as a PNG; None if there are none, or no matplotlib."""
+        unit, units = self._unit()
         used = np.flatnonzero(self._lengths)
         if not len(used):
             return None
@@ -117,10 +132,10 @@ class Report:
                              label=word("max_length {length}: a record holds {limit} tokens",
                                         length=f"{self.limit - 1:,}", limit=f"{self.limit:,}"))
                 axes.legend()
-                axes.set_title(word("Lengths of {count} conversations", count=f"{int(self._lengths.sum()):,}"))
-                axes.set_xlabel(word("tokens in a conversation") + (
+                axes.set_title(word(f"Lengths of {{count}} {units}", count=f"{int(self._lengths.sum()):,}"))
+                axes.set_xlabel(word(f"tokens in a {unit}") + (
                     word(" (last bar: {least} or more)", least=_BINS * self._width) if self._lengths[-1] else ""))
-                axes.set_ylabel(word("conversations"))
+                axes.set_ylabel(word(units))
                 return png(figure)
         except ImportError:
             return None
@@ -130,13 +145,16 @@ def format_report(summary: JsonObject) -> str:
     """The report for the terminal."""
     conversations, tokens = summary["conversations"], summary["tokens"]
     dropped, unusable = conversations["dropped"], conversations["unusable_records"]
+    documents, read = summary.get("documents_read", 0), conversations["read"]
+    units = "conversations" if not documents else "documents" if documents == read else "conversations and documents"
+    trained = "answers" if not documents else "with loss"
     lines = [
-        f"read       {summary['records_read']:,} records, {conversations['read']:,} conversations, "
+        f"read       {summary['records_read']:,} records, {read:,} {units}, "
         f"{tokens['read']:,} tokens",
         f"kept       {conversations['kept_whole']:,} whole, {conversations['split']:,} split, "
         f"{conversations['truncated']:,} truncated; {tokens['kept']:,} tokens "
-        f"({tokens['answer']:,} of them answers), {tokens['repeated_as_context']:,} repeated as context",
-        f"dropped    {sum(dropped.values()):,} conversations{_reasons(dropped)}; {tokens['dropped']:,} tokens",
+        f"({tokens['answer']:,} of them {trained}), {tokens['repeated_as_context']:,} repeated as context",
+        f"dropped    {sum(dropped.values()):,} {units}{_reasons(dropped)}; {tokens['dropped']:,} tokens",
         f"unusable   {sum(unusable.values()):,} records{_reasons(unusable)}",
     ]
     lines += [f"note       {count:,} x {note}" for note, count in conversations["notes"].items()]
@@ -147,7 +165,7 @@ def format_report(summary: JsonObject) -> str:
     if len(summary["unused_keys"]) > _SHOWN_FILES:
         lines.append(f"not used   keys of {len(summary['unused_keys']) - _SHOWN_FILES} more files, see report.json")
     lines += [
-        f"written    {summary['records_written']:,} records of {summary['pieces_per_record']} conversations or parts, "
+        f"written    {summary['records_written']:,} records of {summary['pieces_per_record']} {units} or parts, "
         f"padding {summary['padding_share']:.2%}",
         f"time       {summary['seconds']:.1f} s, {summary['tokens_per_second']:,} tokens/s, "
         f"{summary['megabytes_per_second']:.1f} MB/s",

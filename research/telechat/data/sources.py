@@ -2,6 +2,7 @@
 
 What one file holds is read by data/stream.py, what a record says by data/records.py, in the worker processes.
 """
+import heapq
 import itertools
 import json
 import random
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat.common.errors import ConfigError
-from research.telechat.data import tables
+from research.telechat.data import tables, texts
+from research.telechat.data.saved import saved_files
 from research.telechat.data.stream import is_metadata, open_content, read_records
 
 SUFFIXES = (".jsonl", ".json")
@@ -17,6 +19,7 @@ COMPRESSED = (".gz", ".zst")
 # Beside data: what the commands of this project write, and what data hubs and the datasets library do.
 _OURS = ("meta.json", "report.json", "dataset_checks.json", "training_log.jsonl")
 _HUB = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+_OPEN = 64                                   # files that are open at the same time
 _SAMPLE_BLOCK = 64                           # records among which a fractional weight chooses
 
 
@@ -25,6 +28,7 @@ class Source(NamedTuple):
 
     path: Path
     weight: float = 1.0
+    lines: bool = False                      # of a text file: each line is a document
 
 
 class Chunk(NamedTuple):
@@ -62,9 +66,9 @@ def find_sources(names: Sequence[str], ignored: Optional[List[Path]] = None) -> 
 def _folder_files(folder: Path, ignored: List[Path]) -> List[Path]:
     """The data files below a folder, sorted; the others, hidden ones aside, go to `ignored`.
 
-    Data are .jsonl and .json files, also compressed, or else (without any of these) .csv, .tsv, .parquet and .arrow.
-    No data: what this project writes beside a data set, what data hubs put beside data, and JSON objects that neither
-    are records nor hold them.
+    Data are .jsonl and .json files, also compressed, or else (without any of these) .csv, .tsv, .parquet and .arrow, or
+    else .txt. No data: what this project writes beside a data set, what data hubs put beside data, and JSON objects
+    that neither are records nor hold them.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file()
                    and not any(part.startswith(".") for part in file.relative_to(folder).parts))
@@ -72,10 +76,11 @@ def _folder_files(folder: Path, ignored: List[Path]) -> List[Path]:
     found = [file for file in files if _is_data(file) and not (
         file.name in _HUB or (file.name in _OURS and (file.parent in data_sets or file.suffix == ".jsonl"))
         or (file.suffix == ".json" and is_metadata(file)))]
-    found = found or [file for file in files if file.suffix in tables.SUFFIXES]
+    found = found or saved_files(folder, [file for file in files if file.suffix in tables.SUFFIXES])
+    found = found or [file for file in files if texts.is_text(file)]
     if not found:
         raise ConfigError(f"folder {folder} holds no data file (.jsonl or .json, also with .gz or .zst, .csv, "
-                          ".parquet); name the folder or the files with the data")
+                          ".parquet, .txt); name the folder or the files with the data")
     ignored += [file for file in files if file not in set(found)]
     return found
 
@@ -92,11 +97,58 @@ def read_chunks(sources: Sequence[Source], seed: int = 0, chunk_bytes: int = 1 <
             share = min(source.weight - number, 1.0)
             if share <= 0:
                 continue
-            notes: List[str] = []
-            records = read_records(source.path, notes.append)
-            if share < 1.0:
-                records = _sample(records, share, f"{seed}/{index}/{number}")
-            yield from _chunks(index, records, chunk_bytes, notes)
+            yield from _round(source, index, number, seed, chunk_bytes)
+
+
+def read_evenly(sources: Sequence[Source], seed: int = 0, chunk_bytes: int = 1 << 20) -> Iterator[Chunk]:
+    """The chunks of `read_chunks` in another order: all sources come to their ends together.
+
+    Whatever part of the stream is taken, the shares of the sources in it are those of their sizes times their weights,
+    nearly. More than `_OPEN` sources are divided into so many groups, the sources of which follow each other.
+    """
+    groups = [_Group(range(first, len(sources), _OPEN), sources, seed, chunk_bytes)
+              for first in range(min(_OPEN, len(sources)))]
+    heap = [(0.0, number) for number, group in enumerate(groups) if group.size]
+    while heap:
+        _, number = heap[0]
+        chunk = next(groups[number].chunks, None)
+        if chunk is None:
+            heapq.heappop(heap)
+            continue
+        heapq.heapreplace(heap, (groups[number].done / groups[number].size, number))
+        yield chunk
+
+
+class _Group:
+    """Sources that are read one after the other; `done` of their `size` (bytes times weight) have been."""
+
+    def __init__(self, members: Sequence[int], sources: Sequence[Source], seed: int, chunk_bytes: int):
+        self.size = sum(sources[index].weight * (sources[index].path.stat().st_size or 1) for index in members)
+        self.done = 0.0
+        self.chunks = self._read(members, sources, seed, chunk_bytes)
+
+    def _read(self, members: Sequence[int], sources: Sequence[Source], seed: int, chunk_bytes: int) -> Iterator[Chunk]:
+        for number in range(max(int(sources[index].weight) + 1 for index in members)):
+            for index in members:
+                share = min(sources[index].weight - number, 1.0)
+                if share <= 0:
+                    continue
+                path, before = sources[index].path, self.done
+                exact = path.suffix in (*COMPRESSED, *tables.COLUMNAR)       # else the file is read in larger blocks
+                for chunk in _round(sources[index], index, number, seed, chunk_bytes):
+                    self.done += share * chunk.progress if exact else sum(map(len, chunk.records))
+                    yield chunk
+                self.done = before + share * path.stat().st_size
+
+
+def _round(source: Source, index: int, number: int, seed: int, chunk_bytes: int) -> Iterator[Chunk]:
+    """The chunks of one reading of a source, the `number`-th, counted from 0."""
+    notes: List[str] = []
+    records = read_records(source.path, notes.append, source.lines)
+    share = min(source.weight - number, 1.0)
+    if share < 1.0:
+        records = _sample(records, share, f"{seed}/{index}/{number}")
+    return _chunks(index, records, chunk_bytes, notes)
 
 
 def total_bytes(sources: Sequence[Source]) -> int:
@@ -106,7 +158,8 @@ def total_bytes(sources: Sequence[Source]) -> int:
 
 def peek_records(source: Source, count: int = 100) -> Iterator[bytes]:
     """The first records of a source. Raises ConfigError as `read_chunks` does."""
-    return (record for _, record, _ in itertools.islice(read_records(source.path), count))
+    return (record for _, record, _ in itertools.islice(read_records(source.path, lines=source.lines),
+                                                           count))
 
 
 def _is_data(path: Path) -> bool:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator, List, Optional, Tuple, cast
 
 from research.telechat.common.errors import ConfigError
-from research.telechat.data import tables
+from research.telechat.data import tables, texts
+from research.telechat.data.documents import is_document
 from research.telechat.data.formats import told_format
 
 MAX_RECORD_BYTES = 16 << 20                  # longer ones are counted as unusable: they would break the memory bound
@@ -36,17 +37,18 @@ _FOREIGN = (
 Record = Tuple[int, bytes, int]
 
 
-def read_records(path: Path, note: Callable[[str], None] = lambda _: None) -> Iterator[Record]:
+def read_records(path: Path, note: Callable[[str], None] = lambda _: None, lines: bool = False) -> Iterator[Record]:
     """(number, JSON text in UTF-8, position in the file) of each record.
 
     The number is the line on which the record begins or, in arrays and tables, its place among all of them in the file.
     A text that is no JSON comes as it is; b"" is one beyond MAX_RECORD_BYTES. `note` is called with what should be said
-    of the file. Raises ConfigError.
+    of the file. `lines`: each line of a text file is a record, instead of all of it. Raises ConfigError.
     """
     content, file = open_content(path)
     try:
         with file, content:
-            for number, record in _values(path, content, note):
+            size = path.stat().st_size
+            for number, record in _values(path, content, note, lines, lambda share: file.seek(int(share * size))):
                 yield number, record, file.tell()
     except EOFError as err:
         raise ConfigError(f"input file {path} is cut off: {err}; copy it again") from err
@@ -78,25 +80,30 @@ def open_content(path: Path) -> Tuple[io.BufferedReader, io.FileIO]:
     return io.BufferedReader(file, _BLOCK), file
 
 
-def _values(path: Path, content: io.BufferedReader, note: Callable[[str], None]) -> Iterator[Tuple[int, bytes]]:
+def _values(path: Path, content: io.BufferedReader, note: Callable[[str], None],
+            lines: bool, done: Callable[[float], object]) -> Iterator[Tuple[int, bytes]]:
     head = content.peek(_HEAD)[:_HEAD]
     if tables.is_columnar(path, head):
-        yield from tables.columnar_records(path, head)
+        yield from tables.columnar_records(path, head, done)
         return
     encoding = _encoding(head)
     if encoding not in ("utf-8", "utf-16", "utf-32"):
         note(f"file read in the encoding {encoding}")
     text = head.decode(encoding, "replace").lstrip(" \t\r\n\ufeff")
     what = next((what for magic, what in _FOREIGN if head.startswith(magic)), None)
-    if what is None and text[:1] not in ("{", "[") and "\x00" in text[:1000]:
+    if what is None and (text[:1] not in ("{", "[") or texts.is_text(path)) and "\x00" in text[:1000]:
         what = "a binary file of an unknown kind"
     if what:
-        raise ConfigError(f"input file {path} is {what}; expected JSON lines, a JSON array, CSV or Parquet")
-    separator = tables.separator(path, text)
+        raise ConfigError(f"input file {path} is {what}; expected JSON lines, a JSON array, CSV, Parquet or "
+                          "a text")
+    separator = None if texts.is_text(path) else tables.separator(path, text)
     if separator:
         reader = io.TextIOWrapper(content, "utf-8-sig" if encoding == "utf-8" else encoding, _errors(encoding),
                                   newline="")
         yield from tables.separated_records(path, reader, separator, MAX_RECORD_BYTES)
+        return
+    if texts.is_text(path):
+        yield from texts.text_records(content, encoding, _errors(encoding), note, lines)
         return
     yield from _JsonValues(path, _Text(content, encoding), note)
 
@@ -373,8 +380,9 @@ def is_metadata(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else []
-    return isinstance(value, dict) and not told_format(value) and not _wraps(value) and not any(
-        all(isinstance(entry, dict) for entry in item) for item in lists if item)
+    if not isinstance(value, dict) or told_format(value) or is_document(value) or _wraps(value):
+        return False
+    return not any(all(isinstance(entry, dict) for entry in item) for item in lists if item)
 
 
 def _encode(text: str) -> bytes:

@@ -2,23 +2,27 @@
 import csv
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, TextIO, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, TextIO, Tuple
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.data.formats import SIGNATURE_KEYS
 
-SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow")
+COLUMNAR = (".parquet", ".arrow")
+SUFFIXES = (".csv", ".tsv", *COLUMNAR)
 _LISTS = ("messages", "dialog", "conversations", "history", "tools", "functions")       # JSON in a cell
 _ROWS = 256                                  # rows of a columnar file in memory
 
 
 def is_columnar(path: Path, head: bytes) -> bool:
     """Whether a file is Parquet or Arrow."""
-    return head[:4] == b"PAR1" or head[:6] == b"ARROW1" or path.suffix in (".parquet", ".arrow")
+    return head[:4] == b"PAR1" or head[:6] == b"ARROW1" or path.suffix in COLUMNAR
 
 
-def columnar_records(path: Path, head: bytes) -> Iterator[Tuple[int, bytes]]:
-    """(row, JSON text) of each row. Raises ConfigError: pyarrow is missing, or the file is damaged."""
+def columnar_records(path: Path, head: bytes, done: Callable[[float], object]) -> Iterator[Tuple[int, bytes]]:
+    """(row, JSON text) of each row. `done` is called with the share of the file that has been read.
+
+    Raises ConfigError: pyarrow is missing, or the file is damaged.
+    """
     kind = "Parquet" if head[:4] == b"PAR1" or path.suffix == ".parquet" else "Arrow"
     try:
         import pyarrow
@@ -31,7 +35,9 @@ def columnar_records(path: Path, head: bytes) -> Iterator[Tuple[int, bytes]]:
     try:
         if kind == "Parquet":
             with pyarrow.parquet.ParquetFile(path) as file:
+                rows = max(file.metadata.num_rows, 1)
                 for batch in file.iter_batches(batch_size=_ROWS):
+                    done((number + batch.num_rows) / rows)
                     for row in batch.to_pylist():
                         number += 1
                         yield number, _row(row)
@@ -40,7 +46,8 @@ def columnar_records(path: Path, head: bytes) -> Iterator[Tuple[int, bytes]]:
             reader = (pyarrow.ipc.open_file(source) if head[:6] == b"ARROW1" else pyarrow.ipc.open_stream(source))
             batches = (reader.get_batch(index) for index in range(reader.num_record_batches)) if (
                 head[:6] == b"ARROW1") else reader
-            for batch in batches:
+            for index, batch in enumerate(batches, 1):
+                done(index / reader.num_record_batches if head[:6] == b"ARROW1" else source.tell() / source.size())
                 for start in range(0, batch.num_rows, _ROWS):
                     for row in batch.slice(start, _ROWS).to_pylist():
                         number += 1

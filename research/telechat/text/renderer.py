@@ -162,6 +162,12 @@ class Renderer:
         return [[message._replace(train=False) if message.role == BOT else message for message in messages[:end - 1]]
                 + [messages[end - 1]] for end in ends] or [list(messages)]
 
+    def document(self, text: str, ends: bool = True, train: bool = True) -> Plan:
+        """What to encode of a text without roles, which is trained on every token: it and, where it `ends`, the end
+        marker. No marker stands in front of it."""
+        spans = self._guarded([(text, True)], loss=train) if self.as_text else [Span(text=text, loss=train)]
+        return Plan([*spans, Span((self.end_id,), loss=train)] if ends else spans, [0])
+
     def assemble(self, plan: Plan, encoded: Iterable[Sequence[int]]) -> Rendered:
         """The second half of `render`. `encoded`: ids of each of `plan.texts`, in order."""
         encoded = iter(encoded)
