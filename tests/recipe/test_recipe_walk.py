@@ -94,7 +94,8 @@ def compile_small(path, folder):
 
 def graph_of(path):
     """What the small recipe's graph depends on: all settings but names, tokens and tokenizer, the variant's, and what a
-    checkpoint and the choice of tokens are asked; how far YaRN stretches changes numbers in constants only."""
+    checkpoint and the choice of tokens are asked; how far YaRN stretches, and when the learning rate rises and falls,
+    changes numbers in constants only."""
     recipe = shrunk(read_recipe(path))
     unseen = {"net_name", "chat_template", *GENERATION}
     if read_plan(recipe).model.extend_method == "YARN":
@@ -102,7 +103,9 @@ def graph_of(path):
     given, settings = recipe["model"].pop("model_config"), vars(read_plan(shrunk(read_recipe(path))).model)
     models = [{key: value for key, value in model.items() if key not in unseen and not key.endswith("_token_id")}
               for model in (given, settings)]
-    rest = {**recipe, "processor": None, "trainer": None, "checkpoint_conflict": None}
+    rest = {**recipe, "processor": None, "trainer": None, "checkpoint_conflict": None,
+            "lr_schedule": recipe.get("lr_schedule", {}).get("type"),
+            "runner_config": {**recipe.get("runner_config", {}), "epochs": None}}
     return json.dumps([rest, models], sort_keys=True, default=str)
 
 
