@@ -1,4 +1,4 @@
-"""From the official example conversations and the official 12B tokenizer to a trained model that predicts."""
+"""From the official examples and the official 12B tokenizer to a trained model that predicts."""
 import json
 import os
 import subprocess
@@ -23,11 +23,14 @@ def run(script, *arguments):
 
 @needs_shared
 @pytest.mark.slow
-def test_fine_tune_on_the_official_examples(tmp_path):
+def test_train_on_the_official_examples(tmp_path):
+    """Conversations, and the text for pre-training, in one set and one run."""
     tokenizer = SHARED / "data/telechat-12b/tokenizer.model"
     run("research/telechat/telechat_preprocess.py", "--input_dataset_file",
-        SHARED / "data/sft/multi_turn_example.jsonl", "--output_path", tmp_path / "data", "--vocab_file_path",
+        SHARED / "data/sft/multi_turn_example.jsonl", SHARED / "data/text/pretrain_example.jsonl", "--output_path", tmp_path / "data", "--vocab_file_path",
         tokenizer, "--max_length", 256)
+    report = json.loads((tmp_path / "data/report.json").read_text(encoding="utf-8"))
+    assert (report["documents_read"], report["conversations"]["read"]) == (20, 1020)
     run("run_mindformer.py", "--config", "research/telechat/finetune_telechat_tiny_cpu.yaml", "--register_path",
         "research/telechat", "--train_dataset", tmp_path / "data", "--output_dir", tmp_path / "out", *SIZES,
         "--num_samples", "40", "--epochs", "1", "--lr_schedule.warmup_ratio", "0.0", "--lr_schedule.learning_rate",

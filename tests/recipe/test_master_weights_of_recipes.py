@@ -11,7 +11,7 @@ from research.telechat.recipe.read import read_recipe, set_key
 from research.telechat.recipe.settings import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINING = [path for kind in ("finetune", "pretrain") for path in sorted((ROOT / "research/telechat").glob(f"{kind}_*"))]
+TRAINING = sorted([*(ROOT / "research/telechat").glob("finetune_*"), *(ROOT / "research/telechat").glob("pretrain_*")])
 AMP, TYPE, TABLE, KIND = ("model.model_config.amp_level", "model.model_config.param_init_type",
                           "model.model_config.embedding_init_type", "optimizer.master_weights")
 
