@@ -27,8 +27,8 @@ def test_train_on_the_official_examples(tmp_path):
     """Conversations, and the text for pre-training, in one set and one run."""
     tokenizer = SHARED / "data/telechat-12b/tokenizer.model"
     run("research/telechat/telechat_preprocess.py", "--input_dataset_file",
-        SHARED / "data/sft/multi_turn_example.jsonl", SHARED / "data/text/pretrain_example.jsonl", "--output_path", tmp_path / "data", "--vocab_file_path",
-        tokenizer, "--max_length", 256)
+        SHARED / "data/sft/multi_turn_example.jsonl", SHARED / "data/text/pretrain_example.jsonl", "--output_path",
+        tmp_path / "data", "--vocab_file_path", tokenizer, "--max_length", 256)
     report = json.loads((tmp_path / "data/report.json").read_text(encoding="utf-8"))
     assert (report["documents_read"], report["conversations"]["read"]) == (20, 1020)
     run("run_mindformer.py", "--config", "research/telechat/finetune_telechat_tiny_cpu.yaml", "--register_path",
