@@ -21,7 +21,7 @@ class Command(NamedTuple):
 COMMANDS: Dict[str, Command] = {
     "run": Command("run:main", "fine-tune, evaluate or predict from a recipe (run_mindformer.py)"),
     "convert": Command("convert:main", "checkpoints between the official format and MindSpore"),
-    "preprocess": Command("preprocess:main", "make a data set for fine-tuning from conversations"),
+    "preprocess": Command("preprocess:main", "make a data set from conversations and texts"),
     "chat": Command("predict:main", "answer the questions of a file, or chat in the terminal"),
     "serve": Command("serve:main", "answer over HTTP: OpenAI's API, a chat page"),
     "plan": Command("plan:main", "check a parallel plan, and count what it costs"),
