@@ -20,11 +20,11 @@ class Command(NamedTuple):
 
 COMMANDS: Dict[str, Command] = {
     "run": Command("run:main", "fine-tune, evaluate or predict from a recipe (run_mindformer.py)"),
-    "convert": Command("convert:main", "checkpoints between the official format and MindSpore"),
+    "convert": Command("convert:main", "checkpoints between the official layout, MindSpore's and Llama's"),
     "preprocess": Command("preprocess:main", "make a data set from conversations and texts"),
     "chat": Command("predict:main", "answer the questions of a file, or chat in the terminal"),
     "serve": Command("serve:main", "answer over HTTP: OpenAI's API, a chat page"),
-    "plan": Command("plan:main", "check a parallel plan, and count what it costs"),
+    "plan": Command("plan:main", "check a parallel plan, count what it costs, execute it, find the fastest"),
     "evaluate": Command("evaluate:main", "score a checkpoint on tasks, or on texts by perplexity"),
     "transform": Command("transform:main", "merge and split distributed checkpoints"),
     "merge-lora": Command("merge_lora:main", "merge a LoRA adapter into its base weights"),

@@ -360,7 +360,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                    "convert_weight_torch_to_ms.py and convert_weight_ms_to_torch.py.")
         add_any_to_any(parser)
         return _run(parser, words)
-    parser = argparse.ArgumentParser(description="Convert checkpoints between the official format and MindSpore.")
+    parser = argparse.ArgumentParser(description="Convert checkpoints between the official layout and MindSpore's.")
     directions = parser.add_subparsers(required=True, dest="direction", metavar="DIRECTION")
     for name, text, add in (("torch-to-ms", _TO_MINDSPORE, add_torch_to_mindspore),
                             ("ms-to-torch", _TO_TORCH, add_mindspore_to_torch)):
