@@ -172,6 +172,17 @@ def _write_stand_ins(wanted: Wanted, folder: Path) -> int:
     return len(symbols)
 
 
+def _publish(work: Path, target: Path) -> None:
+    """Give the complete folder `work` the name `target`, unless another process was quicker: its folder is in use."""
+    try:
+        os.replace(work, target)
+    except OSError:
+        if (target / "made.json").is_file():
+            return
+        shutil.rmtree(target, ignore_errors=True)                        # left over by something else
+        os.replace(work, target)
+
+
 def prepare() -> Path:
     """The folder of the stand-ins for the installed MindSpore, made where there is none yet. Raises SimulationError."""
     mindspore = mindspore_folder()
@@ -192,11 +203,9 @@ def prepare() -> Path:
         symbols = _write_stand_ins(wanted, work)
         made = {"mindspore": mindspore_version(), "symbols": symbols, "libraries": wanted.libraries, "soc": SOC}
         (work / "made.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(work, target)
+        _publish(work, target)
     except (OSError, ValueError) as err:
-        if not (target / "made.json").is_file():                         # another process may have been quicker
-            raise SimulationError(f"the stand-in libraries could not be made: {err}") from err
+        raise SimulationError(f"the stand-in libraries could not be made: {err}") from err
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
