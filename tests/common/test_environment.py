@@ -18,6 +18,16 @@ def test_rank_and_workers(monkeypatch, value, rank, workers):
     assert (environment.rank(), environment.workers()) == (rank, workers)
 
 
+@pytest.mark.parametrize(("rank", "role", "expected"), [
+    (None, None, True), ("0", "MS_WORKER", True), ("1", "MS_WORKER", False), (None, "MS_SCHED", False)])
+def test_one_process_of_a_job_writes(monkeypatch, rank, role, expected):
+    for name, value in (("RANK_ID", rank), ("MS_ROLE", role)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert environment.writes() is expected
+
+
 def test_cores_are_those_the_process_may_use(monkeypatch):
     monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: {0, 5, 6}, raising=False)
     assert environment.cores() == 3

@@ -16,6 +16,11 @@ def rank() -> int:
     return int(os.environ.get("RANK_ID") or 0)
 
 
+def writes() -> bool:
+    """Whether this process writes for the job: the worker of rank 0, and not msrun's scheduler, which has no rank."""
+    return rank() == 0 and os.environ.get("MS_ROLE") != "MS_SCHED"
+
+
 def workers() -> int:
     """Processes of the job (MS_WORKER_NUM, set by msrun); 1 without a launcher."""
     return int(os.environ.get("MS_WORKER_NUM") or 1)

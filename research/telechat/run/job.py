@@ -16,7 +16,7 @@ from mindformers.trainer import Trainer
 
 from research.telechat import telechat, telechat_config, telechat_tokenizer, telechat_tokenizer_fast
 from research.telechat.bridge.compat import apply_template, prepare_cpu, set_output_path
-from research.telechat.common.environment import cores, rank, workers
+from research.telechat.common.environment import cores, workers, writes
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.common.lock import output_lock
@@ -182,7 +182,7 @@ def run(recipe: JsonObject, overrides: JsonObject, register_path: Optional[str] 
     """
     config = prepare_recipe(recipe, overrides)
     with contextlib.ExitStack() as stack:
-        if config.run_mode in ("train", "finetune") and rank() == 0:
+        if config.run_mode in ("train", "finetune") and writes():
             stack.enter_context(output_lock(Path(str(config.output_dir)), folder=True))
         _carry_out(config, register_path, predict_data, raw)
 
