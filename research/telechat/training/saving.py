@@ -32,7 +32,8 @@ from research.telechat.training.step import step_values
 if TYPE_CHECKING:
     from mindspore.train.callback._callback import _InternalCallbackParam as StepParams
 
-_LEFTOVER = re.compile(r".*\.tmp|tmp[a-z0-9_]{8}")          # of MindSpore's saving, and of MindFormers' meta.json
+# Of MindSpore's saving, of MindFormers' meta.json, and of manifests (common/files.py).
+_LEFTOVER = re.compile(r".*\.tmp|tmp[a-z0-9_]{8}|\..+\.manifest\.json\.[0-9]+\.part")
 
 
 class _Shifted:
@@ -106,7 +107,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
         return [Path(str(folder)) for folder in (self._directory, self.network_directory, self.trainable_directory)]
 
     def _remove_leftovers(self) -> None:
-        """Delete what an interrupted save left: MindSpore's *.tmp, and the unnamed files of meta.json."""
+        """Delete what an interrupted save left: MindSpore's *.tmp, and the unnamed files of meta.json and of manifests."""
         for folder in self._folders():
             for path in list(folder.iterdir()) if folder.is_dir() else ():
                 if not _LEFTOVER.fullmatch(path.name):
