@@ -107,7 +107,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
         return [Path(str(folder)) for folder in (self._directory, self.network_directory, self.trainable_directory)]
 
     def _remove_leftovers(self) -> None:
-        """Delete what an interrupted save left: MindSpore's *.tmp, and the unnamed files of meta.json and of manifests."""
+        """Delete what an interrupted save left: MindSpore's *.tmp, the unnamed files of meta.json and of manifests."""
         for folder in self._folders():
             for path in list(folder.iterdir()) if folder.is_dir() else ():
                 if not _LEFTOVER.fullmatch(path.name):
