@@ -266,7 +266,11 @@ def test_whole_quickstart(tmp_path):
     assert added <= {"__pycache__", ".pytest_cache", ".hypothesis", "output"}
     second = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=250)
     assert second.returncode == 0 and second.stdout.count("kept") == len(STEPS) and expected in second.stdout
-    # The last line is a command that can be pasted: the trained model answers in the terminal.
-    chat = subprocess.run(["bash", "-c", second.stdout.splitlines()[-1]], cwd=ROOT, text=True, capture_output=True,
+    # The last lines are commands that can be pasted: the trained model answers in the terminal, and in a browser
+    # (tests/serve has that one).
+    last = [line for line in second.stdout.splitlines() if line.strip()]
+    assert "scripts/serve.py --demo" in last[-1]
+    asks = next(line for line in reversed(last) if "run_telechat_predict.py" in line)
+    chat = subprocess.run(["bash", "-c", asks], cwd=ROOT, text=True, capture_output=True,
                           input=f"{quickstart.QUESTIONS[0]}\n", timeout=250)
     assert chat.returncode == 0 and expected in chat.stdout, chat.stdout + chat.stderr
