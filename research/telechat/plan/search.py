@@ -160,14 +160,12 @@ def _recomputations(plan: Plan, limit: float) -> Iterator[Plan]:
     bare = replace(plan, recompute=False, select_recompute=False, select_comm_recompute=False)
     for select in (False, list(OPERATORS)):
         partly = replace(bare, select_recompute=select)
-        counts: List[int] = []
-        for stage in sorted(range(plan.pp), key=lambda stage: stage not in (0, plan.pp - 1)):
+        by_stage = [0] * plan.pp
+        for stage in sorted(range(plan.pp), key=lambda stage: stage not in (0, plan.pp - 1)):     # the fullest first
             fewest = _fewest(partly, stage, limit)
             if fewest is None:
                 return                                   # less is kept with every layer recomputed, whatever `select`
-            counts.append(fewest)
-        order = sorted(range(plan.pp), key=lambda stage: stage not in (0, plan.pp - 1))
-        by_stage = [count for _, count in sorted(zip(order, counts))]
+            by_stage[stage] = fewest
         yield replace(partly, recompute=by_stage if any(by_stage) else False)
         if not any(by_stage):
             return

@@ -80,6 +80,12 @@ class Routes:
         data = await read_bytes(request.scope, request.receive, self.service.limits.body_bytes, BODY_SECONDS)
         return read_body(data)
 
+    async def _asked_of_model(self, request: HttpRequest, known: Any) -> JsonObject:
+        body = await self._body(request)
+        self._tell_unknown(body, known)
+        self.service.check_model(body.get("model"))
+        return body
+
     # For operators
 
     async def health(self, _: HttpRequest) -> Whole:
@@ -114,9 +120,7 @@ class Routes:
         return Whole(self._model())
 
     async def chat(self, request: HttpRequest) -> Any:
-        body = await self._body(request)
-        self._tell_unknown(body, CHAT_KEYS)
-        self.service.check_model(body.get("model"))
+        body = await self._asked_of_model(request, CHAT_KEYS)
         limits = self.service.limits
         asked = read_chat(body, limits.choices, limits.messages)
         answers = await until_gone(request.receive, self.service.chat(asked))
@@ -125,9 +129,7 @@ class Routes:
         return await self._respond(request, answers, writer, asked.asked)
 
     async def completion(self, request: HttpRequest) -> Any:
-        body = await self._body(request)
-        self._tell_unknown(body, COMPLETION_KEYS)
-        self.service.check_model(body.get("model"))
+        body = await self._asked_of_model(request, COMPLETION_KEYS)
         limits = self.service.limits
         asked = read_completion(body, limits.choices, limits.answers)
         answers, echoes = await until_gone(request.receive, self.service.completion(asked))
