@@ -260,6 +260,15 @@ def test_ctrl_c_stops_the_answer_only(renderer):
     assert chat.history[-1] == {"role": "bot", "content": "我是一"} and "bot: 我是一" in text
 
 
+def test_ctrl_c_before_the_first_token(renderer):
+    def answer(_messages, _seed):
+        raise KeyboardInterrupt
+    output, lines = io.StringIO(), iter(["你是谁？", "/history", "/exit"])
+    chat = Terminal(answer, lambda: None, output)
+    chat.run(lambda _prompt: next(lines))
+    assert " (stopped)" in output.getvalue() and not chat.history and next(lines, None) is None
+
+
 @pytest.fixture(scope="module")
 def model():
     from chat_fixtures import tiny_weights

@@ -74,6 +74,12 @@ def test_a_room_says_what_the_page_says():
         assert len(parsed(path).body) == 1, f"{room.name}/__init__.py holds more than its docstring"
 
 
+def test_no_two_files_of_tests_share_a_name():
+    """pytest imports them by their bare names."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert [name for name in names if names.count(name) > 1] == []
+
+
 def test_every_script_is_named_once():
     listed = [file.strip("`") for file, _ in marked("scripts")]
     there = [path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").rglob("*")

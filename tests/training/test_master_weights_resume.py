@@ -70,7 +70,8 @@ def test_resuming_from_another_precision_says_so_and_goes_on(start, data, unbrok
     kept = [{"name": name, "data": value.astype(ms.float32) if name.startswith(widened) else value}
             for name, value in ms.load_checkpoint(str(folder / "t_rank_0-1_4.ckpt")).items()
             if not name.startswith("adam_r.")]
-    (folder / "t_rank_0-1_4.ckpt").unlink()
+    for path in folder.glob("t_rank_0-1_4.ckpt*"):               # the manifest too: its hash is of the other file
+        path.unlink()
     ms.save_checkpoint(kept, str(folder / "t_rank_0-1_4.ckpt"))
     done = run(arguments(data, tmp_path / "out", *REMAINDER, "--resume_training", "True"))
     text = done.stdout + done.stderr

@@ -51,6 +51,8 @@ class Terminal:
                 return
             try:
                 self.handle(line)
+            except KeyboardInterrupt:                     # before the first token: there is no answer to keep
+                self._say(" (stopped)")
             except (ConfigError, ConversationError, OSError) as err:
                 self._say(f"error: {err}")
 

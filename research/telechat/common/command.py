@@ -25,7 +25,10 @@ READER_GONE = 141
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGHUP has come. No KeyboardInterrupt: in a chat, Ctrl-C stops an answer and these end the program."""
+    """SIGTERM or SIGHUP, which it names, has come.
+
+    No KeyboardInterrupt: in a chat, Ctrl-C stops an answer and these end the program.
+    """
 
 
 def run_command(body: Callable[[], Optional[int]], interrupted: str = "", memory: str = "close other programs") -> int:
@@ -45,8 +48,10 @@ def run_command(body: Callable[[], Optional[int]], interrupted: str = "", memory
                 sys.stdout.flush()                         # a reader who has gone is noticed here, not at the exit
     except UserError as err:
         return _say(f"error: {one_line(err)}")
-    except (KeyboardInterrupt, Terminated):
+    except KeyboardInterrupt:
         return _say(f"interrupted{kept}", INTERRUPTED)
+    except Terminated as err:
+        return _say(f"{err}: interrupted{kept}", INTERRUPTED)
     except OSError as err:
         gone = isinstance(err, BrokenPipeError) and (_reader_gone(sys.stdout) or _reader_gone(sys.stderr))
         _leave_unwritten()
@@ -72,11 +77,11 @@ def termination() -> Iterator[None]:
         return
     arrived = False
 
-    def terminate(_number: int, _frame: Optional[FrameType]) -> None:
+    def terminate(number: int, _frame: Optional[FrameType]) -> None:
         nonlocal arrived
         if not arrived:
             arrived = True
-            raise Terminated
+            raise Terminated(signal.Signals(number).name)
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in previous.items():
