@@ -19,6 +19,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: Dict[str, Command] = {
+    "doctor": Command("doctor:main", "check the device that is here: kernels, models, cards, against NumPy"),
     "run": Command("run:main", "fine-tune, evaluate or predict from a recipe (run_mindformer.py)"),
     "convert": Command("convert:main", "checkpoints between the official layout, MindSpore's and Llama's"),
     "preprocess": Command("preprocess:main", "make a data set from conversations and texts"),

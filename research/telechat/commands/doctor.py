@@ -1,0 +1,112 @@
+"""Check what this project computes on the device that is here, before anyone trains on it.
+
+    telechat doctor                                            one card, or a CPU
+    telechat doctor --json doctor.json                         a file to attach to an issue
+    telechat doctor --only attention cache                     checks whose names contain a word
+    bash scripts/msrun_launcher.sh "-m research.telechat doctor" 8 8118 output/doctor True 600        eight cards
+
+Every number is compared with NumPy. The exit code is 1 if something is wrong; what to avoid in a recipe is said then
+(docs/doctor.md).
+"""
+import argparse
+import os
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import List, Optional
+
+from research.telechat.common.command import run_command
+from research.telechat.common.environment import writes
+from research.telechat.common.errors import ConfigError
+from research.telechat.doctor import report
+from research.telechat.doctor.checks import WRONG, Check, Finding, examine_all
+from research.telechat.doctor.device import Device
+from research.telechat.doctor.registry import all_checks, chosen
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--json", type=Path, help="file to write the findings to")
+    add("--overwrite", action="store_true", help="let --json replace a file that this command has not written")
+    add("--only", nargs="+", default=[], metavar="WORD", help="only checks whose names contain one of these words")
+    add("--list", action="store_true", help="print the names of all checks, and make none")
+    add("--timeout", type=float, default=300, help="seconds that one check may take; it ends the command")
+    return parser
+
+
+class Watch:
+    """Shows which check is being made, and ends the process where one does not end: a rank may wait for another one
+    for ever, where no Python runs."""
+
+    def __init__(self, seconds: float, findings: List[Finding], args: argparse.Namespace, device: Device):
+        self.seconds, self.findings, self.args, self.device = seconds, findings, args, device
+        self.timer: Optional[threading.Timer] = None
+        self.check: Optional[Check] = None
+
+    def progress(self, number: int, count: int, check: Check) -> None:
+        """The next check begins."""
+        self.stop()
+        self.check = check
+        print(f"[{number + 1}/{count}] {check.name}", file=sys.stderr, flush=True)
+        self.timer = threading.Timer(self.seconds, self.give_up)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def stop(self) -> None:
+        """The last one has ended."""
+        if self.timer is not None:
+            self.timer.cancel()
+
+    def give_up(self) -> None:
+        """Say what hangs, write what is known, and end."""
+        check = self.check
+        if check is None:
+            return
+        self.findings.append(Finding(check.name, "an end", f"none within {self.seconds:g} s", WRONG, check.avoid,
+                                     self.seconds))
+        show(self.findings, self.args, self.device, False)
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def show(findings: List[Finding], args: argparse.Namespace, device: Device, complete: bool) -> None:
+    """Print the table and write the file."""
+    print(report.text(findings))
+    print(report.summary(findings))
+    if args.json and writes():
+        report.save(args.json, report.as_json(findings, device, complete))
+        print(f"written: {args.json}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the command; returns the exit code. Raises ConfigError."""
+    if args.timeout <= 0:
+        raise ConfigError(f"--timeout: expected seconds, found {args.timeout:g}")
+    if args.json and writes():
+        report.check_target(args.json, args.overwrite)
+    if "LOG_MF_PATH" not in os.environ:                      # where MindFormers logs
+        os.environ["LOG_MF_PATH"] = tempfile.mkdtemp(prefix="telechat-doctor-")
+    os.environ.setdefault("GLOG_v", "3")
+    from research.telechat.doctor.hardware import Hardware
+    device = Hardware()
+    checks = chosen(all_checks(device.fused, device.dtypes), args.only)
+    if args.list:
+        print("\n".join(check.name for check in checks))
+        return 0
+    print(f"{device.name}, rank {device.rank} of {device.ranks}; nothing but this machine is asked")
+    findings: List[Finding] = []
+    watch = Watch(args.timeout, findings, args, device)
+    try:
+        examine_all(checks, device, watch.progress, findings)
+    finally:
+        watch.stop()
+    show(findings, args, device, True)
+    return report.exit_code(findings)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the command; returns the exit code (common/command.py)."""
+    return run_command(lambda: run(build_parser().parse_args(argv)))

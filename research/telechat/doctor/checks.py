@@ -1,0 +1,113 @@
+"""What a check is, what it finds, and the loop over all of them. No MindSpore."""
+import time
+from typing import Callable, Iterable, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+
+from research.telechat.common.printable import one_line
+from research.telechat.doctor.device import Device
+
+OK, WRONG, SKIPPED = "ok", "wrong", "skipped"
+VERDICTS = (OK, WRONG, SKIPPED)
+# Largest difference from NumPy, as a share of the largest number: a few roundings of the type.
+LIMITS = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 2e-2}
+
+
+class Skip(Exception):
+    """A check that cannot be made here; its text says why."""
+
+
+class Outcome(NamedTuple):
+    """What one check has found, in words for the table."""
+
+    expected: str
+    found: str
+    ok: bool
+
+
+class Check(NamedTuple):
+    """One row of the table. run raises Skip where there is nothing to check; avoid: what of a recipe not to use where
+    the check fails; cards: the least that it needs."""
+
+    name: str
+    run: Callable[[Device], Outcome]
+    avoid: str
+    fused: bool = False                      # of a kernel that only accelerators have
+    cards: int = 1
+
+
+class Finding(NamedTuple):
+    """A check with its verdict. found: for a skipped one the reason."""
+
+    name: str
+    expected: str
+    found: str
+    verdict: str
+    avoid: str
+    seconds: float
+
+
+Progress = Callable[[int, int, Check], object]
+
+
+def gap(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference as a share of the largest expected number; infinite where shapes differ or something is not
+    finite."""
+    if np.shape(found) != np.shape(expected):
+        return float("inf")
+    difference = np.abs(np.asarray(found, np.float64) - expected)
+    largest = np.abs(expected).max(initial=0.0)
+    worst = difference.max(initial=0.0) / (largest or 1.0)
+    return float(worst) if np.isfinite(worst) else float("inf")
+
+
+def within(pairs: Sequence[Sequence[np.ndarray]], limit: float, what: str = "NumPy") -> Outcome:
+    """Outcome of comparing pairs (found, expected); the worst counts."""
+    worst = max(gap(found, expected) for found, expected in pairs)
+    return Outcome(f"{what} within {limit:.0e}", f"differs by {worst:.1e}", worst <= limit)
+
+
+def relative(pairs: Sequence[Sequence[float]], limit: float, what: str) -> Outcome:
+    """Outcome of comparing pairs of numbers (found, expected)."""
+    return within([(np.array(found), np.array(expected)) for found, expected in pairs], limit, what)
+
+
+def why_not(check: Check, fused: bool, cards: int) -> str:
+    """Why a check is skipped on a device, '' where it is made."""
+    if check.fused and not fused:
+        return "this kernel is Ascend's; models here use the composed one, which is checked"
+    if cards < check.cards:
+        return f"needs {check.cards} cards, here is 1" if cards == 1 else f"needs {check.cards} cards, here are {cards}"
+    return ""
+
+
+def examine(check: Check, device: Device) -> Finding:
+    """Make one check. An error in it is what it has found."""
+    started = time.monotonic()
+
+    def finding(expected: str, found: str, verdict: str) -> Finding:
+        return Finding(check.name, expected, found, verdict, check.avoid if verdict == WRONG else "",
+                       round(time.monotonic() - started, 2))
+    reason = why_not(check, device.fused, device.ranks)
+    if reason:
+        return finding("-", reason, SKIPPED)
+    try:
+        outcome = check.run(device)
+    except Skip as skip:
+        return finding("-", str(skip), SKIPPED)
+    except Exception as error:                       # whatever kernels, compilers and collectives raise
+        said = one_line(f"{type(error).__name__}: {error}")[:300]
+        return finding("no error", said, WRONG)
+    return finding(outcome.expected, outcome.found, OK if outcome.ok else WRONG)
+
+
+def examine_all(checks: Iterable[Check], device: Device, progress: Optional[Progress] = None,
+                kept: Optional[List[Finding]] = None) -> List[Finding]:
+    """Make the checks one after the other. kept: a list that grows meanwhile."""
+    findings: List[Finding] = [] if kept is None else kept
+    every = list(checks)
+    for number, check in enumerate(every):
+        if progress is not None:
+            progress(number, len(every), check)
+        findings.append(examine(check, device))
+    return findings

@@ -1,0 +1,114 @@
+"""What checks ask of a device. Arrays go in and come out in NumPy; types are names such as "bfloat16".
+
+hardware.py answers with MindSpore, the tests with NumPy and faults.
+"""
+from typing import Any, Dict, List, NamedTuple, Protocol, Sequence, Tuple
+
+import numpy as np
+
+Array = np.ndarray
+
+
+class AttentionForm(NamedTuple):
+    """One way in which recipes call attention. keys: of model_config."""
+
+    name: str
+    dtype: str
+    batch: int
+    heads: int
+    kv_heads: int
+    seq: int
+    dim: int
+    keys: Dict[str, Any]
+
+
+class Cache(NamedTuple):
+    """A paged cache of keys and values: [blocks, tokens per block, N_kv, D] each."""
+
+    keys: Array
+    values: Array
+
+
+class ModelRun(NamedTuple):
+    """What a small model has computed. logits: [B, S, V]; gradients: under MindSpore's names; tokens: the answer."""
+
+    logits: Array
+    loss: float
+    gradients: Dict[str, Array]
+    tokens: List[int]
+
+
+class ModelJob(NamedTuple):
+    """What a small model is to compute. config: official config.json; weights: official; keys: of model_config;
+    ids, labels: [B, S + 1]; prompt: of the greedy answer of `new` tokens."""
+
+    config: Dict[str, Any]
+    weights: Dict[str, Array]
+    keys: Dict[str, Any]
+    ids: Array
+    labels: Array
+    prompt: List[int]
+    new: int
+
+
+class TrainRun(NamedTuple):
+    """Training steps. held: what this rank holds of each parameter; places: where that lies in the whole one;
+    overflows: of each step."""
+
+    losses: List[float]
+    norms: List[float]
+    held: Dict[str, Array]
+    places: Dict[str, Tuple[slice, ...]]
+    overflows: List[bool]
+
+
+class Device(Protocol):
+    """fused: it has Ascend's fused kernels; dtypes: those that models compute in here, by recipe; ranks: cards."""
+
+    name: str
+    fused: bool
+    dtypes: Sequence[str]
+    rank: int
+    ranks: int
+
+    def attention(self, form: AttentionForm, qkv: Sequence[Array], dy: Array, tokens: Array, ends: Array
+                  ) -> Tuple[Array, Array, Array, Array]:
+        """Result [B, N, S, D] and the gradients of query, key and value. tokens: [B, S], 3 is padding; ends: [B, K] of
+        documents."""
+
+    def flat_attention(self, dtype: str, qkv: Sequence[Array], lengths: Array, kv_heads: int) -> Array:
+        """Prompts back to back: query [T, N, D], key and value [T, N_kv, D] -> as query."""
+
+    def band_sees_keys(self) -> bool:
+        """Whether flash attention sees a key in a band of no width (sparse mode 4, both windows 0)."""
+
+    def rms_norm(self, dtype: str, eps: float, x: Array, weight: Array, dy: Array) -> Tuple[Array, Array, Array]:
+        """Result and the gradients of x and weight."""
+
+    def rotate(self, dtype: str, x: Array, cos: Array, sin: Array) -> Array:
+        """Rotary embedding of x [B, N, S, D]; cos, sin: [1, 1, S, D]."""
+
+    def matmul(self, dtype: str, a: Array, b: Array) -> Array:
+        """a [M, K] times the transpose of b [N, K], in the type that models use for `dtype` here."""
+
+    def dropout(self, p: float, x: Array) -> Array:
+        """x with dropout of the share p, in training."""
+
+    def finite(self, gradients: Sequence[Array]) -> bool:
+        """Whether a training step would find these gradients finite."""
+
+    def store(self, cache: Cache, key: Array, value: Array, slots: Array) -> Cache:
+        """The cache with key and value [T, N_kv, D] in `slots` [T]; slot -1 is nowhere."""
+
+    def paged_attention(self, dtype: str, query: Array, cache: Cache, tables: Array, lengths: Array) -> Array:
+        """query [B, N, D] to the first `lengths` tokens in the blocks that `tables` [B, K] names -> as query."""
+
+    def model(self, job: ModelJob) -> ModelRun:
+        """Carry out the job. keys of model_config that generation needs are added."""
+
+    def collective(self, name: str, dtype: str, x: Array) -> Array:
+        """A collective of all ranks on this rank's x. Raises Skip where the device does not have it."""
+
+    def train(self, recipe: Dict[str, Any], batches: Sequence[Sequence[Array]], seed: int, broken: bool = False
+              ) -> TrainRun:
+        """A step for each batch, with weights from `seed`; broken: one of them is infinite."""
