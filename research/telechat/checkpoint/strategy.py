@@ -148,6 +148,27 @@ def _layout(message: Any, file: Path, name: str, stage: int) -> Layout:
     return Layout(matrix, tuple(axes), message.opt_weight_shard_size if message.opt_weight_shard_step else 0, (stage,))
 
 
+def write_strategy(path: Path, layouts: Dict[str, Layout], stage: int = 0) -> None:
+    """The strategy file of a pipeline stage, as a run writes it."""
+    message = _messages().ParallelStrategyMap()
+    message.current_stage = 2
+    item = message.parallel_strategy_item.add()
+    item.node_name = "MatMul"
+    item.parallel_strategys.stage = stage
+    for name, layout in layouts.items():
+        if stage not in layout.stages:
+            continue
+        entry = message.parallel_layout_item.add()
+        entry.param_name = name
+        entry.parallel_layouts.dev_matrix.add().dim.extend(layout.dev_matrix)
+        entry.parallel_layouts.tensor_map.add().dim.extend(axes[0] if axes else -1 for axes in layout.tensor_map)
+        entry.parallel_layouts.param_split_shape.add()
+        entry.parallel_layouts.field = 0
+        entry.parallel_layouts.opt_weight_shard_step = layout.dev_matrix[-1] if layout.optimizer_ranks else 0
+        entry.parallel_layouts.opt_weight_shard_size = layout.optimizer_ranks
+    path.write_bytes(message.SerializeToString())
+
+
 def _place(rank: int, layout: Layout) -> List[int]:
     """Coordinates of a rank of the stage in dev_matrix."""
     place = []

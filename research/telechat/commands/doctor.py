@@ -14,12 +14,17 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import List, Optional
+from typing import Dict, List, Optional
 
+import numpy as np
+
+from research.telechat.commands import transform
 from research.telechat.common.command import run_command
+from research.telechat.common.console import only_own_warnings
 from research.telechat.common.environment import writes
 from research.telechat.common.errors import ConfigError
 from research.telechat.doctor import report
+from research.telechat.doctor.checkpoint_checks import Transform
 from research.telechat.doctor.checks import WRONG, Check, Finding, examine_all
 from research.telechat.doctor.device import Device
 from research.telechat.doctor.registry import all_checks, chosen
@@ -35,6 +40,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="print the names of all checks, and make none")
     add("--timeout", type=float, default=300, help="seconds that one check may take; it ends the command")
     return parser
+
+
+def _save(values: Dict[str, np.ndarray], path: Path) -> None:
+    import mindspore as ms
+    ms.save_checkpoint([{"name": name, "data": ms.Tensor(value)} for name, value in values.items()], str(path))
+
+
+def _transform(words: List[str]) -> None:
+    transform.run(transform.build_parser().parse_args(words))
+
+
+TRANSFORM = Transform(
+    _save, lambda source, target, strategy: _transform(
+        ["--source", str(source), "--target", str(target), "--target_strategy", str(strategy)]),
+    lambda source, target, strategy: _transform(
+        ["--source", str(source), "--source_strategy", str(strategy), "--target", str(target)]))
 
 
 class Watch:
@@ -90,9 +111,12 @@ def run(args: argparse.Namespace) -> int:
     if "LOG_MF_PATH" not in os.environ:                      # where MindFormers logs
         os.environ["LOG_MF_PATH"] = tempfile.mkdtemp(prefix="telechat-doctor-")
     os.environ.setdefault("GLOG_v", "3")
+    only_own_warnings()
     from research.telechat.doctor.hardware import Hardware
+    from research.telechat.run.load import quieten
+    quieten()
     device = Hardware()
-    checks = chosen(all_checks(device.fused, device.dtypes), args.only)
+    checks = chosen(all_checks(device.fused, device.dtypes, TRANSFORM), args.only)
     if args.list:
         print("\n".join(check.name for check in checks))
         return 0

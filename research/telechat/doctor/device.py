@@ -112,3 +112,7 @@ class Device(Protocol):
     def train(self, recipe: Dict[str, Any], batches: Sequence[Sequence[Array]], seed: int, broken: bool = False
               ) -> TrainRun:
         """A step for each batch, with weights from `seed`; broken: one of them is infinite."""
+
+    def resume(self, recipe: Dict[str, Any], records: Array) -> Tuple[Dict[str, Array], Dict[str, Array]]:
+        """Weights and moments after a step for each of `records` [steps, S + 1]: trained at once, and resumed from the
+        checkpoint in the middle."""

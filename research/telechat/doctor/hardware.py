@@ -227,6 +227,10 @@ class Hardware:
         from research.telechat.doctor.steps import train
         return train(recipe, batches, seed, broken)
 
+    def resume(self, recipe: Dict[str, Any], records: Array) -> Tuple[Dict[str, Array], Dict[str, Array]]:
+        from research.telechat.doctor.steps import resume
+        return resume(recipe, records)
+
 
 def _fill(cache: nn.Cell, keys: Array, values: Array) -> None:
     """Put numbers into both parts of a cache."""

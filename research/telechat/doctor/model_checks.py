@@ -13,7 +13,7 @@ from research.telechat.spec.variants import variant_from_hf
 
 IGNORED = -100
 _NEW = 6                                     # tokens of an answer
-_STEP = 1e-4                                 # of differences of the loss, in units of the weights
+_STEP = 1e-5                                 # of differences of the loss, in units of the weights
 
 
 class Precision(NamedTuple):

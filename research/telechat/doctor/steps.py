@@ -1,0 +1,149 @@
+"""Training on the device, through the Trainer: steps with given weights and batches, and a training that is resumed.
+
+Everything is what run_mindformer.py does, up to the training loop; for given batches, a loop over them is in its place.
+"""
+import contextlib
+import copy
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+from mindspore.train.model import Model
+
+from research.telechat.ascend_sim.worker import make_dataset
+from research.telechat.checkpoint.strategy import Strategy, full_shape, read_strategy, region, strategy_files
+from research.telechat.common.environment import PLUGIN, rank, workers
+from research.telechat.common.errors import CheckpointError
+from research.telechat.common.files import JsonObject
+from research.telechat.doctor.device import Array, TrainRun
+from research.telechat.doctor.plan_checks import BROKEN, COLUMNS, initial_value, is_weight
+from research.telechat.run.job import run
+from research.telechat.training.step import step_values
+
+
+class _Done(BaseException):
+    """Leaves the Trainer after the steps. No Exception, so that no `except Exception` on the way stops it."""
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder of this rank, gone afterwards; and the parallel context as it is in a new process."""
+    path = Path(tempfile.mkdtemp(prefix="telechat-doctor-"))
+    ms.reset_auto_parallel_context()
+    try:
+        yield path
+    finally:
+        ms.reset_auto_parallel_context()
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _instead_of_training(loop: Any) -> Iterator[None]:
+    kept = Model.train
+    Model.train = loop
+    try:
+        yield
+    except _Done:
+        pass
+    finally:
+        Model.train = kept
+
+
+def _strategy(folder: Path) -> Any:
+    """How the compiled step is cut; None where it is not, or by stages alone."""
+    try:
+        return read_strategy(strategy_files(folder / "output" / "strategy")[0])
+    except CheckpointError:
+        return None
+
+
+def _place(strategy: Any, name: str, shape: Sequence[int]) -> Tuple[Tuple[slice, ...], Tuple[int, ...]]:
+    """Where the slice of `shape` of a parameter lies, and the shape of the whole one."""
+    if strategy is None or name not in strategy.layouts:
+        return tuple(slice(0, size) for size in shape), tuple(shape)
+    cut: Strategy = strategy
+    whole = full_shape(cut.layouts[name], shape)
+    return tuple(slice(*ends) for ends in region(cut.layouts[name], rank() % cut.stage_ranks, whole)), whole
+
+
+def train(recipe: JsonObject, batches: Sequence[Sequence[Array]], seed: int, broken: bool) -> TrainRun:
+    """See device.Device.train."""
+    recipe = copy.deepcopy(recipe)
+    losses: List[float] = []
+    norms: List[float] = []
+    overflows: List[bool] = []
+    held: Dict[str, Array] = {}
+    places: Dict[str, Tuple[slice, ...]] = {}
+    columns = COLUMNS[:len(batches[0])]
+
+    with _folder() as folder:
+        def given_steps(model: Any, *_args: object, **_kwargs: object) -> None:
+            network = model._train_network
+            network.set_train()
+            cut = ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
+            rows = slice(None)
+            if ms.get_auto_parallel_context("parallel_mode") == "data_parallel":
+                share = len(batches[0][0]) // workers()
+                rows = slice(rank() * share, (rank() + 1) * share)
+            if cut:
+                network.compile(*(Tensor(column) for column in batches[0]))
+            strategy = _strategy(folder) if cut else None
+            weights = [one for one in network.get_parameters() if is_weight(one.name)]
+            for parameter in weights:
+                places[parameter.name], whole = _place(strategy, parameter.name, parameter.shape)
+                value = initial_value(parameter.name, whole, seed)
+                if broken and parameter.name == BROKEN:
+                    value[0] = np.inf
+                parameter.set_data(Tensor(np.ascontiguousarray(value[places[parameter.name]]), parameter.dtype))
+            for batch in batches:
+                values = step_values(network(*(Tensor(column[rows]) for column in batch)))
+                losses.append(float(values["loss"]))
+                norms.append(float(values.get("global_norm", float("nan"))))
+                overflows.append(bool(values["overflow"]))
+            held.update({one.name: one.float().asnumpy() for one in weights})
+            raise _Done
+
+        with _instead_of_training(given_steps):
+            data = make_dataset(folder, list(columns), batches[0][0].shape[1], 2 * len(batches[0][0]))
+            run(recipe, {"run_mode": "finetune", "train_dataset.data_loader.dataset_dir": str(data),
+                         "train_dataset.num_parallel_workers": 1, "load_checkpoint": "",
+                         "output_dir": str(folder / "output"), "runner_config.sink_mode": False},
+                register_path=str(PLUGIN))
+    return TrainRun(losses, norms, held, places, overflows)
+
+
+def resume(recipe: JsonObject, records: Array) -> Tuple[Dict[str, Array], Dict[str, Array]]:
+    """See device.Device.resume."""
+    recipe = copy.deepcopy(recipe)
+    recipe["callbacks"] = [{"type": "TelechatTrainingLog"}, {
+        "type": "CheckpointMonitor", "prefix": "doctor", "save_checkpoint_steps": 1, "keep_checkpoint_max": 9,
+        "integrated_save": False, "async_save": False}]
+    results = []
+    with _folder() as folder:
+        data = write_records(folder / "records.mindrecord", records)
+        common = {"run_mode": "finetune", "train_dataset.data_loader.dataset_dir": str(data),
+                  "train_dataset.data_loader.shuffle": False, "train_dataset.num_parallel_workers": 1,
+                  "runner_config.epochs": 1, "runner_config.batch_size": 1, "runner_config.sink_mode": False,
+                  "check_free_disk": False}
+        half = folder / "whole" / "checkpoint" / "rank_0" / f"doctor_rank_0-1_{len(records) // 2}.ckpt"
+        for name, more in (("whole", {"load_checkpoint": ""}),
+                           ("resumed", {"load_checkpoint": str(half), "resume_training": True})):
+            run(copy.deepcopy(recipe), {**common, **more, "output_dir": str(folder / name)}, register_path=str(PLUGIN))
+            last = folder / name / "checkpoint" / "rank_0" / f"doctor_rank_0-1_{len(records)}.ckpt"
+            results.append({key: value.float().asnumpy() for key, value in ms.load_checkpoint(str(last)).items()
+                            if is_weight(key) or key.startswith("adam_")})
+    return results[0], results[1]
+
+
+def write_records(path: Path, records: Array) -> Path:
+    """A MindRecord file with these tokens [records, S + 1], all of which are labels."""
+    from mindspore.mindrecord import FileWriter
+    writer = FileWriter(str(path), 1, overwrite=True)
+    writer.add_schema({column: {"type": "int32", "shape": [-1]} for column in COLUMNS[:2]}, "made up")
+    writer.write_raw_data([dict.fromkeys(COLUMNS[:2], row) for row in records.astype(np.int32)])
+    writer.commit()
+    return path
