@@ -1,5 +1,5 @@
-"""Every check of single kernels, collectives and plans passes on a device that computes rightly, and fails, alone, on one
-that has its fault. The device is NumPy; the fault is what a kernel or a setting could do."""
+"""Every check of kernels, collectives and plans passes on a device that computes rightly, and fails, alone, on one that
+has its fault. The device is NumPy; the fault is what a kernel or a setting could do."""
 import numpy as np
 import pytest
 from doctor_fixtures import NumpyDevice
@@ -15,8 +15,7 @@ from research.telechat.doctor import (
     registry,
 )
 from research.telechat.doctor.attention_checks import PAD
-from research.telechat.doctor.checks import Check, Outcome, Skip, examine, examine_all
-from research.telechat.doctor.device import Cache
+from research.telechat.doctor.checks import Check, Outcome, Skip, examine, examine_all, shared
 from research.telechat.recipe.read import read_recipe, resolve_config
 
 DTYPES = NumpyDevice.dtypes
@@ -240,11 +239,20 @@ def test_errors_are_findings_and_skips_are_not_wrong():
     finding = examine(raises(RuntimeError("kernel\nof no type")), NumpyDevice())
     assert finding[1:5] == ("no error", "RuntimeError: kernel of no type", "wrong", "key: True")
     finding = examine(raises(Skip("no such card")), NumpyDevice())
-    assert finding[1:5] == ("-", "no such card", "skipped", "")
+    assert finding[1:5] == ("-", "no such card", "skipped", "key: True")
     fused = Check("check", lambda _: Outcome("1", "1", True), "", fused=True)
     cpu = NumpyDevice()
     cpu.fused = False
     assert examine(fused, NumpyDevice()).verdict == "ok" and examine(fused, cpu).verdict == "skipped"
+
+
+def test_a_card_shows_what_is_wrong_on_others():
+    findings = examine_all([*ONE[:2], raises(RuntimeError("no"))], NumpyDevice(0, 2))
+    others = {"collective": lambda *_: np.array([[0, 0, 1], [0, 1, 0]])}
+    told = shared(findings, NumpyDevice(0, 2, others))
+    assert [one.verdict for one in told] == ["ok", "wrong", "wrong"] and told[1].found.endswith("; wrong on rank 1")
+    broken = {"collective": lambda *_: np.full((2, 3), 7)}                  # says something else of this card, too
+    assert shared(findings, NumpyDevice(0, 2, broken)) == findings
 
 
 def test_words_choose_checks():

@@ -46,6 +46,7 @@ ELSEWHERE = {                     # how a command begins: the test that runs the
     "bash scripts/run_tests.sh": "tests/repository/test_scripts.py::test_run_tests_reports_lint_and_tests",
     "python scripts/transform_checkpoint.py":
         "tests/checkpoint/test_transform_checkpoint.py::test_eight_ranks_to_one_to_four",
+    "python scripts/doctor.py": "tests/doctor/test_doctor_command.py::test_a_file_to_attach_to_an_issue",
     "python scripts/serve.py": "tests/serve/test_server.py::test_answers_equal_those_of_the_model_alone",
     "pip install": "tests/repository/test_readme.py::test_command_has_known_options_and_files",
 }

@@ -10,7 +10,7 @@ __all__ = ["HF_CONFIGS", "build_model", "logits_of", "loss_and_gradients", "loss
 
 _SHORT = {"7b": "tied table", "12b": "own head", "52b": "fused projections", "telechat2_mha": "TeleChat2",
           "telechat2_gqa": "grouped heads"}
-# Official config.json keys of each family at tiny sizes. Their random weights are large enough that attention is peaked.
+# Official config.json keys of each family at tiny sizes; random weights are large enough that attention is peaked.
 HF_CONFIGS: Dict[str, Dict[str, Any]] = {name: official_configs(32, 48, 97)[key] for name, key in _SHORT.items()}
 
 

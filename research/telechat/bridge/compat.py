@@ -118,6 +118,15 @@ def peak_memory() -> float:
     return float(usage * (1 if sys.platform == "darwin" else 1024))
 
 
+def forget_context() -> None:
+    """Let the next build_context set what its recipe says: MindFormers does so once in a process."""
+    context = importlib.import_module("mindformers.core.context.build_context")
+    reset = getattr(getattr(context, "Context", None), "reset_instance", None)
+    if reset is not None:
+        reset()
+    ms.reset_auto_parallel_context()
+
+
 # MindFormers binds the barrier of `mindspore.communication.comm_func`, which has no CPU kernel, at import in these.
 _BARRIER_USERS: Tuple[str, ...] = ("mindformers.trainer.utils", "mindformers.utils.load_checkpoint_utils",
                                    "mindformers.utils.parallel_utils", "mindformers.trainer.base_trainer",
@@ -143,5 +152,6 @@ def _cpu_barrier(*_args: object, **_kwargs: object) -> None:
         ms.mint.distributed.barrier()
 
 
-__all__ = ["LayerSetting", "MindFormerModuleType", "apply_template", "chip_name", "first_import", "lazy_inline",
+__all__ = ["LayerSetting", "MindFormerModuleType", "apply_template", "chip_name", "first_import", "forget_context",
+           "lazy_inline",
            "mindformers_version", "on_cpu", "peak_memory", "plugin_class", "prepare_cpu", "set_output_path"]

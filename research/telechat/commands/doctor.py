@@ -25,7 +25,7 @@ from research.telechat.common.environment import writes
 from research.telechat.common.errors import ConfigError
 from research.telechat.doctor import report
 from research.telechat.doctor.checkpoint_checks import Transform
-from research.telechat.doctor.checks import WRONG, Check, Finding, examine_all
+from research.telechat.doctor.checks import WRONG, Check, Finding, examine_all, shared
 from research.telechat.doctor.device import Device
 from research.telechat.doctor.registry import all_checks, chosen
 
@@ -108,8 +108,17 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--timeout: expected seconds, found {args.timeout:g}")
     if args.json and writes():
         report.check_target(args.json, args.overwrite)
-    if "LOG_MF_PATH" not in os.environ:                      # where MindFormers logs
-        os.environ["LOG_MF_PATH"] = tempfile.mkdtemp(prefix="telechat-doctor-")
+    with tempfile.TemporaryDirectory(prefix="telechat-doctor-") as logs:
+        given = "LOG_MF_PATH" in os.environ                  # where MindFormers logs
+        os.environ.setdefault("LOG_MF_PATH", logs)
+        try:
+            return _examine(args)
+        finally:
+            if not given:
+                del os.environ["LOG_MF_PATH"]
+
+
+def _examine(args: argparse.Namespace) -> int:
     os.environ.setdefault("GLOG_v", "3")
     only_own_warnings()
     from research.telechat.doctor.hardware import Hardware
@@ -120,11 +129,13 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(check.name for check in checks))
         return 0
-    print(f"{device.name}, rank {device.rank} of {device.ranks}; nothing but this machine is asked")
+    print(f"{device.name}, rank {device.rank} of {device.ranks}")
     findings: List[Finding] = []
     watch = Watch(args.timeout, findings, args, device)
     try:
         examine_all(checks, device, watch.progress, findings)
+        if device.ranks > 1:
+            findings[:] = shared(findings, device)
     finally:
         watch.stop()
     show(findings, args, device, True)

@@ -6,7 +6,7 @@
     model_checks.py  small models of every family
     collective_checks.py, plan_checks.py, checkpoint_checks.py  several cards, training, checkpoints
     reference.py     the models in NumPy, from the official formulas; small_models.py their sizes and random weights
-    device.py, device_kernels.py, device_models.py, collectives.py, steps.py     the same on the device
+    device.py        what checks ask of a device; hardware.py, hardware_models.py, collectives.py and steps.py answer
     report.py        the table and the JSON
 
 Checks start without MindSpore: they ask a `Device` for what the device computes.

@@ -98,7 +98,7 @@ def _compare(device: Device, form: AttentionForm) -> Outcome:
 
 
 def _dropped(device: Device, dtype: str, dim: int) -> Outcome:
-    """With queries of 0 all probabilities of a row are equal, and with the unit matrix for values the result is them."""
+    """With queries of 0 all probabilities of a row are equal; with the unit matrix for values they are the result."""
     form = AttentionForm("dropout", dtype, 1, 4, 4, dim, dim, {"attention_dropout_prob": _SHARE})
     query = np.zeros((1, 4, dim, dim), np.float32)
     value = np.broadcast_to(np.eye(dim, dtype=np.float32), query.shape).copy()
@@ -116,8 +116,8 @@ def _dropped(device: Device, dtype: str, dim: int) -> Outcome:
         d_value).max()
     spread = 5 * (_SHARE * (1 - _SHARE) / seen.sum()) ** 0.5
     fine = values <= limit and not kept[~seen].any() and abs(share - _SHARE) < spread and backward <= limit
-    return Outcome(f"a share of {_SHARE:.3f} +- {spread:.3f}, the others times {1 / (1 - _SHARE):.3f}, the same ones in "
-                   f"the gradient, within {limit:.0e}",
+    return Outcome(f"{_SHARE:.3f} +- {spread:.3f} dropped, the others times {1 / (1 - _SHARE):.3f}, and so in the "
+                   f"gradient, within {limit:.0e}",
                    f"{share:.3f}, differs by {values:.1e}, in the gradient by {backward:.1e}", bool(fine))
 
 

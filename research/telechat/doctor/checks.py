@@ -37,7 +37,8 @@ class Check(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A check with its verdict. found: for a skipped one the reason."""
+    """A check with its verdict. found: for a skipped one the reason; avoid: what not to use where
+    it is wrong."""
 
     name: str
     expected: str
@@ -86,7 +87,7 @@ def examine(check: Check, device: Device) -> Finding:
     started = time.monotonic()
 
     def finding(expected: str, found: str, verdict: str) -> Finding:
-        return Finding(check.name, expected, found, verdict, check.avoid if verdict == WRONG else "",
+        return Finding(check.name, expected, found, verdict, check.avoid,
                        round(time.monotonic() - started, 2))
     reason = why_not(check, device.fused, device.ranks)
     if reason:
@@ -99,6 +100,27 @@ def examine(check: Check, device: Device) -> Finding:
         said = one_line(f"{type(error).__name__}: {error}")[:300]
         return finding("no error", said, WRONG)
     return finding(outcome.expected, outcome.found, OK if outcome.ok else WRONG)
+
+
+def shared(findings: Sequence[Finding], device: Device) -> List[Finding]:
+    """The findings, with those of other cards that are wrong where this one's are not.
+
+    Each card sends one number for each check; where that fails, the findings stay as they are.
+    """
+    mine = np.array([VERDICTS.index(one.verdict) for one in findings], np.float32)
+    try:
+        every = device.collective("all-gather", "float32", mine).reshape(device.ranks, len(mine))
+    except Exception:                                # the check of this collective says why
+        return list(findings)
+    if not np.array_equal(every[device.rank], mine):
+        return list(findings)
+    result = []
+    for number, one in enumerate(findings):
+        others = [str(rank) for rank in range(device.ranks) if every[rank, number] == VERDICTS.index(WRONG)]
+        if others and one.verdict != WRONG:
+            one = one._replace(found=f"{one.found}; wrong on rank {', '.join(others)}", verdict=WRONG)
+        result.append(one)
+    return result
 
 
 def examine_all(checks: Iterable[Check], device: Device, progress: Optional[Progress] = None,

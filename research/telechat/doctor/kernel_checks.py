@@ -49,7 +49,7 @@ def _dropout(device: Device, share: float) -> Outcome:
     spread = 5 * (share * (1 - share) / x.size) ** 0.5
     scaled = float(kept.mean()) if kept.size else 0.0
     fine = abs(dropped - share) < spread and kept.size and np.abs(kept * (1 - share) - 1).max() < 1e-2
-    return Outcome(f"a share of {share:.3f} +- {spread:.3f}, the others times {1 / (1 - share):.3f}",
+    return Outcome(f"{share:.3f} +- {spread:.3f} dropped, the others times {1 / (1 - share):.3f}",
                    f"{dropped:.3f}, times {scaled:.3f}", bool(fine))
 
 
@@ -77,7 +77,8 @@ def checks(dtypes: Sequence[str]) -> List[Check]:
                      f"model_config.rotary_dtype: {dtype}")
                for dtype in dict.fromkeys(("float32", *dtypes))]
     result += [Check(f"matrix product ({dtype})", lambda device, dtype=dtype: _product(device, dtype),
-                     f"model_config.compute_dtype: {dtype}") for dtype in dict.fromkeys(("float32", "bfloat16", *dtypes))]
+                     f"model_config.compute_dtype: {dtype}")
+               for dtype in dict.fromkeys(("float32", "bfloat16", *dtypes))]
     result += [Check(f"dropout of {share:g}", lambda device, share=share: _dropout(device, share),
                      "model_config.hidden_dropout_prob and embed_dropout_prob over 0") for share in _SHARES]
     return [*result, Check("overflow in gradients", _overflow, "float16 and a loss scale (runner_wrapper.scale_sense); "

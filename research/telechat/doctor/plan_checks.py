@@ -1,6 +1,7 @@
 """Training: steps of every kind of plan against one card, a step that overflows, and a training that is resumed."""
 import copy
 import zlib
+from functools import lru_cache
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
@@ -91,9 +92,14 @@ def initial_value(name: str, shape: Sequence[int], seed: int) -> Array:
     return 1 + np.float32(0.1) * value if "norm" in name else np.float32(0.06) * value
 
 
+@lru_cache(maxsize=8)
+def _recipe(name: str) -> JsonObject:
+    return read_recipe(resolve_config(name))
+
+
 def small(kind: Kind, cards: int) -> JsonObject:
     """The recipe of a kind for so many cards, small."""
-    recipe = copy.deepcopy(read_recipe(resolve_config(kind.recipe)))
+    recipe = copy.deepcopy(_recipe(kind.recipe))
     for key, value in kind.keys.items():
         set_key(recipe, key, cards if value == "N" else value)
     translate(recipe)

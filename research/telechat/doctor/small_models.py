@@ -1,4 +1,4 @@
-"""Small models of every architecture of the family: their official configs, random weights, and these in MindSpore's form."""
+"""Small models of every architecture of the family: official configs, random weights, and these in MindSpore's form."""
 from typing import Any, Dict
 
 import numpy as np

@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Tensor
 from mindspore.train.model import Model
 
-from research.telechat.ascend_sim.worker import make_dataset
+from research.telechat.bridge.compat import forget_context
 from research.telechat.checkpoint.strategy import Strategy, full_shape, read_strategy, region, strategy_files
 from research.telechat.common.environment import PLUGIN, rank, workers
 from research.telechat.common.errors import CheckpointError
@@ -33,11 +33,11 @@ class _Done(BaseException):
 def _folder() -> Iterator[Path]:
     """A folder of this rank, gone afterwards; and the parallel context as it is in a new process."""
     path = Path(tempfile.mkdtemp(prefix="telechat-doctor-"))
-    ms.reset_auto_parallel_context()
+    forget_context()
     try:
         yield path
     finally:
-        ms.reset_auto_parallel_context()
+        forget_context()
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -78,8 +78,6 @@ def train(recipe: JsonObject, batches: Sequence[Sequence[Array]], seed: int, bro
     overflows: List[bool] = []
     held: Dict[str, Array] = {}
     places: Dict[str, Tuple[slice, ...]] = {}
-    columns = COLUMNS[:len(batches[0])]
-
     with _folder() as folder:
         def given_steps(model: Any, *_args: object, **_kwargs: object) -> None:
             network = model._train_network
@@ -108,7 +106,7 @@ def train(recipe: JsonObject, batches: Sequence[Sequence[Array]], seed: int, bro
             raise _Done
 
         with _instead_of_training(given_steps):
-            data = make_dataset(folder, list(columns), batches[0][0].shape[1], 2 * len(batches[0][0]))
+            data = write_records(folder / "records.mindrecord", [np.concatenate([one, one]) for one in batches[0]])
             run(recipe, {"run_mode": "finetune", "train_dataset.data_loader.dataset_dir": str(data),
                          "train_dataset.num_parallel_workers": 1, "load_checkpoint": "",
                          "output_dir": str(folder / "output"), "runner_config.sink_mode": False},
@@ -124,7 +122,7 @@ def resume(recipe: JsonObject, records: Array) -> Tuple[Dict[str, Array], Dict[s
         "integrated_save": False, "async_save": False}]
     results = []
     with _folder() as folder:
-        data = write_records(folder / "records.mindrecord", records)
+        data = write_records(folder / "records.mindrecord", [records, records])
         common = {"run_mode": "finetune", "train_dataset.data_loader.dataset_dir": str(data),
                   "train_dataset.data_loader.shuffle": False, "train_dataset.num_parallel_workers": 1,
                   "runner_config.epochs": 1, "runner_config.batch_size": 1, "runner_config.sink_mode": False,
@@ -139,11 +137,12 @@ def resume(recipe: JsonObject, records: Array) -> Tuple[Dict[str, Array], Dict[s
     return results[0], results[1]
 
 
-def write_records(path: Path, records: Array) -> Path:
-    """A MindRecord file with these tokens [records, S + 1], all of which are labels."""
+def write_records(path: Path, columns: Sequence[Array]) -> Path:
+    """A MindRecord file of input_ids, labels and, if there are three, ends of documents, [records, ...] each."""
     from mindspore.mindrecord import FileWriter
     writer = FileWriter(str(path), 1, overwrite=True)
-    writer.add_schema({column: {"type": "int32", "shape": [-1]} for column in COLUMNS[:2]}, "made up")
-    writer.write_raw_data([dict.fromkeys(COLUMNS[:2], row) for row in records.astype(np.int32)])
+    names = COLUMNS[:len(columns)]
+    writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in names}, "made up")
+    writer.write_raw_data([dict(zip(names, row)) for row in zip(*(one.astype(np.int32) for one in columns))])
     writer.commit()
     return path
