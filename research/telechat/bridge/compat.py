@@ -118,12 +118,19 @@ def peak_memory() -> float:
     return float(usage * (1 if sys.platform == "darwin" else 1024))
 
 
+def _leave(*_args: object) -> None:
+    """Does nothing."""
+
+
 def forget_context() -> None:
-    """Let the next build_context set what its recipe says: MindFormers does so once in a process."""
+    """Let the next build_context set what its recipe says: MindFormers does so once in a process. Threads stay on the
+    cores they have, which MindSpore binds once."""
     context = importlib.import_module("mindformers.core.context.build_context")
     reset = getattr(getattr(context, "Context", None), "reset_instance", None)
     if reset is not None:
         reset()
+    if hasattr(context, "_setup_affinity"):
+        vars(context)["_setup_affinity"] = _leave
     ms.reset_auto_parallel_context()
 
 

@@ -9,6 +9,7 @@ Every number is compared with NumPy. The exit code is 1 if something is wrong; w
 (docs/doctor.md).
 """
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -123,7 +124,7 @@ def _examine(args: argparse.Namespace) -> int:
     only_own_warnings()
     from research.telechat.doctor.hardware import Hardware
     from research.telechat.run.load import quieten
-    quieten()
+    quieten(logging.ERROR)
     device = Hardware()
     checks = chosen(all_checks(device.fused, device.dtypes, TRANSFORM), args.only)
     if args.list:

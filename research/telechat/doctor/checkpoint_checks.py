@@ -48,14 +48,15 @@ def _round_trip(transform: Transform) -> Outcome:
         transform.cut(source, cut, strategy)
         files = newest_files(cut)
         side, opened = Side(read_strategy(strategy), files), open_ranks(files)
-        pieces = max(gap(read_whole(side, opened, one), value) for one, value in whole.items())
+        pieces = max(gap(read_whole(side, opened, one).view(np.float32), value) for one, value in whole.items())
         parts = [opened[rank].tensors["model.layers.0.attention.wq.weight"].shape for rank in opened]
         for checkpoint in opened.values():
             checkpoint.close()
         transform.merge(cut, merged, strategy)
         files = newest_files(merged)
         opened = open_ranks(files)
-        again = max(gap(read_whole(Side(None, files), opened, one), value) for one, value in whole.items())
+        again = max(gap(read_whole(Side(None, files), opened, one).view(np.float32), value)
+                    for one, value in whole.items())
         for checkpoint in opened.values():
             checkpoint.close()
     fine = pieces == again == 0 and parts == [(8, 8)] * 4

@@ -4,6 +4,7 @@ Everything is what run_mindformer.py does, up to the training loop; for given ba
 """
 import contextlib
 import copy
+import io
 import shutil
 import tempfile
 from pathlib import Path
@@ -42,11 +43,19 @@ def _folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the recipe that MindFormers prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
 def _instead_of_training(loop: Any) -> Iterator[None]:
     kept = Model.train
     Model.train = loop
     try:
-        yield
+        with _quiet():
+            yield
     except _Done:
         pass
     finally:
@@ -127,10 +136,13 @@ def resume(recipe: JsonObject, records: Array) -> Tuple[Dict[str, Array], Dict[s
                   "train_dataset.data_loader.shuffle": False, "train_dataset.num_parallel_workers": 1,
                   "runner_config.epochs": 1, "runner_config.batch_size": 1, "runner_config.sink_mode": False,
                   "check_free_disk": False}
-        half = folder / "whole" / "checkpoint" / "rank_0" / f"doctor_rank_0-1_{len(records) // 2}.ckpt"
-        for name, more in (("whole", {"load_checkpoint": ""}),
-                           ("resumed", {"load_checkpoint": str(half), "resume_training": True})):
-            run(copy.deepcopy(recipe), {**common, **more, "output_dir": str(folder / name)}, register_path=str(PLUGIN))
+        half = {"load_checkpoint": str(folder / "whole" / "checkpoint"),
+                "resume_training": f"doctor_rank_0-1_{len(records) // 2}.ckpt"}
+        for name, more in (("whole", {"load_checkpoint": ""}), ("resumed", half)):
+            forget_context()
+            with _quiet():
+                run(copy.deepcopy(recipe), {**common, **more, "output_dir": str(folder / name)},
+                    register_path=str(PLUGIN))
             last = folder / name / "checkpoint" / "rank_0" / f"doctor_rank_0-1_{len(records)}.ckpt"
             results.append({key: value.float().asnumpy() for key, value in ms.load_checkpoint(str(last)).items()
                             if is_weight(key) or key.startswith("adam_")})

@@ -74,8 +74,8 @@ def load_model(config: MindFormerConfig) -> TelechatForCausalLM:
     return model
 
 
-def quieten() -> None:
-    """MindFormers shows warnings only; its log files keep everything."""
+def quieten(level: int = logging.WARNING) -> None:
+    """MindFormers shows warnings only, or from another level; its log files keep everything."""
     for handler in get_logger().handlers:
         if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.WARNING)
+            handler.setLevel(level)
