@@ -1,5 +1,5 @@
 """Attention in every form that recipes use: layouts, masks, grouped heads, dropout, and the band of ring attention."""
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
@@ -131,8 +131,8 @@ def _flat(device: Device, dtype: str, dim: int) -> Outcome:
     for length in lengths:
         mine = slice(start, start + length)
         causal = np.triu(np.ones((length, length), bool), 1)
-        parts = (np.swapaxes(x[mine], 0, 1)[None].astype(np.float64) for x in (q, k, v))
-        expected.append(np.swapaxes(attention.forward(*parts, causal, dim ** -0.5)[2][0], 0, 1))
+        one, two, three = (np.swapaxes(x[mine], 0, 1)[None].astype(np.float64) for x in (q, k, v))
+        expected.append(np.swapaxes(attention.forward(one, two, three, causal, dim ** -0.5)[2][0], 0, 1))
         start += length
     return within([(found, np.concatenate(expected))], LIMITS[dtype])
 
@@ -145,14 +145,13 @@ def _band(device: Device) -> Outcome:
 
 def checks(dtypes: Sequence[str], sizes: Sizes) -> List[Check]:
     """All of attention."""
-    def compare(form: AttentionForm) -> Check:
-        return Check(f"attention, {form.name} ({form.dtype})", lambda device: _compare(device, form), "")
-    result = [compare(form)._replace(avoid=avoid) for form, avoid in forms(dtypes, sizes)]
+    result = [Check(f"attention, {form.name} ({form.dtype})", partial(_compare, form=form), avoid)
+              for form, avoid in forms(dtypes, sizes)]
     main = dtypes[0]
     return [*result,
-            Check(f"attention, dropout ({main})", lambda device: _dropped(device, main, sizes.dim),
+            Check(f"attention, dropout ({main})", partial(_dropped, dtype=main, dim=sizes.dim),
                   "model_config.attention_dropout_prob over 0"),
-            Check(f"attention, prompts back to back ({main})", lambda device: _flat(device, main, sizes.dim),
+            Check(f"attention, prompts back to back ({main})", partial(_flat, dtype=main, dim=sizes.dim),
                   "model_config.is_dynamic: True", fused=True),
             Check("attention, a band of no width", _band,
                   "model_config.use_ring_attention: True (parallel_config.context_parallel_algo: ulysses_cp instead)",

@@ -1,4 +1,5 @@
 """The paged cache of keys and values: writing into blocks, and attention over them."""
+from functools import partial
 from typing import List, Sequence, Tuple
 
 import numpy as np
@@ -48,8 +49,8 @@ def checks(dtypes: Sequence[str], dim: int) -> List[Check]:
     """All of the cache."""
     result: List[Check] = []
     for dtype in dtypes:
-        result += [Check(f"cache, writing ({dtype})", lambda device, dtype=dtype: _storing(device, dtype, dim),
-                         f"model_config.use_past: True with compute_dtype: {dtype}"),
-                   Check(f"cache, paged attention ({dtype})", lambda device, dtype=dtype: _attending(
-                       device, dtype, dim), f"model_config.use_past: True with compute_dtype: {dtype}", fused=True)]
+        avoid = f"model_config.use_past: True with compute_dtype: {dtype}"
+        result += [Check(f"cache, writing ({dtype})", partial(_storing, dtype=dtype, dim=dim), avoid),
+                   Check(f"cache, paged attention ({dtype})", partial(_attending, dtype=dtype, dim=dim), avoid,
+                         fused=True)]
     return result

@@ -1,4 +1,5 @@
 """Each collective over all ranks, on numbers small enough that every type adds them exactly."""
+from functools import partial
 from typing import Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
@@ -48,6 +49,6 @@ def _collective(device: Device, name: str, dtype: str) -> Outcome:
 
 def checks(dtypes: Sequence[str]) -> List[Check]:
     """All of them; float32 too, in which gradients travel."""
-    return [Check(f"collective, {name} ({dtype})", lambda device, name=name, dtype=dtype: _collective(
-        device, name, dtype), avoid, cards=2)
+    return [Check(f"collective, {name} ({dtype})", partial(_collective, name=name, dtype=dtype), avoid,
+                  cards=2)
         for dtype in dict.fromkeys(("float32", dtypes[0])) for name, (_, avoid) in EXPECTED.items()]

@@ -72,7 +72,7 @@ class Device(Protocol):
     ranks: int
 
     def attention(self, form: AttentionForm, qkv: Sequence[Array], dy: Array, tokens: Array, ends: Array
-                  ) -> Tuple[Array, Array, Array, Array]:
+                  ) -> Tuple[Array, ...]:
         """Result [B, N, S, D] and the gradients of query, key and value. tokens: [B, S], 3 is padding; ends: [B, K] of
         documents."""
 
@@ -82,7 +82,7 @@ class Device(Protocol):
     def band_sees_keys(self) -> bool:
         """Whether flash attention sees a key in a band of no width (sparse mode 4, both windows 0)."""
 
-    def rms_norm(self, dtype: str, eps: float, x: Array, weight: Array, dy: Array) -> Tuple[Array, Array, Array]:
+    def rms_norm(self, dtype: str, eps: float, x: Array, weight: Array, dy: Array) -> Tuple[Array, ...]:
         """Result and the gradients of x and weight."""
 
     def rotate(self, dtype: str, x: Array, cos: Array, sin: Array) -> Array:

@@ -1,4 +1,5 @@
 """Norm, rotation, matrix products, dropout and the search for overflow."""
+from functools import partial
 from typing import List, Sequence
 
 import numpy as np
@@ -18,7 +19,7 @@ def _norm(device: Device, dtype: str, eps: float, size: float) -> Outcome:
     rng = np.random.default_rng(1)
     x, dy = (rounded(rng.normal(size=(64, 512)), dtype) for _ in range(2))
     x, weight = rounded(size * x, dtype), rounded(1 + 0.2 * rng.normal(size=512), dtype)
-    y, inverse = norm.rms_norm(_NODE, *(value.astype(np.float64) for value in (x, weight)), eps)
+    y, inverse = norm.rms_norm(_NODE, x.astype(np.float64), weight.astype(np.float64), eps)
     dx, dweight = norm.rms_norm_grad(_NODE, dy, x, inverse, weight)
     found = device.rms_norm(dtype, eps, x, weight, dy)
     return within(list(zip(found, (y, dx, dweight))), LIMITS[dtype], "result and gradients")
@@ -68,18 +69,17 @@ def _overflow(device: Device) -> Outcome:
 
 def checks(dtypes: Sequence[str]) -> List[Check]:
     """All of this file. The norm is computed in layernorm_compute_type, float32 in all recipes."""
-    result = [Check(f"RMS norm, {words} (float32)", lambda device, eps=eps, size=size: _norm(
-        device, "float32", eps, size), "model_config.layernorm_compute_type: float32")
-        for words, eps, size in (("epsilon 1e-5", 1e-5, 1.0), ("epsilon 1e-6, small numbers", 1e-6, 1e-3))]
-    result += [Check(f"RMS norm ({dtype})", lambda device, dtype=dtype: _norm(device, dtype, 1e-5, 1.0),
+    result = [Check(f"RMS norm, {words} (float32)", partial(_norm, dtype="float32", eps=eps, size=size),
+                    "model_config.layernorm_compute_type: float32")
+              for words, eps, size in (("epsilon 1e-5", 1e-5, 1.0), ("epsilon 1e-6, small numbers", 1e-6, 1e-3))]
+    result += [Check(f"RMS norm ({dtype})", partial(_norm, dtype=dtype, eps=1e-5, size=1.0),
                      f"model_config.layernorm_compute_type: {dtype}") for dtype in dtypes if dtype != "float32"]
-    result += [Check(f"rotary embedding ({dtype})", lambda device, dtype=dtype: _rotation(device, dtype),
-                     f"model_config.rotary_dtype: {dtype}")
-               for dtype in dict.fromkeys(("float32", *dtypes))]
-    result += [Check(f"matrix product ({dtype})", lambda device, dtype=dtype: _product(device, dtype),
+    result += [Check(f"rotary embedding ({dtype})", partial(_rotation, dtype=dtype),
+                     f"model_config.rotary_dtype: {dtype}") for dtype in dict.fromkeys(("float32", *dtypes))]
+    result += [Check(f"matrix product ({dtype})", partial(_product, dtype=dtype),
                      f"model_config.compute_dtype: {dtype}")
                for dtype in dict.fromkeys(("float32", "bfloat16", *dtypes))]
-    result += [Check(f"dropout of {share:g}", lambda device, share=share: _dropout(device, share),
+    result += [Check(f"dropout of {share:g}", partial(_dropout, share=share),
                      "model_config.hidden_dropout_prob and embed_dropout_prob over 0") for share in _SHARES]
     return [*result, Check("overflow in gradients", _overflow, "float16 and a loss scale (runner_wrapper.scale_sense); "
                            "a step with infinite gradients would not be left out")]

@@ -1,7 +1,7 @@
 """Training: steps of every kind of plan against one card, a step that overflows, and a training that is resumed."""
 import copy
 import zlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
@@ -213,8 +213,8 @@ def checks(fused: bool) -> List[Check]:
     """Plans of several cards, and a step of one."""
     wholes = _Wholes()
     kinds = KINDS if fused else (ON_CPU,)
-    return [Check("training, a step that overflows", lambda device: _overflow(device, fused),
+    return [Check("training, a step that overflows", partial(_overflow, fused=fused),
                   "float16 and a loss scale: steps with infinite gradients would spoil the weights"),
-            Check("training, resumed", lambda device: _resumed(device, fused), "resume_training: True"),
-            *(Check(f"plan, {kind.name}", lambda device, kind=kind: _plan(device, kind, wholes, fused), kind.avoid,
+            Check("training, resumed", partial(_resumed, fused=fused), "resume_training: True"),
+            *(Check(f"plan, {kind.name}", partial(_plan, kind=kind, wholes=wholes, fused=fused), kind.avoid,
                     cards=2) for kind in kinds)]
