@@ -7,7 +7,8 @@ import statistics
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from types import MappingProxyType
+from typing import Any, Dict, List, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -16,6 +17,7 @@ from published import published_section
 
 from research.telechat.common.environment import cores
 
+NOT_RUN = "not run"
 # Heads of the tables: what is measured, its figure, the limit measured in the same run, how they compare.
 HEADS = {
     "preprocessing": ["data", "the command (median)", "limit: the bare tokenizer, one thread", "times the limit"],
@@ -30,10 +32,20 @@ HEADS = {
                        "limit: AdamW in float64", "fall of the loss, of that in float32"],
     "generation": ["sequences at once", "decoding (median), first token", "limit: reading weights and cache",
                    "share of the limit"],
+    "large_generation": ["sequences at once", "decoding (median), first token", "limit: reading weights and cache",
+                         "share of the limit"],
+    "beside_llama": ["what", "this project (median)", "LlamaForCausalLM (median)", "times as fast (lowest, highest)"],
+    "serving": ["requests", "tokens/s, first token (median)", "between tokens: median, 99th percentile",
+                "tokens/s, times one by one"],
+    "streams": ["rounds of", "read to the end, left on the way", "lost, blocks of the cache not given back",
+                "memory after the second round, at the end"],
     "planner": ["quantity", "compiled", "reference: the planner's arithmetic", "planner against compiled"],
 }
 _TARGETS = {"preprocessing": "Target: at most 3 times.", "conversion": "Target: at most 3 times, and at most 1.5 GB of "
-            "memory above the largest tensor.", "compile": "Target: 64 layers in at most 3 times the time of 8."}
+            "memory above the largest tensor.", "compile": "Target: 64 layers in at most 3 times the time of 8.",
+            "beside_llama": "Target: 1.3 times in decoding, 1.2 in reading prompts and in training; decoding of 16 "
+            "sequences grows by at most 10 % over 256 tokens.",
+            "large_generation": "Target: 60 % of the limit.", "streams": "Target: nothing lost, nothing kept."}
 
 
 def preprocessing_rows(figures: Any) -> List[List[str]]:
@@ -101,6 +113,40 @@ def generation_rows(figures: Any) -> List[List[str]]:
     return rows
 
 
+def beside_llama_rows(figures: Any) -> List[List[str]]:
+    """Lines of the output of beside_llama.py."""
+    rows = []
+    for row in figures["rows"]:
+        times = f"{row['ratio']:.2f} ({row['lowest_ratio']:.2f}, {row['highest_ratio']:.2f})"
+        if row["task"] == "decode":
+            what = f"decoding, {row['batch']} at once, {row['new']} tokens"
+            sides = [f"{row[side]:,.0f} tokens/s, last quarter {row[growth]:.2f} times as slow as the first"
+                     for side, growth in (("ours", "growth"), ("theirs", "growth_of_theirs"))]
+        else:
+            names = {"prefill": "first token of a prompt", "train": "training step"}
+            what = f"{names[row['task']]}, {row['batch']} x {row['prompt']:,} tokens"
+            sides = [f"{row[side] * 1e3:.0f} ms" for side in ("ours", "theirs")]
+        rows.append([what, *sides, times])
+    return rows
+
+
+def serving_rows(figures: Any) -> List[List[str]]:
+    """Lines of the output of serve.py."""
+    results = figures["results"]
+    return [[row["name"], f"{row['tokens_per_second']:,.0f}, {row['first_token_median'] * 1e3:.0f} ms",
+             f"{row['between_median'] * 1e3:.1f} ms, {row['between_p99'] * 1e3:.1f} ms",
+             f"{row['tokens_per_second'] / results[0]['tokens_per_second']:.2f}"] for row in results]
+
+
+def streams_rows(figures: Any) -> List[List[str]]:
+    """The line of the output of serve_streams.py."""
+    rows = figures["rows"]
+    read, left, lost = (sum(row[key] for row in rows) for key in ("read", "left", "lost"))
+    memory = [f"{row['megabytes']:,} MB" for row in (rows[:2][-1], rows[-1]) if "megabytes" in row]
+    return [[f"{figures['streams']} streams, {len(rows)} rounds", f"{read:,}, {left:,}",
+             f"{lost}, {rows[-1]['blocks']:g}", ", ".join(memory) or "-"]]
+
+
 def planner_rows(figures: Any) -> List[List[str]]:
     """Lines of the output of plan.py --compile."""
     compiled, rank = figures["compiled"], figures["rank"]
@@ -153,13 +199,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def step_text(name: str, result: Dict[str, Any]) -> str:
-    """One benchmark's table, or its error as the only line of it."""
-    rows = result.get("rows") or [[f"FAILED: {result.get('error', 'no figures')}".replace("|", "/"), "-", "-", "-"]]
+    """One benchmark's table; its error, or that it has not been run, as the only line of it."""
+    fault = "not measured yet" if result.get("error") == NOT_RUN else f"FAILED: {result.get('error', 'no figures')}"
+    rows = result.get("rows") or [[fault.replace("|", "/"), "-", "-", "-"]]
     return table(HEADS[name], rows)
 
 
-def page(results: Dict[str, Any], described: Dict[str, str]) -> str:
-    """The whole page. results: benchmark -> what run_all.run_step gives; one that is missing is shown as not run."""
+def page(results: Dict[str, Any], described: Dict[str, str], titles: Mapping[str, str] = MappingProxyType({}),
+         commands: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The whole page. results: benchmark -> what run_all.run_step gives; one that is missing is shown as not measured,
+    with its title and command."""
     parts = ["""# Benchmarks
 
 Written by `python benchmarks/run_all.py --write docs/benchmarks.md`; do not edit it by hand. Everything measured was
@@ -172,7 +221,8 @@ the median of several runs, and stands beside a limit that was measured in the s
     if any(result.get("quick") for result in results.values()):
         parts.append("**A quick run with tiny sizes: its figures mean nothing.**")
     for name in HEADS:
-        result = results.get(name, {"title": name.capitalize(), "error": "not run"})
+        result = results.get(name) or {"title": titles.get(name, name.capitalize()), "error": NOT_RUN,
+                                       **({"command": commands[name]} if name in commands else {})}
         facts = [f"`{result['command']}`" if "command" in result else "", _TARGETS.get(name, ""),
                  result.get("note", ""),
                  f"{result['date']}, {result['seconds']} s in all"

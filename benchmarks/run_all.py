@@ -49,6 +49,9 @@ _SEVEN = "research/telechat/finetune_telechat_7b.yaml"
 _TINY = [word for key, size in (("hidden_size", 256), ("num_heads", 8), ("intermediate_size", 512),
                                 ("vocab_size", 4096), ("seq_length", 128))
          for word in (f"--model.model_config.{key}", str(size))]
+_LARGE = ["--batch", "1", "--new", "64", "--hidden", "1024", "--layers", "8", "--heads", "16", "--ffn", "2816"]
+_SMALL = ["--hidden", "64", "--layers", "1", "--heads", "4", "--ffn", "128", "--vocab", "512", "--context", "64"]
+_STREAMS = ["benchmarks/serve_streams.py", "--start", "--tokenizer", "{tokenizer}"]
 STEPS = (
     Step("preprocessing", "Preprocessing: made-up conversations to MindRecord", [*_PREPROCESS, "--repeat", "40"],
          [*_PREPROCESS, "--repeat", "1", "--rounds", "1", "--max_length", "256", "--num_workers", "1"],
@@ -71,8 +74,17 @@ STEPS = (
          ["benchmarks/master_weights.py", "--steps", "20", "--size", "64", "--tune", "5", "--learn", "5"],
          page.master_weights_rows),
     Step("generation", "Generation with the KV cache", ["benchmarks/generate.py"],
-         ["benchmarks/generate.py", "--batch", "1", "--new", "8", "--repeat", "1", "--hidden", "64", "--layers", "1",
-          "--heads", "4", "--ffn", "128", "--vocab", "512", "--context", "64"], page.generation_rows),
+         ["benchmarks/generate.py", "--batch", "1", "--new", "8", "--repeat", "1", *_SMALL], page.generation_rows),
+    Step("large_generation", "Generation with weights beyond the caches", ["benchmarks/generate.py", *_LARGE],
+         ["benchmarks/generate.py", "--batch", "1", "--new", "8", "--repeat", "1", *_SMALL], page.generation_rows),
+    Step("beside_llama", "Beside transformers' LlamaForCausalLM, on the same weights", ["benchmarks/beside_llama.py"],
+         ["benchmarks/beside_llama.py", "--batch", "1", "--new", "8", "--rounds", "1", "--prompt", "8", "--prefill",
+          "40", "--train", "1", "16", *_SMALL], page.beside_llama_rows),
+    Step("serving", "Many requests at a time, without HTTP", ["benchmarks/serve.py"],
+         ["benchmarks/serve.py", "--requests", "4", "--clients", "2", "--prompt", "8", "--new", "8", "--slots", "4",
+          "--buckets", "4", *_SMALL], page.serving_rows),
+    Step("streams", "Streams of a server, half of which their clients leave",
+         [*_STREAMS, "--seconds", "300"], [*_STREAMS, "--seconds", "1", "--streams", "4"], page.streams_rows),
     Step("planner", "Two layers of the 7B recipe compiled for one Ascend card of eight, by a simulated runtime",
          ["scripts/plan.py", "--config", _SEVEN, "--layers", "2", "--compile"],
          ["scripts/plan.py", "--config", _SEVEN, "--layers", "1", "--compile", *_TINY], page.planner_rows),
@@ -200,8 +212,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         for step in () if args.render else STEPS:
             if step.name not in args.only:
                 continue
-            if step.name == "preprocessing":
+            if "{tokenizer}" in step.command and not places["tokenizer"]:
                 places["tokenizer"] = str(args.tokenizer or make_tokenizer(work))
+            if step.name == "preprocessing":
                 make_conversations(work / "conversations.jsonl", 100 if args.quick else 1000)
             print(f"== {step.name}", flush=True)
             results[step.name] = run_step(step, args.quick, places, work)
@@ -210,7 +223,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             print(page.step_text(step.name, results[step.name]), flush=True)
             write(store, json.dumps({"machine": page.machine(), **results}, indent=1) + "\n")
     if args.write:
-        write(args.write, page.page(results, page.machine()))
+        write(args.write, page.page(results, page.machine(), {step.name: step.title for step in STEPS},
+                                    {step.name: " ".join(["python", *step.command]) for step in STEPS}))
     failed = [name for name in names if "rows" not in results.get(name, {})]
     if failed:
         print(f"error: without figures: {', '.join(failed)}", file=sys.stderr)
