@@ -126,10 +126,10 @@ def started_server(tokenizer: str, queue: int, seconds: float = 300) -> Iterator
 
 def _answers(port: int) -> bool:
     try:
-        figures(port)
-    except OSError:
+        with urllib.request.urlopen(f"http://localhost:{port}/ready", timeout=60):
+            return True
+    except OSError:                          # an answer other than 200, too
         return False
-    return True
 
 
 def rounds(port: int, pid: Optional[int], seconds: float, at_once: int) -> Tuple[List[Dict[str, Any]], bool]:
