@@ -12,6 +12,7 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.evaluation import report, tasks
 from research.telechat.evaluation.answers import Answer, read_settings
 from research.telechat.evaluation.batches import Scored, bucket_of, fit, rolling_windows, score_batches
+from research.telechat.evaluation.data import find_files
 from research.telechat.text.vocab import Vocab
 
 IGNORED = -100
@@ -125,9 +126,9 @@ class TestData:
         for file in files:
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / file).touch()
-        assert tasks.find_files(tmp_path, name) == {
+        assert find_files(tmp_path, name) == {
             "test": [str(tmp_path / files[0])], "dev": [str(tmp_path / files[1])]}
-        assert tasks.find_files(tmp_path / "none", name) == {}
+        assert find_files(tmp_path / "none", name) == {}
 
     def test_near_names(self):
         known = ["ceval-valid", "ceval-valid_law", "gsm8k", "gsm8k_cot", "uleval", "mmlu"]

@@ -13,8 +13,9 @@ import os
 import random
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
+from research.telechat.commands.evaluate_card import AtHand, at_hand, leave_out_scored, run_judged, stores
 from research.telechat.common.command import run_command
 from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError
@@ -22,9 +23,14 @@ from research.telechat.common.files import JsonObject, prepare_log, read_json_ob
 from research.telechat.common.lock import output_lock
 from research.telechat.common.printable import printable
 from research.telechat.common.versions import fitting_versions
+from research.telechat.evaluation.answers import DEFAULT_THINKING
+from research.telechat.evaluation.card import CardRow, card_rows, card_table, draw_card, published_for
+from research.telechat.evaluation.judged import read_bench
+from research.telechat.evaluation.needs import check_programs, check_reasoning
 from research.telechat.evaluation.report import (
     Row,
     draw_bars,
+    judged_table,
     result_rows,
     result_table,
     samples_path,
@@ -36,6 +42,7 @@ from research.telechat.recipe.options import overrides_of, parse_further, str2bo
 from research.telechat.recipe.read import check_overrides, read_recipe, resolve_config
 
 if TYPE_CHECKING:
+    from research.telechat.evaluation.harness import TelechatLM
     from research.telechat.telechat import TelechatForCausalLM
     from research.telechat.telechat_tokenizer import TelechatTokenizer
 
@@ -53,6 +60,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", default="", help="tokenizer.model, tokenizer.json or the folder that holds it; default: that "
                                         "of the recipe")
     add("--tasks", default="", help="names of tasks, separated by commas, e.g. ceval-valid,cmmlu,mmlu,gsm8k,bbh")
+    add("--card", action="store_true", help="instead of tasks: the benchmarks of the model card that are at hand, "
+                                            "beside the published figures of the recipe's model")
+    add("--judge", default="", help="instead of tasks: alignbench, mt_bench or both, rated by the model at --judge_url")
+    add("--judge_url", default="", help="of a server with OpenAI's chat API, e.g. http://host:8000/v1; its key comes "
+                                        "from TELECHAT_JUDGE_KEY or OPENAI_API_KEY")
+    add("--judge_model", default="gpt-4", help="name of the judge's model there")
+    add("--judge_parallel", type=int, default=4, help="judgments asked for at a time")
     add("--perplexity", default="", help="instead of tasks: .jsonl (text, content or data of each record) or .txt")
     add("--num_fewshot", type=int, help="solved examples in front of each question; default: the task's own")
     add("--limit", type=float, help="questions of each task; under 1: the share of them")
@@ -60,8 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--include_path", help="folder with task files (YAML) of your own")
     add("--data", help="folder with data sets as files, used instead of the hub")
     add("--data_only", action="store_true", help="load the data of the tasks, count the questions, and stop")
+    add("--allow_code_execution", action="store_true", help="run the programs that the model writes (HumanEval, MBPP), "
+                                                            "in isolation; see docs/evaluation.md")
     add("--apply_chat_template", action="store_true", help="ask as in a chat, with the markers of the model's family")
     add("--system", help="system prompt, with --apply_chat_template")
+    add("--thinking_tokens", type=int, default=DEFAULT_THINKING, help="for the reasoning before each answer, of models "
+                                                                      "that reason; it is not scored")
     add("--seed", type=int, default=1234, help="of the choice of examples, and of sampling")
     add("--output", default="output/evaluation.json", help="report; the chart gets the same name with .png")
     add("--overwrite", action="store_true", help="replace --output and what lies beside it even if not of this command")
@@ -75,18 +93,26 @@ def build_parser() -> argparse.ArgumentParser:
 def check(args: argparse.Namespace) -> List[str]:
     """The names of the tasks. Raises ConfigError for what can be told from the command line alone."""
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    if bool(names) == bool(args.perplexity):
-        raise ConfigError("give either --tasks NAME,NAME or --perplexity FILE"
+    if sum(map(bool, (names, args.perplexity, args.card, args.judge))) != 1:
+        raise ConfigError("give either --tasks NAME,NAME or --perplexity FILE or --card or --judge NAME"
                           + ("" if names else "; tasks are, for example, ceval-valid, cmmlu, mmlu, gsm8k and bbh"))
+    if args.judge and not args.judge_url:
+        raise ConfigError("--judge needs --judge_url, the server of the model that rates the answers")
+    if args.judge_parallel < 1:
+        raise ConfigError(f"--judge_parallel: expected a whole number over 0, found {args.judge_parallel}")
+    if args.card and args.num_fewshot is not None:
+        raise ConfigError("--card sets the number of examples of each benchmark; leave --num_fewshot out")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise ConfigError(f"--num_fewshot: expected 0 or more, found {args.num_fewshot}")
     if args.limit is not None and args.limit <= 0:
         raise ConfigError(f"--limit: expected a number over 0, found {args.limit:g}")
     if args.batch_size < 1:
         raise ConfigError(f"--batch_size: expected a whole number over 0, found {args.batch_size}")
+    if args.thinking_tokens < 1:
+        raise ConfigError(f"--thinking_tokens: expected a whole number over 0, found {args.thinking_tokens}")
     if not 0 <= args.seed < 2 ** 31:
         raise ConfigError(f"--seed: expected a whole number from 0 to 2^31 - 1, found {args.seed}")
-    if args.system and not args.apply_chat_template:
+    if args.system and not args.apply_chat_template and not args.judge:
         raise ConfigError("--system needs --apply_chat_template: without it there is no place for a system prompt")
     output = Path(args.output)
     if output.is_dir() or output.suffix != ".json":
@@ -144,8 +170,8 @@ def _text(path: Path, number: int, line: str) -> str:
     return values[0]
 
 
-def open_model(args: argparse.Namespace, rest: List[str]) -> Any:
-    """(model, tokenizer, complete recipe). Raises ConfigError."""
+def open_model(args: argparse.Namespace, rest: List[str], found: AtHand) -> Any:
+    """(model, tokenizer, complete recipe). Raises ConfigError, also for tasks that the model cannot be asked."""
     options = ["use_parallel", "auto_trans_ckpt", "output_dir", *(["load_checkpoint"] if args.load_checkpoint else [])]
     overrides = {**overrides_of(args, options), **parse_further(rest)}
     check_overrides(read_recipe(resolve_config(args.config)), overrides)
@@ -154,16 +180,22 @@ def open_model(args: argparse.Namespace, rest: List[str]) -> Any:
         from research.telechat.run.load import load_model, prepare_prediction, quieten
     config, tokenizer = prepare_prediction(args.config, overrides, args.tokenizer)
     quieten()
+    from research.telechat.run.preflight import model_config
+    from research.telechat.text.renderer import choose_template
+    template = choose_template(tokenizer.vocab, model_config(config).chat_template)
+    if args.apply_chat_template and template.think_start is not None:
+        if args.card:
+            leave_out_scored(found)
+        elif found.loaded:
+            check_reasoning(found.loaded)
     return load_model(config), tokenizer, config
 
 
-def run_tasks(model: "TelechatForCausalLM", tokenizer: "TelechatTokenizer", loaded: JsonObject,
-              args: argparse.Namespace, first: bool) -> JsonObject:
-    """The harness's result, with `notes`: what had to be cut."""
+def run_tasks(lm: "TelechatLM", loaded: JsonObject, args: argparse.Namespace, first: bool, programs: bool
+              ) -> JsonObject:
+    """The harness's result. programs: tasks run generated programs, in isolation."""
     import numpy as np
     from lm_eval.evaluator import evaluate
-
-    from research.telechat.evaluation.harness import TelechatLM
     kept = set_shots(loaded, args.num_fewshot, args.seed)
     if kept and first:
         print(f"--num_fewshot does not apply to {len(kept)} tasks that bring their own examples: {', '.join(kept[:5])}"
@@ -171,12 +203,12 @@ def run_tasks(model: "TelechatForCausalLM", tokenizer: "TelechatTokenizer", load
     random.seed(args.seed)
     np.random.seed(args.seed)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")      # bootstrapping in forked processes would hang beside MindSpore
-    lm = TelechatLM(model, tokenizer, args.batch_size, args.seed, progress=first)
     limit = int(args.limit) if args.limit is not None and args.limit >= 1 else args.limit
-    result = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=args.samples, bootstrap_iters=1000,
-                      system_instruction=args.system, apply_chat_template=args.apply_chat_template,
-                      fewshot_as_multiturn=args.apply_chat_template)
-    return {**result, "notes": dict(lm.counts), "chat_template": lm.chat_template(args.apply_chat_template)}
+    result: JsonObject = evaluate(
+        lm=lm, task_dict=loaded, limit=limit, log_samples=args.samples, bootstrap_iters=1000,
+        system_instruction=args.system, apply_chat_template=args.apply_chat_template,
+        fewshot_as_multiturn=args.apply_chat_template, confirm_run_unsafe_code=programs)
+    return {**result, "chat_template": lm.chat_template(args.apply_chat_template)}
 
 
 def run_perplexity(model: "TelechatForCausalLM", tokenizer: "TelechatTokenizer", texts: List[str],
@@ -188,58 +220,95 @@ def run_perplexity(model: "TelechatForCausalLM", tokenizer: "TelechatTokenizer",
     return perplexity(Scorer(model, args.batch_size, first), tokenizer.vocab, texts, prefix).as_dict()
 
 
+def prepare(args: argparse.Namespace, names: List[str]) -> AtHand:
+    """Tasks and judged benchmarks with their data. Raises ConfigError for everything that is missing."""
+    if args.card:
+        print(f"loading the benchmarks of the model card with lm-evaluation-harness {harness_version()}", flush=True)
+        return at_hand(args)
+    if args.judge:
+        return AtHand({}, [read_bench(name.strip(), args.data) for name in args.judge.split(",")])
+    if not names:
+        return AtHand({}, [])
+    print(f"loading {', '.join(names)} with lm-evaluation-harness {harness_version()}", flush=True)
+    loaded = load_tasks(names, args.include_path, args.data)
+    return AtHand(loaded, [], programs=not args.data_only and check_programs(loaded, args.allow_code_execution))
+
+
+def measure(args: argparse.Namespace, found: AtHand, kept: Any, opened: Any, report: JsonObject, first: bool
+            ) -> Tuple[JsonObject, Dict[str, JsonObject]]:
+    """(result of the harness, outcomes of the judged benchmarks by name); `notes` of the report: what had to be cut."""
+    with fitting_versions():
+        from research.telechat.evaluation.harness import TelechatLM
+    model, tokenizer, _ = opened
+    lm = TelechatLM(model, tokenizer, args.batch_size, args.seed, first, args.thinking_tokens)
+    result = run_tasks(lm, found.loaded, args, first, found.programs) if found.loaded else {}
+    identity = {key: report[key] for key in ("checkpoint", "tokenizer_sha256", "seq_length", "seed", "thinking_tokens")}
+    judged = run_judged(lm, found.benches, kept, args, identity, first) if found.benches else {}
+    report["notes"] = dict(lm.counts)
+    return result, judged
+
+
 def run(args: argparse.Namespace, rest: List[str]) -> int:
     """Evaluate; returns the exit code. Raises ConfigError."""
-    names = check(args)
+    names, output = check(args), Path(args.output)
     texts = read_texts(Path(args.perplexity)) if args.perplexity else []
-    loaded: JsonObject = {}
-    if names:
-        print(f"loading {', '.join(names)} with lm-evaluation-harness {harness_version()}", flush=True)
-        loaded = load_tasks(names, args.include_path, args.data)
+    found = prepare(args, names)
     if args.data_only:
-        for name, count in count_documents(loaded).items():
+        for name, count in [*count_documents(found.loaded).items(),
+                            *((bench.name, len(bench.questions)) for bench in found.benches)]:
             print(f"{name}: {count} questions")
         return 0
+    kept = stores(output) if found.benches else None
     started = time.time()
-    model, tokenizer, config = open_model(args, rest)
+    model, tokenizer, config = opened = open_model(args, rest, found)
     first = rank() == 0
     report: JsonObject = {
         "recipe": args.config, "changes": rest, "checkpoint": str(config.load_checkpoint),
-        "tokenizer": str(tokenizer.vocab.path), "tokenizer_sha256": tokenizer.vocab.fingerprint, "tasks": names,
-        "seq_length": model.config.seq_length, "compute_dtype": str(model.config.compute_dtype),
-        "device": config.context.device_target, "batch_size": args.batch_size, "num_fewshot": args.num_fewshot,
-        "limit": args.limit, "system": args.system, "seed": args.seed, "packages": versions()}
-    samples = None
-    if names:
-        result = run_tasks(model, tokenizer, loaded, args, first)
-        samples = result.pop("samples", None)
-        rows = result_rows(result)
-        report.update(result)
-        text = result_table(rows)
-    else:
+        "tokenizer": str(tokenizer.vocab.path), "tokenizer_sha256": tokenizer.vocab.fingerprint,
+        "tasks": names or list(found.loaded.get("tasks", {})), "seq_length": model.config.seq_length,
+        "compute_dtype": str(model.config.compute_dtype), "device": config.context.device_target,
+        "batch_size": args.batch_size, "num_fewshot": args.num_fewshot, "limit": args.limit, "system": args.system,
+        "seed": args.seed, "thinking_tokens": args.thinking_tokens, "packages": versions()}
+    samples, rows, shown = None, [], []
+    if args.perplexity:
         report.update(perplexity_of=args.perplexity, **run_perplexity(model, tokenizer, texts, args, first))
-        rows = []
-        text = "\n".join(f"{key}: {report[key]:.6g}" for key in ("texts", "tokens", "loss_per_token", "perplexity",
-                                                                 "bits_per_byte"))
+        shown = ["\n".join(f"{key}: {report[key]:.6g}" for key in ("texts", "tokens", "loss_per_token", "perplexity",
+                                                                   "bits_per_byte"))]
+    else:
+        result, judged = measure(args, found, kept, opened, report, first)
+        samples = result.pop("samples", None)
+        report.update(result)
+        rows = result_rows(result) if result else []
+        if rows:
+            shown.append(result_table(rows))
+        if judged:
+            report.update(judge={"url": args.judge_url, "model": args.judge_model}, judged=judged)
+            shown.append(judged_table(judged))
     if not first:
         return 0
+    cards = card_rows(report, report.get("judged", {}), args.apply_chat_template, published_for(args.config),
+                      found.missing) if args.card else []
+    if cards:
+        report["card"] = [row._asdict() for row in cards]
+        shown.append(card_table(cards))
     report["seconds"] = round(time.time() - started, 1)
-    print(printable(text), flush=True)
+    print(printable("\n\n".join(shown)), flush=True)
     for note, count in report.get("notes", {}).items():
         print(f"note: {count} {note}")
-    with output_lock(Path(args.output)):
-        written = write(Path(args.output), report, rows, samples)
+    with output_lock(output):
+        written = write(output, report, rows, samples, cards)
     print("written: " + ", ".join(map(str, written)), flush=True)
     return 0
 
 
-def write(output: Path, report: JsonObject, rows: List[Row], samples: Optional[JsonObject]) -> List[Path]:
+def write(output: Path, report: JsonObject, rows: List[Row], samples: Optional[JsonObject],
+          cards: List[CardRow]) -> List[Path]:
     """Write report, samples and chart; returns their paths. Raises ConfigError."""
     chart = output.with_suffix(".png")
     written = [output] if samples is None else [output, samples_path(output)]
     try:
         write_results(output, report, samples)
-        if draw_bars(rows, chart):
+        if draw_card(cards, chart) if cards else draw_bars(rows, chart):
             written.append(chart)
     except OSError as err:
         raise ConfigError(f"--output: {output} cannot be written: {err.strerror or err}") from err

@@ -7,6 +7,7 @@ from research.telechat.common.files import JsonObject
 from research.telechat.text.vocab import IncrementalDecoder, Vocab
 
 DEFAULT_NEW_TOKENS = 256         # lm-evaluation-harness's own default, where a task names no limit
+DEFAULT_THINKING = 4096          # tokens of reasoning before an answer, of models that reason
 _SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty", "min_new_tokens")
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 
@@ -39,6 +40,11 @@ class Answer:
     def stopped(self) -> bool:
         """Whether a stop string is complete."""
         return self._filter.stopped
+
+    @property
+    def reasoning(self) -> bool:
+        """Whether what comes is still reasoning."""
+        return self._thoughts.thinking
 
     def add(self, token: int) -> None:
         """The next token."""

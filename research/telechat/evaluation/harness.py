@@ -17,9 +17,10 @@ from mindformers.tools.logger import logger
 from tqdm import tqdm
 
 from research.telechat.chat.session import divide_context
+from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.common.tokens import end_tokens
-from research.telechat.evaluation.answers import Answer, read_settings
+from research.telechat.evaluation.answers import DEFAULT_THINKING, Answer, read_settings
 from research.telechat.evaluation.batches import fit
 from research.telechat.evaluation.score import Scorer
 from research.telechat.generation.passes import Settings
@@ -45,17 +46,19 @@ class TelechatLM(TemplateLM):
         batch_size: requests computed together.
         seed: of sampling, for tasks that sample.
         progress: show progress bars.
+        thinking_tokens: of reasoning before an answer, where prompts open it; the task's limit is that of the answer.
 
     Raises:
         ConfigError: see `Scorer`; markers of the chat template that the vocabulary lacks.
     """
 
     def __init__(self, model: TelechatForCausalLM, tokenizer: TelechatTokenizer, batch_size: int = 8, seed: int = 0,
-                 progress: bool = True):
+                 progress: bool = True, thinking_tokens: int = DEFAULT_THINKING):
         super().__init__()
         self.scorer = Scorer(model, batch_size, progress)
         self.model, self.tokenizer, self.vocab = model, tokenizer, tokenizer.vocab
         self.batch_size, self.seed, self.progress = batch_size, seed, progress
+        self.thinking_tokens = thinking_tokens
         # A task's instruction comes as a system prompt, which some families have no place for: it must not get lost.
         self.renderer = Renderer(choose_template(self.vocab, model.config.chat_template), self.vocab,
                                  system_policy="prepend")
@@ -138,6 +141,9 @@ class TelechatLM(TemplateLM):
     def _encode_pair(self, context: str, continuation: str) -> Tuple[List[int], List[int]]:
         """Both as ids, encoded together as the harness does it; without a context, behind the start token."""
         if context:
+            if self._reasons(self.tok_encode(context)):
+                raise ConfigError("this model begins its answers with reasoning, behind which no log-likelihood can be "
+                                  "scored; leave --apply_chat_template out, or take tasks that generate")
             return super()._encode_pair(context, continuation)
         return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
 
@@ -176,23 +182,52 @@ class TelechatLM(TemplateLM):
         """The answer to each prompt, up to the first of its stop strings, an end token, or the limit of tokens."""
         prompts = [_Prompt(number, self.tok_encode(request.args[0]) or [self.prefix_token_id],
                            read_settings(request.args[1])) for number, request in enumerate(requests)]
-        groups: Dict[str, List[_Prompt]] = {}
-        for prompt in prompts:
-            groups.setdefault(json.dumps(prompt.settings, sort_keys=True), []).append(prompt)
-        asked = [each for group in groups.values() for each in self._asked(group)]
-        answers = self._answers(sorted(asked, key=lambda each: -len(each.request.prompt)), len(prompts))
+        prompts = self._thought(prompts, [request.args[0] for request in requests])
+        answers = [listener.answer.text for listener in self._answers(prompts)]
         for request, answer in zip(requests, answers):
             self.cache_hook.add_partial("generate_until", request.args, answer)
         return answers
 
+    def _reasons(self, ids: Sequence[int]) -> bool:
+        """Whether a prompt ends within the reasoning that comes before the answer."""
+        opening = self.renderer.opening_ids
+        return self.renderer.thinks and list(ids[-len(opening):]) == opening
+
+    def _thought(self, prompts: List["_Prompt"], texts: Sequence[str]) -> List["_Prompt"]:
+        """`prompts`, where a task begins the answer and the model reasons before it: with the reasoning in between."""
+        begun: Dict[int, Tuple[List[int], str]] = {}
+        for prompt, text in zip(prompts, texts):
+            known = self._known_prompt(text)
+            if known is not None and known[1] and self._reasons(known[0]):
+                begun[prompt.number] = known
+        if not begun:
+            return prompts
+        places = list(begun)
+        first = [_Prompt(place, begun[number][0], {**prompts[number].settings, "until": []}, True)
+                 for place, number in enumerate(places)]
+        thoughts = self._answers(first)
+        found, line = list(prompts), len(self.vocab.encode("\n"))
+        for number, listener in zip(places, thoughts):
+            ids, rest = begun[number]
+            reasoning = self.vocab.decode(listener.tokens).partition("</think>")[0].rstrip("\n")
+            thought = f"\n{reasoning}{self.renderer.template.think_end}"          # the prompt ends with this line end
+            found[number] = prompts[number]._replace(
+                ids=[*ids, *self.vocab.encode_with_specials(thought)[line:], *self.vocab.encode(rest)])
+        return found
+
     def _asked(self, group: List["_Prompt"]) -> List["_Asked"]:
-        """Requests for prompts that have the same settings."""
-        settings = dict(group[0].settings)
+        """Requests for prompts that have the same settings, and all reason or do not."""
+        settings, reasons = dict(group[0].settings), self._reasons(group[0].ids)
         wanted, until, unknown = settings.pop("max_new_tokens"), settings.pop("until"), settings.pop("unknown")
-        budget = divide_context(self.max_length, wanted, None)
-        longest = budget.answer or wanted
-        self._report(f"answers are limited to {longest} tokens instead of {wanted}",
-                     len(group) * (longest < wanted), len(group))
+        thinking = self.thinking_tokens if reasons else 0
+        budget = divide_context(self.max_length, wanted + thinking, None)
+        longest = budget.answer or wanted + thinking
+        thinking = max(longest - wanted, longest // 2) if reasons and longest < wanted + thinking else thinking
+        limits = (longest - thinking, thinking)
+        self._report(f"answers are limited to {limits[0]} tokens instead of {wanted}",
+                     len(group) * (limits[0] < wanted), len(group))
+        self._report(f"answers have {thinking} tokens for reasoning instead of {self.thinking_tokens}",
+                     len(group) * (reasons and thinking < self.thinking_tokens), len(group))
         self._report("prompts lost their beginning", sum(len(each.ids) > budget.prompt for each in group),
                      len(group))
         if unknown:
@@ -201,35 +236,39 @@ class TelechatLM(TemplateLM):
         ends = frozenset({renderer.end_id, *end_tokens(self.model.config.eos_token_id),
                           *([renderer.user_id] if renderer.user_id is not None else [])})
         stops = until + (renderer.text_markers if renderer.as_text else [])
-        opening = renderer.opening_ids
         return [_Asked(each.number, Request(tuple(map(int, each.ids[-budget.prompt:])), sampling, longest, ends,
-                                            (self.seed + each.number) % 2 ** 32), stops,
-                       renderer.thinks and each.ids[-len(opening):] == opening) for each in group]
+                                            (self.seed + each.number) % 2 ** 32), stops, reasons, limits,
+                       each.thoughts_only) for each in group]
 
-    def _answers(self, asked: List["_Asked"], count: int) -> List[str]:
-        """Texts of the answers by number. As soon as one ends, the next request takes its place."""
-        texts = [""] * count
+    def _answers(self, prompts: List["_Prompt"]) -> List["_Listener"]:
+        """What became of each prompt, in their order. As soon as an answer ends, the next request takes its place."""
+        groups: Dict[str, List[_Prompt]] = {}
+        for prompt in prompts:
+            key = json.dumps([prompt.settings, self._reasons(prompt.ids)], sort_keys=True)
+            groups.setdefault(key, []).append(prompt)
+        asked = sorted((each for group in groups.values() for each in self._asked(group)),
+                       key=lambda each: -len(each.request.prompt))
         if not asked:
-            return texts
+            return []
         scheduler = self.model.scheduler(self._settings(asked))
-        listeners = []
+        listeners: Dict[int, _Listener] = {}
         with contextlib.closing(scheduler), tqdm(total=len(asked), desc="answers", unit="text",
                                                  disable=not self.progress) as bar:
             for each in asked:
                 answer = Answer(self.vocab, each.request.prompt, each.request.end_tokens, each.stops,
                                 self.renderer.kept_ids, each.thinking)
-                listener = _Listener(scheduler, answer, bar)
+                listener = _Listener(scheduler, answer, bar, each)
                 listener.ticket = scheduler.submit(each.request, listener)
-                listeners.append(listener)
+                listeners[each.number] = listener
             if scheduler.settings.together:                    # another number of sequences would compile anew
                 for _ in range(-len(asked) % scheduler.settings.slots):
                     scheduler.submit(asked[-1].request)
-            while not all(listener.finished for listener in listeners):
-                if not scheduler.step() and not all(listener.finished for listener in listeners):
+            while not all(listener.finished for listener in listeners.values()):
+                if not scheduler.step() and not all(listener.finished for listener in listeners.values()):
                     raise RuntimeError("the scheduler has ended before all answers; its listener has failed")
-        for each, listener in zip(asked, listeners):
-            texts[each.number] = listener.answer.text
-        return texts
+        self._report("answers did not end their reasoning within its limit",
+                     sum(listener.answer.reasoning for listener in listeners.values()), len(asked))
+        return [listeners[prompt.number] for prompt in prompts]
 
     def _settings(self, asked: List["_Asked"]) -> Settings:
         """As many answers at once as the user says, and the cache holds; one graph serves them all."""
@@ -251,6 +290,7 @@ class _Prompt(NamedTuple):
     number: int
     ids: List[int]
     settings: JsonObject
+    thoughts_only: bool = False      # what comes behind the reasoning is not wanted
 
 
 class _Asked(NamedTuple):
@@ -258,23 +298,36 @@ class _Asked(NamedTuple):
     request: Request
     stops: List[str]
     thinking: bool
+    limits: Tuple[int, int]          # tokens of the answer, and of the reasoning before it
+    thoughts_only: bool
 
 
 class _Listener:
-    """Turns the tokens of a request into its answer, and cancels it at a stop string."""
+    """Turns the tokens of a request into its answer, and cancels it at a stop string or a limit."""
 
-    def __init__(self, scheduler: Scheduler, answer: Answer, bar: tqdm):
+    def __init__(self, scheduler: Scheduler, answer: Answer, bar: tqdm, asked: _Asked):
         self.answer, self.finished = answer, False
         self.ticket: Optional[Ticket] = None
-        self._scheduler, self._bar = scheduler, bar
+        self.tokens: List[int] = []                        # of the reasoning, where the model reasons
+        self._scheduler, self._bar, self._asked = scheduler, bar, asked
+        self._answered = 0
 
     def __call__(self, event: Event) -> None:
         """Called by the scheduler."""
         if isinstance(event, Token):
+            if self.answer.reasoning:
+                self.tokens.append(event.id)
+            else:
+                self._answered += 1
             self.answer.add(event.id)
-            if self.answer.stopped and self.ticket is not None:
+            if self._is_enough() and self.ticket is not None:
                 self._scheduler.cancel(self.ticket)
         elif isinstance(event, Finished):
             self.answer.close()
             self.finished = True
             self._bar.update()
+
+    def _is_enough(self) -> bool:
+        if self.answer.reasoning:
+            return len(self.tokens) >= self._asked.limits[1]
+        return self.answer.stopped or self._answered >= self._asked.limits[0] or self._asked.thoughts_only

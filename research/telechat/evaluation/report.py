@@ -60,6 +60,18 @@ def result_table(rows: Sequence[Row]) -> str:
     return table(cells, 4)
 
 
+def judged_table(judged: Dict[str, JsonObject]) -> str:
+    """Ratings of a judge by benchmark and category as text in columns."""
+    cells: List[List[object]] = [["benchmark", "category", "judgments", "rating"]]
+    for name, found in judged.items():
+        cells.append([name, "all", found["judgments"], found["score"]])
+        cells += [["", category, None, float(value)] for category, value in found["categories"].items()]
+    lines = [table(cells, 2)]
+    lines += [f"{name}: {found['unread']} judgments hold no rating and do not count" for name, found in judged.items()
+              if found["unread"]]
+    return "\n".join(lines)
+
+
 def versions() -> Dict[str, str]:
     """Versions of Python and of the packages that decide the result, where they are installed."""
     found = {"python": platform.python_version()}

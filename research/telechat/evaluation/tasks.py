@@ -1,23 +1,20 @@
-"""Tasks of lm-evaluation-harness by name, and where their data lie. No model and no MindSpore here.
+"""Tasks of lm-evaluation-harness by name. No model and no MindSpore here.
 
-A wrong name or missing data is told within seconds, before a model is loaded. Data come from the Hugging Face hub or
-its cache, or from files in a folder of the user's, since training clusters often have no way out.
+A wrong name, a missing package or missing data is told within seconds, before a model is loaded (evaluation/needs.py,
+evaluation/data.py).
 """
-import contextlib
 import difflib
 import logging
-import os
 import re
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
+from research.telechat.evaluation.data import data_from
+from research.telechat.evaluation.needs import check_needs
 
-SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-SPLITS = {"train": ("train",), "dev": ("dev",), "val": ("val", "validation"), "validation": ("validation", "val"),
-          "test": ("test",)}
 _SHOWN = 5                       # near names in an error
 
 
@@ -30,88 +27,15 @@ def harness_version() -> str:
                           "(--perplexity needs no harness)") from None
 
 
-def find_files(folder: Path, name: Optional[str]) -> Dict[str, List[str]]:
-    """Files of the splits of a data set, {split: files}; empty where there are none.
-
-    Args:
-        folder: of the data set.
-        name: its configuration, such as a subject of an examination; None: it has none.
-
-    They may stand as the hub stores them (NAME/SPLIT*.parquet), as C-Eval and CMMLU are published
-    (SPLIT/NAME_SPLIT.csv, SPLIT/NAME.csv), or as SPLIT.jsonl in a folder NAME; without a name, as SPLIT* in the folder.
-    """
-    if name is None or name in ("main", "default"):
-        patterns = ["{split}*", "data/{split}*", f"{name}/{{split}}*"]
-    else:
-        patterns = [f"{name}/{{split}}*", f"{name}_{{split}}*", f"{{split}}/{name}_{{split}}*", f"{{split}}/{name}.*"]
-    found: Dict[str, List[str]] = {}
-    for split, words in SPLITS.items():
-        for pattern in patterns:
-            files = sorted(path for word in words for path in folder.glob(pattern.format(split=word))
-                           if path.suffix in SUFFIXES and path.is_file())
-            if files:
-                found[split] = [str(path) for path in files if path.suffix == files[0].suffix]
-                break
-    return found
-
-
-@contextlib.contextmanager
-def data_from(folder: Optional[Path]) -> Iterator[None]:
-    """Within it, data sets come from `folder` where they are there, else from the hub. Failures become ConfigError.
-
-    The harness has no setting for this: it asks `datasets.load_dataset`, which is replaced meanwhile.
-    """
-    import datasets  # type: ignore[import-untyped]    # of Hugging Face, comes with lm-evaluation-harness
-    original = datasets.load_dataset
-
-    def load(path: str, name: Optional[str] = None, **kwargs: object) -> object:
-        place = _local(folder, path)
-        files = find_files(place, name) if place else {}
-        if place and not files:
-            raise ConfigError(f"--data: {place} has no files of the data set {path}"
-                              + (f", configuration {name!r}" if name else "") + "; expected, for example, "
-                              + (f"test/{name}_test.csv or {name}/test.jsonl" if name else "test.jsonl"))
-        try:
-            if files:
-                kind = SUFFIXES[Path(next(iter(files.values()))[0]).suffix]
-                return original(kind, data_files=files)
-            return original(path, name, **kwargs)
-        except Exception as err:          # the hub, its cache and the readers of files raise errors of every kind
-            raise ConfigError(_advice(path, name, files, err)) from err
-
-    datasets.load_dataset = load
-    try:
-        yield
-    finally:
-        datasets.load_dataset = original
-
-
-def _local(folder: Optional[Path], path: str) -> Optional[Path]:
-    """The folder of data set `path` (such as ceval/ceval-exam) in `folder`, if there is one."""
-    if folder is None:
-        return None
-    return next((folder / part for part in (path, Path(path).name) if (folder / part).is_dir()), None)
-
-
-def _advice(path: str, name: Optional[str], files: Dict[str, List[str]], err: Exception) -> str:
-    reason = " ".join(str(err).split())[:200] or type(err).__name__
-    what = f"the data set {path}" + (f" ({name})" if name else "")
-    if files:
-        return f"--data: {what} cannot be read from {next(iter(files.values()))[0]}: {reason}"
-    offline = " (HF_DATASETS_OFFLINE or HF_HUB_OFFLINE is set)" if any(
-        os.environ.get(key, "0") not in ("", "0") for key in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE")) else ""
-    return (f"{what} was not found on the hub or in its cache{offline}: {reason}. Put its files under "
-            f"DIR/{Path(path).name}/ and give --data DIR, or run this command with --data_only on a machine with a "
-            "network and copy its HF_HOME (see docs/evaluation.md)")
-
-
-def load_tasks(names: Sequence[str], include_path: Optional[str] = None, data: Optional[str] = None) -> JsonObject:
+def load_tasks(names: Sequence[str], include_path: Optional[str] = None, data: Optional[str] = None,
+               only_files: bool = False) -> JsonObject:
     """The tasks, groups and tags of these names with their data, as the harness's `evaluate` takes them.
 
     Args:
         names: as `lm_eval --tasks` takes them.
         include_path: folder with task files (YAML) of the user's own.
-        data: folder with data sets, see `find_files`.
+        data: folder with data sets, see `find_files` in evaluation/data.py.
+        only_files: do not ask the hub for what is not there.
 
     Raises:
         ConfigError: a name that does not exist (near ones are listed), no such folder, a broken task, missing data.
@@ -127,7 +51,8 @@ def load_tasks(names: Sequence[str], include_path: Optional[str] = None, data: O
             raise ConfigError(f"--tasks: {name!r} is no task of lm-evaluation-harness {harness_version()}"
                               + (f"; near names: {', '.join(near)}" if near else "")
                               + ("" if include_path else "; tasks of your own need --include_path DIR"))
-    with data_from(Path(data) if data else None):
+    check_needs(names, data)
+    with data_from(Path(data) if data else None, only_files):
         try:
             return manager.load(list(names))
         except ConfigError:
@@ -159,13 +84,15 @@ def _manager(names: Sequence[str], include_path: Optional[str]) -> Any:
     """
     import lm_eval.tasks
     root = Path(lm_eval.tasks.__file__).parent
-    words = sorted({re.split("[-_]", name)[0] for name in names})
-    folders = [root / word for word in words if word and (root / word).is_dir()]
+    beginnings = {name[:end] for name in names
+                  for end in [len(name), *(at.start() for at in re.finditer("[-_]", name))]}
+    folders = [root / each for each in sorted(beginnings - {""}) if (root / each).is_dir()]
     own = [Path(include_path)] if include_path else []
-    if folders or own:
-        manager = lm_eval.tasks.TaskManager(include_path=[*folders, *own], include_defaults=False)
-        if all(name in manager.all_tasks and name not in manager.all_tags for name in names):
-            return manager
+    for shared in ([], [root / "benchmarks"]):               # groups of tasks from several folders
+        if folders or own:
+            manager = lm_eval.tasks.TaskManager(include_path=[*folders, *shared, *own], include_defaults=False)
+            if all(name in manager.all_tasks and name not in manager.all_tags for name in names):
+                return manager
     return lm_eval.tasks.TaskManager(include_path=own or None)
 
 

@@ -1,0 +1,163 @@
+"""The table of the model card: which tasks it needs, what was published, and what differs in method. No model here.
+
+Published figures are China Telecom's, from the READMEs of github.com/Tele-AI/Telechat and github.com/Tele-AI/TeleChat2
+(that of 2025-03-14), which does not say how its figures came about.
+"""
+import math
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional, Sequence
+
+from research.telechat.common.files import JsonObject, whole
+from research.telechat.common.table import table
+from research.telechat.evaluation.report import leaves
+
+
+class Benchmark(NamedTuple):
+    """A row of the card, and how it is measured here."""
+
+    name: str
+    task: str                        # of lm-evaluation-harness, or the name of a judged benchmark
+    chat_task: str                   # the same with --apply_chat_template
+    metric: str
+    shots: Optional[int]             # solved examples that are set; None: the task brings its own, or has none
+    scale: float                     # from the harness's figure to the card's
+    judged: bool
+    difference: str                  # from how the published figure came about
+
+
+BENCHMARKS = (
+    Benchmark("C-Eval", "ceval-valid", "ceval-valid", "acc", 5, 100, False,
+              "validation split and log-likelihood of the letters; published: test split, generated answers"),
+    Benchmark("MMLU", "mmlu", "mmlu", "acc", 5, 100, False,
+              "log-likelihood of the letters; published: generated answers, searched for a letter"),
+    Benchmark("CMMLU", "cmmlu", "cmmlu", "acc", 5, 100, False,
+              "log-likelihood of the letters; published: by OpenCompass"),
+    Benchmark("BBH", "bbh", "bbh", "exact_match", None, 100, False, "3 worked examples in each task"),
+    Benchmark("GSM8K", "gsm8k", "gsm8k", "exact_match", 4, 100, False, "last number of the answer"),
+    Benchmark("MATH", "minerva_math", "minerva_math", "math_verify", None, 100, False,
+              "4 worked examples of Minerva's; published: exact match of the official script"),
+    Benchmark("HumanEval", "humaneval", "humaneval_instruct", "pass@1", None, 100, False, "one answer, the likeliest"),
+    Benchmark("MBPP", "mbpp", "mbpp_instruct", "pass_at_1", None, 100, False, "3 examples; one answer, the likeliest"),
+    Benchmark("IFEval", "ifeval", "ifeval", "prompt_level_strict_acc", None, 100, False,
+              "prompts whose instructions are all followed, strictly; published: not said which of four figures"),
+    Benchmark("AlignBench", "alignbench", "alignbench", "", None, 1, True, "another judge than GPT-4"),
+    Benchmark("MT-bench", "mt_bench", "mt_bench", "", None, 1, True, "another judge than GPT-4"))
+
+# By a part of the recipe's name, the longest that fits.
+PUBLISHED: Dict[str, Dict[str, float]] = {
+    "telechat_7b": {"C-Eval": 64.6, "MMLU": 60.5, "CMMLU": 64.3, "BBH": 19.5, "GSM8K": 36.7, "MATH": 10.3,
+                    "HumanEval": 20.1},
+    "telechat_12b": {"C-Eval": 66.6, "MMLU": 73.3, "CMMLU": 74.2, "BBH": 52.2, "GSM8K": 57.2, "MATH": 16.0,
+                     "HumanEval": 22.0},
+    "telechat2_3b": {"C-Eval": 75, "MMLU": 72.9, "CMMLU": 73, "BBH": 65.99, "GSM8K": 64.7, "HumanEval": 38, "MBPP": 47,
+                     "AlignBench": 5.74, "MT-bench": 5.72, "IFEval": 61.29},
+    "telechat2_7b": {"C-Eval": 82, "MMLU": 79.6, "CMMLU": 84.6, "BBH": 77.3, "GSM8K": 86.8, "HumanEval": 56,
+                     "MBPP": 62.6, "AlignBench": 6.96, "MT-bench": 7.2, "IFEval": 73.1},
+    "telechat2_35b": {"C-Eval": 85, "MMLU": 82, "CMMLU": 90.18, "BBH": 88.6, "GSM8K": 91, "HumanEval": 73, "MBPP": 75,
+                      "AlignBench": 7.88, "MT-bench": 8.2, "IFEval": 79.63},
+    "telechat2_115b": {"C-Eval": 86.9, "MMLU": 80.9, "CMMLU": 89.94, "BBH": 89.04, "GSM8K": 92.2, "HumanEval": 75,
+                       "MBPP": 78, "AlignBench": 8.03, "MT-bench": 8.89, "IFEval": 82.81}}
+_OTHERS = ("_v2", "_32k")            # of a name: other weights, whose figures are not those of the card
+_FILTERS = ("flexible-extract", "get-answer", "create_test", "extract_code", "none")
+
+
+class CardRow(NamedTuple):
+    """One benchmark: our figure, the published one, and why there is none."""
+
+    benchmark: str
+    task: str
+    questions: Optional[int]
+    shots: Optional[int]
+    metric: str
+    ours: Optional[float]
+    published: Optional[float]
+    difference: str
+    missing: str                     # why it was not run, "" where it was
+
+
+def published_for(recipe: str) -> Dict[str, float]:
+    """Figures of the model of a recipe by its file's name; empty: none were published."""
+    stem = Path(recipe).stem
+    if any(part in stem for part in _OTHERS):
+        return {}
+    fitting = sorted((name for name in PUBLISHED if f"_{name}_" in f"_{stem}_"), key=len)
+    return PUBLISHED[fitting[-1]] if fitting else {}
+
+
+def card_rows(result: JsonObject, judged: Dict[str, JsonObject], chat: bool, published: Dict[str, float],
+              missing: Dict[str, str]) -> List[CardRow]:
+    """All benchmarks in the order of the card.
+
+    Args:
+        result: of the harness; {} where no task was run.
+        judged: {name: as `Outcome`} of the benchmarks with a judge.
+        chat: tasks were asked as a chat.
+        published: of `published_for`.
+        missing: {name of the benchmark: why it was not run}.
+    """
+    rows = []
+    for bench in BENCHMARKS:
+        task = bench.chat_task if chat else bench.task
+        ours, questions, shots = None, None, None
+        if task in judged:
+            ours, questions = judged[task]["score"], judged[task]["questions"]
+        elif task in result.get("results", {}):
+            ours = _value(result["results"][task], bench)
+            shots = result.get("n-shot", {}).get(task)
+            sizes = result.get("n-samples", {})
+            questions = sum(sizes[leaf]["effective"] for leaf in leaves(task, result) if leaf in sizes) or None
+        rows.append(CardRow(bench.name, task, questions, shots, bench.metric or "rating",
+                            ours, published.get(bench.name), bench.difference,
+                            "" if ours is not None else missing.get(bench.name, "not run")))
+    return rows
+
+
+def _value(values: JsonObject, bench: Benchmark) -> Optional[float]:
+    found = {key.partition(",")[2]: value for key, value in values.items()
+             if key.partition(",")[0] == bench.metric and not isinstance(value, str)}
+    best = next((found[name] for name in _FILTERS if name in found), next(iter(found.values()), None))
+    return None if best is None else float(best) * bench.scale
+
+
+def card_table(rows: Sequence[CardRow]) -> str:
+    """Rows as text in columns; what was not run, and what differs, below."""
+    cells: List[List[object]] = [["benchmark", "questions", "shots", "metric", "ours", "published"]]
+    cells += [[row.benchmark, row.questions, row.shots, row.metric, row.ours,
+               None if row.published is None else float(row.published)] for row in rows]
+    lines = [table(cells, 2), ""]
+    lines += [f"{row.benchmark}: {f'not run: {row.missing}' if row.missing else row.difference}" for row in rows]
+    return "\n".join(lines)
+
+
+def draw_card(rows: Sequence[CardRow], path: Path) -> bool:
+    """Ours and the published figures as bars, judges' ratings times ten, as a PNG; whether there was anything to draw.
+
+    Raises ImportError without matplotlib.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    shown = [row for row in rows if row.ours is not None or row.published is not None][::-1]
+    if not shown:
+        return False
+    figure, axis = pyplot.subplots(figsize=(8, 1.4 + 0.5 * len(shown)), dpi=110)
+    scales = [10 if row.metric == "rating" else 1 for row in shown]
+    for shift, label, color, hatch, values in (
+            (0.19, "measured here", "#1f5aa6", "", [row.ours for row in shown]),
+            (-0.19, "published", "#c9c9c9", "//", [row.published for row in shown])):
+        sizes = [math.nan if value is None else value * scale for value, scale in zip(values, scales)]
+        bars = axis.barh([place + shift for place in range(len(shown))], sizes, 0.36, label=label, color=color,
+                         hatch=hatch, edgecolor="#555555", linewidth=0.5)
+        axis.bar_label(bars, labels=["" if value is None else f"{value:.4g}" for value in values], padding=3,
+                       fontsize=8)
+    axis.set_yticks(range(len(shown)), [row.benchmark + (f" ({row.questions})" if row.questions else "")
+                                        for row in shown], fontsize=8)
+    axis.set_xlim(0, 108)
+    axis.set_xlabel("correct, %; ratings of a judge times ten")
+    axis.legend(fontsize=8, loc="lower right")
+    axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    with whole(path) as beside:
+        figure.savefig(beside, format="png")
+    pyplot.close(figure)
+    return True

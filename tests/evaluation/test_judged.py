@@ -1,0 +1,139 @@
+"""AlignBench and MT-bench: files as published, answers, a made-up judge on the loopback, interruptions."""
+
+import pytest
+from judged_fixtures import FakeJudge, write_judged_sets
+
+from research.telechat.common.errors import ConfigError
+from research.telechat.evaluation import judge as judging
+from research.telechat.evaluation.asking import answer_all
+from research.telechat.evaluation.judge import Judge, Store, digest, judge_all
+from research.telechat.evaluation.judged import align_rating, align_score, mt_rating, outcome, read_bench
+
+
+class Canned:
+    """Answers with the last question, and notes what it was asked."""
+
+    batch_size = 1
+
+    def __init__(self):
+        self.asked = []
+
+    def apply_chat_template(self, messages, add_generation_prompt=True):
+        return "/".join(message["content"] for message in messages)
+
+    def generate_until(self, requests):
+        self.asked += [request.args for request in requests]
+        return [f"[{request.args[0].rsplit('/')[-1]}]" for request in requests]
+
+
+@pytest.fixture
+def served():
+    started = []
+
+    def start(reply):
+        started.append(FakeJudge(reply))
+        return started[-1]
+    yield start
+    for each in started:
+        each.close()
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_judged_sets(tmp_path)
+    return tmp_path
+
+
+def test_published_files(data):
+    """Prompts are the user's own, filled; AlignBench's is read from its judge.py, which does not run."""
+    align, mt = read_bench("alignbench", str(data)), read_bench("mt_bench", str(data))
+    assert [(each.category, each.temperature) for each in align.questions] == [
+        ("数学计算", 0.1), ("文本写作", 0.7), ("文本写作", 0.7)]
+    assert align.questions[0].judge(["二"]) == [[{"role": "user", "content":
+        "类型数学计算\n1. 正确: 无错。\n2. 清楚: 易懂。\n问：问题1\n参考：对\n答：二\n如{'综合得分': 7}"}]]
+    writing, math = mt.questions
+    assert (writing.temperature, math.temperature) == (0.7, 0.0)
+    assert writing.judge(["a", "b"]) == [
+        [{"role": "system", "content": ""}, {"role": "user", "content": "Write.|a"}],
+        [{"role": "system", "content": "-multi-turn"}, {"role": "user", "content": "Write.|a|Again.|b"}]]
+    assert [turn[1]["content"] for turn in math.judge(["a", "b"])] == ["2|1+1?|a", "2|1+1?|a|And 2?|b"]
+
+
+def test_ratings_and_scores():
+    assert align_rating("好。{'正确': 9, '综合得分': 4}…… {'正确': 9, '综合得分': 7}") == 7
+    assert align_rating("{\"综合得分\": 6.5}") == 6.5 and align_rating("'综合得分': 3，无括号") == 3
+    assert align_rating("没有分数 {1}") is None
+    assert mt_rating("Rating: [[7.5]]") == 7.5 and mt_rating("[3] of 10") == 3 and mt_rating("ten") is None
+    assert align_score({"数学计算": [4.0, 6.0], "逻辑推理": [9.0], "文本写作": [8.0], "角色扮演": [6.0]}) == 7.0
+    assert align_score({"文本写作": [8.0]}) == 8.0 and align_score({}) is None
+
+
+def test_answers_go_on_after_an_interruption(data, tmp_path):
+    """The second turn knows the first; what was answered is not asked again, and half a line is dropped."""
+    bench, path = read_bench("mt_bench", str(data)), tmp_path / "answers.jsonl"
+    lm = Canned()
+    found = answer_all(lm, bench, Store(path, "answers"), "model", None)
+    assert found == {"81": ["[Write.]", "[Again.]"], "111": ["[1+1?]", "[And 2?]"]}
+    assert [text for text, _ in lm.asked] == ["Write.", "1+1?", "Write./[Write.]/Again.", "1+1?/[1+1?]/And 2?"]
+    assert [settings["do_sample"] for _, settings in lm.asked] == [True, False, True, False]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + lines[-1][:20], encoding="utf-8")
+    again = Canned()
+    assert answer_all(again, bench, Store(path, "answers"), "model", None) == found
+    assert [text for text, _ in again.asked] == ["1+1?/[1+1?]/And 2?"]
+    other = Canned()
+    answer_all(other, bench, Store(path, "answers"), "another model", "Be brief.")
+    assert next(text for text, _ in other.asked) == "Be brief./Write." and len(other.asked) == 4
+    path.write_text("{}\n")
+    with pytest.raises(ConfigError, match="line 1: expected one of the answers"):
+        Store(path, "answers")
+
+
+def test_judge_on_the_loopback(data, tmp_path, served, monkeypatch):
+    """Key and model are sent; a busy judge is asked again; ratings that are missing do not count; all is kept."""
+    monkeypatch.setenv("TELECHAT_JUDGE_KEY", "secret")
+    states = iter([503, 429])
+    fake = served(lambda body: next(states, None) or (
+        "no number" if "Again" in body["messages"][-1]["content"] else
+        f"[[{len(body['messages'][-1]['content'].split('|'))}]]"))
+    bench = read_bench("mt_bench", str(data))
+    asked = [(messages, {"turn": turn}) for question in bench.questions
+             for turn, messages in enumerate(question.judge(["a", "b"]))]
+    store = Store(tmp_path / "judgments.jsonl", "judgments")
+    texts = judge_all(Judge(fake.url, "referee", pause=0.01), store, asked, 2)
+    assert texts == ["[[2]]", "no number", "[[3]]", "[[5]]"]
+    path, key, body = fake.requests[0]
+    assert (path, key, body["model"], body["temperature"]) == ("/v1/chat/completions", "Bearer secret", "referee", 0)
+    assert len(fake.requests) == 6 and "secret" not in store.path.read_text(encoding="utf-8")
+    found = outcome(bench, zip(["writing", "writing", "math", "math"], texts))
+    assert (found.score, found.judgments, found.unread) == (10 / 3, 4, 1)
+    assert found.categories == {"writing": 2.0, "math": 4.0}
+    judge_all(Judge(fake.url, "referee"), Store(store.path, "judgments"), asked, 2)
+    assert len(fake.requests) == 6
+
+
+@pytest.mark.parametrize(("reply", "attempts", "message"), [
+    (lambda body: 401, 1, "HTTP 401: busy; no key is set"), (lambda body: 500, 5, "HTTP 500")])
+def test_judge_that_refuses(served, tmp_path, monkeypatch, reply, attempts, message):
+    for name in judging.KEYS:
+        monkeypatch.delenv(name, raising=False)
+    fake = served(reply)
+    with pytest.raises(ConfigError, match=f"{message}.*the same command goes on"):
+        judge_all(Judge(fake.url, "x", pause=0.001), Store(tmp_path / "j.jsonl", "judgments"), [([], {})], 1)
+    assert len(fake.requests) == attempts
+
+
+def test_mistakes(data, tmp_path):
+    with pytest.raises(ConfigError, match="expected http"):
+        Judge("host:80", "x")
+    for name, folder, message in (("other", data, "expected alignbench or"), ("mt_bench", None, "needs --data"),
+                                  ("alignbench", tmp_path / "none", "has no folder AlignBench")):
+        with pytest.raises(ConfigError, match=message):
+            read_bench(name, str(folder) if folder else None)
+    (data / "AlignBench" / "judge.py").write_text("prompt = 1\n")
+    with pytest.raises(ConfigError, match="has no text named base_prompt"):
+        read_bench("alignbench", str(data))
+    (data / "mt_bench" / "reference_answer" / "gpt-4.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"question 111 .math. has no reference answer"):
+        read_bench("mt_bench", str(data))
+    assert digest("a", "b") != digest("ab", "")
