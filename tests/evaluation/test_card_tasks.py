@@ -47,7 +47,7 @@ class TestPrograms:
             if "double" in prompt:
                 names = re.findall(r"double_(\d+)\(1\)", prompt)
                 body = f"def double_{names[-1]}(a):\n    return a * {2 if names[-1] == '11' else 3}\n"
-                return f"{body}```" if "```python" in prompt else body
+                return f"\n{body}```" if "```python" in prompt else body         # the task's filter eats a first word
             return "    return a + b\n```\nThis adds." if "Here is the completed" in prompt else "    return a + b\n"
         found = scores(CODE, data, answer)
         assert [found[name]["pass@1" if "human" in name else "pass_at_1"] for name in CODE] == [0.5] * 4

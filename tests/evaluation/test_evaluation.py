@@ -30,6 +30,7 @@ from research.telechat.text.renderer import Renderer, get_template
 from research.telechat.text.vocab import Vocab
 
 ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples" / "conversations.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -276,9 +277,11 @@ class TestCommand:
         text = tmp_path / "text.jsonl"
         text.write_text('{"text": "今天天气很好"}\n{"content": "a b c"}\n', encoding="utf-8")
         output = tmp_path / "result.json"
-        assert run(capfd, *model, "--perplexity", text, "--output", output, "--output_dir", tmp_path) == (0, [])
-        result = json.loads(output.read_text(encoding="utf-8"))
-        assert result["texts"] == 2 and math.isfinite(result["perplexity"]) and "groups" not in result
+        for given, texts, answers in ((text, 2, 0), (EXAMPLES, EXAMPLES.read_bytes().count(b"\n"), 80)):
+            assert run(capfd, *model, "--perplexity", given, "--output", output, "--output_dir", tmp_path) == (0, [])
+            result = json.loads(output.read_text(encoding="utf-8"))
+            assert result["texts"] == texts and math.isfinite(result["perplexity"]) and "groups" not in result
+            assert result["answers"] >= answers
 
     def test_two_processes(self, model, tmp_path, capfd):
         """Under msrun, each with the whole model: the first one writes, and the result is that of one process."""

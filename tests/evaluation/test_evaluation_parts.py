@@ -13,6 +13,8 @@ from research.telechat.evaluation import report, tasks
 from research.telechat.evaluation.answers import Answer, read_settings
 from research.telechat.evaluation.batches import Scored, bucket_of, fit, rolling_windows, score_batches
 from research.telechat.evaluation.data import find_files
+from research.telechat.evaluation.texts import parts_of, read_records, spans
+from research.telechat.text.renderer import Renderer, get_template
 from research.telechat.text.vocab import Vocab
 
 IGNORED = -100
@@ -178,7 +180,7 @@ class TestMistakes:
         broken = tmp_path / "broken.jsonl"
         broken.write_text("{\n")
         (tmp_path / "empty.txt").write_text(" \n")
-        (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
+        (tmp_path / "records.jsonl").write_text('{"text": 3}\n')
         (tmp_path / "x.ckpt").touch()
         model = ["--config", RECIPE, "--load_checkpoint", tmp_path / "x.ckpt"]
         for options, message in (
@@ -194,11 +196,11 @@ class TestMistakes:
                 ([*model, "--tasks", "gsm8k", "--seed", -1], "--seed: expected"),
                 ([*model, "--tasks", "gsm8k", "--system", "x"], "--apply_chat_template"),
                 ([*model, "--tasks", "gsm8k", "--output", tmp_path], "--output: expected"),
-                ([*model, "--perplexity", tmp_path / "none.txt"], "none.txt cannot be read"),
-                ([*model, "--perplexity", tmp_path / "latin.txt"], "latin.txt cannot be read as UTF-8"),
+                ([*model, "--perplexity", tmp_path / "none.txt"], "--perplexity: input file not found: "),
+                ([*model, "--perplexity", tmp_path / "records.jsonl"], "the format of"),
                 ([*model, "--perplexity", tmp_path / "empty.txt"], "empty.txt holds no text"),
-                ([*model, "--perplexity", text], "text.jsonl, line 2: expected an object"),
-                ([*model, "--perplexity", broken], "broken.jsonl, line 1: not valid JSON")):
+                ([*model, "--perplexity", text], "text.jsonl, record 2: wrong shape"),
+                ([*model, "--perplexity", broken], "broken.jsonl holds no record that can be read")):
             code, errors = run(capfd, *options)
             assert code == 1 and len(errors) == 1 and message in errors[0], (options, errors)
 
@@ -222,3 +224,29 @@ class TestMistakes:
             code, errors = run(capfd, "--data_only", *options)
             assert code == 1 and len(errors) == 1 and message in errors[0], (options, errors)
         assert datasets.load_dataset is before
+
+
+class TestTexts:
+    def test_answers_are_scored_as_in_training(self, tmp_path):
+        """Of a conversation each answer with its end marker, given all before it; of a text every token."""
+        vocab = Vocab.load(train_sentencepiece(tmp_path / "tokenizer.model"))
+        renderer = Renderer(get_template("telechat"), vocab)
+        talk = [{"role": "user", "content": "who are you"}, {"role": "bot", "content": "fox"},
+                {"role": "user", "content": "the end"}, {"role": "bot", "content": "the lazy dog"}]
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "a.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+        (tmp_path / "data" / "b.jsonl").write_text('{"text": "jumps over"}\n')
+        records = read_records(str(tmp_path / "data"))
+        parts = parts_of(records, renderer, 1, 64)
+        ids, mask = renderer.render(talk)
+        first, second, text = parts.windows
+        assert [*first.ids] == ids[:len(first.ids)] and [*second.ids] == ids
+        assert ids[len(first.ids) - first.count:len(first.ids)] == [*vocab.encode("fox"), renderer.end_id]
+        assert first.count + second.count == sum(mask)
+        assert [*text.ids] == [1, *vocab.encode("jumps over")] and text.count == len(text.ids) - 1
+        assert (parts.texts, parts.answers, parts.unscored) == (2, 2, 0)
+        assert parts.bytes == len("foxthe lazy dogjumps over")
+        assert parts_of(records, renderer, 1, 3).unscored > 0
+
+    def test_runs_of_ones(self):
+        assert spans([0, 1, 1, 0, 1]) == [(1, 3), (4, 5)] and spans([]) == [] and spans([1]) == [(0, 1)]

@@ -8,7 +8,6 @@ model is loaded. On several cards: scripts/msrun_launcher.sh, with --use_paralle
 requests, the first one writes. See docs/evaluation.md.
 """
 import argparse
-import json
 import os
 import random
 import time
@@ -38,15 +37,15 @@ from research.telechat.evaluation.report import (
     write_results,
 )
 from research.telechat.evaluation.tasks import count_documents, harness_version, load_tasks, set_shots
+from research.telechat.evaluation.texts import Record, parts_of, read_records
 from research.telechat.recipe.options import overrides_of, parse_further, str2bool
 from research.telechat.recipe.read import check_overrides, read_recipe, resolve_config
+from research.telechat.text.renderer import Renderer, choose_template
 
 if TYPE_CHECKING:
     from research.telechat.evaluation.harness import TelechatLM
     from research.telechat.telechat import TelechatForCausalLM
     from research.telechat.telechat_tokenizer import TelechatTokenizer
-
-TEXT_KEYS = ("text", "content", "data")                  # of a record in --perplexity FILE.jsonl; the first it has
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,7 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
                                         "from TELECHAT_JUDGE_KEY or OPENAI_API_KEY")
     add("--judge_model", default="gpt-4", help="name of the judge's model there")
     add("--judge_parallel", type=int, default=4, help="judgments asked for at a time")
-    add("--perplexity", default="", help="instead of tasks: .jsonl (text, content or data of each record) or .txt")
+    add("--perplexity", default="", help="instead of tasks: texts or conversations, in a file or folder that "
+                                         "preprocessing reads")
     add("--num_fewshot", type=int, help="solved examples in front of each question; default: the task's own")
     add("--limit", type=float, help="questions of each task; under 1: the share of them")
     add("--batch_size", type=int, default=8, help="requests computed together")
@@ -142,34 +142,6 @@ def is_report(path: Path) -> bool:
         return False
 
 
-def read_texts(path: Path) -> List[str]:
-    """The texts of --perplexity: each record of a .jsonl file, or a whole .txt file. Raises ConfigError."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"--perplexity: {path} cannot be read as UTF-8 text: {err}") from err
-    if path.suffix != ".jsonl":
-        texts = [content]
-    else:
-        texts = [_text(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise ConfigError(f"--perplexity: {path} holds no text")
-    return texts
-
-
-def _text(path: Path, number: int, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as err:
-        raise ConfigError(f"--perplexity: {path}, line {number}: not valid JSON ({err})") from err
-    values = [record[key] for key in TEXT_KEYS if key in record] if isinstance(record, dict) else []
-    if not values or not isinstance(values[0], str):
-        raise ConfigError(f"--perplexity: {path}, line {number}: expected an object with a text under "
-                          f"{', '.join(TEXT_KEYS)}, found {line[:80]}")
-    return values[0]
-
-
 def open_model(args: argparse.Namespace, rest: List[str], found: AtHand) -> Any:
     """(model, tokenizer, complete recipe). Raises ConfigError, also for tasks that the model cannot be asked."""
     options = ["use_parallel", "auto_trans_ckpt", "output_dir", *(["load_checkpoint"] if args.load_checkpoint else [])]
@@ -181,7 +153,6 @@ def open_model(args: argparse.Namespace, rest: List[str], found: AtHand) -> Any:
     config, tokenizer = prepare_prediction(args.config, overrides, args.tokenizer)
     quieten()
     from research.telechat.run.preflight import model_config
-    from research.telechat.text.renderer import choose_template
     template = choose_template(tokenizer.vocab, model_config(config).chat_template)
     if args.apply_chat_template and template.think_start is not None:
         if args.card:
@@ -211,13 +182,18 @@ def run_tasks(lm: "TelechatLM", loaded: JsonObject, args: argparse.Namespace, fi
     return {**result, "chat_template": lm.chat_template(args.apply_chat_template)}
 
 
-def run_perplexity(model: "TelechatForCausalLM", tokenizer: "TelechatTokenizer", texts: List[str],
+def run_perplexity(model: "TelechatForCausalLM", tokenizer: "TelechatTokenizer", records: List[Record],
                    args: argparse.Namespace, first: bool) -> JsonObject:
     """Counts, loss per token, perplexity, bits per byte."""
-    from research.telechat.evaluation.score import Scorer, perplexity
+    from research.telechat.evaluation.score import Scorer, perplexity_of
     bos = tokenizer.bos_token_id
-    prefix = tokenizer.eos_token_id if bos is None else bos
-    return perplexity(Scorer(model, args.batch_size, first), tokenizer.vocab, texts, prefix).as_dict()
+    template = choose_template(tokenizer.vocab, model.config.chat_template)
+    renderer = Renderer(template, tokenizer.vocab, system_policy="prepend")
+    parts = parts_of(records, renderer, tokenizer.eos_token_id if bos is None else bos, model.config.seq_length)
+    result = perplexity_of(Scorer(model, args.batch_size, first), parts)
+    if parts.unscored:
+        result["notes"] = {"tokens at the beginning of answers longer than seq_length are not scored": parts.unscored}
+    return result
 
 
 def prepare(args: argparse.Namespace, names: List[str]) -> AtHand:
@@ -251,7 +227,7 @@ def measure(args: argparse.Namespace, found: AtHand, kept: Any, opened: Any, rep
 def run(args: argparse.Namespace, rest: List[str]) -> int:
     """Evaluate; returns the exit code. Raises ConfigError."""
     names, output = check(args), Path(args.output)
-    texts = read_texts(Path(args.perplexity)) if args.perplexity else []
+    records = read_records(args.perplexity) if args.perplexity else []
     found = prepare(args, names)
     if args.data_only:
         for name, count in [*count_documents(found.loaded).items(),
@@ -271,7 +247,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
         "seed": args.seed, "thinking_tokens": args.thinking_tokens, "packages": versions()}
     samples, rows, shown = None, [], []
     if args.perplexity:
-        report.update(perplexity_of=args.perplexity, **run_perplexity(model, tokenizer, texts, args, first))
+        report.update(perplexity_of=args.perplexity, **run_perplexity(model, tokenizer, records, args, first))
         shown = ["\n".join(f"{key}: {report[key]:.6g}" for key in ("texts", "tokens", "loss_per_token", "perplexity",
                                                                    "bits_per_byte"))]
     else:

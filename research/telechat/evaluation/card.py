@@ -37,7 +37,7 @@ BENCHMARKS = (
     Benchmark("MATH", "minerva_math", "minerva_math", "math_verify", None, 100, False,
               "4 worked examples of Minerva's; published: exact match of the official script"),
     Benchmark("HumanEval", "humaneval", "humaneval_instruct", "pass@1", None, 100, False, "one answer, the likeliest"),
-    Benchmark("MBPP", "mbpp", "mbpp_instruct", "pass_at_1", None, 100, False, "3 examples; one answer, the likeliest"),
+    Benchmark("MBPP", "mbpp", "mbpp", "pass_at_1", None, 100, False, "3 examples; one answer, the likeliest"),
     Benchmark("IFEval", "ifeval", "ifeval", "prompt_level_strict_acc", None, 100, False,
               "prompts whose instructions are all followed, strictly; published: not said which of four figures"),
     Benchmark("AlignBench", "alignbench", "alignbench", "", None, 1, True, "another judge than GPT-4"),

@@ -59,7 +59,7 @@ def _suffix(path: Path) -> str:
 
 def _read(files: Dict[str, List[str]], original: Any) -> Any:
     """A DatasetDict of the files of each split."""
-    import datasets
+    import datasets  # type: ignore[import-untyped]    # of Hugging Face, comes with lm-evaluation-harness
     first = Path(next(iter(files.values()))[0])
     if first.name == "mbpp.jsonl":
         records = _records(first)
@@ -87,7 +87,7 @@ def data_from(folder: Optional[Path], only_files: bool = False) -> Iterator[None
     `evaluate.load`, from which tasks with programs get the metric code_eval: theirs runs programs in isolation.
     """
     import datasets
-    import evaluate
+    import evaluate  # type: ignore[import-untyped]
     original, original_metric = datasets.load_dataset, evaluate.load
 
     def load(path: str, name: Optional[str] = None, **kwargs: object) -> object:

@@ -62,7 +62,8 @@ def _has_punkt(data: Optional[str]) -> bool:
 
 def code_tasks(loaded: JsonObject) -> Tuple[List[str], List[str]]:
     """Names of the tasks that run generated programs: in isolation, and in a way of their own."""
-    isolated, own = [], []
+    isolated: List[str] = []
+    own: List[str] = []
     for name, task in loaded["tasks"].items():
         if task.get_config("unsafe_code"):
             metrics = [each["metric"] for each in task.get_config("metric_list")]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.evaluation.batches import Scored, count_texts, rolling_windows, score_batches
+from research.telechat.evaluation.texts import Parts
 from research.telechat.model import kernels
 from research.telechat.telechat import TelechatForCausalLM
 from research.telechat.text.vocab import Vocab
@@ -133,6 +134,14 @@ class Perplexity(NamedTuple):
         loss = -self.log_likelihood / max(self.tokens, 1)
         return {**self._asdict(), "loss_per_token": loss, "perplexity": math.exp(min(loss, 700.0)),
                 "bits_per_byte": -self.log_likelihood / math.log(2) / max(self.bytes, 1)}
+
+
+def perplexity_of(scorer: Scorer, parts: Parts) -> JsonObject:
+    """As `Perplexity.as_dict`, with the number of `answers`, of texts and conversations (evaluation/texts.py)."""
+    total = sum(value for value, _ in scorer.score(parts.windows, "perplexity"))
+    tokens = sum(window.count for window in parts.windows)
+    found = Perplexity(parts.texts, tokens, parts.characters, parts.bytes, total)
+    return {**found.as_dict(), "answers": parts.answers}
 
 
 def perplexity(scorer: Scorer, vocab: Vocab, texts: Iterable[str], prefix: int) -> Perplexity:
