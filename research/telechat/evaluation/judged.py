@@ -2,10 +2,9 @@
 
 Prompts, dimensions, references and temperatures come from the user's copy of each benchmark; nothing of them is here:
 
-    DIR/AlignBench/     data/data_v1.1_release.jsonl (or data_release.jsonl), config/*.json, and judge.py, in which the
-                        prompt is a text (read, not run); or the prompt as judge_prompt.txt
-    DIR/mt_bench/       question.jsonl, judge_prompts.jsonl, reference_answer/*.jsonl: FastChat's
-                        fastchat/llm_judge/data, with mt_bench/question.jsonl and mt_bench/reference_answer
+    DIR/AlignBench      a clone of its repository: questions in its data, dimensions and temperatures in its config, and
+                        the prompt as a text in its script (read, not run), or by itself in a file
+    DIR/mt_bench        FastChat's folder of llm_judge's data: questions, judge_prompts, reference_answer
 """
 import ast
 import json
