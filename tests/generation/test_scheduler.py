@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from research.telechat.common.errors import ConfigError, WorkerError
-from research.telechat.generation.batch import Reading, Row
+from research.telechat.generation.batch import PREFILL_TOKENS, Reading, Row, tokens_at_once
 from research.telechat.generation.blocks import BlockPool
 from research.telechat.generation.choice import Scores, pick
 from research.telechat.generation.passes import Settings
@@ -447,3 +447,13 @@ def test_blocks_are_shared_and_given_to_others_when_they_are_needed():
     assert pool.match("a", tokens, 4) == mine[:1] and mine[1] in taken
     with pytest.raises(AssertionError, match="nobody has it"):
         pool.give([*taken, taken[0]])
+
+
+def test_tokens_read_at_once_keep_the_scores_bounded():
+    """Whole prompts of small models, pieces of those of large ones, never less than beside others."""
+    assert tokens_at_once(8, 1024) == tokens_at_once(8, 2048) == 2048
+    assert tokens_at_once(40, 1024) == 819 and tokens_at_once(32, 8192) == PREFILL_TOKENS
+    for heads in (1, 8, 40, 64):
+        for length in (16, 1000, 32768):
+            tokens = tokens_at_once(heads, length)
+            assert tokens == PREFILL_TOKENS or heads * tokens * length <= 1 << 25

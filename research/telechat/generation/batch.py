@@ -9,6 +9,17 @@ from research.telechat.generation.requests import NO_LOGPROBS, OnEvent, Request
 from research.telechat.generation.sampling import Random
 
 PREFILL_TOKENS = 256                   # prompts are read together up to so many tokens: attention is over all pairs
+_MOST_AT_ONCE = 2048                   # tokens of a prompt, where nobody waits meanwhile
+_SCORES = 1 << 25                      # of a layer at the same time, 128 MiB in float32; the mask is as large
+
+
+def tokens_at_once(heads: int, length: int) -> int:
+    """Tokens of a prompt that are read at once where nobody else waits, in a model of so many query heads.
+
+    Large pieces are read faster, and need more memory: heads x tokens x `length` scores, `length` being the most tokens
+    that the sequence may have. PREFILL_TOKENS at least.
+    """
+    return max(min(_SCORES // (heads * length), _MOST_AT_ONCE), PREFILL_TOKENS)
 
 
 def read_prompts(input_ids: Any, pad_token_id: Optional[int], vocab_size: int,

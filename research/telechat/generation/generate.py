@@ -20,7 +20,7 @@ from mindspore import Tensor
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.tokens import end_tokens
-from research.telechat.generation.batch import check_room, padding_before, read_prompts
+from research.telechat.generation.batch import check_room, padding_before, read_prompts, tokens_at_once
 from research.telechat.generation.engine import DirectEngine, FrameworkEngine
 from research.telechat.generation.passes import Settings
 from research.telechat.generation.requests import Event, Request, Token
@@ -67,7 +67,8 @@ class TelechatGenerationMixin(Model):
         batch = _Batch(prompts, self._limits(prompts, config), config.pad_token_id or 0)
         record = _Record(config)
         choose = _ChooseTogether(batch, logits_processor, record) if logits_processor or record.active else choose_each
-        settings = Settings(slots=len(prompts), buckets=(len(prompts),), reuse=False, together=True)
+        settings = Settings(slots=len(prompts), buckets=(len(prompts),), reuse=False, together=True,
+                            prefill_tokens=tokens_at_once(self.config.num_heads, max(batch.limits)))
         scheduler = Scheduler(self._engine(), settings, choose)
         rng = _random(seed)                                # of all rows, drawn from in their order
         for row, request in enumerate(batch.requests(_sampling(config), config.eos_token_id)):
@@ -106,7 +107,9 @@ class TelechatGenerationMixin(Model):
         if session is not None and session is not getattr(self, "_session", None):
             self._session = session
             self._forget()
-        scheduler = Scheduler(self._engine(), Settings(buckets=(1,), reuse=session is not None))
+        scheduler = Scheduler(self._engine(), Settings(
+            buckets=(1,), reuse=session is not None,
+            prefill_tokens=tokens_at_once(self.config.num_heads, batch.limits[0])))
         request = batch.requests(_sampling(config), config.eos_token_id)[0]
         scheduler.submit(request, batch.listener(0), _random(seed), batch.tokens[0])
         with self._generating(scheduler):
