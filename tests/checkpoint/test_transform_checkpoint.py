@@ -107,10 +107,11 @@ def split_by_hand(name, whole, dp, mp, optimizer):
 
 
 def write_ranks(folder, values, layouts, dp, mp, pp, optimizer):
+    """Of what two stages hold, the tied table, the last stage's copy is an old one, as training leaves it."""
     import mindspore as ms
     for stage in range(pp):
-        held = {name: split_by_hand(name, values[name], dp, mp, optimizer) for name, one in layouts.items()
-                if stage in one.stages}
+        held = {name: split_by_hand(name, values[name] + (stage > one.stages[0]), dp, mp, optimizer)
+                for name, one in layouts.items() if stage in one.stages}
         for local in range(dp * mp):
             rank = stage * dp * mp + local
             place = folder / f"rank_{rank}"

@@ -70,3 +70,8 @@ def test_rows_of_a_chunk():
     assert rows_at_once(2048, LARGEST // 2048, None) == 2048
     assert rows_at_once(6400, 10, 1) == 100 == 6400 // MOST
     assert rows_at_once(7, 10, None) == 7
+
+
+def test_unit():
+    """The least power of two from a number on: nothing that is divided by it is rounded."""
+    assert [unit(tokens) for tokens in (1, 2, 3, 40, 64, 65)] == [1, 2, 4, 64, 64, 128]
