@@ -154,10 +154,11 @@ def try_mutant(mutant: Mutant, copy: Path) -> str:
     return {0: _SURVIVED, 1: _KILLED}.get(code, _PASSED_OVER)
 
 
-def prepare() -> None:
-    """Import what every test imports, so that forks need not; nothing of this project."""
+def prepare(logs: Path) -> None:
+    """Import what every test imports, so that forks need not; nothing of this project. logs: folder for MindFormers."""
     import importlib
     os.environ.setdefault("GLOG_v", "3")
+    os.environ["LOG_MF_PATH"] = str(logs)
     for module in ("mindspore.dataset", "mindspore.mindrecord", "mindformers.trainer", "pytest"):
         importlib.import_module(module)
     gc.collect()
@@ -183,7 +184,7 @@ def run(argv: Optional[List[str]] = None) -> int:
     with tempfile.TemporaryDirectory(prefix="telechat-mutants-") as name:
         copy = Path(name) / "checkout"
         copy_checkout(copy)
-        prepare()
+        prepare(Path(name) / "log")
         for mutant in mutants:
             started = time.time()
             result = _EQUIVALENT if mutant.equivalent else try_mutant(mutant, copy)

@@ -117,13 +117,16 @@ class TestExecuted:
             return OPERATORS["FlashAttentionScore"](node, *inputs)
         looks_ahead = training.compare(plan, whole, 1, operators={**OPERATORS, "FlashAttentionScore": no_mask})
         assert "looks into the future" in looks_ahead.fault() and looks_ahead.leak > 1e-6
+        attend = "FlashAttentionScore in model/layers/0/attention/attend, by "
+        assert f"the first operator that differs is {attend}" in looks_ahead.fault()
 
         def other_gradient(node, *inputs):
             dx, dweight = norm.rms_norm_grad(node, *inputs)
             return dx, dweight * (1 + 1e-6 * ("layers-CellList/0" in node.place and "ffn_norm" in node.place))
         wrong = training.compare(plan, whole, 1, operators={**OPERATORS, "RmsNormGrad": other_gradient})
         assert wrong.differences["model.layers.0.ffn_norm.weight"] > training.LIMIT
-        assert "is the first parameter that differs" in wrong.fault()
+        assert "model.layers.0.ffn_norm.weight is the first parameter that differs" in wrong.fault()
+        assert "the forward pass is right" in wrong.fault() and not wrong.first
 
     def test_ranks_that_should_agree_and_do_not(self, graphs):
         plan, whole = graphs("data parallel, tied")

@@ -1,5 +1,5 @@
 """Prefill and decoding with the paged KV cache, of a plan and of the uncut plan, executed with the same weights."""
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -7,8 +7,10 @@ from research.telechat.common.errors import ExecutionError
 from research.telechat.common.files import JsonObject
 from research.telechat.interpret import collectives
 from research.telechat.interpret.graphs import Compiled
-from research.telechat.interpret.rank import Rank
+from research.telechat.interpret.operators import Operator
+from research.telechat.interpret.rank import Rank, Watch
 from research.telechat.interpret.shrink import BLOCK_SIZE
+from research.telechat.interpret.trace import Trace, first_difference
 from research.telechat.interpret.training import LIMIT
 from research.telechat.interpret.weights import Weights, cut, random_weights
 
@@ -32,8 +34,12 @@ def _inputs(compiled: Compiled, graph: str, given: Dict[str, np.ndarray]) -> Lis
     return [given[name] for name in names]
 
 
-def generate(compiled: Compiled, weights: Weights, prompts: Sequence[Sequence[int]], steps: int) -> Generation:
-    """Read the prompts and bring `steps` - 1 more tokens, the most likely ones. Raises ExecutionError."""
+def generate(compiled: Compiled, weights: Weights, prompts: Sequence[Sequence[int]], steps: int,
+             operators: Optional[Dict[str, Operator]] = None, watch: Optional[Watch] = None) -> Generation:
+    """Read the prompts and bring `steps` - 1 more tokens, the most likely ones. Raises ExecutionError.
+
+    operators: instead of OPERATORS; watch: called with each node of the last step and its result.
+    """
     ranks = len(compiled.programs)
     held = [cut(weights, compiled, rank, "prefill") for rank in range(ranks)]
     tokens = [list(prompt) for prompt in prompts]
@@ -50,7 +56,8 @@ def generate(compiled: Compiled, weights: Weights, prompts: Sequence[Sequence[in
                  "batch_valid_length": np.array([[len(row) for row in tokens]], np.int32),
                  "slot_mapping": np.array(slots, np.int32)}
         box: collectives.Box = {}
-        executing = [Rank(rank, ranks, compiled.programs[rank][graph], held[rank], box) for rank in range(ranks)]
+        executing = [Rank(rank, ranks, compiled.programs[rank][graph], held[rank], box, operators=operators,
+                          watch=watch if step == steps - 1 else None) for rank in range(ranks)]
         results = collectives.run({one.number: one.run(_inputs(compiled, graph, given)) for one in executing}, box)
         for one in executing:
             held[one.number].update(one.named())
@@ -69,6 +76,7 @@ class Comparison(NamedTuple):
     steps: List[float]                       # to the uncut plan: prefill, then every decoding
     again: float                             # of decoding to reading prompt and answer at once, uncut
     same_tokens: bool
+    first: str = ""                          # the first operator that differs, in the first step that does
 
     @property
     def worst(self) -> float:
@@ -79,8 +87,9 @@ class Comparison(NamedTuple):
         """What is wrong, in a line; '' where nothing is."""
         for step, gap in enumerate(self.steps):
             if not gap <= LIMIT:
+                where = f"; the first operator that differs is {self.first}" if self.first else ""
                 return (f"the logits of {'decoding ' + str(step) if step else 'the prompt'} differ from the uncut "
-                        f"model's by {gap:.1e} (limit {LIMIT:.0e})")
+                        f"model's by {gap:.1e} (limit {LIMIT:.0e}){where}")
         if not self.again <= LIMIT:
             return (f"decoding differs from reading prompt and answer at once by {self.again:.1e} (limit {LIMIT:.0e}): "
                     "cache or mask are wrong")
@@ -95,13 +104,21 @@ def _gap(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def compare(compiled: Compiled, uncut: Compiled, steps: int = 3, seed: int = 0) -> Comparison:
+def compare(compiled: Compiled, uncut: Compiled, steps: int = 3, seed: int = 0,
+            operators: Optional[Dict[str, Operator]] = None) -> Comparison:
     """Execute both with the same random weights and prompts. Raises ExecutionError."""
     weights = random_weights(uncut.programs[0]["prefill"], seed)
     rng = np.random.default_rng(seed + 1)
     prompts = [rng.integers(6, compiled.plan.model.vocab_size, length).tolist() for length in PROMPTS]
     expected = generate(uncut, weights, prompts, steps)
-    found = generate(compiled, weights, prompts, steps)
+    found = generate(compiled, weights, prompts, steps, operators)
     again = generate(uncut, weights, [row[:-1] for row in expected.tokens], 1)
-    return Comparison([_gap(one, other) for one, other in zip(found.logits, expected.logits)],
-                      _gap(again.logits[0], expected.logits[-1]), found.tokens == expected.tokens)
+    gaps = [_gap(one, other) for one, other in zip(found.logits, expected.logits)]
+    result = Comparison(gaps, _gap(again.logits[0], expected.logits[-1]), found.tokens == expected.tokens)
+    wrong = next((step for step, gap in enumerate(gaps) if not gap <= LIMIT), None)
+    if wrong is None:
+        return result
+    traces = Trace(), Trace()
+    generate(compiled, weights, prompts, wrong + 1, operators, traces[0])
+    generate(uncut, weights, prompts, wrong + 1, watch=traces[1])
+    return result._replace(first=str(first_difference(*traces) or ""))

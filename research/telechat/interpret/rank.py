@@ -16,6 +16,7 @@ from research.telechat.interpret.collectives import COLLECTIVES, Arrival, Box, E
 from research.telechat.interpret.ir import BFLOAT16, DTYPES, FLOATING, Closure, Node, Program
 from research.telechat.interpret.operators import OPERATORS, Operator
 
+Watch = Callable[[Node, Any], None]          # called with each node and its result
 # What takes parameters themselves, and not their values.
 _BY_REFERENCE = {"ReshapeAndCache", "Load", "Assign", "AssignAdd", "AssignSub", "InplaceCopy", "Partial", "MakeTuple",
                  "TupleGetItem", "Depend", "UpdateState", "Switch"}
@@ -47,9 +48,10 @@ class Rank:
     """One rank: its program, its parameters {name: array}, and what it sends."""
 
     def __init__(self, number: int, ranks: int, program: Program, parameters: Dict[str, np.ndarray], box: Box,
-                 precise: bool = True, operators: Optional[Dict[str, Operator]] = None):
+                 precise: bool = True, operators: Optional[Dict[str, Operator]] = None, watch: Optional[Watch] = None):
         self.number, self.ranks, self.program, self.precise, self.box = number, ranks, program, precise, box
         self.operators = operators or OPERATORS
+        self.watch = watch
         self.values: Dict[str, np.ndarray] = {}
         for key, parameter in program.parameters.items():
             if parameter.name not in parameters:
@@ -97,6 +99,8 @@ class Rank:
             else:
                 result = self._compute(node, inputs)
             frame[node.output] = self._checked(node, result, node.form)
+            if self.watch is not None:
+                self.watch(node, frame[node.output])
             for key in last_use[number]:                         # so that memory does not grow with the graph
                 frame.pop(key, None)
         found = tuple(self._look_up(frame, key, graph) for key in outputs)

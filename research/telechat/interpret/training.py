@@ -1,4 +1,5 @@
 """Training steps of a plan and of the uncut plan, executed with the same weights and batches, and compared."""
+import re
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
@@ -8,7 +9,8 @@ from research.telechat.common.files import JsonObject
 from research.telechat.interpret import collectives
 from research.telechat.interpret.graphs import Compiled
 from research.telechat.interpret.operators import Operator
-from research.telechat.interpret.rank import Rank
+from research.telechat.interpret.rank import Rank, Watch
+from research.telechat.interpret.trace import Trace, first_difference
 from research.telechat.interpret.weights import Weights, cut, differences, merge, random_weights
 
 LIMIT = 1e-10                                # largest difference to the uncut plan, in float64
@@ -16,6 +18,8 @@ ROUNDING_LIMIT = 5.0                         # of differences between plans in d
 ROUNDING_FLOOR = 1e-6                        # where everything is float32
 AGREE = {True: 1e-10, False: 1e-5}           # of ranks on loss and norm: in float64, in the declared types
 IGNORED = -100                               # label of a token that does not count
+_MOMENT = r"^(adam_[mvr]|accu_grads)\."   # before the name of a parameter
+_SPREAD = 10                                 # differences smaller by more are what clipping makes of others
 _LOSS, _NORM = 0, 4                          # places among the results of a step
 Batch = List[np.ndarray]
 
@@ -58,14 +62,15 @@ def _scalar(results: Sequence[Sequence[object]], number: int, limit: float) -> f
 
 
 def execute(compiled: Compiled, weights: Weights, batches: Sequence[Batch], precise: bool = True,
-            operators: Optional[Dict[str, Operator]] = None) -> Steps:
-    """One step for each batch, all ranks. weights: of the whole model; batches: what every rank reads.
+            operators: Optional[Dict[str, Operator]] = None, watch: Optional[Watch] = None) -> Steps:
+    """One step for each batch, all ranks. weights: of the whole model; batches: what every rank reads; watch: called
+    with each node and its result.
 
     Raises ExecutionError: something cannot be executed, or ranks that should agree do not.
     """
     box: collectives.Box = {}
     ranks = [Rank(number, len(compiled.programs), programs["step"], cut(weights, compiled, number, "step"), box,
-                  precise, operators) for number, programs in enumerate(compiled.programs)]
+                  precise, operators, watch) for number, programs in enumerate(compiled.programs)]
     losses, norms = [], []
     for batch in batches:
         results = collectives.run({rank.number: rank.run(batch) for rank in ranks}, box)
@@ -104,24 +109,42 @@ class Comparison(NamedTuple):
     differences: Dict[str, float]
     leak: float                              # see `causality`
     stale: List[str]
+    first: str = ""                          # the first operator that differs, where a fault is in the forward pass
 
     @property
     def worst(self) -> float:
         """The largest of all."""
         return max([self.loss_gap, self.leak, *self.differences.values()])
 
+    def first_parameter(self) -> str:
+        """The parameter that differs first, or its moment; '' where none does.
+
+        In the order of the model where the forward pass differs; else from behind, as gradients come, of those that
+        differ most: clipping spreads a difference of one gradient thinly over all parameters.
+        """
+        wrong = {name: gap for name, gap in self.differences.items() if not gap <= LIMIT}
+        if not wrong:
+            return ""
+        order = list(dict.fromkeys(re.sub(_MOMENT, "", name) for name in self.differences))
+        most = max(wrong.values())
+        near = wrong if self.first else [name for name, gap in wrong.items() if not gap < most / _SPREAD]
+        places = {name: order.index(re.sub(_MOMENT, "", name)) for name in near}
+        place = (min if self.first else max)(places.values())
+        return min((name for name in near if places[name] == place), key=len)
+
     def fault(self) -> str:
         """What is wrong, in a line; '' where nothing is."""
+        where = f"; the first operator that differs is {self.first}" if self.first else ""
         if self.leak > LIMIT:
             return (f"the loss of the first half of a sequence changes by {self.leak:.1e} with the tokens of the "
-                    "second half: attention looks into the future")
-        first = next((name for name, gap in self.differences.items() if not gap <= LIMIT), None)
-        if first:
-            return (f"{first} is the first parameter that differs from the uncut model's, by "
-                    f"{self.differences[first]:.1e} of its largest change (limit {LIMIT:.0e}); the largest difference "
-                    f"is {self.worst:.1e}")
+                    f"second half: attention looks into the future{where}")
+        name = self.first_parameter()
+        if name:
+            return (f"{name} is the first parameter that differs from the uncut model's, by "
+                    f"{self.differences[name]:.1e} of its largest change (limit {LIMIT:.0e}); the largest difference "
+                    f"is {self.worst:.1e}{where or '; the forward pass is right'}")
         if not self.loss_gap <= LIMIT:
-            return f"loss or norm differ from the uncut model's by {self.loss_gap:.1e} (limit {LIMIT:.0e})"
+            return f"loss or norm differ from the uncut model's by {self.loss_gap:.1e} (limit {LIMIT:.0e}){where}"
         return ""
 
     def as_json(self) -> JsonObject:
@@ -136,9 +159,16 @@ def compare(compiled: Compiled, uncut: Compiled, steps: int = 2, seed: int = 0,
     batches = [make_batch(uncut, seed + 1 + step) for step in range(steps)]
     expected = execute(uncut, weights, batches)
     found = execute(compiled, weights, batches, operators=operators)
-    return Comparison(steps, found.losses, found.norms, _gap(found, expected),
-                      differences(found.weights, expected.weights, _in_order(uncut, weights)),
-                      causality(compiled, weights, batches[0], operators), found.stale)
+    result = Comparison(steps, found.losses, found.norms, _gap(found, expected),
+                        differences(found.weights, expected.weights, _in_order(uncut, weights)),
+                        causality(compiled, weights, batches[0], operators), found.stale)
+    if not result.fault():
+        return result
+    traces = Trace(), Trace()
+    execute(compiled, weights, batches[:1], operators=operators, watch=traces[0])
+    execute(uncut, weights, batches[:1], watch=traces[1])
+    first = first_difference(*traces)
+    return result._replace(first=str(first or ""))
 
 
 class Rounding(NamedTuple):
