@@ -3,6 +3,7 @@ the plan is from one rank.
 
     python scripts/execute_recipes.py --jobs 4                         # all recipes for several cards, 8 ranks each
     python scripts/execute_recipes.py 'finetune_telechat2_*' --write   # some; the table keeps the rows of the others
+    python scripts/execute_recipes.py --further --write                # kinds of plans that no recipe is of
 
 A recipe takes minutes: each of its ranks is compiled (research/telechat/interpret/graphs.py keeps the graphs). The exit
 code is 1 if a plan computes something else than one rank, or cannot be executed.
@@ -12,7 +13,7 @@ import copy
 import fnmatch
 import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -20,7 +21,7 @@ if str(ROOT) not in sys.path:
 
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import UserError
-from research.telechat.common.files import write_text
+from research.telechat.common.files import JsonObject, write_text
 from research.telechat.common.table import markdown
 from research.telechat.interpret import prediction, training
 from research.telechat.interpret.features import features
@@ -28,7 +29,7 @@ from research.telechat.interpret.graphs import compiled
 from research.telechat.interpret.shrink import shrink, uncut
 from research.telechat.plan.plan import read_plan
 from research.telechat.recipe.legacy import translate
-from research.telechat.recipe.read import read_recipe
+from research.telechat.recipe.read import read_recipe, set_key
 from scripts.generated import begin, with_part
 
 DOCUMENT = ROOT / "docs/parallel.md"
@@ -36,6 +37,39 @@ SCRIPT = "execute_recipes.py"
 HEAD = ["recipe", "ranks", "layers", "data x model x pipeline x context", "with", "loss and norm, or logits",
         "parameters and moments"]
 _DEGREES = {"data parallelism", "model parallelism", "pipeline"}     # which the degrees show
+
+
+_ONE = {"parallel_config.data_parallel": 1, "parallel_config.model_parallel": 1, "parallel_config.pipeline_stage": 1,
+        "parallel_config.use_seq_parallel": False}
+_STAGES = {**_ONE, "parallel_config.pipeline_stage": 2}
+_HYBRID = {**_ONE, "parallel_config.context_parallel": 4, "parallel_config.context_parallel_algo": "hybrid_cp",
+           "parallel_config.ulysses_degree_in_cp": 2, "parallel.enable_alltoall": True}
+
+
+class Further(NamedTuple):
+    """A plan that no recipe has: a recipe with other keys. layers: of the small model."""
+
+    recipe: str
+    ranks: int
+    layers: int
+    keys: JsonObject
+
+
+FURTHER: Dict[str, Further] = {
+    "gradients accumulated": Further("finetune_telechat_7b", 2, 1, {"runner_config.gradient_accumulation_steps": 2}),
+    "nothing recomputed": Further("finetune_telechat2_7b", 2, 2, {"recompute_config.recompute": False}),
+    "documents back to back, loss in chunks": Further("finetune_telechat2_7b", 4, 1, {
+        "model.model_config.document_boundaries": True, "model.model_config.loss_chunk_rows": 24}),
+    "hybrid context parallelism": Further("finetune_telechat2_7b", 4, 1, _HYBRID),
+    "tied embeddings on two stages": Further("finetune_telechat_7b", 2, 2, _STAGES),
+    "virtual stages": Further("finetune_telechat2_7b", 2, 4, {
+        **_STAGES, "model.model_config.pp_interleave_num": 2,
+        "parallel.pipeline_config": {"pipeline_interleave": True, "pipeline_scheduler": "1f1b"}}),
+    "batches interleaved": Further("finetune_telechat2_7b", 2, 1, {
+        **_ONE, "parallel_config.model_parallel": 2, "micro_batch_interleave_num": 2}),
+    "remainders": Further("finetune_telechat_7b", 2, 1, {"optimizer.master_weights": "remainder"}),
+    "vocabulary whole": Further("finetune_telechat_7b", 2, 1, {
+        **_ONE, "parallel_config.model_parallel": 2, "parallel_config.vocab_emb_dp": True})}
 
 
 def recipes(pattern: str) -> List[Path]:
@@ -47,9 +81,12 @@ def recipes(pattern: str) -> List[Path]:
     return found
 
 
-def execute(path: Path, ranks: int, layers: int, jobs: int) -> List[str]:
-    """The row of a recipe. Raises UserError: it cannot be executed, or computes something else than one rank."""
+def execute(path: Path, ranks: int, layers: int, jobs: int, name: str = "") -> List[str]:
+    """The row of a recipe, or of the further plan `name`. Raises UserError: it cannot be executed, or computes
+    something else than one rank."""
     recipe = copy.deepcopy(read_recipe(path))
+    for key, value in FURTHER[name].keys.items() if name else ():
+        set_key(recipe, key, value)
     translate(recipe)
     small = shrink(recipe, min(ranks, read_plan(recipe).ranks), {"num_layers": layers} if layers else {})
     plan, whole = compiled(small, jobs), compiled(uncut(small), jobs)
@@ -62,9 +99,9 @@ def execute(path: Path, ranks: int, layers: int, jobs: int) -> List[str]:
         tokens = prediction.compare(plan, whole)
         fault, first = tokens.fault(), f"{tokens.worst:.1e}"
     if fault:
-        raise UserError(f"{path.stem}: {fault}")
-    return [path.stem, str(its.ranks), str(its.model.num_layers), f"{its.dp} x {its.mp} x {its.pp} x {its.cp}",
-            ", ".join(sorted(features(its) - _DEGREES)), first, others]
+        raise UserError(f"{name or path.stem}: {fault}")
+    return [f"{path.stem}, {name}" if name else path.stem, str(its.ranks), str(its.model.num_layers),
+            f"{its.dp} x {its.mp} x {its.pp} x {its.cp}", ", ".join(sorted(features(its) - _DEGREES)), first, others]
 
 
 def known_rows(text: str) -> Dict[str, List[str]]:
@@ -79,14 +116,20 @@ def run() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="?", default="*", help="pattern of their names")
     parser.add_argument("--ranks", type=int, default=8, help="at most so many; degrees are halved")
+    parser.add_argument("--further", action="store_true", help="the kinds that no recipe is of; `recipes` is a pattern "
+                                                               "of their names, ranks and layers are given")
     parser.add_argument("--layers", type=int, default=0, help="of the small models; default: two, or one per stage")
     parser.add_argument("--jobs", type=int, default=1, help="ranks compiled at the same time")
     parser.add_argument("--write", action="store_true", help="write the rows into docs/parallel.md")
     args = parser.parse_args()
     failed = 0
-    for path in recipes(args.recipes):
+    tasks = [(path, args.ranks, args.layers, "") for path in recipes(args.recipes)]
+    if args.further:
+        tasks = [(ROOT / f"research/telechat/{one.recipe}.yaml", one.ranks, one.layers, name)
+                 for name, one in FURTHER.items() if fnmatch.fnmatch(name, args.recipes)]
+    for path, ranks, layers, name in tasks:
         try:
-            row = execute(path, args.ranks, args.layers, args.jobs)
+            row = execute(path, ranks, layers, args.jobs, name)
         except UserError as err:
             print(f"error: {err}", file=sys.stderr, flush=True)
             failed += 1

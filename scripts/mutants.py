@@ -9,7 +9,9 @@ mistake survives or its text is not in the file. Not part of the tests; those ch
 import argparse
 import ast
 import compileall
+import contextlib
 import gc
+import io
 import os
 import shutil
 import subprocess
@@ -159,8 +161,12 @@ def prepare(logs: Path) -> None:
     import importlib
     os.environ.setdefault("GLOG_v", "3")
     os.environ["LOG_MF_PATH"] = str(logs)
+    logs.mkdir(exist_ok=True)
     for module in ("mindspore.dataset", "mindspore.mindrecord", "mindformers.trainer", "pytest"):
         importlib.import_module(module)
+    import pytest
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", str(logs)])           # its plugins
     gc.collect()
     gc.freeze()
 

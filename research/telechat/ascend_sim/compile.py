@@ -81,7 +81,8 @@ def start_worker(words: List[str], folder: Path, env: Dict[str, str], log: Path)
 
 def compile_plan(recipe: JsonObject, mesh: Mesh, rank: int, length: int, keep: Optional[Path] = None,
                  timeout: float = 3600, progress: Optional[Callable[[float], None]] = None,
-                 start: Callable[[List[str], Path, Dict[str, str], Path], Worker] = start_worker) -> JsonObject:
+                 start: Callable[[List[str], Path, Dict[str, str], Path], Worker] = start_worker,
+                 count: bool = True) -> JsonObject:
     """Compile `recipe` as rank `rank` of the ranks of `mesh`.
 
     Args:
@@ -92,10 +93,11 @@ def compile_plan(recipe: JsonObject, mesh: Mesh, rank: int, length: int, keep: O
         timeout: seconds.
         progress: called every half second with the seconds passed.
         start: starts the process that compiles.
+        count: whether to account for the graphs, which takes seconds.
 
     Returns:
-        {"ok", "seconds", "versions", "compiler_memory_mb", "folder"}, and "graphs": {name: what `account` counts} where
-        it compiled, "error" and "details" (lines of the compiler) where not.
+        {"ok", "seconds", "versions", "compiler_memory_mb", "folder"}, and "graphs": {name: what `account` counts, or
+        nothing} where it compiled, "error" and "details" (lines of the compiler) where not.
 
     Raises:
         SimulationError: the simulated runtime cannot be made.
@@ -138,7 +140,7 @@ def compile_plan(recipe: JsonObject, mesh: Mesh, rank: int, length: int, keep: O
     if result.is_file():
         report = json.loads(result.read_text(encoding="utf-8"))
     report["folder"] = str(folder)
-    report["graphs"] = {name: account(load(Path(path), runtime.mindspore_folder()), mesh, rank)
+    report["graphs"] = {name: account(load(Path(path), runtime.mindspore_folder()), mesh, rank) if count else {}
                         for name, path in report.get("graphs", {}).items()}
     if not report["ok"]:
         report["details"] = compiler_errors(log)
