@@ -76,7 +76,7 @@ def gap(found: List[np.ndarray], expected: List[np.ndarray]) -> float:
     one, other = (np.unique(np.concatenate(arrays)) for arrays in (found, expected))
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
         return 0.0 if np.array_equal(one, other, equal_nan=True) else float("inf")
-    return max(_apart(one, other), _apart(other, one)) / max(float(np.abs(other).max()), np.finfo(float).tiny)
+    return max(_apart(one, other), _apart(other, one)) / max(float(np.abs(other).max()), 1e-300)
 
 
 class Difference(NamedTuple):
