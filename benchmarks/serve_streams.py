@@ -105,7 +105,7 @@ def started_server(tokenizer: str, queue: int, seconds: float = 300) -> Iterator
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        log = Path(folder) / "log"
+        log = Path(folder) / "server.txt"
         with open(log, "w", encoding="utf-8") as output:
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / "scripts" / "serve.py"), "--config", str(recipe), "--load_checkpoint",
