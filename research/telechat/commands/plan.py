@@ -26,12 +26,15 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, write_text
 from research.telechat.common.table import table
 from research.telechat.plan.cost import cost_of
-from research.telechat.plan.plan import Plan, find_faults, read_plan
+from research.telechat.plan.plan import PLANNED_FOR, Plan, find_faults, read_plan, usable_gb
 from research.telechat.plan.report import as_json, compared, draw, text
 from research.telechat.recipe.legacy import translate
 from research.telechat.recipe.options import all_overrides
 from research.telechat.recipe.options import build_parser as build_run_parser
 from research.telechat.recipe.read import parse_overrides, read_recipe, resolve_config, set_key
+from research.telechat.spec.flops import DEVICES
+
+LIMIT = "context.max_device_memory"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", help="recipe")
     add("--command", help="instead of --config: the command that is to run; checked if it is run_mindformer.py's")
     add("--ranks", "--cards", type=int, help="cards of the job; without it, those that the recipe is for")
+    add("--device", choices=DEVICES, help="hardware that the plan is for (docs/cluster.md); default: A2, Atlas 800T A2")
     add("--rank", type=int, default=0, help="the card whose communication is shown and that is compiled for")
     add("--check", action="store_true", help="only look for faults; nothing is printed if there are none")
     add("--compile", action="store_true", help="compile for Ascend with a simulated runtime, and compare")
@@ -62,10 +66,14 @@ def build_parser() -> argparse.ArgumentParser:
 def complete_recipe(args: argparse.Namespace, overrides: JsonObject) -> JsonObject:
     """The recipe with everything from the command line. Raises ConfigError."""
     recipe = copy.deepcopy(read_recipe(resolve_config(args.config)))
+    overrides = dict(overrides)
     if args.layers:
         overrides = {**overrides, "model.model_config.num_layers": args.layers, "model.model_config.offset": 0}
     if args.micro_batches:
         overrides = {**overrides, "parallel_config.micro_batch_num": args.micro_batches}
+    if args.device:
+        recipe[PLANNED_FOR] = args.device
+        overrides.setdefault(LIMIT, f"{usable_gb(DEVICES[args.device])}GB")
     for dotted, value in overrides.items():
         set_key(recipe, dotted, value)
     translate(recipe)                    # keys of earlier recipes; run_mindformer.py says what it changes

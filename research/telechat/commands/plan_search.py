@@ -5,7 +5,7 @@ from typing import Callable
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
-from research.telechat.plan.plan import read_plan
+from research.telechat.plan.plan import chip_faults, read_plan
 from research.telechat.plan.search import MARGIN, search, search_prediction, sequences_of
 from research.telechat.plan.search_report import draw_search, prediction_table, search_table, write_recipe
 from research.telechat.plan.timing import step_time
@@ -41,6 +41,8 @@ def run_search(recipe: JsonObject, args: argparse.Namespace) -> int:
     if args.seq_length:
         recipe["model"]["model_config"]["seq_length"] = args.seq_length
     start = read_plan(recipe)
+    if chip_faults(start):
+        raise ConfigError(chip_faults(start)[0])
     if not start.training:
         for option in ("global_batch", "write_recipe", "picture"):
             if getattr(args, option):
@@ -56,8 +58,8 @@ def run_search(recipe: JsonObject, args: argparse.Namespace) -> int:
             bar.total = total
             bar.update(done - bar.n)
         found = search(recipe, args.ranks, sequences, args.margin, progress=progress)
-    print(f"{start.model.net_name or 'model'} on {args.ranks} cards, {start.model.seq_length:,} tokens per sequence, "
-          f"{sequences} sequences per step:\n")
+    print(f"{start.model.net_name or 'model'} on {args.ranks} cards ({start.chip.name}), {start.model.seq_length:,} "
+          f"tokens per sequence, {sequences} sequences per step:\n")
     print(search_table(found, step_time(start)))
     path = args.write_recipe or Path(f"finetune_{start.model.net_name or 'model'}_{args.ranks}_cards.yaml")
     write_recipe(found[0], recipe, resolve_config(args.config), path)

@@ -22,7 +22,7 @@ from research.telechat.plan.activations import (
 )
 from research.telechat.plan.plan import BYTES, CUT_BY_INPUT, Plan, Weight, bubble, ends_of, layers_of, stage_of
 from research.telechat.recipe.settings import to_variant
-from research.telechat.spec.flops import CHIPS, Chip
+from research.telechat.spec.flops import DEFAULT_DEVICE, DEVICES
 from research.telechat.spec.flops import flops_per_token as flops_of
 from research.telechat.spec.parameters import parameters
 
@@ -30,7 +30,7 @@ EMBEDDING = "tok_embeddings.embedding_weight"
 STATE_BYTES = 8                        # AdamW: two moments of four bytes
 REMAINDER_BYTES = 2                    # of a 16-bit parameter that has one (training/remainder.py)
 CARDS_PER_MACHINE = 8
-CHIP = CHIPS["Ascend910B3"]            # that the recipes are for
+CHIP = DEVICES[DEFAULT_DEVICE]
 
 
 @dataclass
@@ -329,7 +329,7 @@ def link_of(plan: Plan, axis: str) -> str:
         if name in axis.split("+") and degree > 1:
             reach = stride * degree
         stride *= degree
-    return "machine" if reach <= CARDS_PER_MACHINE else "network"
+    return "machine" if reach <= plan.chip.joined else "network"
 
 
 def parameter_count(plan: Plan) -> int:
@@ -346,10 +346,10 @@ def flops_per_token(plan: Plan) -> float:
     return flops if plan.training else flops / 3
 
 
-def tokens_per_second(plan: Plan, mfu: float, chip: Chip = CHIP) -> float:
+def tokens_per_second(plan: Plan, mfu: float) -> float:
     """Tokens per second of all devices at a model FLOPs utilisation of `mfu`, pipeline bubble included in it."""
-    return plan.ranks * chip.teraflops * 1e12 * mfu / flops_per_token(plan)
+    return plan.ranks * plan.chip.teraflops * 1e12 * mfu / flops_per_token(plan)
 
 
-__all__ = ["CHIP", "Chip", "Cost", "Memory", "Traffic", "bubble", "cost_of", "flops_per_token", "gather",
+__all__ = ["CHIP", "Cost", "Memory", "Traffic", "bubble", "cost_of", "flops_per_token", "gather",
            "held_parameters", "link_of", "memory_of", "parameter_count", "reduce", "tokens_per_second", "traffic_of"]

@@ -9,7 +9,7 @@ import os
 from typing import List, Mapping, Optional
 
 from research.telechat.common.errors import ConfigError
-from research.telechat.plan.cost import CHIP, cost_of
+from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import BYTES, Plan
 
 DEFAULT_MB = 200
@@ -55,7 +55,7 @@ def recommended_mb(plan: Plan) -> int:
 
 def spare_bytes(plan: Plan) -> float:
     """Bytes of a card beside context.max_device_memory."""
-    return max(0.0, CHIP.memory_gb - plan.limit_gb) * 1e9
+    return max(0.0, plan.chip.memory_gb - plan.limit_gb) * 1e9
 
 
 def lines(plan: Plan, rank: int) -> List[str]:
@@ -66,7 +66,7 @@ def lines(plan: Plan, rank: int) -> List[str]:
     taken, spare, advised = buffer_bytes(plan, rank, size), spare_bytes(plan), recommended_mb(plan)
     count = f"{len(names)} communicator{'s' if len(names) > 1 else ''} ({', '.join(names)})"
     text = (f"HCCL buffers: {count} x 2 x {size} MB = {taken / 1e9:.1f} GB, of the "
-            f"{spare / 1e9:.1f} GB that max_device_memory leaves of a card's {CHIP.memory_gb:g}")
+            f"{spare / 1e9:.1f} GB that max_device_memory leaves of a card's {plan.chip.memory_gb:g}")
     if taken > SUBSTANTIAL * spare and advised < size:
         text += f"; HCCL_BUFFSIZE={advised} is recommended: {buffer_bytes(plan, rank, advised) / 1e9:.1f} GB"
     return [text]
@@ -81,7 +81,7 @@ def notes(plan: Plan, rank: int) -> List[str]:
     other = f", or HCCL_BUFFSIZE to {advised}" if advised < size else ""
     return [f"HCCL's buffers take {taken / 1e9:.1f} GB, but context.max_device_memory ({plan.limit_gb:g} GB) leaves "
             f"{spare / 1e9:.1f} GB of the card for them: set it to at most "
-            f"{math.floor(CHIP.memory_gb - taken / 1e9)}GB{other}"]
+            f"{math.floor(plan.chip.memory_gb - taken / 1e9)}GB{other}"]
 
 
 __all__ = ["buffer_bytes", "buffer_mb", "communicators", "lines", "notes", "recommended_mb", "spare_bytes"]

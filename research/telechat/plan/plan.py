@@ -14,11 +14,13 @@ from research.telechat.common.files import JsonObject
 from research.telechat.recipe.fields import ModelSettings
 from research.telechat.recipe.master_weights import choose as choose_master_weights
 from research.telechat.recipe.settings import dtype_name, resolve, to_variant
+from research.telechat.spec.flops import DEFAULT_DEVICE, DEVICES, Chip
 from research.telechat.spec.parameters import Param, parameters
 from research.telechat.spec.variants import Variant, shape_faults
 
 CUT_BY_INPUT = ("wo", "w2")    # linear layers; model parallelism cuts the others by their output
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+PLANNED_FOR = "planned_for"    # of a recipe while it is planned, never in a file: one of spec/flops.DEVICES
 
 
 class Weight(NamedTuple):
@@ -66,6 +68,7 @@ class Plan:
     device: str
     parallel_mode: object
     alltoall: bool               # parallel.enable_alltoall
+    chip: Chip                   # what the plan is for
 
     @property
     def ranks(self) -> int:
@@ -194,7 +197,7 @@ def read_plan(recipe: JsonObject) -> Plan:
         limit_gb=_gigabytes(_section(recipe, "context").get("max_device_memory")),
         device=str(_section(recipe, "context").get("device_target", "Ascend")),
         parallel_mode=settings.get("parallel_mode", 0) if used else 0,
-        alltoall=bool(settings.get("enable_alltoall")))
+        alltoall=bool(settings.get("enable_alltoall")), chip=DEVICES[recipe.get(PLANNED_FOR) or DEFAULT_DEVICE])
 
 
 def stage_layers(plan: Plan) -> List[List[int]]:
@@ -236,6 +239,8 @@ def _device_faults(plan: Plan, ranks: Optional[int]) -> List[str]:
                   "other degrees or another number of ranks")
         faults.append(f"data_parallel {plan.dp} * model_parallel {plan.mp} * pipeline_stage {plan.pp} * "
                       f"context_parallel {plan.cp} = {plan.ranks}, but there are {ranks} ranks: {advice}")
+    if plan.device == "Ascend":
+        faults += chip_faults(plan)
     if plan.device == "CPU" and max(plan.mp, plan.pp, plan.cp) > 1:
         faults.append("a CPU runs data parallelism only: set model_parallel, pipeline_stage and context_parallel to 1, "
                       "or context.device_target to Ascend")
@@ -243,6 +248,26 @@ def _device_faults(plan: Plan, ranks: Optional[int]) -> List[str]:
         faults.append(f"parallel.parallel_mode is {plan.parallel_mode!r}: model, pipeline and context parallelism need "
                       "1 (semi-automatic)")
     return faults
+
+
+def chip_faults(plan: Plan) -> List[str]:
+    """What the hardware of the plan lacks, one line each with what to change."""
+    chip, faults = plan.chip, []
+    if plan.limit_gb > chip.memory_gb:
+        faults.append(f"context.max_device_memory is {plan.limit_gb:g}GB, but {chip.name} has {chip.memory_gb:g} GB: "
+                      f"set it to {usable_gb(chip)}GB")
+    keys = [key for key in ("compute_dtype", "param_init_type", "embedding_init_type", "norm_init_type", "res_dtype",
+                            "rotary_dtype", "layernorm_compute_type", "softmax_compute_type")
+            if dtype_name(getattr(plan.model, key)) == "bfloat16"]
+    if keys and not chip.bfloat16:
+        faults.append(f"{chip.name} has no bfloat16: set model_config.{', '.join(keys)} to float16, and in training "
+                      "runner_wrapper.scale_sense to a DynamicLossScaleUpdateCell")
+    return faults
+
+
+def usable_gb(chip: Chip) -> int:
+    """GB for context.max_device_memory; the rest is left to HCCL and the runtime, in the recipes' proportion."""
+    return int(chip.memory_gb * 58 / 64)
 
 
 def _width_faults(plan: Plan) -> List[str]:

@@ -6,7 +6,6 @@ from research.telechat.common.files import JsonObject
 from research.telechat.common.table import table
 from research.telechat.plan import checkpoints, hccl
 from research.telechat.plan.cost import (
-    CHIP,
     Cost,
     Memory,
     cost_of,
@@ -96,7 +95,7 @@ def text(plan: Plan, rank: int, mfu: float) -> str:
     lines = [f"{flops_per_token(plan) / GB:.2f} GFLOP per token" + (
         f", {flops_per_token(plan) * plan.step_tokens / 1e15:.3g} PFLOP per step" if plan.training else "")]
     if plan.training:
-        lines.append(f"at {mfu:.0%} MFU of {CHIP.teraflops:g} TFLOP/s per card ({CHIP.name}, published): "
+        lines.append(f"at {mfu:.0%} MFU of {plan.chip.teraflops:g} TFLOP/s per card ({plan.chip.name}, published): "
                      f"{speed:,.0f} tokens/s, {speed / plan.ranks:,.0f} per card, "
                      f"{plan.step_tokens / speed:.2f} s per step")
     if plan.pp > 1 and plan.training:
@@ -114,7 +113,7 @@ def as_json(plan: Plan, rank: int, mfu: float) -> JsonObject:
         "context_parallel": plan.cp, "sequence_parallel": plan.sequence_parallel, "parameters": parameter_count(plan),
         "tokens_per_step": plan.step_tokens, "flops_per_token": flops_per_token(plan),
         "bubble": bubble(plan) if plan.training else 0.0,
-        "speed": {"mfu": mfu, "chip": CHIP._asdict(), "tokens_per_second": tokens_per_second(plan, mfu)},
+        "speed": {"mfu": mfu, "chip": plan.chip._asdict(), "tokens_per_second": tokens_per_second(plan, mfu)},
         "limit_bytes": plan.limit_gb * GB,
         "stages": [{**vars(memory), "total": memory.total} for memory in stages(plan)],
         "rank": {"rank": rank, "stage": cost.stage, "layers": cost.layers, "sent_bytes": cost.sent,

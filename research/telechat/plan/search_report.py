@@ -1,5 +1,7 @@
 """What a search found, for people: a table, a picture, and the best plan as a recipe."""
+import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
@@ -9,7 +11,7 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, whole, write_text
 from research.telechat.common.picture import LIGHT, drawing, png
 from research.telechat.common.table import table
-from research.telechat.plan.plan import Plan, read_plan
+from research.telechat.plan.plan import PLANNED_FOR, Plan, read_plan
 from research.telechat.plan.search import Found, Served
 from research.telechat.plan.timing import StepTime
 from research.telechat.recipe.legacy import translate
@@ -104,8 +106,20 @@ def differing(recipe: JsonObject, changes: Dict[str, Any]) -> JsonObject:
     return kept
 
 
+def changed(before: JsonObject, now: JsonObject, section: str = "") -> Dict[str, Any]:
+    """{dotted key: value} of what `now` has otherwise than `before`, but for the device that is planned for."""
+    found: Dict[str, Any] = {}
+    for key, value in now.items():
+        old = before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            found.update(changed(old, value, f"{section}{key}."))
+        elif value != old and key != PLANNED_FOR:
+            found[section + key] = value
+    return found
+
+
 def write_recipe(best: Found, recipe: JsonObject, source: Path, path: Path) -> None:
-    """Write the plan as a recipe over `source`; only what differs from it.
+    """Write the plan as a recipe over `source`; only what differs from it. recipe: the one searched, with its options.
 
     Raises:
         ConfigError: the file is there and was not written by this function, or cannot be written.
@@ -118,7 +132,10 @@ def write_recipe(best: Found, recipe: JsonObject, source: Path, path: Path) -> N
             f"# {time.tokens_per_second / time.ranks:,.0f} tokens/s per card, {best.memory_gb:.1f} GB of "
             f"{plan.limit_gb:g} GB; recomputed: {best.recomputed}."]
     base = os.path.relpath(source.resolve(), path.resolve().parent)
-    body = yaml.safe_dump({"base_config": base, **differing(recipe, best.changes)}, sort_keys=False, allow_unicode=True)
+    original = copy.deepcopy(read_recipe(source))
+    translate(original)
+    kept = differing(original, {**changed(original, recipe), **best.changes})
+    body = yaml.safe_dump({"base_config": base, **kept}, sort_keys=False, allow_unicode=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "\n".join(head) + "\n" + body)
@@ -126,5 +143,5 @@ def write_recipe(best: Found, recipe: JsonObject, source: Path, path: Path) -> N
         raise ConfigError(f"--write_recipe {path}: {err.strerror or err}; name another file") from err
     written = read_recipe(path)
     translate(written)
-    found = read_plan(written)
+    found = replace(read_plan(written), chip=plan.chip)
     assert found == plan, "the written recipe is another plan"

@@ -16,13 +16,11 @@ from dataclasses import dataclass, fields
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 from research.telechat.plan.activations import recomputed, repeated_gathers, repeated_operators
-from research.telechat.plan.cost import CARDS_PER_MACHINE, CHIP, held_parameters, link_of, traffic_of
+from research.telechat.plan.cost import CHIP, held_parameters, link_of, traffic_of
 from research.telechat.plan.plan import BYTES, Plan, ends_of, layers_of
+from research.telechat.spec.flops import Chip
 
-PEAK = CHIP.teraflops * 1e12           # FLOP/s of 16-bit matrix products, dense
-HBM = 1.6e12                           # bytes/s of the card's memory, published
-LINK = 28e9                            # bytes/s and direction between two cards of a machine (HCCS, 56 GB/s both ways)
-NETWORK = 25e9                         # bytes/s and direction of a card's network port (200 Gbit/s RoCE)
+PEAK = CHIP.teraflops * 1e12           # FLOP/s of 16-bit matrix products, dense, of the card that the fit is for
 ATTENTION_BACKWARD = 2.5               # operations of flash attention's backward pass, of those of its forward pass
 HIDDEN_SHARE = 0.5                     # of model parallelism's communication, by fine-grained interleaving
 
@@ -31,10 +29,10 @@ HIDDEN_SHARE = 0.5                     # of model parallelism's communication, b
 class Efficiency:
     """The constants: shares of published peaks that are reached, and seconds that no size explains."""
 
-    matrix: float = 0.764              # of PEAK, in matrix products
-    attention: float = 0.588           # of PEAK, in flash attention
-    memory: float = 0.638              # of HBM
-    links: float = 0.618               # of LINK and NETWORK
+    matrix: float = 0.764              # of the peak, in matrix products
+    attention: float = 0.588           # of the peak, in flash attention
+    memory: float = 0.638              # of the memory's bandwidth
+    links: float = 0.618               # of the links' bandwidth
     latency: float = 24.8e-6           # seconds of a collective, and of a layer's pass, besides its size
 
     def values(self) -> List[float]:
@@ -61,16 +59,17 @@ class Work(NamedTuple):
         """The same, `factor` times."""
         return Work(*(value * factor for value in self))
 
-    def parts(self, reached: Efficiency) -> Dict[str, float]:
+    def parts(self, reached: Efficiency, chip: Chip = CHIP) -> Dict[str, float]:
         """Seconds of each kind."""
-        return {"matrix": self.matrix / (PEAK * reached.matrix),
-                "attention": self.attention / (PEAK * reached.attention),
-                "memory": self.memory / (HBM * reached.memory), "links": self.links / reached.links,
+        peak = chip.teraflops * 1e12
+        return {"matrix": self.matrix / (peak * reached.matrix),
+                "attention": self.attention / (peak * reached.attention),
+                "memory": self.memory / (chip.hbm * reached.memory), "links": self.links / reached.links,
                 "latency": self.calls * reached.latency}
 
-    def seconds(self, reached: Efficiency) -> float:
+    def seconds(self, reached: Efficiency, chip: Chip = CHIP) -> float:
         """All of it, one after the other."""
-        return sum(self.parts(reached).values())
+        return sum(self.parts(reached, chip).values())
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,10 @@ class StepTime:
 def bandwidth(plan: Plan, axis: str) -> float:
     """Bytes/s at which a rank sends over `axis`; within a machine, over all its links to the cards of the group."""
     if link_of(plan, axis) == "network":
-        return NETWORK
+        return plan.chip.network
     degrees = {"dp": plan.dp, "cp": plan.cp, "mp": plan.mp, "pp": plan.pp}
     group = math.prod(degrees[name] for name in axis.split("+"))
-    return LINK * (min(group, CARDS_PER_MACHINE) - 1)
+    return min(plan.chip.link * (group - 1), plan.chip.links)
 
 
 def layer_work(plan: Plan, forward_only: bool = False) -> Tuple[Work, Work]:
@@ -162,7 +161,7 @@ def slot(plan: Plan, stage: int, hidden: float) -> Work:
             exposed = item.bytes / plan.micro_batches * (1 - hidden)
             work += Work(links=exposed / bandwidth(plan, item.axis))
         if item.purpose == "pipeline":
-            work += Work(links=item.bytes / plan.micro_batches / NETWORK, calls=2.0)
+            work += Work(links=item.bytes / plan.micro_batches / plan.chip.network, calls=2.0)
     if ends_of(plan, stage)[1]:
         work += _head(plan)
     return work
@@ -203,13 +202,13 @@ def stage_work(plan: Plan, stage: int, interleaved: bool = False) -> StageWork:
 
 def time_of(plan: Plan, works: Sequence[StageWork], reached: Efficiency = REACHED) -> StepTime:
     """The step of `plan` from the work of its stages."""
-    slots = [work.slot.seconds(reached) for work in works]
+    slots = [work.slot.seconds(reached, plan.chip) for work in works]
     slowest = max(range(len(works)), key=slots.__getitem__)
     work, of_slot = works[slowest], slots[slowest]
-    parts = {name: seconds * plan.micro_batches for name, seconds in work.slot.parts(reached).items()}
+    parts = {name: seconds * plan.micro_batches for name, seconds in work.slot.parts(reached, plan.chip).items()}
     parts["pipeline"] = (plan.pp - 1) / plan.virtual_stages * of_slot
     parts["gradients"] = max(0.0, work.gradients / reached.links - of_slot * HIDDEN_SHARE)
-    parts["optimizer"] = work.once.seconds(reached)
+    parts["optimizer"] = work.once.seconds(reached, plan.chip)
     return StepTime(slowest, parts, plan.step_tokens, plan.ranks)
 
 
@@ -240,4 +239,4 @@ def token_work(plan: Plan, length: int) -> Work:
 
 def token_time(plan: Plan, length: int = 0, reached: Efficiency = REACHED) -> StepTime:
     """Estimated time of one decoding step, one token for each of the `batch` sequences of `length` tokens."""
-    return StepTime(0, token_work(plan, length).parts(reached), plan.batch, plan.ranks)
+    return StepTime(0, token_work(plan, length).parts(reached, plan.chip), plan.batch, plan.ranks)

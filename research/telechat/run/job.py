@@ -25,7 +25,13 @@ from research.telechat.recipe.legacy import translate
 from research.telechat.recipe.read import set_key
 from research.telechat.run.batches import pad_evaluation, settle_batches
 from research.telechat.run.manifests import check_hashes, settle_with_checkpoint
-from research.telechat.run.preflight import check_checkpoint, check_dataset, check_ring_attention, model_config
+from research.telechat.run.preflight import (
+    check_bfloat16,
+    check_checkpoint,
+    check_dataset,
+    check_ring_attention,
+    model_config,
+)
 from research.telechat.run.prompts import (
     check_length,
     first_answers,
@@ -217,6 +223,7 @@ def _carry_out(config: MindFormerConfig, register_path: Optional[str], predict_d
     set_output_path(config.output_dir)
     build_context(config)
     prepare_cpu()
+    check_bfloat16(config)
     if training:
         check_ring_attention(config)
         Trainer(config).train()

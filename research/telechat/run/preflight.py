@@ -11,17 +11,21 @@ from typing import Dict, List, Tuple, Union
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 
+from research.telechat.bridge.compat import chip_name
 from research.telechat.checkpoint.folder import open_mindspore
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.data.meta import data_files
 from research.telechat.data.scan import check_dataset as check_files
 from research.telechat.model import kernels
+from research.telechat.recipe.fields import FIELDS
+from research.telechat.recipe.settings import dtype_name
 from research.telechat.run.batches import sequences_per_step, steps_per_epoch
 from research.telechat.spec.parameters import parameters
 from research.telechat.telechat_config import TelechatConfig
 
 DATASET_CHECKS = "dataset_checks.json"     # in the output folder: what was read of data sets without meta.json
 _SHIFTING_HANDLERS = ("PackingHandler", "AlpacaInstructDataHandler")       # of MindFormers' HFDataLoader
+WITHOUT_BFLOAT16 = re.compile(r"Ascend910(A|Pro[A-C]?|Premium[A-C]?)?")   # MindSpore's names of the first 910
 _SHOWN = 8                                 # faults listed in full; the rest are counted
 
 
@@ -47,6 +51,16 @@ def check_ring_attention(config: MindFormerConfig) -> None:
         raise ConfigError("model_config.use_ring_attention: the attention kernel of this device sees keys in a band of "
                           "no width, so that tokens would see those of later cards; set it to False (keys are "
                           "gathered), or parallel_config.context_parallel_algo to ulysses_cp")
+
+
+def check_bfloat16(config: MindFormerConfig) -> None:
+    """Refuse bfloat16 on Ascend 910A, which has none. Needs the device. Raises ConfigError."""
+    name = chip_name()
+    keys = [key for key in FIELDS if key.endswith(("_dtype", "_type"))
+            and dtype_name(config.model.model_config.get(key)) == "bfloat16"]
+    if keys and WITHOUT_BFLOAT16.fullmatch(name):
+        raise ConfigError(f"{name} has no bfloat16: set model_config.{', '.join(keys)} to float16, and in training "
+                          "runner_wrapper.scale_sense to a DynamicLossScaleUpdateCell (docs/cluster.md)")
 
 
 def _listed(lines: List[str]) -> str:
