@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
-OURS, _, OTHERS = TEXT.partition("\n## Faults of CANN")
+OURS, _, OTHERS = TEXT.partition("\n## Errors of CANN")
 GAP = "\0"                                             # where a value stands in a message
 FEWEST = 8                                             # characters of a quoted message besides its gaps
 
