@@ -328,7 +328,7 @@ def main() -> int:
         print(f"error: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nInterrupted. Finished steps are kept; the same command goes on from there.", file=sys.stderr)
+        print("\nInterrupted. Finished steps are kept; the same command continues from there.", file=sys.stderr)
         return 130
     print_outlook(output, time.time() - start)
     return 0

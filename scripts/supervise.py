@@ -118,7 +118,7 @@ def death(ended: Dict[int, Optional[int]], log_dir: Path) -> Optional[str]:
         return None
     rank, code = suspects[0], ended[suspects[0]]
     how = "" if code is None else f" of signal {code & 127}" if code & 127 else f" with exit code {code >> 8}"
-    return f"rank {rank} died{how}. Its last words:\n{last_lines(log_dir, rank)}"
+    return f"rank {rank} died{how}. End of its log:\n{last_lines(log_dir, rank)}"
 
 
 def run_once(command: Sequence[str], log_dir: Path, hang_timeout: float) -> Optional[str]:
@@ -148,7 +148,7 @@ def run_once(command: Sequence[str], log_dir: Path, hang_timeout: float) -> Opti
         return None
     end_job(child, workers)
     if stopped:                                                    # the others gave up waiting for it
-        return (f"rank {stopped[0]} is stopped, and the others failed waiting for it. Its last words:\n"
+        return (f"rank {stopped[0]} is stopped, and the others failed waiting for it. End of its log:\n"
                 f"{last_lines(log_dir, stopped[0])}")
     return death(ended, log_dir) or f"the job ended with {child.returncode}"
 
@@ -160,7 +160,7 @@ def hang(log_dir: Path, workers: Dict[int, int], timeout: float) -> str:
     if not quiet:
         return f"the job hangs: no worker has written for {timeout:g} s; no worker turned up"
     who = f"rank {quiet[0]} {'is stopped' if stopped else 'was the first to fall silent'}"
-    return (f"the job hangs: no worker has written for {timeout:g} s; {who}. Its last words:\n"
+    return (f"the job hangs: no worker has written for {timeout:g} s; {who}. End of its log:\n"
             f"{last_lines(log_dir, quiet[0])}")
 
 
@@ -185,7 +185,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.max_restarts < 0 or args.hang_timeout <= 0:
         parser.error("--max_restarts must not be negative, --hang_timeout must be positive")
     if args.max_restarts and not any("--resume_training" in word for word in command):
-        parser.error("--max_restarts needs --resume_training True in the command, or every start would begin anew")
+        parser.error("--max_restarts needs --resume_training True in the command, or every start would begin from "
+                     "scratch")
     signal.signal(signal.SIGTERM, _interrupt)
     for attempt in range(args.max_restarts + 1):
         try:

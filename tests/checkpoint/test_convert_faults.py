@@ -68,7 +68,7 @@ FAULTS = {
                               ["'../x'", "beside the index"]),
     "tensor twice": (lambda d: (shutil.copy(d / SHARD, d / "model-00004-of-00003.safetensors"),
                                 edit_json(d / INDEX, lambda j: j["weight_map"].update(
-                                    {QUERY: "model-00004-of-00003.safetensors"}))), ["stands twice"]),
+                                    {QUERY: "model-00004-of-00003.safetensors"}))), ["appears twice"]),
     "type unknown": (lambda d: edit_header(d / SHARD, lambda h: _first_tensor(h).update(dtype="F8")), ["wrongly"]),
     "type integer": (lambda d: edit_header(d / SHARD, lambda h: _first_tensor(h).update(dtype="I16")),
                      ["type I16", "expected float16, bfloat16, float32"]),
@@ -130,10 +130,10 @@ def test_folders_with_other_weights_are_not_mixed(model, tmp_path, capfd):
     out.mkdir()
     (out / "model-00001-of-00009.safetensors").write_bytes(b"old")
     message = error_of(capfd, to_ms(model[2], out, "--format", "safetensors"))
-    assert "already holds other weights" in message and "model-00001-of-00009.safetensors" in message
+    assert "already contains other weights" in message and "model-00001-of-00009.safetensors" in message
     assert to_ms(model[2], out) == 0                                        # mindspore.ckpt mixes with nothing
     message = error_of(capfd, to_torch(out / "mindspore.ckpt", out))
-    assert "already holds other weights" in message
+    assert "already contains other weights" in message
 
 
 def test_input_is_never_overwritten(tmp_path, capfd):

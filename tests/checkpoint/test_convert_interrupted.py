@@ -233,7 +233,7 @@ def test_training_checkpoints_convert_without_their_optimizer(model, tmp_path, c
     (tmp_path / "config.json").write_text(json.dumps(hf_config(variant)))
     write_safetensors(tmp_path / "x.safetensors", {**weights, **extra}, {"format": "ms"})
     assert to_torch(tmp_path / "x.safetensors", tmp_path / "back") == 0
-    assert "left out, because they hold no weights: 2 entries" in capfd.readouterr().out
+    assert "dropped, because they are not weights: 2 entries" in capfd.readouterr().out
     assert_same(read_safetensors(tmp_path / "back" / "model.safetensors"), tensors)
     lora = {"model.layers.0.attention.wq.mindpet_delta_lora_a": weights["model.norm_out.weight"]}
     write_safetensors(tmp_path / "x.safetensors", {**weights, **lora}, {"format": "ms"})

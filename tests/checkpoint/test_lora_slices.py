@@ -168,7 +168,7 @@ def test_what_is_missing_is_named_in_one_line(fault, run_folder, tmp_path, capsy
         given = folder / "rank_0/mine.ckpt"
         (folder / "rank_0/t_rank_0-trainable_params-2_3.ckpt").rename(given)
         more = ["--adapter_strategy", tmp_path / "strategy"]
-        expected = [f"{given}: the files of the other ranks cannot be told from this name"]
+        expected = [f"{given}: the files of the other ranks cannot be derived from this name"]
     else:
         ranks = slices(adapter, *PLANS["dp2 mp2"])
         write_ranks(folder, {1: {name: part[:-1] for name, part in ranks[1].items()}})

@@ -52,7 +52,7 @@ def test_an_axis_cut_over_two_device_axes():
 
 
 def test_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="cannot be cut into 4"):
+    with pytest.raises(ValueError, match="cannot be split into 4"):
         region(layout((4,), (0,)), 0, (6,))
 
 

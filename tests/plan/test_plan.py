@@ -141,7 +141,7 @@ def test_stages_follow_offset():
 def test_notes():
     notes = find_notes(plan_of(dp=2, mp=2, pp=2, model={"vocab_size": 4095}, parallel_config={"micro_batch_num": 2},
                                parallel={"enable_parallel_optimizer": False}))
-    assert len(notes) == 3 and "4095" in notes[0] and "optimizer" in notes[1] and "stands still" in notes[2]
+    assert len(notes) == 3 and "4095" in notes[0] and "optimizer" in notes[1] and "is idle" in notes[2]
     ring = find_notes(plan_of(cp=2, model={"use_ring_attention": True}))
     assert "use_ring_attention" in ring[0] and not find_notes(plan_of(cp=2))
 

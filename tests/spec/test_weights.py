@@ -148,7 +148,7 @@ def test_impossible_groups_and_degrees_are_refused():
     fused = next(param for param in tw.parameters(variant) if param.parts == 3)
     with pytest.raises(ConfigError, match="--source_mp 7 does not divide"):
         tw.source_groups(fused, variant, 7)
-    with pytest.raises(ConfigError, match="cannot be cut"):
+    with pytest.raises(ConfigError, match="cannot be split"):
         tw.group_rows(np.zeros((7, 2)), 3, 1)
 
 

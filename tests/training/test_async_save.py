@@ -149,7 +149,7 @@ def test_failed_write_is_logged_and_the_next_is_tried(saves, monkeypatch):
     one.monitor.end(one.context)
     assert one.names == ["meta.json", ckpt(2)]
     line, = [line for line in lines if "could not be saved" in line]
-    assert line.startswith("step 1: ") and "there is none yet. Training goes on" in line
+    assert line.startswith("step 1: ") and "there is none yet. Training continues" in line
 
 
 class Disk:

@@ -196,7 +196,7 @@ def prepare() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix="making-", dir=target.parent))
     except OSError as err:
-        raise SimulationError(f"the stand-in libraries cannot be written: {err}; name another folder in "
+        raise SimulationError(f"the stub libraries cannot be written: {err}; name another folder in "
                               "TELECHAT_SIM_CACHE") from err
     try:
         wanted = find_missing(mindspore)
@@ -205,7 +205,7 @@ def prepare() -> Path:
         (work / "made.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
         _publish(work, target)
     except (OSError, ValueError) as err:
-        raise SimulationError(f"the stand-in libraries could not be made: {err}") from err
+        raise SimulationError(f"the stub libraries could not be made: {err}") from err
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target

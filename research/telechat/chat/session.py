@@ -248,7 +248,7 @@ def parse_tool_calls(answer: Union[str, Sequence[int]], vocab: Optional[Vocab] =
     for number, match in enumerate(_TOOL_CALL.finditer(answer), 1):
         body = match.group(1).strip()
         if not match.group(0).endswith("</tool_call>"):
-            faults.append(f"call {number} has no </tool_call>: the answer was cut")
+            faults.append(f"call {number} has no </tool_call>: the answer was truncated")
             continue
         call = _literal(body)
         if call is None:

@@ -99,7 +99,7 @@ class Terminal:
         self.history = messages
         report = self.report()
         dropped = f", {report.dropped_turns} oldest turns left out" if report.dropped_turns else ""
-        dropped += f", beginning of the question cut by {report.cut_tokens} tokens" if report.cut_tokens else ""
+        dropped += f", beginning of the question truncated by {report.cut_tokens} tokens" if report.cut_tokens else ""
         self._say(f"\n[{report.new_tokens} tokens, {report.tokens_per_second:.1f} per second{dropped}]")
 
     def _clear(self, _rest: str) -> None:

@@ -156,8 +156,8 @@ def _check_paths(source: Source, target: Target) -> None:
         strangers = sorted(path.name for path in folder.iterdir() if path.resolve() not in ours
                            and (path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")))
         if strangers:
-            raise CheckpointError(f"{folder} already holds other weights, which would be loaded with the new ones or "
-                                  f"instead: {', '.join(strangers)}; remove them or give another folder")
+            raise CheckpointError(f"{folder} already contains other weights, which would be loaded with the new ones "
+                                  f"or instead: {', '.join(strangers)}; remove them or give another folder")
 
 
 def _check_overwrite(target: Target, journal: Journal, overwrite: bool) -> None:

@@ -67,7 +67,7 @@ def check_model(checkpoint: Checkpoint, variant: Variant, layout: str) -> Match:
         hint = " (merge LoRA adapters first)" if any(map(_ADAPTED.search, match.unknown)) else ""
         faults.append(f"{len(match.unknown)} are unknown: {summarise(match.unknown)}{hint}")
     if match.duplicate:
-        faults.append(f"{len(match.duplicate)} stand twice under two names: {summarise(match.duplicate)}")
+        faults.append(f"{len(match.duplicate)} appear twice under two names: {summarise(match.duplicate)}")
     misfits: Dict[str, List[str]] = {}                     # what is wrong -> the tensors
     for name, shape in _expected(params, match, variant, layout).items():
         info = checkpoint.tensors[name]
@@ -98,7 +98,7 @@ def check_model(checkpoint: Checkpoint, variant: Variant, layout: str) -> Match:
             else:
                 rest.append(name)
         parts = [f"{count} of optimizer state {prefix}" for prefix, count in state.items()]
-        checkpoint.notes.append(f"left out, because they hold no weights: {len(match.ignored)} entries, "
+        checkpoint.notes.append(f"dropped, because they are not weights: {len(match.ignored)} entries, "
                                 + ", ".join(parts + ([summarise(rest)] if rest else [])))
     return match
 

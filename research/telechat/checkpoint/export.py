@@ -125,7 +125,8 @@ def _tokenizer(folder: Path, vocab: Vocab, renderer: Renderer, sizes: Sizes, not
         notes.append(f"WARNING: {warning}")
     known = (sizes.facts.tokenizer if sizes.facts else None) or {}
     if known.get("sha256", vocab.fingerprint) != vocab.fingerprint:
-        notes.append(f"WARNING: {vocab.path} is not the {known.get('file')} that lay beside the checkpoint's origin")
+        notes.append(f"WARNING: {vocab.path} is not the {known.get('file')} that was in the original checkpoint's "
+                     f"folder")
     try:
         content = tokenizer_json(vocab)
     except VocabError as err:

@@ -49,8 +49,8 @@ def open_mindspore(path: Path, option: str = "--mindspore_path") -> Checkpoint:
         return _without_wrappers(open_files([path], "ckpt" if path.suffix == ".ckpt" else "safetensors"))
     _must_be_folder(path, option)
     if any(entry.is_dir() and entry.name.startswith("rank_") for entry in path.iterdir()):
-        raise CheckpointError(f"{path} holds slices of a distributed checkpoint (folders rank_N); merge them into one "
-                              "checkpoint first (scripts/transform_checkpoint.py), then name that")
+        raise CheckpointError(f"{path} contains shards of a distributed checkpoint (folders rank_N); merge them into "
+                              f"one checkpoint first (scripts/transform_checkpoint.py), then pass that")
     shards, ckpts = _weights(path, "*.safetensors"), _weights(path, "*.ckpt")
     if shards or _first(path, INDEX_NAMES):
         checkpoint = _without_wrappers(_open_folder(shards, _first(path, INDEX_NAMES), "safetensors"))
@@ -157,8 +157,8 @@ def _read_index(index: Path) -> Dict[str, str]:
                               "again")
     for name in weight_map.values():
         if Path(name).name != name or name in (".", "..") or "\\" in name:
-            raise CheckpointError(f"{index} names the file {name!r}; files must lie beside the index: put them there "
-                                  "and correct it, or download it again")
+            raise CheckpointError(f"{index} names the file {name!r}; files must be in the folder of the index: put "
+                                  f"them there and correct it, or download it again")
     return weight_map
 
 

@@ -12,7 +12,8 @@ _MAGIC = (
     (b"<!doctype html", "a web page, perhaps of an error or a login, saved instead of the file; download it again"),
     (b"<html", "a web page, perhaps of an error or a login, saved instead of the file; download it again"),
     (b"<?xml", "an XML text, perhaps the error of a storage service; download the file again"),
-    (b"gguf", "a GGUF file (llama.cpp), whose weights are quantised or cut otherwise; take the original checkpoint"),
+    (b"gguf", "a GGUF file (llama.cpp), whose weights are quantised or laid out differently; take the original "
+              "checkpoint"),
     (b"\x1f\x8b", "compressed with gzip; unpack it first"),
     (b"\xfd7zxz", "compressed with xz; unpack it first"),
     (b"bzh", "compressed with bzip2; unpack it first"),

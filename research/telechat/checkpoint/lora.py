@@ -127,8 +127,8 @@ def read_adapter(path: Path, alpha: Optional[float] = None, strategy: Optional[P
         strategy = path.resolve().parent / "strategy"
         if not strategy.is_dir():
             raise CheckpointError(f"{path} holds the files of several ranks, and there is no {strategy} that says how "
-                                  "the adapter is cut; give --adapter_strategy, the folder output/strategy of the run. "
-                                  "Of data parallelism alone name one rank's file: each has the whole adapter")
+                                  f"the adapter is sharded; pass --adapter_strategy, the folder output/strategy of the "
+                                  f"run. Of data parallelism alone name one rank's file: each has the whole adapter")
     side = Side(None, {})
     if strategy is not None:
         plan = read_strategy(strategy)

@@ -82,7 +82,7 @@ def precision_note(path: Path, dtype: str, remainder: bool) -> Optional[str]:
     found = (f"{path} has parameters in {' and '.join(others or [dtype])} {'with' if kept else 'without'} remainders, "
              f"this run in {dtype} {'with' if remainder else 'without'}: ")
     if kept and not remainder:
-        return found + "the remainders are left out, and the training goes on from the rounded parameters"
+        return found + "the remainders are dropped, and training continues from the rounded parameters"
     taken = "the parameters are taken as they are" if dtype == "float32" or not others else (
         "the parameters are rounded once")
     return found + taken + (", remainders begin at zero" if remainder and not kept else "")

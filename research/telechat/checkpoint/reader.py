@@ -64,7 +64,7 @@ class Checkpoint:
     def add(self, name: str, info: TensorInfo, extents: List[Extent]) -> None:
         """Register a tensor; CheckpointError if there is one of that name."""
         if name in self.tensors:
-            raise CheckpointError(f"tensor {name} stands twice: in {self.tensors[name].file} and in {info.file}; "
+            raise CheckpointError(f"tensor {name} appears twice: in {self.tensors[name].file} and in {info.file}; "
                                   "remove one of the two files or repair the folder")
         self.tensors[name] = info
         self._extents[name] = extents

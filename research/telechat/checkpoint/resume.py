@@ -124,7 +124,7 @@ def choose(root: Path, ranks: int) -> Choice:
     if absent and present and min(map(len, present)) > 1:
         raise ConfigError(f"resume_training: {root} has no folder rank_{absent[0]}, but checkpoints of other ranks; "
                           f"resuming needs the files of all {ranks} ranks in one place (a shared file system). To "
-                          "start anew, give another --output_dir or --resume_training False")
+                          f"start over, pass another --output_dir or --resume_training False")
     notes = []
     for name in sorted(set().union(*found.values()), reverse=True):
         without = [rank for rank in range(ranks) if name not in found[rank]]

@@ -43,7 +43,7 @@ def rank_files(path: Path, strategy: Strategy) -> Dict[int, Path]:
         path = Path(os.path.abspath(path))             # of a relative one too; a link's own name is what counts
         parsed = parse(path.name)
         if parsed is None or path.parent.name != f"rank_{parsed[1]}":
-            raise CheckpointError(f"{path}: the files of the other ranks cannot be told from this name; expected "
+            raise CheckpointError(f"{path}: the files of the other ranks cannot be derived from this name; expected "
                                   "rank_0/NAME_rank_0-EPOCH_STEP.ckpt; or name the folder that holds rank_0 and the "
                                   "others")
         name, folder = parsed[0], path.parent.parent
@@ -71,8 +71,8 @@ def check_ranks(side: Side, option: str) -> None:
             raise CheckpointError(f"the strategy is for {side.ranks} ranks, and there is {what} "
                                   f"({len(side.files)} folders); they belong to different runs")
     elif len(side.files) > 1:
-        raise CheckpointError(f"{len(side.files)} ranks have slices, and no {option} says how they are cut; it is the "
-                              "folder output/strategy of the run that saved them")
+        raise CheckpointError(f"{len(side.files)} ranks have shards, and no {option} says how they are sharded; it is "
+                              f"the folder output/strategy of the run that saved them")
 
 
 def check_named(side: Side, opened: Dict[int, Checkpoint], names: Set[str]) -> None:
@@ -83,8 +83,8 @@ def check_named(side: Side, opened: Dict[int, Checkpoint], names: Set[str]) -> N
                      if any(len(checkpoint.tensors[name].shape) > 1 or np.prod(checkpoint.tensors[name].shape) > 1
                             for checkpoint in opened.values() if name in checkpoint.tensors))
     if unnamed:
-        raise CheckpointError(f"the strategy does not say how {summarise(unnamed)} are cut; it belongs to another run, "
-                              "or files of pipeline stages are missing")
+        raise CheckpointError(f"the strategy does not say how {summarise(unnamed)} are sharded; it belongs to another "
+                              f"run, or files of pipeline stages are missing")
 
 
 def first_slices(side: Side, opened: Dict[int, Checkpoint], name: str) -> Dict[tuple, int]:
@@ -97,7 +97,7 @@ def first_slices(side: Side, opened: Dict[int, Checkpoint], name: str) -> Dict[t
     if side.strategy and name in side.strategy.layouts:
         missing = [rank for rank in side.strategy.holders(name) if rank not in holders]
         if missing and len({rank // stage_ranks for rank in holders}) < 1 + len(missing) // stage_ranks:
-            raise CheckpointError(f"{name}: rank {missing[0]} should hold a slice of it and does not "
+            raise CheckpointError(f"{name}: rank {missing[0]} should have a shard of it and does not "
                                   f"({len(missing)} such ranks); files and strategy belong to different runs")
     regions: Dict[tuple, int] = {}
     for rank in holders:
@@ -111,7 +111,7 @@ def first_slices(side: Side, opened: Dict[int, Checkpoint], name: str) -> Dict[t
                                   f"{[stop - start for start, stop in area]}; they belong to different runs")
         regions.setdefault(area, rank)
     if sum(int(np.prod([stop - start for start, stop in area])) for area in regions) != int(np.prod(whole)):
-        raise CheckpointError(f"{name}: the slices of ranks {sorted(regions.values())} do not make up the whole "
+        raise CheckpointError(f"{name}: the shards of ranks {sorted(regions.values())} do not make up the whole "
                               f"{list(whole)}; a rank's file is missing, copy it there")
     return regions
 

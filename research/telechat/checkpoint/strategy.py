@@ -226,7 +226,7 @@ def region(layout: Layout, rank: int, shape: Sequence[int]) -> Region:
             more, inner = _optimizer_cut(layout, place)
             pieces, number = pieces * more, number * more + inner
         if size % pieces:
-            raise ValueError(f"{size} elements cannot be cut into {pieces} pieces")
+            raise ValueError(f"{size} elements cannot be split into {pieces} pieces")
         result.append((size // pieces * number, size // pieces * (number + 1)))
     return tuple(result)
 

@@ -67,12 +67,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_name", choices=list(VARIANTS), metavar="NAME",
                         help=f"one of {', '.join(VARIANTS)}; may be left out where a config.json tells")
     parser.add_argument("--config", type=Path, metavar="CONFIG.JSON",
-                        help="official config.json with the sizes (default: the one beside the input)")
+                        help="official config.json with the sizes (default: the one in the input's folder)")
     parser.add_argument("--dtype", choices=list(_DTYPES), help="type of the result (default: as it is)")
     parser.add_argument("--max_shard_size", type=_size, metavar="SIZE",
                         help="largest file of a folder of shards, such as 5GB (default: 5GB; 1GB for .bin)")
     parser.add_argument("--verify", action="store_true",
-                        help="hold the input against the hashes of its manifest, where it has one; read the result "
+                        help="verify the input against the hashes in its manifest, if it has one; read the result "
                              "back and compare every tensor")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace files that are in the way and that no conversion wrote")
@@ -216,7 +216,7 @@ def add_torch_to_mindspore(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--torch_path", type=Path, metavar="DIR",
                         help="official folder (safetensors or .bin), or one such file; or a folder of the Llama layout")
     source.add_argument("--from_mindspore", type=Path, metavar="IN",
-                        help="instead: a MindSpore checkpoint, to be written anew in this project's order, another "
+                        help="instead: a MindSpore checkpoint, to be rewritten in this project's order, another "
                              "type or another format")
     parser.add_argument("--mindspore_path", type=Path, required=True, metavar="OUT",
                         help="OUT.ckpt, OUT.safetensors, or a folder")
@@ -263,8 +263,8 @@ def add_any_to_any(parser: argparse.ArgumentParser) -> None:
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     """The options for results that other programs load."""
     parser.add_argument("--tokenizer", type=Path, metavar="FILE",
-                        help="tokenizer.model or tokenizer.json of the model, or their folder (default: the one beside "
-                             "the input); tokenizer.json and the chat template are made from it")
+                        help="tokenizer.model or tokenizer.json of the model, or their folder (default: the one in the "
+                             "input's folder); tokenizer.json and the chat template are made from it")
     parser.add_argument("--copy_from", type=Path, metavar="OFFICIAL",
                         help="folder of the official checkpoint: its tokenizer, and for the official layout its code "
                              "and settings")

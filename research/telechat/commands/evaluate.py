@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace --output and what lies beside it even if not of this command")
     add("--samples", action="store_true", help="write every question with its answer, too")
     add("--use_parallel", type=str2bool, help="run as one of several processes (msrun)")
-    add("--auto_trans_ckpt", type=str2bool, help="cut a complete checkpoint for the parallel plan")
+    add("--auto_trans_ckpt", type=str2bool, help="shard a complete checkpoint for the parallel plan")
     add("--output_dir", help="folder of logs")
     return parser
 

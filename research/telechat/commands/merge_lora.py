@@ -44,7 +44,8 @@ def base_tensors(base: Checkpoint, adapter: Adapter) -> Dict[str, OutTensor]:
         if tensors[name].shape != (len(b), a.shape[1]):
             raise CheckpointError(f"{name}: the adapter is for [{len(b)}, {a.shape[1]}], {base.files[0]} has "
                                   f"{list(tensors[name].shape)}; give the checkpoint that the adapter was trained on, "
-                                  "and of an adapter that is cut over ranks the folder that holds rank_0, rank_1, ...")
+                                  "and for an adapter that is sharded over ranks the folder that contains rank_0, "
+                                  "rank_1, ...")
     strange = next((tensor for tensor in tensors.values() if tensor.dtype not in RAW), None)
     if strange:
         raise CheckpointError(f"{base.files[0]}: tensor {strange.name} has the type {strange.dtype}, which cannot be "
@@ -90,10 +91,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", type=Path, required=True, help="MindSpore checkpoint: file or folder of shards")
     parser.add_argument("--adapter", type=Path, required=True, help="file from checkpoint_trainable of a LoRA run; "
                         "with model parallelism checkpoint_trainable itself, or one rank's file in it")
-    parser.add_argument("--adapter_strategy", type=Path, help="how the ranks cut the adapter, file or folder; "
-                        "default: the folder strategy beside --adapter, if that holds rank_0, rank_1, ...")
+    parser.add_argument("--adapter_strategy", type=Path, help="strategy by which the adapter is sharded, file or "
+                                                              "folder; default: the folder strategy next to --adapter, "
+                                                              "if that contains rank_0, rank_1, ...")
     parser.add_argument("--output", type=Path, required=True, help="the result, .ckpt or .safetensors")
-    parser.add_argument("--lora_alpha", type=float, help="default: from adapter_config.json beside the adapter")
+    parser.add_argument("--lora_alpha", type=float, help="default: from adapter_config.json next to the adapter")
     parser.add_argument("--verify", action="store_true", help=VERIFY_HELP)
     parser.add_argument("--checkpoint_conflict", choices=CONFLICT, default="stop",
                         help="what counts where the manifests differ: checkpoint (the base's), recipe (the adapter's); "

@@ -129,9 +129,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Convert LoRA adapters to and from Hugging Face PEFT.")
     parser.add_argument("direction", choices=("export", "import"), help="export: to PEFT; import: from PEFT")
     parser.add_argument("--adapter", type=Path, required=True, help="MindSpore checkpoint with the adapter; "
-                        "export: also the folder with the slices of all ranks, checkpoint_trainable")
-    parser.add_argument("--adapter_strategy", type=Path, help="export: how the ranks cut the adapter, file or folder; "
-                        "default: the folder strategy beside --adapter, if that holds rank_0, rank_1, ...")
+                        "export: also the folder with the shards of all ranks, checkpoint_trainable")
+    parser.add_argument("--adapter_strategy", type=Path, help="export: strategy by which the adapter is sharded, file "
+                                                              "or folder; default: the folder strategy next to "
+                                                              "--adapter, if that contains rank_0, rank_1, ...")
     parser.add_argument("--peft_dir", type=Path, required=True, help=f"folder with {PEFT_NAMES[0]} and {CONFIG_NAME}")
     parser.add_argument("--layout", choices=(OFFICIAL, LLAMA), default=OFFICIAL, help="export: for the official model "
                         "(default), or for a folder of the Llama layout; import: its names tell")

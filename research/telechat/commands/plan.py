@@ -48,10 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ranks", "--cards", type=int, help="cards of the job; without it, those that the recipe is for")
     add("--device", choices=DEVICES, help="hardware that the plan is for (docs/cluster.md); default: A2, Atlas 800T A2")
     add("--rank", type=int, default=0, help="the card whose communication is shown and that is compiled for")
-    add("--check", action="store_true", help="only look for faults; nothing is printed if there are none")
+    add("--check", action="store_true", help="only check for errors; prints nothing if there are none")
     add("--compile", action="store_true", help="compile for Ascend with a simulated runtime, and compare")
-    add("--layers", type=int, help="plan and compile with so many decoder layers; one per stage is quick")
-    add("--micro_batches", type=int, help="plan and compile with so many micro-batches")
+    add("--layers", type=int, help="plan and compile with this number of decoder layers; one per stage is quick")
+    add("--micro_batches", type=int, help="plan and compile with this number of micro-batches")
     add("--mfu", type=float, default=0.4, help="model FLOPs utilisation that tokens per second are given for")
     add("--json", type=Path, help="file to write everything to")
     add("--picture", type=Path, help="PNG file to draw the memory of each stage to")
@@ -89,7 +89,7 @@ def read_command(command: str) -> Optional[Tuple[str, JsonObject]]:
     try:
         args, rest = build_run_parser().parse_known_args(words[script + 1:])
     except SystemExit:
-        raise ConfigError(f"run_mindformer.py does not take this command (why stands above): {command}") from None
+        raise ConfigError(f"run_mindformer.py does not take this command (the reason is above): {command}") from None
     return args.config, all_overrides(args, rest)
 
 
@@ -116,7 +116,7 @@ def compile_and_compare(plan: Plan, recipe: JsonObject, args: argparse.Namespace
         for line in report["details"] or report["error"].splitlines()[:12]:
             print(line)
         raise ConfigError(f"the plan does not compile (mindspore {report.get('versions', {}).get('mindspore', '?')}); "
-                          f"the compiler's first words: {report['error'].splitlines()[0][:300]}; all of them: "
+                          f"the compiler's message begins: {report['error'].splitlines()[0][:300]}; all of them: "
                           f"{report['folder']}/worker.log")
     cost = cost_of(plan, args.rank)
     print(f"\nCompiled by mindspore {report['versions']['mindspore']} in {report['seconds']['compile']:.0f} s "

@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vocab_file_path", default="", help="tokenizer.model or tokenizer.json; default: that of the recipe")
     add("--checkpoint_path", dest="load_checkpoint", type=or_none(str), help="checkpoint; default: that of the recipe")
     add("--use_parallel", type=str2bool, help="run as one of several processes (msrun)")
-    add("--auto_trans_ckpt", type=str2bool, help="cut a complete checkpoint for the parallel plan")
+    add("--auto_trans_ckpt", type=str2bool, help="shard a complete checkpoint for the parallel plan")
     add("--use_past", type=str2bool, help="keep keys and values of earlier tokens (KV cache)")
     add("--start_token", help="marker in front of every prompt")
     add("--user_token", help="marker before a question; default: that of the model's family")

@@ -26,9 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--use_parallel", type=or_none(str2bool), default=True, help="run as one of several processes (msrun)")
     add("--load_checkpoint", type=or_none(str), help="checkpoint file or folder")
     add("--src_strategy", dest="src_strategy_path_or_dir", type=or_none(str),
-        help="strategy of a checkpoint that is cut already")
+        help="strategy of a checkpoint that is already sharded")
     add("--auto_trans_ckpt", type=or_none(str2bool),
-        help="cut a complete checkpoint for the parallel plan while loading")
+        help="shard a complete checkpoint for the parallel plan while loading")
     add("--resume", dest="resume_training", type=or_none(parse_value), help="resume training")
     add("--train_dataset", type=or_none(str), help="MindRecord file or folder")
     add("--remote_save_url", type=or_none(str), help="where ModelArts uploads the results to")

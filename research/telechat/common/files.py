@@ -107,7 +107,7 @@ class DuplicateKeyError(ValueError):
     """A JSON object has `key` twice."""
 
     def __init__(self, key: str):
-        super().__init__(f"{key!r} stands twice")
+        super().__init__(f"{key!r} appears twice")
         self.key = key
 
 

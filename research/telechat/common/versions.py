@@ -95,7 +95,7 @@ def check_pair(mindformers: Optional[str], mindspore: Optional[str],
                                       ("mindspore", mindspore, spores, oldest[1])):
         if known and known < least:
             raise OldVersionError(f"{name} {found} is too old: the oldest supported is {'.'.join(map(str, least))}.0; "
-                                  f"{install_line()} ({ANYWAY}=1 tries it all the same)")
+                                  f"{install_line()} ({ANYWAY}=1 tries it anyway)")
     pair = f"mindformers {mindformers or 'of unknown version'} with mindspore {mindspore or 'of unknown version'}"
     if formers not in partners:
         return [f"{pair} was never tested (tested: mindformers {', '.join(TESTED)}); if anything fails, "

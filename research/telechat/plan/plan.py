@@ -303,8 +303,8 @@ def _sequence_faults(plan: Plan) -> List[str]:
     if model.use_ring_attention:
         if plan.ulysses == plan.cp:
             faults.append("model_config.use_ring_attention has nothing to pass around where all of context_parallel "
-                          "cuts heads: set context_parallel_algo to colossalai_cp or hybrid_cp, or use_ring_attention "
-                          "to False")
+                          "shards heads: set context_parallel_algo to colossalai_cp or hybrid_cp, or "
+                          "use_ring_attention to False")
         if model.mask_pad_tokens or model.document_boundaries:
             faults.append("model_config.use_ring_attention knows no mask but the causal one: set mask_pad_tokens and "
                           "document_boundaries to False, or use_ring_attention to False")
@@ -360,7 +360,7 @@ def find_notes(plan: Plan) -> List[str]:
         notes.append("parallel.enable_parallel_optimizer is off: every data-parallel rank keeps the whole optimizer "
                      "state")
     if plan.training and plan.pp > 1 and bubble(plan) > 0.2:
-        notes.append(f"the pipeline stands still {bubble(plan):.0%} of the time: raise parallel_config.micro_batch_num")
+        notes.append(f"the pipeline is idle {bubble(plan):.0%} of the time: raise parallel_config.micro_batch_num")
     if plan.lora_rank and plan.sequence_parallel:
         notes.append("LoRA with use_seq_parallel sends more than without: MindFormers' adapter gathers what sequence "
                      "parallelism has scattered (these figures do not count it); set use_seq_parallel to False")

@@ -139,11 +139,10 @@ class ModelSettings:
     share_layer_graphs: bool = _compile(
         True, "on one device, equal decoder layers are compiled once; False: each by itself, as on several devices")
     train_layer_by_layer: Optional[bool] = _compile(
-        None, "one small graph for all layers, which are computed anew in the backward pass; None: in one process on a "
+        None, "one small graph for all layers, which are recomputed in the backward pass; None: in one process on a "
         "CPU, with more than 8 layers")
     loss_chunk_rows: Optional[int] = _compile(
-        None, "tokens per device whose logits exist at once in training; None: so many that these are about 2^26; 0: "
-        "all")
+        None, "tokens per device whose logits exist at once in training; None: enough for about 2^26 logits; 0: all")
     offset: object = _pipeline(0, "layers by which pipeline stages differ from the even split, one number or a list")
     pp_interleave_num: int = _pipeline(1, "virtual pipeline stages per stage", positive=True)
 

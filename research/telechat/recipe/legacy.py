@@ -52,8 +52,8 @@ def _callbacks(recipe: JsonObject) -> Iterator[str]:
 def _model(recipe: JsonObject) -> Iterator[str]:
     arch = section(recipe, "model", "arch")
     if arch.get("type") in _RENAMED_ARCHITECTURES:
-        yield (f"model.arch.type {arch['type']} is now {_ARCHITECTURE}, which is cut over cards by parallel_config for "
-               "prediction as for training")
+        yield (f"model.arch.type {arch['type']} is now {_ARCHITECTURE}, which parallel_config shards over cards for "
+               f"prediction as for training")
         arch["type"] = _ARCHITECTURE
     if str(arch.get("auto_register", "")).rpartition(".")[2] in _RENAMED_ARCHITECTURES:
         arch["auto_register"] = f"telechat.{_ARCHITECTURE}"
@@ -81,8 +81,8 @@ def _parallel(recipe: JsonObject) -> Iterator[str]:
     degrees = [plan.get(key, 1) for key in ("model_parallel", "pipeline_stage", "context_parallel")]
     if alone and recipe.get("use_parallel") and any(degree != 1 for degree in degrees):
         parallel.update(parallel_mode=1, full_batch=True)
-        yield ("parallel.parallel_mode STAND_ALONE is now 1 (semi-automatic) with full_batch True: MindSpore cuts the "
-               "model as parallel_config says")
+        yield ("parallel.parallel_mode STAND_ALONE is now 1 (semi-automatic) with full_batch True: MindSpore shards "
+               "the model as parallel_config says")
     segments = plan.get("seq_split_num", 1)
     if segments not in (None, 1):
         raise ConfigError(f"parallel_config.seq_split_num is {segments}: a pipeline over parts of sequences is not "

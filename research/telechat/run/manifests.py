@@ -98,7 +98,7 @@ def check_hashes(config: MindFormerConfig) -> None:
         try:
             count = check_files(_files_to_load(config), remember=True)
         except CheckpointError as err:
-            raise ConfigError(f"load_checkpoint: {err}. --check_hashes False loads it all the same") from err
+            raise ConfigError(f"load_checkpoint: {err}. --check_hashes False loads it anyway") from err
     for section in _data_sections(config):
         loader = (config.get(section) or {}).get("data_loader") or {}
         paths = loader.get("dataset_dir") or loader.get("dataset_files") or []

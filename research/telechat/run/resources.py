@@ -113,7 +113,7 @@ def check_resources(config: Any, steps: int) -> None:
         raise ConfigError(
             f"output_dir: the training will write {size(needed)} to {target}, where {size(free)} are free: {count} "
             f"checkpoints at once of {size(each)} ({whose} {len(ranks)} ranks)"
-            + (f", and {size(cut)} of slices that auto_trans_ckpt makes" if cut else "")
+            + (f", and {size(cut)} of shards that auto_trans_ckpt makes" if cut else "")
             + "; make room, name another --output_dir, lower keep_checkpoint_max of CheckpointMonitor, or leave this "
               "check out with --check_free_disk False")
     logger.info("checkpoints: %s each on this disk, at most %d at once, %s; %s are free.", size(each), count,
@@ -137,14 +137,14 @@ def _tell_memory(config: Any, plan: Plan) -> None:
     monitor = _monitor(config)
     items = []
     if whole and config.get("resume_training"):
-        items.append((share, f"loading the slices of {len(here)} ranks"))
+        items.append((share, f"loading the shards of {len(here)} ranks"))
     elif whole and config.get("auto_trans_ckpt"):
         processes = int(config.get("transform_process_num") or 1)
         what = f"auto_trans_ckpt, which reads all of {config.load_checkpoint} in {processes} process(es)"
         items.append((whole * min(processes, len(here)), what))
         if whole >= LARGE_CHECKPOINT and config.get("load_ckpt_format") == "ckpt":
-            logger.warning("auto_trans_ckpt: a rank's slice is made from the whole checkpoint, so %s are read for each "
-                           "of the %d ranks; cut it once beforehand with scripts/transform_checkpoint.py "
+            logger.warning("auto_trans_ckpt: a rank's shard is made from the whole checkpoint, so %s are read for each "
+                           "of the %d ranks; shard it once beforehand with scripts/transform_checkpoint.py "
                            "(docs/parallel.md), or give it as safetensors, of which only parts are read.",
                            size(whole), plan.ranks)
     elif whole and plan.ranks == 1:

@@ -47,7 +47,7 @@ def prepare_training(config: MindFormerConfig, base: Optional[ModelFacts] = None
         step = continued_step(config, _chosen_file(config, chosen), step)
     if chosen is not None and step >= total_steps(config) > 0:
         logger.info("resume_training: training is complete already: the checkpoint has step %d of %d. Raise "
-                    "runner_config.epochs to go on.", step, total_steps(config))
+                    "runner_config.epochs to continue.", step, total_steps(config))
         return False
     for callback in config.get("callbacks") or []:
         if callback.get("type") == "CheckpointMonitor":

@@ -294,7 +294,7 @@ def grouped_order(rows: int, parts: int, groups: int) -> np.ndarray:
 def check_groups(rows: int, parts: int, groups: int) -> None:
     """ConfigError unless `rows` rows of `parts` projections divide into `groups` groups."""
     if groups < 1 or rows % (parts * groups):
-        raise ConfigError(f"{rows} rows of {parts} fused projections cannot be cut into {groups} groups; "
+        raise ConfigError(f"{rows} rows of {parts} fused projections cannot be split into {groups} groups; "
                           "check --source_mp and the sizes in config.json")
 
 

@@ -123,7 +123,7 @@ class ByteLevelBpeFile:
                              "official model's folder") from err
         except (KeyError, TypeError, AttributeError) as err:
             raise VocabError(f"vocabulary file {path} is JSON, but not a tokenizer.json of Hugging Face tokenizers "
-                             f"(no list added_tokens); name {JSON_FILE} itself, not another file beside it") from err
+                             f"(no list added_tokens); name {JSON_FILE} itself, not another file next to it") from err
         if decoder != "ByteLevel":
             raise VocabError(f"vocabulary file {path}: its decoder is {decoder}, expected ByteLevel (byte-level BPE, "
                              f"as TeleChat-7B has); use the model's {MODEL_FILE} if there is one")

@@ -56,7 +56,7 @@ class Accumulation:
         """
         rows = inputs[0].shape[0]
         if rows % self.parts:
-            raise ValueError(f"a batch of {rows} sequences cannot be cut into {self.parts} equal parts")
+            raise ValueError(f"a batch of {rows} sequences cannot be split into {self.parts} equal parts")
         size = rows // self.parts
         arrays = [each.asnumpy() for each in inputs]
         scale = Tensor(np.float32(self.scale_sense.asnumpy().item()))

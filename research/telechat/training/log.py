@@ -200,7 +200,7 @@ class TelechatTrainingLog(Callback):
                 self.length = log.tell()
                 log.write(row_text(row) + "\n")
         except OSError as err:                                     # a full disk must not end the training here
-            logger.error("step %d could not be logged, training goes on: %s", row["step"], err)
+            logger.error("step %d could not be logged, training continues: %s", row["step"], err)
 
     def _recorded(self, evaluate: Callable[[], Optional[JsonObject]]) -> Callable[[], Optional[JsonObject]]:
         """`evaluate`, once for each step, with its perplexity noted in the row of the step."""
@@ -237,7 +237,7 @@ class TelechatTrainingLog(Callback):
         batch = describe_records(records, reader) if records else "its records could not be found, see the log"
         norm = values.get("global_norm", math.nan)
         return (f"step {step}: the loss is {values['loss']:g}, the norm {norm:g} ({batch}; {good}). Look at these "
-                "records; lower the learning rate or the loss scale; then go on with --resume_training True")
+                "records; lower the learning rate or the loss scale; then resume with --resume_training True")
 
     def _records(self, params: "StepParams", first: int, last: int) -> Dict[int, List[Optional[int]]]:
         """Numbers of the records that this rank read in the steps `first` to `last`; empty where they cannot be found.

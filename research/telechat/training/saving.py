@@ -260,9 +260,9 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
     def _report(self, text: str, err: Optional[BaseException]) -> None:
         """Stop the training with `text`, or go on, by setting."""
         if self.stop_on_error:
-            raise TrainingStopped(f"{text}. Free some space, then go on with the same command and "
-                                  "--resume_training True") from err
-        logger.error("%s. Training goes on, as on_save_error is 'continue'.", text)
+            raise TrainingStopped(f"{text}. Free some space, then resume with the same command and --resume_training "
+                                  f"True") from err
+        logger.error("%s. Training continues, as on_save_error is 'continue'.", text)
 
     def _prune(self, steps_per_epoch: int) -> None:
         """Delete outdated checkpoints of this run."""

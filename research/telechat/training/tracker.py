@@ -61,7 +61,7 @@ class Tracker:
             function(*values, **named)
         except Exception as err:                                 # a tracker must not cost a training
             if not self._failed:
-                logger.error("%s: %s; training goes on, further errors of it are not reported.", self.name, err)
+                logger.error("%s: %s; training continues, further errors of it are not reported.", self.name, err)
             self._failed = True
 
 
