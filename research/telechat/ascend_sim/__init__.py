@@ -1,4 +1,4 @@
-"""Compiling for Ascend on a machine without NPU and CANN: stand-in libraries, the compilation, and its accounting.
+"""Compiling for Ascend on a machine without NPU and CANN: stub libraries, the compilation, and its accounting.
 
     elf.py         reads and writes shared objects
     runtime.py     what MindSpore's Ascend plug-in asks of CANN, the stand-ins for it, and the environment to load them
