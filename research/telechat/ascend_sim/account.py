@@ -1,8 +1,8 @@
 """What one rank does in a step, counted from its compiled graph: operators, communication, memory of parameters.
 
-The graph is MindSpore's MindIR at the end of the front end: cut shapes, gradients, recomputation, optimizer parallelism
-and pipeline transfers are in it; what the backend fuses later changes the number of launches, not the bytes. Needs
-protobuf and the files of MindSpore, but does not import MindSpore.
+The graph is MindSpore's MindIR at the end of the front end: sharded shapes, gradients, recomputation, optimizer
+parallelism and pipeline transfers are in it; what the backend fuses later changes the number of launches, not the
+bytes. Needs protobuf and the files of MindSpore, but does not import MindSpore.
 
 Bytes are those that one rank sends when collectives run as rings over n ranks: AllReduce 2 S (n - 1) / n, AllGather and
 ReduceScatter S (n - 1) / n of the whole S, AlltoAll S (n - 1) / n, Send S.

@@ -23,7 +23,7 @@ _SLOW_DOWN = 1.0                                # seconds of processor after whi
 def quieten(process: int) -> None:
     """Let the threads that poll the simulated device run only when nothing else wants the processor.
 
-    MindSpore asks the device for callbacks in two threads; the real call waits, the stand-in returns at once, so that
+    MindSpore asks the device for callbacks in two threads; the real call waits, the stub returns at once, so that
     they would take two processors from the compiler.
     """
     ticks_per_second = os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""Shared objects of 64-bit Linux, as much of them as stand-in libraries need. Standard library only.
+"""Shared objects of 64-bit Linux, as much of them as stub libraries need. Standard library only.
 
 `SharedObject` reads what a library needs and offers; `write_library` makes one whose functions are a few machine
 instructions each. x86_64 and aarch64. Format: System V ABI, chapters 4 and 5.
@@ -99,7 +99,7 @@ class SharedObject:
 
 
 class Code:
-    """Machine code of the three functions that a stand-in may be. Raises ValueError for an unknown processor."""
+    """Machine code of the three functions that a stub may be. Raises ValueError for an unknown processor."""
 
     def __init__(self, machine: int):
         if machine not in (X86_64, AARCH64):

@@ -1,4 +1,4 @@
-"""Stand-ins for the CANN libraries that MindSpore's Ascend plug-in links to, and the environment that loads them.
+"""Stubs of the CANN libraries that MindSpore's Ascend plug-in links to, and the environment that loads them.
 
 MindSpore's public wheel brings its Ascend plug-in, which does not load where Huawei's CANN is not installed. `prepare`
 reads from the plug-in which libraries and symbols it misses and makes libraries of these names whose functions return 0
@@ -31,14 +31,14 @@ if __package__ in (None, ""):
 from research.telechat.ascend_sim.elf import Code, SharedObject, write_library
 from research.telechat.common.errors import SimulationError
 
-RECIPE = 2                                    # raise it when the stand-ins change, so that cached ones are made anew
+RECIPE = 2                                    # raise it when the stubs change, so that cached ones are rebuilt
 SOC = "Ascend910B3"                           # answer of aclrtGetSocName: the chip of an Atlas 800T A2
 CARDS_PER_HOST = 8
 ROOTS = ("libmindspore_ascend.so.2", "libmindspore_ops_ascend.so")
 # Optional kernel libraries with C++ factories. MindSpore does without them where they do not load; loaded with empty
-# stand-ins they would hand out null pointers.
+# stubs they would hand out null pointers.
 LEAVE_OUT = re.compile(r"lib(atb|lcal|ms_kernels|asdsip)|_c_")
-# Functions that the plug-in looks up by name at run time; the names stand among its constants. Operators (aclnn...) are
+# Functions that the plug-in looks up by name at run time; the names are among its constants. Operators (aclnn...) are
 # not asked for before something is executed.
 LOOKED_UP = re.compile(rb"(?!aclnn)(acl[a-z]*|hccl|Hccl|Hcom|hcom|rt|mstx|shmem|Msprof|prof|Tsd|hal)"
                        rb"[A-Z][A-Za-z0-9]{2,80}")
@@ -92,7 +92,7 @@ def _open(path: Path) -> Optional[SharedObject]:
 
 
 def find_missing(mindspore: Path) -> Wanted:
-    """Libraries and symbols that the plug-in and all it loads need and nobody on this machine has."""
+    """Libraries and symbols that the plug-in and all it loads need and this machine lacks."""
     plugin = mindspore / "lib/plugin"
     own: Dict[str, Path] = {}
     for folder in (mindspore, mindspore / "lib", plugin, plugin / "ascend"):
@@ -138,7 +138,7 @@ def find_missing(mindspore: Path) -> Wanted:
 
 
 def cache_folder() -> Path:
-    """Where stand-ins are kept: TELECHAT_SIM_CACHE, or telechat-ascend-sim in the user's cache folder."""
+    """Where stubs are cached: TELECHAT_SIM_CACHE, or telechat-ascend-sim in the user's cache folder."""
     given = os.environ.get("TELECHAT_SIM_CACHE")
     if given:
         return Path(given)
@@ -154,7 +154,7 @@ def _write_stand_ins(wanted: Wanted, folder: Path) -> int:
     symbols["aclrtGetDeviceCount"] = code.answer(CARDS_PER_HOST)
     symbols["aclrtGetRunMode"] = code.answer(1)                          # ACL_HOST
     # MindSpore asks where aclrtMalloc was loaded from and demands a path with "cann" in it. Before 2.7.2 it demands
-    # "latest", opens libraries in lib64 below that, and looks for the folder opp_kernel beside ASCEND_OPP_PATH.
+    # "latest", opens libraries in lib64 below that, and looks for the folder opp_kernel next to ASCEND_OPP_PATH.
     libraries, package = folder / "latest/cann/lib64", folder / "latest/cann/python/hccl"
     libraries.mkdir(parents=True)
     package.mkdir(parents=True)
@@ -184,7 +184,7 @@ def _publish(work: Path, target: Path) -> None:
 
 
 def prepare() -> Path:
-    """The folder of the stand-ins for the installed MindSpore, made where there is none yet. Raises SimulationError."""
+    """The folder of the stubs for the installed MindSpore, created if there is none yet. Raises SimulationError."""
     mindspore = mindspore_folder()
     plugin = mindspore / "lib/plugin" / ROOTS[0]
     facts = plugin.stat()

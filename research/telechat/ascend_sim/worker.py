@@ -37,7 +37,7 @@ class Report:
         self.data["seconds"][name] = round(time.time() - since, 1)
 
     def save(self) -> None:
-        """Write it, beside and then in place."""
+        """Write it to a temporary file and rename it."""
         self.timed("total", self._started)
         self.data["compiler_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         beside = self.path.with_suffix(".part")

@@ -103,7 +103,7 @@ def chip_name() -> str:
         return "CPU"
     try:
         return str(ms.hal.get_device_name(0))
-    except Exception:                                    # no name is worth a training
+    except Exception:                                    # never fail a run over a device name
         return ""
 
 

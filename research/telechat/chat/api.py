@@ -123,7 +123,7 @@ def chat(model: GenerativeModel, tokenizer: object, question: Optional[str] = ""
         generation_config: GenerationConfig, a dict, generation_config.json or the folder that holds it; None: the
             settings of the model's config.
         stream: return an iterator of (piece of the answer, history so far); stop iterating to stop the answer.
-        system: system prompt, kept when the history is cut; None: that of the history, if any.
+        system: system prompt, kept when the history is truncated; None: that of the history, if any.
         tools: descriptions of tools that the model may call (TeleChat2).
         stop: texts that end the answer.
         seed: of sampling; the same seed gives the same answer.

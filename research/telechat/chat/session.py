@@ -58,7 +58,7 @@ class History(list):
 class Budget(NamedTuple):
     """How the context is divided, in tokens."""
 
-    prompt: int                      # at most so many for the prompt
+    prompt: int                      # upper bound for the prompt
     answer: Optional[int]            # max_new_tokens; None: what the prompt leaves of `total`
     total: int                       # prompt and answer together
 
@@ -132,7 +132,7 @@ class Session:
 
     def answer(self, messages: Sequence[JsonObject], tools: Tools = None,
                seed: Optional[int] = None) -> Generator[str, None, None]:
-        """The answer to the last of `messages`, piece by piece, never half a character; without reasoning, which is in
+        """The answer to the last of `messages`, piece by piece, in whole characters; without reasoning, which is in
         `report`.
 
         Raises ConversationError: roles out of order, or a system prompt that leaves no room.

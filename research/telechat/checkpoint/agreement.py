@@ -10,7 +10,7 @@ from typing import Any, List, NamedTuple, Sequence
 from research.telechat.common.errors import ConfigError
 from research.telechat.spec.variants import Variant
 
-CONFLICT = ("stop", "recipe", "checkpoint")                # who wins; stop: nobody, the run ends
+CONFLICT = ("stop", "recipe", "checkpoint")                # which one wins; stop: neither, the run ends
 # Found in the shapes of tensors or in the vocabulary, names only, or a matter of each answer.
 _NOT_COMPARED = {"num_layers", "hidden_size", "intermediate_size", "vocab_size", "hf_layout", "hf_module",
                  "bos_token_id", "eos_token_id", "pad_token_id", "user_token_id", "bot_token_id",
@@ -43,7 +43,7 @@ def disagreements_of(recipe: Variant, checkpoint: Variant, only: Sequence[str] =
 def recipe_wins(found: Sequence[Disagreement], wish: str, checkpoint: Path, option: str) -> bool:
     """Whether they differ and the recipe decides.
 
-    Raises ConfigError: they differ and nobody wins.
+    Raises ConfigError: they differ and neither wins.
     """
     if wish not in CONFLICT:
         raise ConfigError(f"{option}: expected {', '.join(CONFLICT)}, found {wish!r}")

@@ -36,7 +36,7 @@ class Source(NamedTuple):
 
 
 class Target(NamedTuple):
-    """The result: its files, texts and copies that are written beside them at the end, and the manifest, but for its
+    """The result: its files, texts and copies that are written with them at the end, and the manifest, but for its
     files."""
 
     layouts: List[Layout]
@@ -50,7 +50,7 @@ class Target(NamedTuple):
 
     @property
     def beside(self) -> List[Path]:
-        """The files beside the weights."""
+        """The files that come with the weights."""
         return [*self.texts, *(self.copies or {})]
 
 

@@ -117,7 +117,7 @@ def convert(source: Source, target: Target, transfers: Dict[str, Transfer], opti
             entries = _write(stream, source, target, transfers, journal, report)
             if options.verify:
                 report.verified_tensors = _verify(stream, source, target, transfers)
-        except CheckpointError:                       # faulty input or disk: continuing later would not mend it
+        except CheckpointError:                       # faulty input or disk: continuing later would not fix it
             for layout in target.layouts:
                 remove(partial_path(layout.path))
             journal.remove()
@@ -262,7 +262,7 @@ class _Tracker:
             if due:
                 self._unsaved = 0
         if due:
-            self.save()                # by the thread that completed it; the others go on meanwhile
+            self.save()                # by the thread that completed it; the others continue meanwhile
 
     def save(self) -> None:
         """Bring the complete tensors to disk and say so. A .bin file counts only as a whole."""

@@ -28,7 +28,7 @@ from research.telechat.spec.variants import Variant
 _SAMPLED_LAYERS = 4              # fused weights read to tell how they are grouped
 _EXPLAINED = 0.02                # share of variance that a grouping must explain at least to count as recognised
 _CHUNK = 32 << 20
-# Tensors that GPTQ, AWQ, bitsandbytes, compressed-tensors and FP8 write beside or instead of a weight
+# Tensors that GPTQ, AWQ, bitsandbytes, compressed-tensors and FP8 write next to or instead of a weight
 _QUANTISED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|input_scale|weight_packed|weight_shape|"
                         r"weight_zero_point|SCB|weight\.(absmax|quant_map|nested_\w+|quant_state\..+))$")
 _ADAPTED = re.compile(r"lora|\.base_layer\.")
@@ -104,7 +104,7 @@ def check_model(checkpoint: Checkpoint, variant: Variant, layout: str) -> Match:
 
 
 def check_tied_head(checkpoint: Checkpoint, match: Match) -> None:
-    """A head beside tied embeddings may only be dropped if it is the same matrix."""
+    """A head in addition to tied embeddings may only be dropped if it is the same matrix."""
     if match.tied_head is None:
         return
     embedding = next(iter(match.found.values()))
@@ -153,7 +153,7 @@ def check_source_mp(checkpoint: Checkpoint, variant: Variant, match: Match, sour
     scores = {n: float(np.mean([explained_by_groups(norms, 3, n) for norms in sample])) for n in degrees}
     given = own if source_mp is None else source_mp
     best = max(degrees, key=lambda n: (scores[n], n == given))
-    recognised = max(_EXPLAINED, 20 / len(sample[0]))      # ten times what chance explains of so many rows
+    recognised = max(_EXPLAINED, 20 / len(sample[0]))      # ten times what chance explains of this many rows
     if scores[best] > recognised and scores[best] > 2 * scores[given]:
         looks = ("this project's order, without --source_mp" if best == own else f"--source_mp {best}")
         said = ("no --source_mp was given" if source_mp is None else f"--source_mp {source_mp} was given")

@@ -1,6 +1,6 @@
-"""What stands beside the weights in a folder that other programs load: configs, tokenizer, template, official code.
+"""What comes with the weights in a folder that other programs load: configs, tokenizer, template, official code.
 
-Nothing here is written: `beside` says what to write, copy and tell, before the conversion begins.
+Nothing here is written: `beside` says what to write, copy and report, before the conversion begins.
 """
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
@@ -24,7 +24,7 @@ _SHOWN = 3                       # texts that differ and are shown
 
 
 class Wishes(NamedTuple):
-    """What the user says about the files beside the weights."""
+    """The user's options for the files that come with the weights."""
 
     tokenizer: Optional[Path] = None         # vocabulary file, or the folder that holds it
     copy_from: Optional[Path] = None         # official folder
@@ -32,7 +32,7 @@ class Wishes(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """Files beside the weights: texts to write and files to copy, by their place; lines for the user."""
+    """Files that come with the weights: texts to write and files to copy, by their place; lines for the user."""
 
     texts: Dict[Path, str]
     copies: Dict[Path, Path]
@@ -40,7 +40,7 @@ class Beside(NamedTuple):
 
 
 def beside(folder: Path, layout: str, sizes: Sizes, dtype: str, wishes: Wishes, source: Path) -> Beside:
-    """What goes into an official or Llama folder beside its weights.
+    """What goes into an official or Llama folder with its weights.
 
     dtype: of the weights; source: folder of the checkpoint that is converted, whose tokenizer is taken where the user
     names none.
@@ -102,7 +102,7 @@ def _bos(vocab: Vocab) -> Optional[str]:
 
 
 def _vocabulary(wishes: Wishes, source: Path) -> Optional[Vocab]:
-    """The vocabulary that the user names, or that lies beside the input; None: there is none."""
+    """The vocabulary that the user names, or that of the input's folder; None: there is none."""
     if wishes.tokenizer is not None:
         return Vocab.load(wishes.tokenizer)
     for folder in (wishes.copy_from, source):

@@ -65,7 +65,7 @@ def open_mindspore(path: Path, option: str = "--mindspore_path") -> Checkpoint:
 
 
 def layout_of_names(names: Iterable[str]) -> str:
-    """The layout of a checkpoint, told by its tensors: Llama's, MindSpore's, or else the official one."""
+    """The layout of a checkpoint, detected by its tensors: Llama's, MindSpore's, or else the official one."""
     names = set(names)
     if any(name.startswith(("model.embed_tokens.", "model.layers.0.self_attn.")) for name in names):
         return LLAMA

@@ -1,6 +1,6 @@
 """Files as people have them: what a file is that is no checkpoint, and names of tensors that a wrapper has made longer.
 
-Reading is checkpoint/reader.py's matter and torch_bin.py's; they ask here when they cannot.
+checkpoint/reader.py and torch_bin.py read files; they ask here when they cannot.
 """
 import json
 import re
@@ -31,7 +31,7 @@ _ANCHOR = re.compile(r"(?:transformer\.)?(?:h\.\d+|wte|word_embeddings|ln_f)\.|"
 
 
 def what_it_is(path: Path) -> Optional[str]:
-    """What a file is that should hold weights and cannot be read as such, in words after "it is"; None: nobody knows.
+    """What a file is that should contain weights but cannot be read, as words after "it is"; None: unknown.
 
     Looks at its first bytes and at whether it is empty or all zeros.
     """
@@ -85,7 +85,7 @@ def _format(path: Path, head: bytes) -> Optional[str]:
 
 
 def or_else(path: Path, otherwise: str) -> str:
-    """The end of a message about a file that cannot be read: what it is, where that can be told."""
+    """The end of a message about a file that cannot be read: what it is, if known."""
     meaning = what_it_is(path)
     return f"it is {meaning}" if meaning else otherwise
 
@@ -94,7 +94,7 @@ def unwrapped(names: Iterable[str]) -> Dict[str, str]:
     """The names of a model's own tensors, by the names that wrappers have made of them: {} where there are no wrappers.
 
     Left out are the parts that torch.compile, FSDP and activation checkpointing put anywhere into a name, and what
-    stands before all names alike (`module.`, `base_model.model.`, the attribute of a user's own class).
+    precedes all names alike (`module.`, `base_model.model.`, the attribute of a user's own class).
     """
     given = list(names)
     paths: List[List[str]] = [[part for part in name.split(".") if part not in _WRAPPERS] for name in given]

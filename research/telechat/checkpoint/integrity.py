@@ -1,7 +1,7 @@
 """Whether a checkpoint's files are the ones that were written: by its manifests, and by MindSpore's own CRC.
 
 `--verify` reads everything; training and prediction do so once per machine (common/verified.py). A checkpoint without
-manifest and CRC has nothing to be held against.
+manifest and CRC cannot be verified.
 """
 from pathlib import Path
 from typing import Iterable, List, Optional
@@ -45,7 +45,7 @@ def checks_of(files: Iterable[Path]) -> List[Check]:
 
 
 def check_files(files: Iterable[Path], remember: bool, all_of_it: bool = True) -> int:
-    """Hold `files` against what is known of them; how many were.
+    """Verify `files` against what is known of them; returns how many were verified.
 
     remember: a result of this machine counts. all_of_it: False: only files whose sole hash is MindSpore's CRC, which
     was asked for when they were saved. Raises CheckpointError: names the files that are not as written.

@@ -1,7 +1,7 @@
 """LoRA adapters as data: which layers a pattern meets, reading adapters, adding them to weights, the format of PEFT.
 
-The adapter of a linear layer y = x W^T is A [r, in] and B [out, r]; trained, it stands for W + s B A with
-s = lora_alpha / r (Hu et al., 2021). Training with it is MindFormers' matter (`pet_config`); this module needs neither
+The adapter of a linear layer y = x W^T is A [r, in] and B [out, r]; trained, the weight is W + s B A with
+s = lora_alpha / r (Hu et al., 2021). MindFormers trains it (`pet_config`); this module needs neither
 MindSpore nor PyTorch. Commands: scripts/merge_lora.py, scripts/convert_lora.py.
 """
 import json
@@ -31,7 +31,7 @@ from research.telechat.common.files import JsonObject
 from research.telechat.spec.parameters import LLAMA, MINDSPORE, OFFICIAL, Param, official_layout, parameters, row_order
 from research.telechat.spec.variants import Variant
 
-CONFIG_NAME = "adapter_config.json"                  # beside an adapter; as PEFT calls it
+CONFIG_NAME = "adapter_config.json"                  # of an adapter; as PEFT calls it
 PEFT_NAMES = ("adapter_model.safetensors",)
 _TARGET = re.compile(r"model\.layers\.\d+\.[a-z_]+\.(\w+)\.weight$")
 _CONTAINERS = ("layers", "attention", "feed_forward", *map(str, range(10)))    # cells on the way to a linear layer
@@ -113,12 +113,12 @@ def read_adapter(path: Path, alpha: Optional[float] = None, strategy: Optional[P
                  ) -> Adapter:
     """The adapter in a MindSpore checkpoint, which may hold other parameters as well.
 
-    path: a file; or, of a training that cut the adapter over several ranks, the folder that holds rank_0, rank_1, ...
+    path: a file; or, for an adapter sharded over several ranks, the folder that contains rank_0, rank_1, ...
     (of which the newest files count), or one rank's file.
-    alpha: lora_alpha; None: from adapter_config.json beside the file.
-    strategy: how ranks cut it, a file or folder; None: the folder `strategy` beside that of the ranks, where path is
+    alpha: lora_alpha; None: from the file's adapter_config.json.
+    strategy: how it is sharded, a file or folder; None: the folder `strategy` next to that of the ranks, if path is
     such a folder.
-    verify: hold the files against the hashes of their manifests first.
+    verify: first check the files against the hashes in their manifests.
 
     Raises CheckpointError where something is missing or damaged.
     """

@@ -1,6 +1,6 @@
-"""The manifest beside every checkpoint that this project writes: what model it is, and the SHA-256 of every file.
+"""The manifest of every checkpoint that this project writes: what model it is, and the SHA-256 of every file.
 
-A small JSON. Beside a single file NAME it is NAME.manifest.json, in a folder of shards, of ranks or of an official
+A small JSON. For a single file NAME it is NAME.manifest.json, in a folder of shards, of ranks or of an official
 checkpoint telechat_manifest.json; the second names files by their path in the folder. Whoever reads a checkpoint takes
 from it what no tensor shows (epsilon, rotary base, lengths, template, generation settings), and can hold its files
 against their hashes (checkpoint/integrity.py). The same checkpoint has the same manifest, byte for byte: it holds no
@@ -33,10 +33,10 @@ class FileEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a checkpoint says of its model beside the tensors; passed on to whatever is made of it.
+    """What a checkpoint says of its model in addition to the tensors; passed on to whatever is made of it.
 
     config, generation: config.json and generation_config.json of the official checkpoint, whole, where there were any.
-    tokenizer: {"file", "sha256"} of the vocabulary that lay beside it.
+    tokenizer: {"file", "sha256"} of the vocabulary in its folder.
     """
 
     variant: JsonObject                          # every field of spec.variants.Variant
@@ -57,7 +57,7 @@ class ModelFacts:
 @dataclass(frozen=True)
 class Manifest:
     """A manifest. kind: "mindspore", "official", "llama", "training", "adapter", "peft" or "strategy"; files: by path,
-    seen from the manifest's folder; training: of a training checkpoint, where in the training it stands
+    seen from the manifest's folder; training: of a training checkpoint, the position in the training
     (run/training_setup.py)."""
 
     kind: str
@@ -94,7 +94,7 @@ def facts_of(variant: Variant, name: Optional[str] = None, folder: Optional[Path
 
 
 def manifest_path(output: Path, folder: bool) -> Path:
-    """Where the manifest of an output stands: a folder's in it, a file's beside it."""
+    """Path of the manifest of an output: inside a folder, next to a file."""
     return output / FOLDER_NAME if folder else output.with_name(output.name + SUFFIX)
 
 
@@ -111,7 +111,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def announced(path: Path) -> Path:
-    """Where a manifest stands while the files that it names get their names."""
+    """Path of a manifest while the files that it lists are renamed."""
     return path.with_name(path.name + ".next")
 
 
@@ -173,7 +173,7 @@ def find_manifest(checkpoint: Path) -> Optional[Manifest]:
 
 
 def _named(manifest: Path) -> str:
-    """The file that a manifest beside it belongs to."""
+    """The file that a manifest belongs to."""
     return manifest.name[:-len(SUFFIX)]
 
 
@@ -194,7 +194,7 @@ def facts_beside(checkpoint: Path) -> Optional[ModelFacts]:
 
 
 def official_texts(facts: Optional[ModelFacts]) -> Dict[str, str]:
-    """The JSON files, name to text, that an official checkpoint gets beside config.json."""
+    """The JSON files, name to text, that an official checkpoint gets in addition to config.json."""
     if facts is None or facts.generation is None:
         return {}
     return {GENERATION_CONFIG: json.dumps(facts.generation, indent=2, ensure_ascii=False) + "\n"}

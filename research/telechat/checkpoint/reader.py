@@ -230,7 +230,7 @@ def open_ckpt(path: Path) -> Checkpoint:
 
 def crc_trailer(path: Path) -> Optional[int]:
     """The checksum that save_checkpoint(crc_check=True) appends, the CRC-32 of all bytes before its own 17; None where
-    there is none. Holding the file against it is checkpoint/integrity.py's matter."""
+    there is none. checkpoint/integrity.py verifies it."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - _CRC_BYTES))
         tail = file.read(_CRC_BYTES)
@@ -238,7 +238,8 @@ def crc_trailer(path: Path) -> Optional[int]:
 
 
 def _ckpt_entry(data: Data, begin: int, end: int) -> Tuple[_CkptEntry, Extent]:
-    """(the tensor, where its bytes stand) of a message Checkpoint.Value; ValueError, IndexError where it is none."""
+    """(the tensor, the position of its bytes) of a message Checkpoint.Value; ValueError, IndexError where it is
+    none."""
     name, dtype, content = None, "map", (begin, begin)
     dims: List[int] = []
     for field, _, first, last in fields(data, begin, end):

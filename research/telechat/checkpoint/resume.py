@@ -15,7 +15,7 @@ from research.telechat.common.errors import CheckpointError, ConfigError
 
 _NAME = re.compile(r"(?P<prefix>.+?)_rank_(?P<rank>\d+)(?:_(?P<run>\d+))?(?:-(?P<kind>trainable_params|network))?"
                    r"-(?P<epoch>\d+)_(?P<step>\d+)\.(?P<suffix>ckpt|safetensors)")
-_COUNTERS = ("epoch_num", "step_num")                     # what resuming needs beside the parameters
+_COUNTERS = ("epoch_num", "step_num")                     # what resuming needs in addition to the parameters
 
 
 class Name(NamedTuple):

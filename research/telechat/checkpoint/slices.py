@@ -1,4 +1,4 @@
-"""The slices of a distributed checkpoint as files: opened together, held against their strategy, put together again.
+"""The shards of a distributed checkpoint as files: opened together, checked against their strategy, reassembled.
 
 Which part a rank holds is the arithmetic of checkpoint/strategy.py; cutting for another plan is commands/transform.py.
 No MindSpore here.
@@ -76,7 +76,7 @@ def check_ranks(side: Side, option: str) -> None:
 
 
 def check_named(side: Side, opened: Dict[int, Checkpoint], names: Set[str]) -> None:
-    """CheckpointError where the strategy does not say how one of `names` is cut (single numbers need not be)."""
+    """CheckpointError where the strategy does not say how one of `names` is sharded (scalars need not be)."""
     if side.strategy is None:
         return
     unnamed = sorted(name for name in names - side.strategy.layouts.keys()

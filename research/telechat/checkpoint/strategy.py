@@ -3,9 +3,9 @@
 Own arithmetic, independent of MindSpore's transform functions, so that what they make can be checked with it
 (scripts/transform_checkpoint.py). Needs protobuf and MindSpore's message classes, but does not import MindSpore.
 
-A strategy says for each parameter how the ranks of a pipeline stage stand in a matrix (`dev_matrix`), and along which
-axis of it each axis of the parameter is cut (`tensor_map`, counted from the last axis; -1: not cut). Optimizer
-parallelism cuts the first axis of a slice once more, over ranks that would hold the same.
+A strategy says for each parameter how the ranks of a pipeline stage form a matrix (`dev_matrix`), and along which
+axis of it each axis of the parameter is sharded (`tensor_map`, counted from the last axis; -1: not). Optimizer
+parallelism shards the first axis of a shard again, over ranks that would replicate it.
 """
 import importlib.util
 import os
@@ -22,11 +22,11 @@ Region = Tuple[Tuple[int, int], ...]             # (first, behind the last) of e
 
 
 class Layout(NamedTuple):
-    """How one parameter is cut. ranks: of one pipeline stage."""
+    """How one parameter is sharded. ranks: of one pipeline stage."""
 
     dev_matrix: Tuple[int, ...]
-    tensor_map: Tuple[Tuple[int, ...], ...]      # axes of dev_matrix per axis of the parameter; () where not cut
-    optimizer_ranks: int                         # 0: not cut by optimizer parallelism; -1: over all equal ranks
+    tensor_map: Tuple[Tuple[int, ...], ...]      # axes of dev_matrix per axis of the parameter; () where not sharded
+    optimizer_ranks: int                         # 0: not sharded by optimizer parallelism; -1: over all equal ranks
     stages: Tuple[int, ...]                      # pipeline stages that hold it
 
     @property
@@ -179,7 +179,7 @@ def _place(rank: int, layout: Layout) -> List[int]:
 
 
 def _optimizer_cut(layout: Layout, place: Sequence[int]) -> Tuple[int, int]:
-    """(pieces, which of them) of the cut by optimizer parallelism."""
+    """(pieces, which of them) of the sharding by optimizer parallelism."""
     if not layout.optimizer_ranks:
         return 1, 0
     used = {len(layout.dev_matrix) - 1 - axis for axes in layout.tensor_map for axis in axes}
@@ -286,7 +286,7 @@ Source = Union[Strategy, None]
 
 
 def layout_of(strategy: Source, name: str, dimensions: int) -> Layout:
-    """Layout of a parameter; uncut where there is no strategy (a complete checkpoint) or it does not name it."""
+    """Layout of a parameter; unsharded where there is no strategy (a complete checkpoint) or it does not name it."""
     if strategy is None or name not in strategy.layouts:
         return uncut(dimensions)
     return strategy.layouts[name]

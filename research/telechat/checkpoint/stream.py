@@ -198,7 +198,7 @@ class Stream:
                 buffer = self._buffer((last - first) * width)
                 view = memoryview(buffer)
                 for target, row, number in _runs(transfer.order, first, last - first):
-                    while number:                                  # a run may go on in the next source
+                    while number:                                  # a run may continue in the next source
                         source, start = divmod(row, each)
                         part = min(number, each - start)
                         checkpoint.read_into(transfer.sources[source], start * width,

@@ -67,7 +67,7 @@ def mindspore_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes:
 def torch_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: Sizes, layout: str, shard: Optional[int]
                  ) -> Target:
     """Names of an official or Llama result: a folder with shards and index, or one official file alone. What else the
-    folder holds is checkpoint/export.py's matter."""
+    folder holds is decided in checkpoint/export.py."""
     if path.suffix in (".bin", ".pth", ".pt", ".safetensors") and not path.is_dir():
         if layout == LLAMA:
             raise CheckpointError(f"{path}: the Llama layout is a folder with config.json and tokenizer; name one")

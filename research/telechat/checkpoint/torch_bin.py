@@ -102,7 +102,7 @@ def open_bin(paths: Sequence[Path]) -> Checkpoint:
 def _weights_in(torch: Any, content: Any, path: Path) -> Tuple[Dict[str, Any], List[str]]:
     """(the dictionary of tensors in a .bin's content, lines for the user). Raises CheckpointError.
 
-    It may stand among other things (`{"state_dict": ..., "epoch": 3}`), or have entries that are no tensors.
+    It may be among other things (`{"state_dict": ..., "epoch": 3}`), or have entries that are no tensors.
     """
     found = list(_dictionaries(torch, content, ()))
     if not found:

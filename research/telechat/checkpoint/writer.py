@@ -1,7 +1,7 @@
 """Writing checkpoints piece by piece: layouts of safetensors and .ckpt files, shards, partial files, resume journal.
 
 The place of every byte is known before the first is written, so that any thread can write any part of any tensor.
-Everything is written to `<name>.partial` beside its final place and renamed when all of it is complete and on disk; a
+Everything is written to `<name>.partial` next to its final place and renamed when all of it is complete and on disk; a
 journal remembers how far an interrupted run came. Which tensors, and what is in them, is checkpoint/convert.py's job.
 """
 import contextlib
@@ -29,7 +29,7 @@ from research.telechat.common.errors import CheckpointError
 from research.telechat.common.files import JsonObject, write_text
 from research.telechat.common.hashing import FollowingHash
 
-SLICE = 512 << 20                        # bytes of a tensor in one message of a .ckpt, as save_checkpoint cuts
+SLICE = 512 << 20                        # bytes of a tensor in one message of a .ckpt, as save_checkpoint splits
 _CKPT_TYPES = {"F16": "Float16", "BF16": "BFloat16", "F32": "Float32"}
 
 
@@ -47,7 +47,7 @@ class OutTensor(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What stands where in one file of the result. `places`: name -> runs (offset in the file, length), in order."""
+    """Layout of one file of the result. `places`: name -> runs (offset in the file, length), in order."""
 
     path: Path
     kind: str                                        # "safetensors", "ckpt" or "bin"
@@ -76,7 +76,8 @@ def safetensors_layout(path: Path, tensors: Sequence[OutTensor], metadata: Dict[
 
 
 def ckpt_layout(path: Path, tensors: Sequence[OutTensor]) -> Layout:
-    """Layout of a MindSpore .ckpt file: protobuf messages Checkpoint with one value each, contents cut into slices."""
+    """Layout of a MindSpore .ckpt file: protobuf messages Checkpoint with one value each, contents split into
+    slices."""
     literals, places, position = [], {}, 0
     for tensor in tensors:
         name, dtype = tensor.name.encode(), _CKPT_TYPES[tensor.dtype].encode()
@@ -122,7 +123,7 @@ def cut_shards(tensors: Sequence[OutTensor], limit: int) -> List[List[OutTensor]
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file stands until it is complete."""
+    """Path of a file until it is complete."""
     return path.with_name(path.name + ".partial")
 
 
@@ -223,7 +224,7 @@ class Journal:
     """How far a conversion came: for every file of the result the number of its tensors that are on disk, and what was
     `found` in them (any JSON object).
 
-    It belongs to one plan (a digest of inputs and options); a run with another plan starts anew.
+    It belongs to one plan (a digest of inputs and options); a run with another plan starts over.
     """
 
     def __init__(self, path: Path, digest: str, layouts: Sequence[Layout]) -> None:
@@ -288,8 +289,8 @@ def new_file(path: Path, tensors: Sequence[OutTensor], metadata: Dict[str, str],
              place: Optional[Path] = None, texts: Optional[Dict[Path, str]] = None) -> Iterator[OutputFile]:
     """A checkpoint to write into, .ckpt or .safetensors; it gets its name when the block ends, and is gone if it fails.
 
-    manifest: what is written beside it, but for the files; None: nothing. place: where; None: as a single file's.
-    texts: small files beside it, path to content, that belong to it.
+    manifest: what is written with it, but for the files; None: nothing. place: where; None: as a single file's.
+    texts: small files that belong to it, path to content.
 
     Raises CheckpointError: another suffix, or no room for it.
     """

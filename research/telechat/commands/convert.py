@@ -105,7 +105,7 @@ def sizes_for(args: argparse.Namespace, folder: Path) -> Optional[Sizes]:
 
 
 def sizes_from_manifest(args: argparse.Namespace, path: Path) -> Optional[Sizes]:
-    """Sizes that the manifest beside a MindSpore checkpoint says; None where there is none.
+    """Sizes from the manifest of a MindSpore checkpoint; None where there is none.
 
     Raises ConfigError where --config or --model_name contradict it, and nothing says which of them wins.
     """

@@ -71,7 +71,7 @@ def write_tensors(path: Path, tensors: Dict[str, np.ndarray], metadata: Dict[str
 
 def write_result(tensors: Dict[str, np.ndarray], metadata: Dict[str, str], config: JsonObject, path: Path,
                  manifest: Manifest, place: Path, overwrite: bool) -> None:
-    """The file `path`, adapter_config.json beside it and `manifest` at `place`, or none of them. Raises OverwriteError.
+    """The file `path`, its adapter_config.json and `manifest` at `place`, or none of them. Raises OverwriteError.
     """
     text = path.parent / CONFIG_NAME
     texts = {} if _says(text, config) else {text: json.dumps(config, indent=2) + "\n"}

@@ -2,7 +2,7 @@
 
     python scripts/plan.py --config research/telechat/finetune_telechat2_115b.yaml --ranks 64
     python scripts/plan.py --config ... --ranks 64 --rank 63 --compile       # by MindSpore's own compiler, minutes
-    python scripts/plan.py --config ... --ranks 64 --check                   # faults only
+    python scripts/plan.py --config ... --ranks 64 --check                   # errors only
     python scripts/plan.py --command "python run_mindformer.py ..." --ranks 64 --check         # for launchers
     python scripts/plan.py --config ... --ranks 64 --parallel_config.micro_batch_num 32 --picture plan.png
     python scripts/plan.py --search --model telechat2_115b --cards 64 --picture plans.png      # the fastest plan
@@ -94,7 +94,7 @@ def read_command(command: str) -> Optional[Tuple[str, JsonObject]]:
 
 
 def write(path: Path, content: str) -> None:
-    """Write a text file, beside and then in place. Raises ConfigError."""
+    """Write a text file atomically. Raises ConfigError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, content)
@@ -103,7 +103,7 @@ def write(path: Path, content: str) -> None:
 
 
 def compile_and_compare(plan: Plan, recipe: JsonObject, args: argparse.Namespace) -> JsonObject:
-    """Compile, print what the graph holds beside the arithmetic; returns the report."""
+    """Compile, print the graph's figures next to the arithmetic; returns the report."""
     from tqdm import tqdm
 
     from research.telechat.ascend_sim.account import Mesh

@@ -86,7 +86,7 @@ def _prediction(plan: Compiled, whole: Compiled, args: argparse.Namespace) -> Js
 
 
 def _real_step(whole: Compiled, args: argparse.Namespace) -> JsonObject:
-    """The uncut graph against the real model on the CPU."""
+    """The unsharded graph against the real model on the CPU."""
     weights = random_weights(whole.programs[0]["step"])
     batches = [training.make_batch(whole, 1 + step) for step in range(args.steps)]
     expected = training.execute(whole, weights, batches)

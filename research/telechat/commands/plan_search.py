@@ -1,4 +1,4 @@
-"""`plan --search`: the fastest plan of a model on so many cards, as a table, a picture and a recipe."""
+"""`plan --search`: the fastest plan of a model on a number of cards, as a table, a picture and a recipe."""
 import argparse
 from pathlib import Path
 from typing import Callable

@@ -4,9 +4,9 @@
         --yaml_file research/telechat/predict_telechat_12b.yaml --vocab_file_path tokenizer.model \
         --checkpoint_path telechat_12b.ckpt
 
-The lines of the file, {"input": question}, are the turns of one conversation (--multi_turn False: each stands alone; a
-line with "history", a list of messages, starts anew from those). Answers are printed and written to --output_file, one
-JSON object per line. --interactive opens a chat instead.
+The lines of the file, {"input": question}, are the turns of one conversation (--multi_turn False: each is separate; a
+line with "history", a list of messages, starts a new one from those). Answers are printed and written to --output_file,
+one JSON object per line. --interactive opens a chat instead.
 """
 import argparse
 import contextlib
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_questions(path: str) -> List[Question]:
-    """The lines of an input file; broken ones carry their fault. ConfigError: no such file, or nothing in it."""
+    """The lines of an input file; invalid ones carry their error. ConfigError: no such file, or nothing in it."""
     if not path:
         raise ConfigError("--input_file is missing; give a file of JSON lines, or --interactive")
     try:

@@ -2,7 +2,7 @@
 
     python scripts/transform_checkpoint.py --source output/checkpoint_network --source_strategy output/strategy \
         --target merged                                                    # slices -> one complete checkpoint
-    python scripts/transform_checkpoint.py --source merged --target cut --target_strategy STRATEGY
+    python scripts/transform_checkpoint.py --source merged --target shards --target_strategy STRATEGY
     python scripts/transform_checkpoint.py --source A --source_strategy SA --target B --target_strategy SB
 
 A strategy is a file, or the folder with those of all ranks (or of one rank per pipeline stage): a run writes them to

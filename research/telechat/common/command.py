@@ -95,7 +95,7 @@ def termination() -> Iterator[None]:
 
 
 def _say(line: str, code: int = 1) -> int:
-    with contextlib.suppress(OSError):                     # nobody reads stderr
+    with contextlib.suppress(OSError):                     # stderr is closed
         print(line, file=sys.stderr, flush=True)
     return code
 

@@ -1,4 +1,4 @@
-"""Writing a file so that it is the old or the new one, never half. For large ones see checkpoint/writer.py."""
+"""Atomic file writes: a reader sees the old file or the complete new one. For large files see checkpoint/writer.py."""
 import contextlib
 import json
 import os
@@ -13,7 +13,7 @@ JsonObject = Dict[str, Any]              # or a section of a recipe: what its va
 
 @contextlib.contextmanager
 def whole(path: Union[str, Path]) -> Iterator[Path]:
-    """A name beside `path` to write to. What was written is called `path` when the block ends, and gone if it fails."""
+    """A temporary name next to `path` to write to. Renamed to `path` when the block ends, deleted if it fails."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -78,7 +78,7 @@ def prepare_log(output_dir: object) -> None:
 
 
 def read_json_object(path: Union[str, Path], what: str) -> JsonObject:
-    """Read a JSON file that must hold an object. Raises ConfigError with the file's name and the fault."""
+    """Read a JSON file that must contain an object. Raises ConfigError with the file's name and the error."""
     path = Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -85,6 +85,6 @@ class FollowingHash:
                             raise OSError(f"{self._path} is shorter than what was written to it")
                         self._digest.update(view[:count])
                         done += count
-        except BaseException as err:                     # told by result(), in the thread that asks
+        except BaseException as err:                     # raised by result(), in the thread that calls it
             self._fault = err
 

@@ -1,4 +1,4 @@
-"""Two commands never write one output at the same time: a lock file beside it, which names who holds it.
+"""Lock files, so that two commands never write one output at the same time. A lock file records its owner.
 
 The kernel's lock of that file (flock) decides on one machine, and ends with the process that holds it, however that
 ends; between machines its text decides, as not every file system carries locks over the network.
@@ -20,7 +20,7 @@ _PATIENCE = 2.0                          # seconds in which processes that a dea
 
 
 def lock_path(output: Path, folder: bool = False) -> Path:
-    """The lock file of an output: in it where it is a folder that several commands add to, else beside it."""
+    """The lock file of an output: inside a folder that several commands add to, else next to the output."""
     output = Path(os.path.abspath(output))
     return output / ".telechat.lock" if folder else output.with_name(f".{output.name}.lock")
 

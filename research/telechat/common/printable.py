@@ -2,7 +2,7 @@
 
 A terminal obeys control characters: escape sequences retitle the window, write the clipboard, clear the screen or
 repaint lines that were printed before, and bidirectional overrides make text read differently from what it is. None of
-them means anything in an answer, so each is replaced by a visible stand-in. Files keep the text as it is.
+them means anything in an answer, so each is replaced by a visible placeholder. Files keep the text as it is.
 """
 import logging
 import re

@@ -1,4 +1,4 @@
-"""Whether files are the ones that were written: held against known SHA-256 or CRC-32, at most once per machine.
+"""Verifies files against known SHA-256 or CRC-32, at most once per machine.
 
 Reading a checkpoint of 200 GB takes minutes. What starts often may remember the result for this machine, by path, size,
 time and inode of the file; processes that want the same file at the same time wait for the one that reads it. Where the

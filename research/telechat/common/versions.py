@@ -25,7 +25,7 @@ TESTED: Dict[str, Tuple[str, ...]] = {
     "1.9.0": ("2.9.0",),
 }
 OLDEST_PYTHON = (3, 9)
-ANYWAY = "TELECHAT_ANY_VERSION"            # environment variable: go on where the check would stop
+ANYWAY = "TELECHAT_ANY_VERSION"            # environment variable: continue despite a failed check
 _PACKAGES = ("mindspore", "mindformers")
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
@@ -79,7 +79,7 @@ def check_pair(mindformers: Optional[str], mindspore: Optional[str],
                python: Tuple[int, ...] = tuple(sys.version_info[:2])) -> List[str]:
     """Warnings about a pair of versions (as `installed_version` gives them); none for tested pairs.
 
-    A patch release counts as the release it mends. Raises ConfigError: a package is missing; OldVersionError.
+    Patch releases count as their minor release. Raises ConfigError: a package is missing; OldVersionError.
     """
     if tuple(python) < OLDEST_PYTHON:
         raise ConfigError(f"this is Python {'.'.join(map(str, python))}; Python 3.9 to 3.12 is needed")
@@ -155,7 +155,7 @@ def versions_at_fault(err: BaseException) -> bool:
     """Whether `err`, raised while something was imported, says that mindspore or mindformers does not fit.
 
     It does if a name of theirs is missing, or if one of their modules fails while it is loaded, for want of a module,
-    a name or a shared library. A file or folder that cannot be used is no matter of versions.
+    a name or a shared library. A file or folder that cannot be used has other causes.
     """
     if isinstance(err, ImportError):
         return _theirs(err.name) or _while_loading(err)

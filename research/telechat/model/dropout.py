@@ -1,6 +1,6 @@
 """Dropout whose mask is a function of the step, so that a resumed training draws what it would have drawn.
 
-MindSpore's kernel draws from a generator inside the process, which starts anew with it. Here nothing is kept: the mask
+MindSpore's kernel draws from a generator inside the process, which is reset with it. Here nothing is kept: the mask
 follows from seed, rank, name of the cell, optimizer step and position of the element. The optimizer counts the steps,
 and a checkpoint has its counter anyway. A step that is skipped (overflow, norm) leaves counter and weights as they are.
 
@@ -26,7 +26,7 @@ _STRIDE = 0x9E3779B9                                       # 2^32 / golden ratio
 
 
 def key_words(*parts: object) -> Tuple[int, ...]:
-    """Four words of 32 bits that stand for `parts`."""
+    """Four words of 32 bits that represent `parts`."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return tuple(int.from_bytes(digest[4 * number:4 * number + 4], "little") for number in range(4))
 
@@ -63,7 +63,7 @@ class CountedDropout(nn.Dropout):
         return self.key
 
     def key_as_parameter(self) -> Parameter:
-        """Make the key a Parameter and return it, for a graph that stands for several cells in turn."""
+        """Make the key a Parameter and return it, for a graph that is used for several cells in turn."""
         name = "dropout_key_" + "".join(f"{word:08x}" for word in self.key.asnumpy())
         self.__dict__["key"] = Parameter(self.key, name=name, requires_grad=False)
         return self.key

@@ -13,8 +13,8 @@ from mindspore import nn
 def shared_graph_key(cell: nn.Cell) -> Optional[str]:
     """What `cell` has in common with the cells that may share its graph; None where it must have its own.
 
-    It has its own on several devices, where stages and cuts of layers differ, and with recomputation or dropout: the
-    first is configured for single layers, the second draws the same numbers in a shared graph.
+    It has its own on several devices, where stages and sharding of layers differ, and with recomputation or dropout:
+    the first is configured for single layers, the second draws the same numbers in a shared graph.
     """
     if ms.get_auto_parallel_context("parallel_mode") != "stand_alone":
         return None
@@ -39,7 +39,7 @@ def draws_numbers(cell: nn.Cell) -> bool:
 
 
 def _is_recomputed(cell: nn.Cell) -> bool:
-    """Whether `cell` or one of its own operators is computed anew in the backward pass."""
+    """Whether `cell` or one of its own operators is recomputed in the backward pass."""
     return (cell.get_scope() or "").startswith("recompute_") or any(
         primitive is not None and primitive.attrs.get("recompute") for primitive in cell._primitives.values())
 

@@ -46,7 +46,8 @@ def use_paged_attention() -> bool:
 def gather_labels() -> bool:
     """Whether the logit of a label is picked by a gather (CPU), not by a product with a one-hot matrix.
 
-    On Ascend the vocabulary is cut over model-parallel ranks, where a gather along it would first collect the logits.
+    On Ascend the vocabulary is sharded over model-parallel ranks, where a gather along it would first collect the
+    logits.
     """
     return on_cpu()
 
@@ -92,7 +93,7 @@ class Softmax(nn.Cell):
         return self.softmax(x)
 
     def shard(self, strategy: tuple) -> None:
-        """`strategy`: how x is cut; the last axis is never cut."""
+        """`strategy`: how x is sharded; the last axis never is."""
         if not self.flat:
             self.softmax.shard((strategy,))
 
@@ -112,7 +113,7 @@ class RowMax(nn.Cell):
         return self.max(x, -1)
 
     def shard(self, strategy: tuple) -> None:
-        """`strategy`: how x is cut."""
+        """`strategy`: how x is sharded."""
         self.max.shard((strategy,))
 
 
@@ -157,7 +158,7 @@ class RMSNormKernel(nn.Cell):
         return self.mul(self.scale(x, inverse), weight)
 
     def shard(self, strategy: tuple) -> None:
-        """`strategy`: how x [..., H] is cut; the last axis is never cut."""
+        """`strategy`: how x [..., H] is sharded; the last axis never is."""
         if self.fused:
             self.norm.shard((strategy, (1,)))
             return
@@ -186,8 +187,8 @@ class CausalFlashAttention(nn.Cell):
 
     Its mask is a 2048 x 2048 triangle that the kernel repeats (sparse mode 2), a full one (mode 0), [B, 1, S, S] where
     sequences differ and else [S, S], or none with ring attention, which masks by itself. Packed documents without
-    dropout have the triangle, too: their tokens stand back to back (layout TND), each document ends where `ends` says,
-    and its triangle begins anew (mode 3).
+    dropout have the triangle, too: their tokens are packed back to back (layout TND), each document ends where `ends`
+    says, and its triangle starts again (mode 3).
     """
 
     def __init__(self, config: TelechatConfig):
@@ -254,14 +255,14 @@ def narrow_band_sees_keys() -> bool:
 
 
 class FlatFlashAttention(nn.Cell):
-    """Causal flash attention over prompts that stand back to back, for generation with is_dynamic."""
+    """Causal flash attention over prompts packed back to back, for generation with is_dynamic."""
 
     def __init__(self, config: TelechatConfig):
         super().__init__()
         self.kernel = FlashAttention(head_num=config.num_heads, pre_tokens=NO_LIMIT, next_tokens=0,
                                      scale_value=config.head_dim ** -0.5, input_layout="TH", use_attention_mask=True)
         self.kernel.shard(config.parallel_config)
-        # The kernel repeats this triangle; what stands in it depends on the type (MindFormers' inference attention).
+        # The kernel repeats this triangle; its values depend on the type (MindFormers' inference attention).
         forbidden = 1.0 if config.compute_dtype == mstype.bfloat16 else -10000.0
         self.mask = Tensor(np.triu(np.full((128, 128), forbidden, np.float32), 1), config.compute_dtype)
         self.reshape = P.Reshape()

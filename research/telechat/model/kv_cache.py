@@ -7,7 +7,7 @@ step brings one token per sequence [B, 1]. With the composed cache, a prompt may
 looks at what is cached before it. The attention itself is in telechat_transformer, the loop in generation/scheduler.py.
 
 Keys are cached rotated. Where the official rotary rule changes with the length of the sequence (spec/rope.py), a cache
-is valid for the lengths that share one scaling; generation/passes.py fills it anew when that changes.
+is valid for the lengths that share one scaling; generation/passes.py refills it when that changes.
 """
 from typing import Optional, Tuple
 
@@ -168,7 +168,7 @@ class ComposedCache(nn.Cell):
         return keys, values
 
     def read(self, caches: Tuple[Tensor, Tensor], rows: Tensor) -> Tuple[Tensor, Tensor]:
-        """What stands in `rows` [B, N_kv, L] of `caches`, the result of writing: [B, N_kv, L, D] each."""
+        """The contents of `rows` [B, N_kv, L] of `caches`, the result of writing: [B, N_kv, L, D] each."""
         return self.gather(caches[0], rows, 0), self.gather(caches[1], rows, 0)
 
 

@@ -102,5 +102,5 @@ class CrossEntropyLoss(nn.Cell):
         if self.by_gather:
             return self.picked(shifted, 1, self.reshape(labels, (-1, 1)))
         if one_hot is None:
-            one_hot = self.one_hot(labels, self.vocab_size, self.on, self.off)     # cut over the vocabulary
+            one_hot = self.one_hot(labels, self.vocab_size, self.on, self.off)     # sharded over the vocabulary
         return self.sum(self.one_hot_mul(shifted, one_hot), -1)

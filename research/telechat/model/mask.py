@@ -29,7 +29,7 @@ def _positions(size: int) -> Tensor:
 
 @constexpr
 def _row_starts(batch: int, seq: int, ranks: int) -> Tensor:
-    """[batch, 1] int32: where each sequence begins among those of its rank, which stand back to back."""
+    """[batch, 1] int32: where each sequence begins among those of its rank, which are back to back."""
     return Tensor((np.arange(batch, dtype=np.int32) % (batch // ranks) * seq)[:, None])
 
 
@@ -114,7 +114,7 @@ class AttentionMask(nn.Cell):
 
 
 class DocumentEnds(nn.Cell):
-    """Where packed documents end among the tokens of a rank, whose sequences stand back to back."""
+    """Where packed documents end among the tokens of a rank, whose sequences are back to back."""
 
     def __init__(self, config: TelechatConfig):
         super().__init__()

@@ -1,6 +1,6 @@
 """Between tokens [B, S], rows [B S, H] of the residual stream and heads [B, N, S, D] of attention.
 
-The rows stand in the order of the tokens, except with context parallelism and several sequences per device: then they
+The rows are in the order of the tokens, except with context parallelism and several sequences per device: then they
 stand device by device, on each its sequences, of each its part of the tokens. Thus the rows of one device are side by
 side, and no tensor moves between devices on the way from one form to another.
 """

@@ -1,4 +1,4 @@
-"""How the model is split over devices: the strategy of every operator. What the model computes stands elsewhere.
+"""How the model is split over devices: the strategy of every operator. What the model computes is elsewhere.
 
 The ranks of one pipeline stage form a mesh dp x cp x mp, mp neighbours side by side. Three forms of tensors occur:
 
@@ -22,14 +22,14 @@ from research.telechat.telechat_config import TelechatConfig
 
 
 class Mesh:
-    """Degrees of parallelism, and how many pieces the recurring axes are cut into."""
+    """Degrees of parallelism, and how many shards the recurring axes have."""
 
     def __init__(self, config: TelechatConfig):
         plan = config.parallel_config
         self.dp, self.cp, self.mp = plan.data_parallel, plan.context_parallel, plan.model_parallel
-        self.ulysses = plan.get_ulysses_cp_num()          # part of cp that cuts heads instead of the sequence
+        self.ulysses = plan.get_ulysses_cp_num()          # part of cp that shards heads instead of the sequence
         self.sequence_parallel = plan.use_seq_parallel and self.mp > 1
-        self.rows = self.dp * self.cp                     # rows where the features are cut over mp
+        self.rows = self.dp * self.cp                     # rows where the features are sharded over mp
         self.stream = self.rows * self.mp if self.sequence_parallel else self.rows   # rows of the residual stream
         self.vocab = 1 if plan.vocab_emb_dp or config.vocab_size % self.mp else self.mp
         # Where the vocabulary is whole on every device, mp shares the rows of the head instead of repeating them.
@@ -37,23 +37,23 @@ class Mesh:
         # Whether results of communication over mp are kept for the backward pass of a recomputed layer.
         self.keep_results = not getattr(plan.recompute, "mp_comm_recompute", True)
         self.documents = config.document_boundaries       # then masks and rotary tables differ between sequences
-        # Whether tensors are cut as this module says: their shapes are those of all devices then, else of this one.
+        # Whether tensors are sharded as this module says: their shapes are those of all devices then, else of this one.
         self.in_effect = ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
         self.tables = "dp" if self.documents or config.use_past else "None"
 
     @property
     def layout(self) -> Layout:
-        """Names for the mesh axes, for operators whose axes are not cut in the order dp, cp, mp."""
+        """Names for the mesh axes, for operators whose axes are not sharded in the order dp, cp, mp."""
         return Layout((self.dp, self.cp, self.mp), ("dp", "cp", "mp"))
 
 
 def dropout(cell: nn.Cell, strategy: Tuple[int, ...]) -> None:
-    """An nn.Dropout whose input is cut by `strategy`."""
+    """An nn.Dropout whose input is sharded by `strategy`."""
     cell.dropout.shard((strategy,))
 
 
 def column_linear(linear: nn.Cell, mesh: Mesh) -> None:
-    """Outputs over mp; rows arrive whole, gathered where the stream is cut over mp."""
+    """Outputs over mp; rows arrive whole, gathered where the stream is sharded over mp."""
     linear.shard(((mesh.rows, 1), (mesh.mp, 1)), strategy_bias=((mesh.rows, mesh.mp), (mesh.mp,)))
 
 
@@ -100,7 +100,7 @@ def norm(cell: nn.Cell, mesh: Mesh) -> None:
 
 
 def embedding(cell: nn.Cell, mesh: Mesh) -> None:
-    """The table is cut by rows over mp, or whole on every device with vocab_emb_dp."""
+    """The table is sharded by rows over mp, or replicated with vocab_emb_dp."""
     if mesh.vocab > 1:
         cell.gather.shard(((mesh.vocab, 1), (mesh.rows,)), ((mesh.stream, 1),) if mesh.sequence_parallel else None)
     else:
@@ -140,7 +140,7 @@ def dot_product_attention(cell: nn.Cell, mesh: Mesh) -> None:
 
 
 def flash_attention(cell: nn.Cell, mesh: Mesh) -> None:
-    """Heads over mp. Context parallelism: ulysses exchanges the cut of the sequence for one of the heads, over all of
+    """Heads over mp. Context parallelism: ulysses switches from sharding the sequence to sharding heads, over all of
     cp or a part of it; over the rest ring attention passes keys and values around, or they are gathered."""
     layout = Layout((mesh.dp, mesh.cp // mesh.ulysses, mesh.ulysses, mesh.mp), ("dp", "cp", "ulysses", "mp"))
     heads, seq = ("mp", "ulysses"), "cp"
@@ -228,7 +228,7 @@ def head(cell: nn.Cell, mesh: Mesh) -> None:
 
 
 def loss(cell: nn.Cell, mesh: Mesh) -> None:
-    """As the logits are cut."""
+    """As the logits are sharded."""
     logits, column, row = (mesh.head_rows, mesh.vocab), (mesh.head_rows, 1), (mesh.head_rows,)
     cell.max.shard(logits)
     cell.sub.shard((logits, column))
@@ -247,7 +247,7 @@ def loss(cell: nn.Cell, mesh: Mesh) -> None:
 
 
 def chunked_loss(cell: nn.Cell, mesh: Mesh) -> None:
-    """Chunks of the rows of each device, cut as the logits are; the gradient of the rows as that of a row_linear."""
+    """Chunks of the rows of each device, sharded as the logits; the gradient of the rows as that of a row_linear."""
     rows = mesh.head_rows
     cell.rows_of.shard(((rows, 1, 1),))
     cell.labels_of.shard(((rows, 1),))

@@ -7,7 +7,7 @@ ReduceScatter that are added to the residual stream. A Cast to the type that a t
 may fuse operators and keep less; it cannot keep less than what is read again, unless it computes it twice. Pure Python.
 
 Not counted: the gradient of a matrix on its way to the buffer in which micro-batches are added up, and temporaries of a
-kernel; both are small beside a layer.
+kernel; both are small compared with a layer.
 """
 import re
 from typing import Any, List, NamedTuple, Tuple
@@ -178,9 +178,9 @@ def attention_masks(plan: Plan) -> Tuple[int, int]:
     """(bytes of masks that stay on a rank, bytes that every micro-batch in flight keeps).
 
     Sequences with masks of their own (document_boundaries, mask_pad_tokens): [B, 1, S, S] in one byte per score,
-    queries cut over the part of context parallelism that does not cut heads. While one is made, two more of it in bool;
+    queries sharded over the part of context parallelism without heads. While one is made, two more of it in bool;
     the causal triangle [S, S] it begins with is a constant. A full causal mask is a constant in bool and in the
-    kernel's type; so is the 2048 x 2048 triangle, which serves documents that stand back to back as well. Ring
+    kernel's type; so is the 2048 x 2048 triangle, which also serves documents packed back to back. Ring
     attention has none.
     """
     model = plan.model

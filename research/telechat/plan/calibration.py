@@ -20,7 +20,7 @@ from research.telechat.plan.timing import PEAK, Efficiency, StepTime, stage_work
 
 START = Efficiency(0.7, 0.4, 0.6, 0.6, 30e-6)        # where the fit begins
 FILLED = 0.5                       # of seq_length that a sequence fills on average while it is answered; an assumption
-PULL = 0.03                        # weight of leaving START by a factor of e, beside a relative error of 1
+PULL = 0.03                        # weight of leaving START by a factor of e, compared with a relative error of 1
 
 _COMMON: JsonObject = {"layernorm_compute_type": "float32", "res_dtype": "float32", "compute_dtype": "bfloat16",
                        "softmax_compute_type": "float16"}

@@ -28,7 +28,7 @@ def saved_bytes(plan: Plan, rank: int, once: bool = False) -> int:
 def disk_seconds(plan: Plan, weights_only: bool = False) -> float:
     """Seconds in which the machine with most to do writes its part of a checkpoint, or reads it, at DISK_GB_PER_SECOND.
 
-    The checkpoint is cut as the plan is. weights_only: without optimizer state and remainders, as when training begins.
+    Sharded as the plan. weights_only: without optimizer state and remainders, as when training begins.
     """
     size, alike = weight_bytes if weights_only else saved_bytes, plan.ranks // plan.pp
     each = [held for stage in range(plan.pp) for held in [size(plan, stage * alike)] * alike]
@@ -52,7 +52,7 @@ def checkpoints_at_once(keep: int, every: int, interval: int, steps: int) -> int
     """Checkpoints that lie on the disk together at most, with the one that is being written before an old one goes.
 
     Args:
-        keep: the last so many stay.
+        keep: how many of the last ones are kept.
         every: those whose step is a multiple stay for good; 0: none.
         interval: steps between two.
         steps: of the whole training, whose last step is saved too; 0: not known.

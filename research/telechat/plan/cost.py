@@ -1,8 +1,8 @@
 """What a parallel plan costs one rank: bytes of memory, bytes sent per step, operations. Pure Python.
 
-Parameters, optimizer state, accumulated gradients and communication follow from how model/sharding.py cuts the model,
+Parameters, optimizer state, accumulated gradients and communication follow from how model/sharding.py shards the model,
 and agree with the compiled graph (scripts/plan.py --compile). Activations are an estimate (plan/activations.py): what
-the compiler keeps and reuses is its own matter. Bytes sent are those of ring algorithms (Patarasuk and Yuan, 2009):
+the compiler keeps and reuses is unknown. Bytes sent are those of ring algorithms (Patarasuk and Yuan, 2009):
 AllReduce of S bytes over n ranks 2 S (n - 1) / n, AllGather and ReduceScatter to or from S bytes S (n - 1) / n.
 """
 import math
@@ -103,10 +103,10 @@ class _Held:
 
     weight: Weight
     count: int                         # layers that have it
-    elements: int                      # after the cut over model parallelism
+    elements: int                      # after sharding over model parallelism
     group: int                         # ranks that hold the same elements
     axis: str                          # their axes
-    sharded: bool                      # cut over them by optimizer parallelism
+    sharded: bool                      # sharded over them by optimizer parallelism
     trained: bool
     item: int                          # bytes per element
     travels: int                       # bytes per element in which it is gathered
@@ -289,7 +289,7 @@ def _attention_traffic(plan: Plan, stage: int) -> List[Traffic]:
     backward = forward * (2 if model.use_ring_attention else 1)                 # a ring carries them and gradients
     swapped = gather(2 * queries + keys, plan.ulysses)                             # queries, keys, values, result
     if not plan.alltoall:
-        swapped *= plan.ulysses                                # gathered whole, then cut
+        swapped *= plan.ulysses                                # gathered, then sliced
     per_layer = forward * (1 + again) + backward + swapped * (2 + again)
     return [Traffic("attention", "cp", plan.micro_batches * layers * per_layer, "attention")]
 

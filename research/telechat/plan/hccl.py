@@ -2,7 +2,7 @@
 
 Every communicator takes two buffers, one to send and one to receive, of HCCL_BUFFSIZE MB each (200 where the
 environment does not say; the reference of CANN's environment variables). They are not part of what MindSpore manages:
-they lie in the memory of the card beside context.max_device_memory.
+they are in the card's memory outside context.max_device_memory.
 """
 import math
 import os
@@ -15,7 +15,7 @@ from research.telechat.plan.plan import BYTES, Plan
 DEFAULT_MB = 200
 MB = 2 ** 20
 WORLD = "world"
-SUBSTANTIAL = 0.25                     # of the memory beside max_device_memory; from there on a size is recommended
+SUBSTANTIAL = 0.25                     # of the memory outside max_device_memory; above it a size is recommended
 
 
 def buffer_mb(environment: Optional[Mapping[str, str]] = None) -> int:
@@ -54,7 +54,7 @@ def recommended_mb(plan: Plan) -> int:
 
 
 def spare_bytes(plan: Plan) -> float:
-    """Bytes of a card beside context.max_device_memory."""
+    """Bytes of a card outside context.max_device_memory."""
     return max(0.0, plan.chip.memory_gb - plan.limit_gb) * 1e9
 
 
@@ -73,7 +73,7 @@ def lines(plan: Plan, rank: int) -> List[str]:
 
 
 def notes(plan: Plan, rank: int) -> List[str]:
-    """A line where the buffers do not fit beside context.max_device_memory. Raises ConfigError."""
+    """A line if the buffers do not fit outside context.max_device_memory. Raises ConfigError."""
     size, advised = buffer_mb(), recommended_mb(plan)
     taken, spare = buffer_bytes(plan, rank, size), spare_bytes(plan)
     if plan.device != "Ascend" or taken <= spare:

@@ -1,7 +1,7 @@
 """The parallel plan of a recipe: reading it, the layers of each pipeline stage, and everything that is wrong with it.
 
 Pure Python, so that a plan is checked in a second on any machine. Memory, communication and speed of a plan are in
-plan/cost.py; how the model is really cut, in model/sharding.py. Command line: scripts/plan.py.
+plan/cost.py; how the model is actually sharded, in model/sharding.py. Command line: scripts/plan.py.
 """
 import math
 import re
@@ -18,7 +18,7 @@ from research.telechat.spec.flops import DEFAULT_DEVICE, DEVICES, Chip
 from research.telechat.spec.parameters import Param, parameters
 from research.telechat.spec.variants import Variant, shape_faults
 
-CUT_BY_INPUT = ("wo", "w2")    # linear layers; model parallelism cuts the others by their output
+CUT_BY_INPUT = ("wo", "w2")    # linear layers; model parallelism shards the others by their output
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 PLANNED_FOR = "planned_for"    # of a recipe while it is planned, never in a file: one of spec/flops.DEVICES
 
@@ -45,7 +45,7 @@ class Plan:
     cp: int
     sequence_parallel: bool
     algorithm: str               # colossalai_cp, ulysses_cp or hybrid_cp
-    ulysses: int                 # part of cp that cuts heads
+    ulysses: int                 # part of cp that shards heads
     vocab_emb_dp: bool
     batch: int                   # sequences per micro-batch and data-parallel rank
     micro_batches: int           # per step: of the pipeline, of gradient accumulation and interleaved
@@ -54,7 +54,7 @@ class Plan:
     offset: object
     optimizer_sharded: bool
     remainder: bool              # of 16-bit parameters, in the optimizer
-    threshold: int               # bytes; smaller parameters are not cut by optimizer parallelism
+    threshold: int               # bytes; optimizer parallelism does not shard smaller parameters
     recompute: Any               # True, False, or layers per stage
     select_recompute: Any        # operators by pattern, with layers per stage or True
     select_comm_recompute: Any   # the same for the communication behind operators
@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch on one rank, where the features are cut over model parallelism."""
+        """Tokens of a micro-batch on one rank, where the features are sharded over model parallelism."""
         return self.batch * self.model.seq_length // self.cp
 
     @property
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def vocab_pieces(self) -> int:
-        """Pieces that the vocabulary is cut into; 1: whole on every device."""
+        """Shards of the vocabulary; 1: replicated on every device."""
         return 1 if self.vocab_emb_dp or self.model.vocab_size % self.mp else self.mp
 
     @property
@@ -122,7 +122,7 @@ class Plan:
         rows, columns = (*param.shape, 1)[:2]
         if not name.startswith(("attention.", "feed_forward.")):
             return Weight(name, rows, columns, columns > 1 and self.vocab_pieces > 1, columns > 1)
-        # Matrices are cut, and biases of what is cut by its output.
+        # Matrices are sharded, and biases of what is sharded by its output.
         return Weight(name, rows, columns, columns > 1 or name.split(".")[-2] not in CUT_BY_INPUT, columns > 1)
 
 
@@ -350,7 +350,7 @@ def find_faults(plan: Plan, ranks: Optional[int] = None) -> List[str]:
 
 
 def find_notes(plan: Plan) -> List[str]:
-    """What runs, but perhaps not as its author thinks; one line each."""
+    """Plans that run, but probably not as intended; one line each."""
     notes = []
     vocab = plan.model.vocab_size
     if plan.mp > 1 and not plan.vocab_emb_dp and vocab % plan.mp:
@@ -377,7 +377,7 @@ def find_notes(plan: Plan) -> List[str]:
 
 
 def bubble(plan: Plan) -> float:
-    """Share of a step in which a pipeline stage waits: (p - 1) / (v m + p - 1) for p stages cut into v virtual ones and
+    """Share of a step in which a pipeline stage waits: (p - 1) / (v m + p - 1) for p stages of v virtual ones and
     m micro-batches (one forward, one backward; Narayanan et al., 2021)."""
     waiting = plan.pp - 1
     return waiting / (plan.virtual_stages * plan.micro_batches + waiting)

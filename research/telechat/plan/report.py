@@ -30,7 +30,7 @@ def stages(plan: Plan) -> List[Memory]:
 
 
 def memory_notes(plan: Plan, memories: Sequence[Memory]) -> List[str]:
-    """A line for stages that do not fit; what is exact (parameters, states, buffers) is told from what is estimated."""
+    """A line for stages that do not fit; exact figures (parameters, states, buffers) are separate from estimates."""
     worst = max(range(len(memories)), key=lambda stage: memories[stage].total)
     memory = memories[worst]
     exact = memory.parameters + memory.optimizer + memory.remainder + memory.gradients + memory.kv_cache
@@ -156,7 +156,7 @@ def draw(plan: Plan, path: Path) -> None:
 
 
 def compared(cost: Cost, compiled: JsonObject) -> List[List[object]]:
-    """Arithmetic beside the compiled graph, rows of (what, arithmetic, compiled, difference in percent)."""
+    """Arithmetic compared with the compiled graph, rows of (what, arithmetic, compiled, difference in percent)."""
     communication, memory = compiled["communication"], compiled["memory"]
     rows: List[List[object]] = []
 

@@ -276,7 +276,7 @@ def search_prediction(recipe: JsonObject, cards: int, margin: float = MARGIN, le
 
 
 def sequences_of(recipe: JsonObject) -> int:
-    """Sequences of a step of the recipe as it is, which a search keeps unless told otherwise."""
+    """Sequences of a step of the recipe as it is, which a search keeps by default."""
     plan = read_plan(recipe)
     return plan.step_tokens // plan.model.seq_length
 

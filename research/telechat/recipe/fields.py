@@ -14,7 +14,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Field:
-    """One key: its default, what may stand there and what it means."""
+    """One key: its default, its allowed values and its meaning."""
 
     default: object
     kind: str                              # int, positive, float, bool, str, dtype, choice, ratio, ids or any

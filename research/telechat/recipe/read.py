@@ -1,6 +1,6 @@
-"""Reading a recipe and the options that change it. Pure Python: a slip is answered before MindSpore is imported.
+"""Reading a recipe and the options that change it. Pure Python: typos are reported before MindSpore is imported.
 
-What the keys mean is recipe/settings.py's and MindFormers' matter; what is done with a recipe, run/job.py's.
+recipe/settings.py and MindFormers define the keys; run/job.py acts on them.
 """
 import copy
 import difflib
@@ -74,7 +74,7 @@ def merge(base: dict, over: dict, at: str = "") -> dict:
 def read_recipe(path: Path, above: tuple = ()) -> dict:
     """A recipe merged over the recipes it names as `base_config`, later ones over earlier ones.
 
-    ConfigError says which file is at fault, and where.
+    ConfigError names the file and the place.
     """
     if path in above:
         raise ConfigError(f"recipe {path} inherits itself: {' -> '.join(file.name for file in (*above, path))}")

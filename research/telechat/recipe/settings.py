@@ -1,6 +1,6 @@
 """Resolving and checking the keys of `model_config`: from what a recipe says to a value for every key. Pure Python.
 
-The keys stand in recipe/fields.py, the variants in spec/variants.py. Later sources win: defaults, the variant
+The keys are in recipe/fields.py, the variants in spec/variants.py. Later sources win: defaults, the variant
 named by `net_name`, presets (`amp_level`), keys of earlier YAMLs, explicit keys. TelechatConfig is made from the
 result, and the planner reads the result itself, without MindSpore.
 """

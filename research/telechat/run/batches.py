@@ -1,6 +1,6 @@
 """How many sequences a step has and in which parts it is computed, whatever the device and the kind of parallelism.
 
-The loss is that of model/loss.py however a batch is cut; here the recipe's keys become those that make it so.
+The loss is that of model/loss.py however a batch is split; here the recipe's keys become those that make it so.
 """
 from pathlib import Path
 from typing import Optional
@@ -18,7 +18,7 @@ _SEMI_AUTO = (1, "1", "semi_auto_parallel", 2, "2", "auto_parallel")
 
 
 def by_plan(config: MindFormerConfig) -> bool:
-    """Whether MindSpore cuts the step over the cards by parallel_config (semi-automatic parallelism)."""
+    """Whether MindSpore shards the step over the cards by parallel_config (semi-automatic parallelism)."""
     return bool(config.get("use_parallel")) and (config.get("parallel") or {}).get("parallel_mode", 1) in _SEMI_AUTO
 
 

@@ -183,7 +183,7 @@ def run(recipe: JsonObject, overrides: JsonObject, register_path: Optional[str] 
         raw: leave prompts as they are instead of writing them as the model's template demands.
 
     Raises:
-        ConfigError: anything about recipe, checkpoint or data that can be told before the model is built; another
+        ConfigError: anything about recipe, checkpoint or data that can be detected before the model is built; another
             training writes into the same output folder.
     """
     config = prepare_recipe(recipe, overrides)

@@ -1,7 +1,7 @@
 """What the manifest of a checkpoint says, and a recipe that says otherwise; files that are not as they were written.
 
 Called before a model is built, by training, prediction and evaluation. What a manifest is, see checkpoint/manifest.py.
-A checkpoint without one has nothing to be held against: the recipe alone decides.
+Without one, the recipe alone decides.
 """
 import re
 from dataclasses import asdict, replace
@@ -41,7 +41,7 @@ def checkpoint_facts(config: MindFormerConfig) -> Optional[ModelFacts]:
 
 
 def settle_with_checkpoint(config: MindFormerConfig) -> Optional[ModelFacts]:
-    """Complete the recipe by what the checkpoint to load says, or hold it against that (run/published.py).
+    """Complete the recipe by what the checkpoint to load says, and compare them (run/published.py).
 
     Returns what the checkpoint says. Raises ConfigError.
     """
@@ -84,7 +84,7 @@ def _files_to_load(config: MindFormerConfig) -> List[Path]:
 
 
 def check_hashes(config: MindFormerConfig) -> None:
-    """Hold checkpoint and data sets against their hashes, once for each machine, unless `check_hashes` is False.
+    """Verify checkpoint and data sets against their hashes, once for each machine, unless `check_hashes` is False.
 
     This key and those of run/published.py are taken out of `config`. Raises ConfigError: a file has changed since it
     was written.

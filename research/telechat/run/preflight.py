@@ -1,6 +1,6 @@
-"""Checks of recipe, checkpoint and data before a model is built: each fault is one clear line within seconds.
+"""Checks of recipe, checkpoint and data before a model is built: each error is one clear line within seconds.
 
-Nothing is loaded: only headers of checkpoints and the description beside a data set are read; a data set without one is
+Nothing is loaded: only headers of checkpoints and the description of a data set are read; a data set without one is
 read once (data/scan.py).
 """
 import os
@@ -26,11 +26,11 @@ from research.telechat.telechat_config import TelechatConfig
 DATASET_CHECKS = "dataset_checks.json"     # in the output folder: what was read of data sets without meta.json
 _SHIFTING_HANDLERS = ("PackingHandler", "AlpacaInstructDataHandler")       # of MindFormers' HFDataLoader
 WITHOUT_BFLOAT16 = re.compile(r"Ascend910(A|Pro[A-C]?|Premium[A-C]?)?")   # MindSpore's names of the first 910
-_SHOWN = 8                                 # faults listed in full; the rest are counted
+_SHOWN = 8                                 # errors listed in full; the rest are counted
 
 
 def model_config(config: MindFormerConfig) -> TelechatConfig:
-    """The model config of a recipe, checked; ConfigError names the key at fault."""
+    """The model config of a recipe, checked; ConfigError names the invalid key."""
     section = (config.get("model") or {}).get("model_config")
     if not section:
         raise ConfigError("the recipe has no section model.model_config; begin from a recipe in research/telechat")
@@ -79,7 +79,7 @@ def checkpoint_faults(expected: Dict[str, Tuple[int, ...]], found: Dict[str, Tup
 def check_checkpoint(config: MindFormerConfig) -> None:
     """Compare the complete checkpoint that `load_checkpoint` names with the recipe's sizes, by its headers.
 
-    Checkpoints that are cut already (folders rank_N) are left to MindFormers. Raises ConfigError.
+    Checkpoints that are already sharded (folders rank_N) are left to MindFormers. Raises ConfigError.
     """
     path = Path(str(config.load_checkpoint))
     if not path.exists():

@@ -85,9 +85,9 @@ def check_length(prompts: Iterable[str], tokenizer: TelechatTokenizer, seq_lengt
 
 
 def first_answers(results: Iterable[object], count: int) -> List[object]:
-    """Results of MindFormers' text generation, each with one text or a batch of texts, cut to the first `count` texts.
+    """Results of MindFormers' text generation, each with one text or a batch of texts; the first `count` texts.
 
-    MindFormers takes whole batches only: the last one is filled up with prompts that nobody asked.
+    MindFormers takes whole batches only: the last one is filled up with dummy prompts.
     """
     kept: List[object] = []
     for result in results or []:

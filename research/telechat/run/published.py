@@ -49,7 +49,7 @@ def settle(config: MindFormerConfig, facts: Optional[ModelFacts]) -> None:
 
 
 def _settle_meaning(section: JsonObject, path: Path, meaning: Optional[str]) -> None:
-    """A checkpoint without manifest: nobody knows whether it is official, or was trained as this plugin once did."""
+    """A checkpoint without manifest may be official, or trained as earlier versions of this plugin did."""
     before = {key: value for key, value in settings_before(str(section.get("net_name") or "")).items()
               if section.get(key) in (None, "")}
     if not before:

@@ -16,7 +16,7 @@ from research.telechat.plan.checkpoints import checkpoints_at_once, saved_bytes,
 from research.telechat.plan.cost import CARDS_PER_MACHINE
 from research.telechat.plan.plan import Plan, read_plan
 
-LARGE_CHECKPOINT = 50e9               # bytes from which reading the whole for every cut is worth a warning
+LARGE_CHECKPOINT = 50e9               # bytes from which reading the whole for every shard is worth a warning
 _SHARED_TYPES = ("nfs", "nfs4", "dpc", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "cifs", "fuse.sshfs",
                  "fuse.juicefs", "fuse.glusterfs", "fuse.ceph")
 

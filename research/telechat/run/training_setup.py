@@ -1,6 +1,6 @@
 """What happens between the recipe and the Trainer when training: adapters, resumption, and what callbacks must know.
 
-Called by run/job.py before anything is built; every fault is a ConfigError.
+Called by run/job.py before anything is built; every error is a ConfigError.
 """
 import json
 import re
@@ -73,8 +73,8 @@ def counts_of_run(config: MindFormerConfig) -> JsonObject:
 
 
 def continued_step(config: MindFormerConfig, file: Path, step: int) -> int:
-    """Where this run stands if it goes on from `file`, saved at `step`: as many sequences further, in steps of its own
-    size, as MindFormers counts too. A line says so where the settings that decide it have changed.
+    """The position of this run if it resumes from `file`, saved at `step`: as many sequences further, in steps of its
+    own size, as MindFormers counts too. A line says so where the settings that decide it have changed.
 
     Raises ConfigError: this run has no step left, though not all of its epochs have been seen.
     """
@@ -174,7 +174,7 @@ def _named(root: Path, wish: str, ranks: int) -> Choice:
 
 def complete_monitor(callback: JsonObject, config: MindFormerConfig, pet_config: MindFormerConfig,
                      chosen: Optional[Name], facts: Optional[ModelFacts] = None) -> None:
-    """What training/saving.py needs to know beside MindFormers' own arguments."""
+    """What training/saving.py needs in addition to MindFormers' own arguments."""
     if callback.get("on_save_error", "stop") not in ("stop", "continue"):
         raise ConfigError(f"callbacks: CheckpointMonitor.on_save_error must be stop or continue, found "
                           f"{callback['on_save_error']!r}")

@@ -7,7 +7,7 @@ def documents_back_to_back(settings: Any, gathering: int) -> bool:
     of every pair of tokens.
 
     Not with a dropout of probabilities or a mask of padding, which the kernel takes per sequence only; and not where
-    context parallelism cuts queries. settings: keys of model_config; gathering: ranks that queries are cut over.
+    context parallelism shards queries. settings: keys of model_config; gathering: ranks that queries are sharded over.
     """
     return bool(settings.document_boundaries and settings.use_flash_attention and gathering == 1
                 and not settings.mask_pad_tokens and not settings.attention_dropout_prob and not settings.use_past)

@@ -42,7 +42,7 @@ NO_EFFECT: Dict[str, str] = {
                     "read by the official code and not used for these models"),
 }
 
-# Values that this plugin computes; None beside them: as if the key were not there.
+# Values that this plugin computes; None among them: as if the key were missing.
 REQUIRED: Dict[str, Tuple[object, ...]] = {
     "apply_residual_connection_post_layernorm": (False,),
     "activation_function": ("silu", "swish"), "hidden_act": ("silu", "swish"),

@@ -1,4 +1,4 @@
-"""The official config.json of a variant, for checkpoints that are converted back and have none at hand.
+"""The official config.json of a variant, for checkpoints that are converted back without one.
 
 Only what the official code needs to build the model; where the original config.json exists it is used instead.
 """

@@ -12,7 +12,7 @@ def get_number(cfg: JsonObject, key: str, kind: Type[Number], default: Optional[
                ) -> Number:
     """cfg[key] as `kind`; ConfigError if it is missing (and has no default), of another type or not positive.
 
-    where: what stands before the key in the error, such as "rope_scaling.".
+    where: prefix of the key in the error, such as "rope_scaling.".
     """
     value: Any = default if cfg.get(key) is None else cfg[key]
     if value is None:

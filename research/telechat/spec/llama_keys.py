@@ -1,6 +1,6 @@
 """config.json in the words of Llama, which TeleChat3 uses: reading it, and its rotary rule, into fields of a Variant.
 
-Reads transformers 4 (`rope_scaling`, `rope_theta` beside it) and 5 (`rope_parameters`). The rotary types:
+Reads transformers 4 (`rope_scaling` and `rope_theta`) and 5 (`rope_parameters`). The rotary types:
 `telechat3-yarn` is YaRN (spec/rope.py) whose factor on cos and sin is 0.07 ln(factor) + 1; `yarn` is transformers' own,
 0.1 ln(factor) + 1 or `attention_factor`; `default`, or none, is the plain rotation.
 """

@@ -5,7 +5,7 @@ Pure Python and NumPy; it opens no file (checkpoint/reader.py does) and converts
 Every linear weight of the MindSpore model is [out, in]. The official code agrees, but for 52B, whose Conv1D weights are
 [in, out]. Fused weights of 52B hold several projections in one matrix. The official order is projection after
 projection, [q | k | v]; here the rows are grouped, group after group [q_g | k_g | v_g], so that any tensor-parallel
-degree that divides the number of groups cuts between whole groups and finds its own q, k and v together:
+degree that divides the number of groups splits between whole groups and finds its own q, k and v together:
 
 * w_qkv: one group for each head, head_dim rows of q, then of k, then of v;
 * w_gate_hidden: gcd(num_heads, intermediate_size) groups, each of intermediate_size / groups rows of gate, then of up.
@@ -65,7 +65,7 @@ class Param(NamedTuple):
         return self.kv_groups if self.parts == 1 else self.groups if layout == MINDSPORE else 1
 
 
-# (MindSpore name, official name, shape, fused parts). Shapes in the words of _sizes; layers stand below their prefixes.
+# (MindSpore name, official name, shape, fused parts). Shapes in the words of _sizes; layers are below their prefixes.
 _EMBEDDING, _NORM_OUT, _HEAD = "model.tok_embeddings.embedding_weight", "model.norm_out.weight", "lm_head.weight"
 _DENSE_LAYER = (
     ("attention_norm.weight", "input_layernorm.weight", "hidden", 1),
@@ -123,7 +123,7 @@ _LAYOUTS: Dict[str, _Layout] = {
     "telechat_mup": _Layout("transformer.", "wte.weight", _MUP_LAYER, True, (("attn.masked_bias", -10000.0),)),
     "llama": _Layout("", _LLAMA_EMBEDDING, _DENSE_LAYER, is_llama=True),
 }
-# Official entries without weights: causal masks and rotary tables that the code computes anew.
+# Official entries without weights: causal masks and rotary tables that the code recomputes.
 _NO_WEIGHT = re.compile(r"(attn\.(masked_)?bias|rotary_emb\.(inv_freq|cos_cached|sin_cached))$")
 # Entries of MindSpore training checkpoints that are not weights: "adam_m.<parameter>" and these scalars and others.
 _TRAINING = re.compile(
@@ -189,7 +189,7 @@ def llama_zero_biases(variant: Variant) -> Dict[str, int]:
 
 
 def hf_buffers(variant: Variant) -> Dict[str, float]:
-    """Scalars that the official checkpoint holds beside the parameters: name -> value."""
+    """Scalars that the official checkpoint has in addition to the parameters: name -> value."""
     layout = _LAYOUTS[variant.hf_layout]
     return {f"{layout.prefix}h.{layer}.{name}": value
             for layer in range(variant.num_layers) for name, value in layout.buffers}
@@ -203,7 +203,7 @@ class Match(NamedTuple):
     unknown: List[str]           # entries that belong to no parameter
     duplicate: List[str]         # entries for a parameter that already has one
     ignored: List[str]           # entries that hold no weights
-    tied_head: Optional[str]     # a head beside tied embeddings: must equal them, and is then dropped
+    tied_head: Optional[str]     # a head in addition to tied embeddings: must equal them, and is dropped
     zeros: Tuple[str, ...] = ()  # biases of a Llama checkpoint that must be zero, and are then dropped
 
 

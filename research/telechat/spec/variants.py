@@ -110,7 +110,7 @@ VARIANTS: Dict[str, Variant] = {
     "telechat_t1_35b": replace(_2_35B, **_T1),
     "telechat_t1_115b": replace(_2_115B, **_T1),
     "telechat3_36b": _TELECHAT3,
-    # Coder's config.json was not at hand: sizes as 36B-Thinking, of the same YaRN up to the published 128K tokens.
+    # Coder's config.json was not available: sizes as 36B-Thinking, of the same YaRN up to the published 128K tokens.
     "telechat3_coder": replace(_TELECHAT3, training_seqlen=131072, scaling_factor=16.0,
                                attention_factor=llama_keys.attention_factor("telechat3-yarn", 16.0),
                                chat_template="telechat3_coder"),
@@ -148,7 +148,7 @@ def read_hf_config(path_or_dict: Union[str, Path, JsonObject]) -> JsonObject:
 
 
 def variant_from_hf(cfg: JsonObject, name: Optional[str] = None) -> Variant:
-    """The variant that an official config describes, told by its structure (the official code has four).
+    """The variant that an official config describes, detected by its structure (the official code has four).
 
     Llama's keys mark TeleChat3 (spec/llama_keys.py); `n_embd` the 52B code (fused projections, mu-parametrisation);
     `base_seqlen` the TeleChat2 code; otherwise tied embeddings mark 7B (transformers' default is tied) and untied ones
@@ -263,7 +263,7 @@ class Sizes(Protocol):
 def shape_faults(sizes: Sizes, mp: int = 1, where: str = "model_config.") -> List[str]:
     """A line for each contradiction between sizes, or of sizes and the degree `mp` of model parallelism.
 
-    where: what stands before the name of a size.
+    where: prefix of the name of a size.
     """
     heads, kv_heads = sizes.num_heads, sizes.n_kv_heads or sizes.num_heads
     again = where if where.endswith(".") else ""

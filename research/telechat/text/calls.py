@@ -59,7 +59,7 @@ def result_parts(results: Sequence[Message], form: str) -> Parts:
 
 
 def read_parameters(body: str, tools: Tools = None) -> Optional[JsonObject]:
-    """Name and arguments of a call in Coder's form, what stands between its markers; None where it is none.
+    """Name and arguments of a call in Coder's form, from the text between its markers; None if it is not a call.
 
     A call without parameters is one only where `tools` have its name. A value is a text where `tools` say that its
     parameter is of type string, else JSON where it can be read so.

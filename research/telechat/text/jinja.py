@@ -101,7 +101,7 @@ def _no_system(template: Template) -> List[str]:
 
 
 def _head(renderer: Renderer) -> List[str]:
-    """What stands in front of the turns: the system prompt with the tools, or a start marker."""
+    """What precedes the turns: the system prompt with the tools, or a start marker."""
     template = renderer.template
     condition = {"always": "true", "tools": "tools", "training": "tools or not add_generation_prompt"}[
         template.default_for]

@@ -161,7 +161,7 @@ def _no_json(constant: str) -> None:
 
 
 def join_calls(messages: Sequence[Message], roles: Sequence[object]) -> List[Message]:
-    """Messages in which calls that stand in messages of their own (`roles`) belong to the bot's message before."""
+    """Messages in which calls that are separate messages (`roles`) are joined to the bot's message before them."""
     joined: List[Message] = []
     for message, role in zip(messages, roles):
         before = joined[-1] if joined else None

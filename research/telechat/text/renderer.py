@@ -2,7 +2,7 @@
 
 Messages (role and content) become token ids and a loss mask for training, or the prompt of a generation. What differs
 between the families is a field of a `Template` (text/templates.py). The file knows no vocabulary file (text/vocab.py
-reads those), no data format (data/records.py reads those) and no sequence length of training (data/packing.py cuts
+reads those), no data format (data/records.py reads those) and no sequence length of training (data/packing.py splits
 and packs).
 
 Two steps, so that preprocessing can encode the texts of many conversations in one call: `Renderer.plan` gives the
@@ -164,7 +164,7 @@ class Renderer:
 
     def document(self, text: str, ends: bool = True, train: bool = True) -> Plan:
         """What to encode of a text without roles, which is trained on every token: it and, where it `ends`, the end
-        marker. No marker stands in front of it."""
+        marker. No marker precedes it."""
         spans = self._guarded([(text, True)], loss=train) if self.as_text else [Span(text=text, loss=train)]
         return Plan([*spans, Span((self.end_id,), loss=train)] if ends else spans, [0])
 
@@ -188,7 +188,7 @@ class Renderer:
     def prompt(self, messages: Sequence[MessageLike], tools: Tools = None, limit: Optional[int] = None) -> List[int]:
         """Token ids up to and including the bot marker (and what opens the reasoning), ready for the answer.
 
-        `messages` end with a user message (or tool results). With `limit` at most so many ids, see `fit_prompt`.
+        `messages` end with a user message (or tool results). With `limit` at most that many ids, see `fit_prompt`.
         """
         return self.fit_prompt(messages, tools, limit).ids
 
@@ -232,7 +232,7 @@ class Renderer:
         return read_turns(messages, tools, last, self.template, self.system_id is not None, self.system_policy)
 
     def _head(self, system: Optional[str], tools: Tools, training: bool) -> Tuple[List[Span], Tuple[int, ...]]:
-        """What stands in front of the turns, and the ids between them."""
+        """What precedes the turns, and the ids between them."""
         template = self.template
         if system is None and (tools or template.default_for == "always" or (
                 training and template.default_for == "training")):

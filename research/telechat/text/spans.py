@@ -31,7 +31,7 @@ class Plan(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """A conversation as ids. What stands in front of turns[0] (start marker, system prompt) heads every part of it."""
+    """A conversation as ids. What precedes turns[0] (start marker, system prompt) begins every part of it."""
 
     ids: List[int]
     loss: List[Tuple[int, bool]]             # run lengths: (number of ids, whether the loss counts there)

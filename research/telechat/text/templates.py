@@ -39,10 +39,10 @@ class Template:
     end: Tuple[str, ...] = ("<_end>", "</s>")
     pad: Tuple[str, ...] = ("<_pad>", "<pad>")
     system: Optional[str] = None             # None: the weights know no system prompt
-    text_end: Optional[str] = None           # markers are ordinary text; this one stands between turns, `end` is last
+    text_end: Optional[str] = None           # markers are ordinary text; this one separates turns, `end` is last
     separator: str = ""                      # text between turns
     system_end: str = ""                     # text that ends a system prompt without tools, encoded with it
-    system_separator: bool = True            # the separator stands behind the system prompt, too, encoded on its own
+    system_separator: bool = True            # the separator also follows the system prompt, encoded separately
     default_system: Optional[str] = None     # where a conversation brings no system prompt ...
     default_for: str = "tools"               # ... "always", in "training" and with tools, or with "tools" only
     tools_block: Optional[str] = None        # appended to the system prompt; None: the weights know no tools
@@ -53,12 +53,12 @@ class Template:
     think_first: str = ""                    # what the model itself writes in front of its reasoning
     keeps_reasoning: bool = False            # a prompt has the reasoning since the last question, between tool calls
     answer_start: str = ""                   # in front of an answer whose reasoning is left out
-    bare_system: bool = False                # where there is no system prompt, its marker stands alone
+    bare_system: bool = False                # without a system prompt, its marker is written alone
     observation: Optional[str] = None        # marker in front of results of tools; None: that of the user
     call_form: str = "json"                  # or "parameters", see text/calls.py
     padding_side: str = "left"               # as the family's official training code pads
     needs: Tuple[str, ...] = ()              # pieces by which a vocabulary is recognised as this family's
-    needs_settings: bool = False             # and tokenizer_config.json beside it, which has no tool markers
+    needs_settings: bool = False             # and its tokenizer_config.json, which has no tool markers
 
 
 # The wording belongs to the format: the weights have been trained with exactly these texts.
@@ -97,7 +97,7 @@ TEMPLATES: Dict[str, Template] = {template.name: template for template in (
     _TELECHAT2,
     Template("telechat", needs=("<_user>", "<_bot>")),
     Template("telechat_52b", end=("</s>",), text_end="<_end>", needs=("</s>",)),
-    # The rest is told by a model's name only.
+    # The rest can only be told by the model's name.
     Template("telechat_system", system="<_system>"),
     replace(_TELECHAT2, name="telechat2_think", think_start="<think>\n", needs=()),
     _TELECHAT3,

@@ -7,7 +7,7 @@ prefix behind a marker, and the pre-tokenizer Metaspace leaves it out where a te
   ways to one piece the one with the longer left side comes first. A unigram model has the same form in both.
 - The dummy prefix is a normaliser, `Prepend`, which works on each stretch of text between two markers.
 - User-defined symbols that are text (digits, line ends) never merge: a pre-tokenizer isolates them.
-- Markers are added tokens, found wherever they stand, as `Vocab.encode_with_specials` does. Every tokenizer of Hugging
+- Markers are added tokens, found anywhere, as `Vocab.encode_with_specials` does. Every tokenizer of Hugging
   Face takes a marker that a user types for the marker; this project's own chat and server do not.
 
 `differences` compares ids, text by text (`probe_texts`), before a folder with such a file is complete.
@@ -69,7 +69,7 @@ _REPEATED = (" ", "\n", "\t", "_", "a", "的", "0", "-", "=", ".", " \n", "\n\n 
 
 
 def probe_texts(vocab: Vocab, mixtures: int = 400) -> List[str]:
-    """Some 900 texts: written ones, runs of one to forty of the same, markers in and beside words, and `mixtures` of
+    """About 900 texts: real ones, runs of one to forty of the same, markers in and next to words, and `mixtures` of
     the vocabulary's own pieces. Always the same ones for a vocabulary."""
     texts = list(_TEXTS)
     texts += [unit * length for unit in _REPEATED for length in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 31, 40)]
@@ -96,7 +96,7 @@ def _added_tokens(vocab: Vocab) -> List[JsonObject]:
 
 
 def _byte_level(vocab: Vocab, data: bytes) -> JsonObject:
-    """The file itself, its markers found wherever they stand, and nothing added in front of a text."""
+    """The file itself, its markers found anywhere, and nothing added in front of a text."""
     content: JsonObject = json.loads(data)
     markers = {token["content"]: token for token in _added_tokens(vocab)}
     content["added_tokens"] = [markers.get(token["content"], token) for token in content["added_tokens"]]

@@ -8,7 +8,7 @@ padding and batches for MindFormers (telechat_tokenizer does).
 Two ways to read a marker such as ``<_bot>`` in a text, never mixed:
 
 - `Vocab.encode` takes it as ordinary characters. What a user types can therefore never end a turn or open another.
-- `Vocab.encode_with_specials` takes it as the single token, wherever it stands. For prompts written by a program.
+- `Vocab.encode_with_specials` takes it as the single token, anywhere. For prompts written by a program.
 
 Every stretch of text between two markers is encoded on its own, with SentencePiece's dummy prefix (the "▁" in front of
 the first word), as the official chat and fine-tuning code does and as the weights were therefore trained.
@@ -62,7 +62,7 @@ class Vocab:
     piece to id of every token that is a marker and never comes from plain text; `special_ids`, the ids of those markers
     that `skip_special_tokens` removes: the ones the file itself calls special, and the ones named in `special_tokens`;
     `own_tokens`, role ("unk", "bos", "eos", "pad") to piece as a SentencePiece model names them, empty for others;
-    `settings`, the tokenizer_config.json beside the file, empty without one; `names`, id to piece of the tokens that it
+    `settings`, the file's tokenizer_config.json, empty without one; `names`, id to piece of the tokens that it
     lists. These may give a marker of a SentencePiece model another name: TeleChat2's <tool_call> is its <_control1>.
     """
 
@@ -90,11 +90,11 @@ class Vocab:
             path: ``tokenizer.model``, ``tokenizer.json``, or a folder that holds one of them (the first, if both).
             special_tokens: role to piece, such as {"user": "<reserve1>"}: markers that `skip_special_tokens` removes
                 in addition. A value None is ignored. Ordinary pieces of text cannot be markers.
-            names: id to name of markers; None: as the tokenizer_config.json beside the file lists them.
+            names: id to name of markers; None: as the file's tokenizer_config.json lists them.
 
         Raises:
             VocabError: no such file, not a vocabulary, truncated, or a named token that is not a marker in it; a
-                tokenizer_config.json beside it that is broken or another vocabulary's.
+                tokenizer_config.json that is broken or another vocabulary's.
         """
         path = _find_file(Path(path))
         try:
@@ -288,7 +288,7 @@ def _check_texts(texts: Sequence[object]) -> None:
 
 
 def _settings(path: Path) -> JsonObject:
-    """The tokenizer_config.json beside a vocabulary file; empty without one. Raises VocabError."""
+    """The tokenizer_config.json of a vocabulary file; empty without one. Raises VocabError."""
     beside = path.with_name(SETTINGS_FILE)
     if not beside.is_file():
         return {}

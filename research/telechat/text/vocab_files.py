@@ -171,7 +171,7 @@ class ByteLevelBpeFile:
 
 
 def _byte_level_alphabet() -> Dict[str, int]:
-    """Character to byte of byte-level BPE: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
+    """Character to byte of byte-level BPE: printable Latin-1 represents itself, the other bytes for U+0100 onwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {**{chr(byte): byte for byte in printable}, **{chr(256 + n): byte for n, byte in enumerate(others)}}

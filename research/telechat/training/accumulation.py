@@ -1,7 +1,7 @@
 """Gradient accumulation where MindFormers has none: on a CPU, with and without data-parallel ranks.
 
-A batch is cut into parts. One graph takes the gradients of a part's sum and adds them to those of the parts before, so
-that only one part's activations are kept at a time; the training step divides by the number of tokens of all parts.
+A batch is split into parts. One graph takes the gradients of a part's sum and adds them to those of the parts before,
+so that only one part's activations are kept at a time; the training step divides by the number of tokens of all parts.
 """
 from typing import Tuple
 
@@ -52,7 +52,7 @@ class Accumulation:
         """inputs: the network's, of the whole batch -> sum [], number [1], gradients of the sum times the loss scale.
 
         Raises:
-            ValueError: the batch cannot be cut into so many parts.
+            ValueError: the batch cannot be split into that many parts.
         """
         rows = inputs[0].shape[0]
         if rows % self.parts:

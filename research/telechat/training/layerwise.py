@@ -2,7 +2,7 @@
 
 A graph of the whole step grows with the layers, and so do the wait for its compilation and what it keeps for the
 backward pass. Here Python calls a graph for what precedes the layers, one for a layer, one for its gradients (it
-computes the layer anew, so that only the layer's input is kept; Chen et al., 2016), one for what follows the layers,
+recomputes the layer, so that only the layer's input is kept; Chen et al., 2016), one for what follows the layers,
 and one for the update of a layer. The graphs of a layer belong to a stand-in, whose parameters take each layer's
 storage in turn. The arithmetic is that of the whole graph; rounding differs (in float32 where squares of gradients are
 added, in 16 bits more).
@@ -132,7 +132,7 @@ class Layer(Part):
     def __init__(self, cell: nn.Cell, states: Dict[int, State]):
         super().__init__(cell.trainable_params(), states)
         self.cell = cell
-        self.stand_in: StandIn     # whoever knows all layers shares it among those that are alike
+        self.stand_in: StandIn     # shared by the caller among identical layers
         keys = [dropout.key_tensor() for dropout in dropouts(cell)]
         self.storage = [*cell.get_parameters(), *keys, *self.moments]
 

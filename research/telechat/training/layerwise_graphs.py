@@ -1,7 +1,7 @@
 """The graphs of a training step that goes layer by layer. Who calls them, and when: training/layerwise.py.
 
 None of these cells owns a parameter: they hold the network's, the optimizer's, or those of a stand-in. Tensors are
-passed one by one, as MindSpore takes a tuple of them for a constant and compiles anew for each.
+passed one by one, as MindSpore takes a tuple of them for a constant and recompiles for each.
 """
 from typing import Optional, Sequence, Tuple
 

@@ -97,7 +97,7 @@ class TelechatTrainingLog(Callback):
         self.length = 0                                            # bytes of the log before its last row
 
     def on_train_begin(self, run_context: RunContext) -> None:
-        """Start a new log; a resumed run goes on in the old one, without the rows behind its checkpoint."""
+        """Start a new log; a resumed run continues the old one, without the rows after its checkpoint."""
         params = run_context.original_args()
         self.first_step = self.last_step = int(self.info.get("first_step") or 0)
         if self.enabled:
@@ -242,7 +242,7 @@ class TelechatTrainingLog(Callback):
     def _records(self, params: "StepParams", first: int, last: int) -> Dict[int, List[Optional[int]]]:
         """Numbers of the records that this rank read in the steps `first` to `last`; empty where they cannot be found.
 
-        In sink mode the device fetches the batches, so that they are not at hand and are read once more.
+        In sink mode the device fetches the batches, so they are not available here and are read again.
         """
         files = self.info.get("data_files")
         element = getattr(params, "train_dataset_element", None)
@@ -256,7 +256,7 @@ class TelechatTrainingLog(Callback):
             else:
                 batches = step_batches(params.train_dataset, first, last)
             return dict(zip(range(first, last + 1), record_numbers(batches, files)))
-        except Exception as err:                                   # what stopped the training must be told all the same
+        except Exception as err:                                   # the original failure must still be reported
             logger.error("the records of steps %d to %d could not be found: %s", first, last, err)
             return {}
 
@@ -277,5 +277,5 @@ class TelechatTrainingLog(Callback):
                              "mindformers": mindformers_version(), "numpy": np.__version__},
                 "data": data_digest([Path(file) for file in self.info.get("data_files") or ()]),
                 "recipe": self.info.get("recipe")})
-        except Exception as err:                                   # a trained model is worth more than its picture
+        except Exception as err:                                   # a failed plot must not fail a finished run
             logger.error("picture and report could not be written: %s; the figures are in %s", err, self.path)

@@ -70,9 +70,9 @@ def _update_parameter_and_remainder(write: Primitive, beta1: Tensor, beta2: Tens
 class TelechatAdamW(AdamW):
     """MindFormers' AdamW (Loshchilov and Hutter, 2019), same state, same arguments, with exact updates in 16 bits.
 
-    With `master_weights` "remainder", each parameter that is stored in 16 bits has a third state beside its moments:
-    what is missing to its float32 value (training/remainder.py). It is cut over ranks and saved as the moments are,
-    as `adam_r.NAME`, and updated where it is: nothing of it travels.
+    With `master_weights` "remainder", each parameter that is stored in 16 bits has a third state in addition to its
+    moments: what is missing to its float32 value (training/remainder.py). It is sharded over ranks and saved as the
+    moments are, as `adam_r.NAME`, and updated where it is: nothing of it travels.
 
     On a CPU float32 parameters are updated by one kernel each, which has no bias correction: m, v <- moments;
     p <- p - a (m / (sqrt(v) + e) + d p). With c1 = 1 - beta1^t and c2 = 1 - beta2^t, AdamW's

@@ -49,7 +49,7 @@ class PerplexityMetric(metric.PerplexityMetric):
     """
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Reset."""
         super().clear()
         self.sum = self.tokens = 0.0
 

@@ -1,4 +1,4 @@
-"""Which records of the data a training step has read, for whoever must find the one that made the loss NaN.
+"""Which records of the data a training step has read, to find the one that made the loss NaN.
 
 The order of the data is a function of seed, epoch and step, so that the batches of any step can be read once more, also
 where the device fetched them by itself (sink mode). MindSpore is imported by the function that reads the files.
@@ -24,7 +24,7 @@ def step_batches(dataset: Any, first: int, last: int) -> Iterator[np.ndarray]:
     finally:
         dataset._global_step = kept
     step = first
-    while step <= last:                                    # an iterator ends with every epoch and then goes on
+    while step <= last:                                    # an iterator ends with every epoch and then continues
         before = step
         for row in rows:
             yield row["input_ids"]

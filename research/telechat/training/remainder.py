@@ -25,7 +25,8 @@ _LARGEST = 65504.0                         # of float16
 
 
 def remainder_like(parameter: Parameter, swap: bool = False) -> Parameter:
-    """The remainder of `parameter`, zeros in float16, cut over ranks as its moments are. swap: in the host's memory."""
+    """The remainder of `parameter`, zeros in float16, sharded over ranks as its moments are. swap: in the host's
+    memory."""
     def zeros() -> Tensor:
         return initializer("zeros", parameter.shape, mstype.float16)
     remainder = Parameter(zeros(), **({"device": "CPU"} if swap else {}))

@@ -1,4 +1,4 @@
-"""The manifests beside the checkpoints that a training saves: hashes computed by a thread while the training goes on.
+"""The manifests of the checkpoints that a training saves: hashes computed by a thread while training continues.
 
 What a manifest says, see checkpoint/manifest.py. A checkpoint counts as soon as it is on disk; until its manifest
 follows, a moment later, it is one without. No MindSpore here.

@@ -1,8 +1,8 @@
-"""The threads that write a checkpoint beside the training (async_save): whether they write, what they met.
+"""The threads that write a checkpoint in the background (async_save): whether they write, which error they met.
 
-MindSpore's thread writes the file and leaves its exceptions to Python, which prints them and goes on; one of ours waits
-for it and brings the file to disk. What makes either fail is kept for training/saving.py, which decides what a
-failed save means; where the training dies of something else before that, it is told when the process ends. No MindSpore
+MindSpore's thread writes the file and leaves its exceptions to Python, which prints them and continues; one of ours
+waits for it and brings the file to disk. What makes either fail is kept for training/saving.py, which decides what a
+failed save means; if training fails for another reason before that, it is reported when the process ends. No MindSpore
 here.
 """
 import atexit
@@ -72,7 +72,7 @@ def wait() -> None:
 
 
 def take_fault() -> Optional[BaseException]:
-    """Wait; then what made the last write fail, told once; None if nothing did."""
+    """Wait; then the error of the last write, reported once; None if it succeeded."""
     wait()
     fault = _faults[0] if _faults else None
     _faults.clear()
@@ -80,7 +80,7 @@ def take_fault() -> Optional[BaseException]:
 
 
 def _tell() -> None:
-    """Say what nobody has asked for."""
+    """Report an error that has not been reported."""
     fault = take_fault()
     if fault is not None:
         print(f"error: the checkpoint {_path} could not be saved: {fault}", file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
 """Saving checkpoints while training: MindFormers' CheckpointMonitor, made safe. Choosing one is checkpoint/resume.py.
 
 What it adds: nothing old is deleted before the new file is complete and on disk; a failed save (disk full) leaves no
-half file and stops or goes on by setting; weights of a step whose loss or norm is not finite are never saved; names
-and counters go on after a resumption as if there had been none; every Nth checkpoint can be kept for good. All of this
-holds for files that a thread writes beside the training (`async_save`) too: a write counts when it is complete.
+partial file and stops or continues by setting; weights of a step whose loss or norm is not finite are never saved;
+names and counters continue after a resumption as in one run; every Nth checkpoint can be kept for good. All of this
+also holds for files that a thread writes in the background (`async_save`): a write counts when it is complete.
 """
 import contextlib
 import copy
@@ -48,7 +48,7 @@ class _Shifted:
 
 
 class _Write(NamedTuple):
-    """A file that is being written beside the training."""
+    """A file that is being written in the background."""
 
     path: str
     params: "StepParams"                                        # of the step that it holds
@@ -64,14 +64,14 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
     Args:
         keep_checkpoint_max: the last K checkpoints to keep. At least 2 with several processes (3 with async_save), so
             that there is one that all have.
-        async_save: write in a thread while the training goes on, from a copy of all parameters in the host's memory.
-            One checkpoint at a time; the last one is awaited. A failed write is told at the next step. An adapter is
-            copied at its step and written between two steps, when its checkpoint is complete.
+        async_save: write in a thread while training continues, from a copy of all parameters in the host's memory.
+            One checkpoint at a time; the last one is awaited. A failed write is reported at the next step. An adapter
+            is copied at its step and written between two steps, when its checkpoint is complete.
         keep_every_n_steps: checkpoints whose step is a multiple are never deleted; 0: none.
         on_save_error: "stop" ends the training with one line, "continue" logs the error and tries again next time.
-        adapter_config: content of adapter_config.json beside the adapters that `save_trainable_params` saves.
+        adapter_config: content of adapter_config.json for the adapters that `save_trainable_params` saves.
         continue_run: what the files of the resumed run begin with; None: a new run.
-        manifest: what the manifests beside the files say (training/save_manifest.py); None: hashes alone.
+        manifest: what the manifests of the files say (training/save_manifest.py); None: hashes alone.
         **kwargs: of CheckpointMonitor.
     """
 
@@ -98,7 +98,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
             self._prefix = continue_run
         self._write: Optional[_Write] = None
         self._newest = ""                              # the file that was begun last
-        self._meta: Optional[Tuple[int, int, str]] = None       # what the JSON file beside it will say
+        self._meta: Optional[Tuple[int, int, str]] = None       # what its JSON file will say
         if self.beside:
             thread.watch()
         self._remove_leftovers()
@@ -169,7 +169,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
             write_text(Path(self.trainable_directory) / CONFIG_NAME, json.dumps(self.adapter_config) + "\n")
 
     def remove_redundancy(self, network: object, cur_file: str, append_dict: object, train_network: object) -> None:
-        """Write one file (that is what MindFormers' method does), beside the training if the recipe says so.
+        """Write one file (that is what MindFormers' method does), in the background if the recipe says so.
 
         An adapter whose checkpoint is being written is copied only; `network` is then the list of its parameters.
         """
@@ -258,7 +258,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
                 + (f"the last complete one is {whole[-1].file(get_real_rank())}" if whole else "there is none yet"))
 
     def _report(self, text: str, err: Optional[BaseException]) -> None:
-        """Stop the training with `text`, or go on, by setting."""
+        """Stop the training with `text`, or continue, by setting."""
         if self.stop_on_error:
             raise TrainingStopped(f"{text}. Free some space, then resume with the same command and --resume_training "
                                   f"True") from err

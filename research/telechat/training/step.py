@@ -27,7 +27,7 @@ from research.telechat.training.accumulation import Accumulation
 from research.telechat.training.layerwise import LayerByLayer, goes_by_layer
 from research.telechat.training.optimizer import ClipGradNorm, is_overflow
 
-# Beginnings of the names of MindSpore's and MindFormers' cells that cut a batch.
+# Beginnings of the names of MindSpore's and MindFormers' cells that split a batch.
 _MICRO_BATCHES = ("MicroBatchInterleaved", "GradAccumulationCell", "PipelineCell")
 
 
@@ -95,7 +95,7 @@ class TelechatTrainOneStepCell(MFTrainOneStepCell):
 
     On the CPU, gradients are clipped and overflow is found with kernels of the CPU, dropout follows from the step, and
     gradients are accumulated. There, overflow is a norm of all gradients that is not finite. Data-parallel ranks agree
-    on it without a word, as they have the same gradients by then.
+    on it without communicating, as they have the same gradients by then.
 
     Args:
         network, optimizer, *args, **kwargs: of MFTrainOneStepCell.
