@@ -16,6 +16,8 @@ import yaml
 
 from research.telechat import __main__ as entry
 from research.telechat.commands import plan as plan_command
+from research.telechat.plan.plan import chip_faults, read_plan
+from research.telechat.recipe.read import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples/cluster"
@@ -180,6 +182,17 @@ def test_the_check_of_the_cards_exists():
     with pytest.raises(SystemExit) as end:
         entry.main(["doctor", "--help"])
     assert end.value.code == 0
+
+
+def test_the_recipe_for_910a(tmp_path):
+    """The one of docs/cluster.md, over the published recipe: what the page says of it is what the planner reads."""
+    page = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(base_config.*?)```", page, re.DOTALL)
+    path = tmp_path / "own.yaml"
+    path.write_text(text.replace("base_config: ", f"base_config: {ROOT}/research/telechat/"))
+    recipe = read_recipe(path)
+    assert recipe["runner_wrapper"]["scale_sense"]["type"] == "DynamicLossScaleUpdateCell"
+    assert chip_faults(read_plan({**recipe, "planned_for": "910A", "context": {"max_device_memory": "29GB"}})) == []
 
 
 def test_scripts_parse():
