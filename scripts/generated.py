@@ -15,7 +15,7 @@ def begin(script: str) -> str:
 
 
 def with_part(text: str, script: str, part: str) -> str:
-    """`text` with what stands between the marks of `script` replaced by `part`. Raises ValueError without marks."""
+    """`text` with the part between the marks of `script` replaced by `part`. Raises ValueError without marks."""
     before, mark, rest = text.partition(begin(script))
     _, end, after = rest.partition(END)
     if not mark or not end:

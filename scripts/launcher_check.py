@@ -1,7 +1,7 @@
 """Checks what can be checked before msrun_launcher.sh starts any process. Not for the parallel plan.
 
 Looks at the command's first words, its script, its configuration and other input files, the devices of this machine,
-and the scheduler's address and port. Each fault is one line that says what to change; the exit code is 1 then. With
+and the scheduler's address and port. Each error is one line that says what to change; the exit code is 1 then. With
 --split it tells the launcher how msrun has to be given the command.
 """
 import argparse
@@ -117,7 +117,7 @@ def recipe_digest(words: List[str]) -> Optional[str]:
     try:
         from research.telechat.recipe.read import read_recipe
         recipe = read_recipe(path.resolve())
-    except (ImportError, ValueError):              # no yaml here, or a fault that run_mindformer.py names
+    except (ImportError, ValueError):              # no yaml here, or an error that run_mindformer.py reports
         return None
     return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
@@ -137,7 +137,7 @@ def check_files(words: List[str]) -> List[str]:
 
 
 def device_target(config: str, depth: int = 0) -> Optional[str]:
-    """context.device_target of a recipe, or of the bases it names; None where that cannot be told."""
+    """context.device_target of a recipe, or of the bases it names; None if unknown."""
     try:
         import yaml
         data = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
@@ -227,7 +227,7 @@ def master_warnings(address: str, port: int, node_rank: int) -> List[str]:
 
 
 def main() -> int:
-    """Print every fault found; 1 if there is one."""
+    """Print every error found; 1 if there is one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=1, help="worker processes on this machine")
     parser.add_argument("--port", type=int, default=0, help="port of the scheduler")

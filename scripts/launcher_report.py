@@ -2,7 +2,7 @@
 
     python scripts/launcher_report.py output/msrun_log
 
-One process fails, and then the others fail too because it is gone; what the user needs is the first. It is told by how
+One process fails, and then the others fail too because it is gone; what the user needs is the first. It is found by how
 the processes ended, where msrun_launcher.sh has noted that (exits.json), and by the time stamps before each error;
 messages about lost connections count only if there is nothing else, and processes that ended well not at all. A worker
 that was killed writes nothing: then the report says so. Standard library only.
@@ -19,7 +19,7 @@ TIME = re.compile(r"(20\d\d)-(\d\d)-(\d\d)[-T ](\d\d):(\d\d):(\d\d)(?:[.,](\d{3}
 AFTERMATH = re.compile(r"connection|heartbeat|timed?[ -]?out|peer|scheduler|cluster|killed|terminated|hccl|"
                        r"KeyboardInterrupt|"
                        r"Launch kernel failed: \S*/(All|Reduce|Broadcast|Send|Receive|Neighbor)\w*-op", re.IGNORECASE)
-# Errors by their level only: a job that ends well has these lines too, or they repeat what stands beside them.
+# Errors by their level only: a job that ends well has these lines too, or they repeat their neighbours.
 HARMLESS = re.compile(r"CPU device is not supported|if you are trying to run with a single device")
 # What stops a job by itself although it speaks of connections, and what it means.
 CAUSES = (("Failed to create the TCP server",
@@ -147,7 +147,7 @@ def first_failure(logs: List[Path], exits: Dict[int, Optional[int]]) -> Optional
 def killed_first(exits: Dict[int, Optional[int]], logs: List[Path]) -> Optional[Tuple[int, int]]:
     """(rank, signal) where the first process that did not end well was killed; msrun kills the others afterwards.
 
-    The signal is 0 where nobody saw how the process ended, and its log has no error.
+    The signal is 0 if it is unknown how the process ended, and its log has no error.
     """
     for rank, code in exits.items():
         if code is None and not any(findings(path) for path in logs if rank_of(path) == rank):
@@ -198,7 +198,7 @@ def report_gone(logs: List[Path], killed: Optional[Tuple[int, int]]) -> Optional
 
 
 def report_elsewhere(ranks: List[Path], failure: Optional[Tuple[Path, Finding]], workers: int) -> Optional[str]:
-    """Text where this machine only shows what follows from a fault of another one, or None."""
+    """Text if this machine only shows the consequences of a failure on another one, or None."""
     if failure is None or failure[1].weight != LATER or workers <= len(ranks) or NOT_COMPLETE in failure[1].message:
         return None
     return (f"No process of this machine (rank {spans(sorted(map(rank_of, ranks)))}) failed by itself; look at the "

@@ -35,7 +35,7 @@ def find_processes(root: int, known: Dict[str, int]) -> Dict[str, int]:
 
 
 def code_of(pid: int) -> Optional[int]:
-    """Exit code of a process that has ended; None if nobody can tell any more."""
+    """Exit code of a process that has ended; None if it is no longer known."""
     status = exit_code(pid)
     return None if status is None else -(status & 127) if status & 127 else status >> 8
 

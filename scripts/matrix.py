@@ -26,7 +26,7 @@ from scripts.requirements import requirements
 
 DOCUMENT = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- results: scripts/test_matrix.sh --write -->", "<!-- end of results -->"
-# What touches MindFormers, without the longest: files that are marked so. None needs files beside the checkout.
+# What touches MindFormers, without the longest: files that are marked so. None needs files outside the checkout.
 MARK = re.compile(r"^pytestmark = .*\bpytest\.mark\.matrix\b", re.MULTILINE)
 TESTS = tuple(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py"))
               if MARK.search(path.read_text(encoding="utf-8")))

@@ -4,7 +4,7 @@
     python scripts/model_table.py --write   # write it into docs/models.md
     python scripts/model_table.py --check   # exit code 1 if the document is not current
 
-Sizes are exact counts of parameters; cards are arithmetic, not measured. Where values come from stands in
+Sizes are exact counts of parameters; cards are arithmetic, not measured. Where values come from is in
 scripts/model_sources.yaml, an entry for every model.
 """
 import math

@@ -5,7 +5,7 @@
         8 8118 output/msrun_log True 7200
 
 The command after -- must wait for its workers (JOIN True) and write their logs to --log_dir. With `--resume_training
-True` every start goes on from the newest complete checkpoint, the first one at the beginning. Of a job that failed, the
+True` every start resumes from the newest complete checkpoint, the first one at the beginning. Of a job that failed, the
 first rank whose process vanished is named; the job hangs when no worker has written to its log for --hang_timeout
 seconds, which must exceed the longest pause of a healthy job (compiling, saving). That msrun ends the others when one
 of them fails is its own doing. Linux only; standard library only.
@@ -103,7 +103,7 @@ def end_job(child: subprocess.Popen, workers: Dict[int, int]) -> None:
 
 
 def exit_code(pid: int) -> Optional[int]:
-    """How a process ended that nobody has waited for yet, as waitpid gives it; None if that cannot be seen."""
+    """How a process that has not been waited for ended, as waitpid gives it; None if that cannot be seen."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return int(fields[49]) if fields[0] == "Z" else None       # field 52 of proc(5)

@@ -28,7 +28,7 @@ def _percent(error: float) -> str:
 
 
 def table() -> str:
-    """Estimates beside published speeds, as Markdown."""
+    """Estimates compared with published speeds, as Markdown."""
     points = [Prepared(point) for point in POINTS]
     without, constant = leave_one_out(points), one_share(points)
     rows: List[List[str]] = [HEAD, ["---"] * len(HEAD)]

@@ -1,4 +1,4 @@
-"""Command: cut or merge a checkpoint for a parallel plan. See docs/parallel.md."""
+"""Command: split or merge a checkpoint for a parallel plan. See docs/parallel.md."""
 import sys
 from pathlib import Path
 

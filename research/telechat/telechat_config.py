@@ -1,6 +1,6 @@
 """`TelechatConfig`: every setting of a TeleChat model, checked before anything is built.
 
-The keys stand in recipe/fields.py, the variants in spec/variants.py; recipe/settings.py resolves them.
+The keys are in recipe/fields.py, the variants in spec/variants.py; recipe/settings.py resolves them.
 """
 from pathlib import Path
 from typing import ClassVar, Union
@@ -145,7 +145,7 @@ class TelechatConfig(PretrainedConfig):
 
     @property
     def ffn_groups(self) -> int:
-        """Groups of w_gate_hidden's rows, so that every degree of tensor parallelism cuts between whole groups."""
+        """Groups of w_gate_hidden's rows, so that every degree of tensor parallelism splits between whole groups."""
         return gate_up_groups(self)
 
     @property

@@ -1,6 +1,6 @@
 """The small cells of TeleChat: linear layer, RMSNorm, embedding, feed-forward.
 
-Each takes the config and reads like its formula. How it is split over devices stands in model/sharding.py.
+Each takes the config and reads like its formula. Sharding is in model/sharding.py.
 """
 from mindformers.modules.layers import Linear
 from mindspore import Parameter, Tensor, nn

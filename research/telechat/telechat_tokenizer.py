@@ -27,7 +27,7 @@ _ROLES = ("unk", "bos", "eos", "pad")
 class TelechatTokenizer(PreTrainedTokenizer):
     """Tokenizer of TeleChat-12B, TeleChat-52B and TeleChat2, from their SentencePiece model.
 
-    Markers written in a text are encoded as their single ids wherever they stand, and the text between two markers on
+    Markers written in a text are always encoded as their single ids, and the text between two markers on
     its own. ``tokenizer(text, split_special_tokens=True)`` takes markers as ordinary characters instead.
 
     Args:
@@ -106,7 +106,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
 
     def build_inputs_with_special_tokens(self, token_ids_0: List[int],
                                          token_ids_1: Optional[List[int]] = None) -> List[int]:
-        """The ids of one text, or of two, each with bos and eos as this tokenizer was told."""
+        """The ids of one text, or of two, each with bos and eos as this tokenizer is configured."""
         return [token_id for ids in (token_ids_0, token_ids_1) if ids is not None
                 for token_id in (*self._prefix_ids, *ids, *self._suffix_ids)]
 

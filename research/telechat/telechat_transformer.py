@@ -1,4 +1,4 @@
-"""Attention and the decoder layer of TeleChat. How they are split over devices stands in model/sharding.py."""
+"""Attention and the decoder layer of TeleChat. Sharding is in model/sharding.py."""
 from typing import Optional, Tuple
 
 from mindspore import Tensor, nn
@@ -54,7 +54,7 @@ class TelechatAttention(nn.Cell):
     """Grouped-query self-attention with rotary position embedding.
 
     The rows of wk_v are [k | v] per key/value head, those of w_qkv [q | k | v] per head, so that tensor parallelism of
-    any degree that divides the heads cuts between heads.
+    any degree that divides the heads splits between heads.
     """
 
     def __init__(self, config: TelechatConfig):
