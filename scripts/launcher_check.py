@@ -221,8 +221,8 @@ def master_warnings(address: str, port: int, node_rank: int) -> List[str]:
                 f"scheduler here too. If one listens on port {port} already, it fails, and the job counts as failed "
                 f"although the workers may end well; use one launcher per machine"]
     if not node_rank and not local:
-        return [f"MASTER_ADDR {address} is no address of this machine, and NODE_RANK is 0: msrun starts no scheduler "
-                f"here, but on the machine that has this address"]
+        return [f"MASTER_ADDR {address} is not an address of this machine, and NODE_RANK is 0: msrun starts no "
+                f"scheduler here, but on the machine that has this address"]
     return []
 
 

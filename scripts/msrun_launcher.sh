@@ -63,7 +63,7 @@ number CLUSTER_TIME_OUT "$CLUSTER_TIME_OUT" -1 100000000
 ((LOCAL_WORKER <= WORKER_NUM)) ||
     die "LOCAL_WORKER $LOCAL_WORKER (on this machine) exceeds WORKER_NUM $WORKER_NUM (on all machines); lower it"
 ((WORKER_NUM % LOCAL_WORKER == 0)) ||
-    die "WORKER_NUM $WORKER_NUM is no multiple of LOCAL_WORKER $LOCAL_WORKER; every machine runs the same number"
+    die "WORKER_NUM $WORKER_NUM is not a multiple of LOCAL_WORKER $LOCAL_WORKER; every machine runs the same number"
 NODES=$((WORKER_NUM / LOCAL_WORKER))
 ((NODE_RANK < NODES)) || die "NODE_RANK $NODE_RANK does not exist: $NODES machine(s) are counted from 0"
 [ -n "$LOG_DIR" ] || die "LOG_DIR is empty; name a folder for the logs"

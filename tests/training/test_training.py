@@ -218,7 +218,7 @@ def test_prediction_mistakes(capsys, tokenizer_file, tmp_path):
     assert "none.model" in mistake(capsys, predict_command(tmp_path / "none.model", "--predict_data", "a"))
     (tmp_path / "empty.txt").write_text("\n\n")
     line = mistake(capsys, predict_command(tokenizer_file, "--predict_data", str(tmp_path / "empty.txt")))
-    assert "empty.txt holds no text" in line
+    assert "empty.txt contains no text" in line
 
 
 def test_plain_questions_get_the_template(tokenizer_file):

@@ -64,7 +64,7 @@ def check_tokenizer(tokenizer: object, config: Any) -> Vocab:
         ConfigError: there is no tokenizer, or it belongs to another model.
     """
     if tokenizer is None:
-        raise ConfigError("there is no tokenizer; name tokenizer.model or tokenizer.json of the official checkpoint")
+        raise ConfigError("no tokenizer is set; pass tokenizer.model or tokenizer.json of the official checkpoint")
     vocab = tokenizer if isinstance(tokenizer, Vocab) else getattr(tokenizer, "vocab", None)
     if not isinstance(vocab, Vocab):
         raise ConfigError(f"the tokenizer is {type(tokenizer).__name__}; expected TelechatTokenizer, "
@@ -86,8 +86,8 @@ def make_session(model: GenerativeModel, tokenizer: object, generation_config: G
     for key in changes:
         if key not in _READ:
             near = difflib.get_close_matches(key, _READ, n=1)
-            raise ConfigError(f"{key} is no setting of generation" + (f"; did you mean {near[0]}?" if near else
-                                                                      f"; known are {', '.join(_READ)}"))
+            raise ConfigError(f"{key} is not a generation setting" + (f"; did you mean {near[0]}?" if near else
+                                                                      f"; valid settings: {', '.join(_READ)}"))
     settings = {key: getattr(config, key, None) for key in _READ}
     settings.update(changes)
     renderer = renderer or Renderer(choose_template(vocab, model.config.chat_template), vocab)

@@ -155,7 +155,7 @@ def _tokenizer(folder: Path, vocab: Vocab, renderer: Renderer, sizes: Sizes, not
 def _copies(folder: Path, official: Path, layout: str) -> Dict[Path, Path]:
     """Code, tokenizer and settings of the official folder; of a Llama folder only its licence and the like."""
     if not official.is_dir():
-        raise ConfigError(f"--copy_from {official} is no folder; name the folder of the official checkpoint")
+        raise ConfigError(f"--copy_from {official} is not a folder; pass the folder of the official checkpoint")
     if layout == LLAMA:
         return {}
     return {folder / path.name: path for path in sorted(official.iterdir())

@@ -77,7 +77,7 @@ def check_target_modules(pattern: object, variant: Variant) -> List[str]:
             raise ConfigError(f"pet_config.target_modules {pattern!r} matches no linear layer; {known}")
         return [part for part in pattern.split("|") if not any(re.match(part, name) for name in names)]
     except re.error as err:
-        raise ConfigError(f"pet_config.target_modules {pattern!r} is no valid pattern: {err}; {known}") from err
+        raise ConfigError(f"pet_config.target_modules {pattern!r} is not a valid pattern: {err}; {known}") from err
 
 
 def check_pet_config(pet_config: JsonObject, variant: Variant) -> List[str]:

@@ -78,8 +78,8 @@ def step_of(path: Path) -> int:
     try:
         missing = [name for name in _COUNTERS if name not in checkpoint.tensors]
         if missing:
-            raise CheckpointError(f"{path} has no {' and no '.join(missing)}; it is no training checkpoint: to start "
-                                  "from its weights, leave --resume_training out")
+            raise CheckpointError(f"{path} has no {' and no '.join(missing)}; it is not a training checkpoint: to "
+                                  f"start from its weights, leave --resume_training out")
         return int(_scalar(checkpoint, "step_num"))
     finally:
         checkpoint.close()
@@ -102,8 +102,8 @@ def _scalar(checkpoint: Checkpoint, name: str) -> float:
     formats = {"Int32": "<i", "Int64": "<q", "I32": "<i", "I64": "<q", "F32": "<f", "Float64": "<d", "F64": "<d"}
     code = formats.get(info.dtype)
     if code is None or info.nbytes != struct.calcsize(code):
-        raise CheckpointError(f"{info.file}: {name} is no number, but of type {info.dtype} with {info.nbytes} bytes; "
-                              f"{DAMAGED}")
+        raise CheckpointError(f"{info.file}: {name} is not a number, but of type {info.dtype} with {info.nbytes} "
+                              f"bytes; {DAMAGED}")
     data = bytearray(info.nbytes)
     checkpoint.read_into(name, 0, memoryview(data))
     value = float(struct.unpack(code, data)[0])

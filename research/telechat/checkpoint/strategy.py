@@ -92,7 +92,7 @@ def _read(path: Path) -> Any:
     try:
         message.ParseFromString(path.read_bytes())
     except Exception as err:                      # protobuf's own error classes differ between its implementations
-        raise CheckpointError(f"{path} is no strategy file ({err}); {_STRATEGY}") from err
+        raise CheckpointError(f"{path} is not a strategy file ({err}); {_STRATEGY}") from err
     if not message.parallel_layout_item:
         raise CheckpointError(f"{path} describes no parameter; it is empty, or no strategy file: {_STRATEGY}")
     return message
@@ -270,7 +270,7 @@ def newest_files(folder: Path, suffix: Optional[str] = None) -> Dict[int, Path]:
     for rank, place in sorted(folders.items()):
         here = candidates(place)
         if not here:
-            raise CheckpointError(f"{place} holds no checkpoint; copy that rank's file there")
+            raise CheckpointError(f"{place} contains no checkpoint; copy that rank's file there")
         files[rank] = here[-1]
         steps[rank] = order(here[-1])[:2]
     if len(set(steps.values())) > 1:

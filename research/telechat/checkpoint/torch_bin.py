@@ -120,7 +120,7 @@ def _weights_in(torch: Any, content: Any, path: Path) -> Tuple[Dict[str, Any], L
     notes = []
     others = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if others:
-        notes.append(f"{path.name}: left out, as they are no tensors: {summarise(others)}")
+        notes.append(f"{path.name}: dropped, as they are not tensors: {summarise(others)}")
     if at:
         beside = [str(name) for name in content if name != at[0]]
         notes.append(f"{path.name}: the weights are those in {_place(at)}"

@@ -354,7 +354,7 @@ def find_notes(plan: Plan) -> List[str]:
     notes = []
     vocab = plan.model.vocab_size
     if plan.mp > 1 and not plan.vocab_emb_dp and vocab % plan.mp:
-        notes.append(f"vocab_size {vocab} is no multiple of model_parallel {plan.mp}: embedding table and head stay "
+        notes.append(f"vocab_size {vocab} is not a multiple of model_parallel {plan.mp}: embedding table and head stay "
                      "whole on every card")
     if plan.training and plan.dp * plan.cp > 1 and not plan.optimizer_sharded:
         notes.append("parallel.enable_parallel_optimizer is off: every data-parallel rank keeps the whole optimizer "

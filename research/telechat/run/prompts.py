@@ -51,7 +51,8 @@ def read_texts(data: Union[str, Sequence[str], None]) -> List[str]:
         except OSError as err:
             raise ConfigError(f"--predict_data: {file} cannot be read: {err.strerror or err}") from err
         if not texts:
-            raise ConfigError(f"--predict_data: the file {file} holds no text; write one question or prompt a line")
+            raise ConfigError(f"--predict_data: the file {file} contains no text; write one question or prompt per "
+                              f"line")
     return [text.replace(r"\n", "\n") for text in texts]
 
 

@@ -124,7 +124,7 @@ def prepare_resume(config: MindFormerConfig) -> Tuple[Optional[Name], int]:
     """Turn `resume_training` into the file that MindFormers loads; (its name, its step), or (None, 0).
 
     True: the newest complete checkpoint in load_checkpoint, where that has folders rank_N, else in
-    output_dir/checkpoint; without one, training starts at its beginning. A file name: that checkpoint.
+    output_dir/checkpoint; without one, training starts from the beginning. A file name: that checkpoint.
     """
     wish = config.get("resume_training")
     if not wish:
@@ -146,7 +146,7 @@ def prepare_resume(config: MindFormerConfig) -> Tuple[Optional[Name], int]:
             raise ConfigError(f"resume_training: {root} holds no complete checkpoint"
                               + (f" ({choice.notes[0]})" if choice.notes else "")
                               + "; name another --load_checkpoint, or leave --resume_training out")
-        logger.info("resume_training: there is no complete checkpoint in %s; training starts at its beginning.", root)
+        logger.info("resume_training: there is no complete checkpoint in %s; training starts from the beginning.", root)
         config.resume_training = False
         return None, 0
     logger.info("resume_training: continuing from %s, the newest complete checkpoint (step %d).",
@@ -168,7 +168,7 @@ def _named(root: Path, wish: str, ranks: int) -> Choice:
                 if fault:
                     raise ConfigError(f"resume_training: {fault}")
             return Choice(parsed[0], step_of(root / "rank_0" / parsed[0].file(0)), [])
-    raise ConfigError(f"resume_training: there is no checkpoint {wish} in {root / 'rank_0'}; give True for the newest, "
+    raise ConfigError(f"resume_training: there is no checkpoint {wish} in {root / 'rank_0'}; pass True for the newest, "
                       "or the name of a file there, such as telechat_rank_0-2_100.ckpt")
 
 
