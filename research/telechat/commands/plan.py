@@ -156,6 +156,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     if args.search:
         return plan_search.run_search(recipe, args)
     if args.execute:
+        recipe.pop(PLANNED_FOR, None)
         result = plan_execute.execute_plan(recipe, args)
         if args.json:
             write(args.json, json.dumps(result, indent=1) + "\n")
@@ -171,6 +172,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     print(text(plan, args.rank, args.mfu))
     result = as_json(plan, args.rank, args.mfu)
     if args.compile:
+        recipe.pop(PLANNED_FOR, None)
         result["compiled"] = compile_and_compare(plan, recipe, args)
     if args.json:
         write(args.json, json.dumps(result, indent=1) + "\n")
