@@ -163,7 +163,7 @@ def test_what_is_missing_is_named_in_one_line(fault, run_folder, tmp_path, capsy
         expected = ["the strategy is for 2 ranks, and there is a folder rank_2"]
     elif fault == "one slice":
         given = folder / "rank_0/t_rank_0-trainable_params-2_3.ckpt"
-        expected = ["the adapter is for [", "the folder that holds rank_0, rank_1"]
+        expected = ["the adapter is for [", "the folder that contains rank_0, rank_1"]
     elif fault == "name":
         given = folder / "rank_0/mine.ckpt"
         (folder / "rank_0/t_rank_0-trainable_params-2_3.ckpt").rename(given)
