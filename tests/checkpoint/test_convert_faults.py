@@ -65,7 +65,7 @@ FAULTS = {
     "index incomplete": (lambda d: edit_json(d / INDEX, lambda j: j["weight_map"].pop(QUERY)),
                          ["does not name", QUERY, "incomplete"]),
     "index leads elsewhere": (lambda d: edit_json(d / INDEX, lambda j: j["weight_map"].update({QUERY: "../x"})),
-                              ["'../x'", "beside the index"]),
+                              ["'../x'", "in the folder of the index"]),
     "tensor twice": (lambda d: (shutil.copy(d / SHARD, d / "model-00004-of-00003.safetensors"),
                                 edit_json(d / INDEX, lambda j: j["weight_map"].update(
                                     {QUERY: "model-00004-of-00003.safetensors"}))), ["appears twice"]),
