@@ -184,7 +184,7 @@ def test_tool_calls_and_their_results(tmp_path):
 
 @pytest.mark.parametrize(("answer", "fault"), [
     ("<tool_call>{broken}</tool_call>", "call 1 is no JSON object"), ("<tool_call>[1]</tool_call>", "no JSON object"),
-    ('<tool_call>{"arguments": {}}</tool_call>', "call 1 has no name"), ('<tool_call>{"name": "a"', "was cut"),
+    ('<tool_call>{"arguments": {}}</tool_call>', "call 1 has no name"), ('<tool_call>{"name": "a"', "was truncated"),
     ('<tool_call>{"name": "a", "arguments": "{"}</tool_call>', "arguments"),
     ("<tool_call>__import__('os')</tool_call>", "no JSON object")])
 def test_broken_tool_calls_are_told(answer, fault):

@@ -31,7 +31,7 @@ def test_patterns_are_matched_as_mindformers_does():
 @pytest.mark.parametrize(("pattern", "name", "words"), [
     (".*q_proj", "telechat_12b", "wq, wk_v, wo, w1, w3, w2"), (".*wq", "telechat_52b", "w_qkv, wo, w_gate_hidden, w2"),
     (".*", "telechat_12b", "container 'layers'"), (".*w.*", "telechat_12b", "container 'feed_forward'"),
-    ("(", "telechat_12b", "no valid pattern"), (None, "telechat_12b", "must be a pattern")])
+    ("(", "telechat_12b", "not a valid pattern"), (None, "telechat_12b", "must be a pattern")])
 def test_pattern_that_matches_nothing_lists_what_could_be_matched(pattern, name, words):
     with pytest.raises(ConfigError, match="target_modules") as caught:
         lora.check_target_modules(pattern, get_variant(name))

@@ -174,7 +174,7 @@ def test_master_on_the_wrong_machine_is_told(place):
     (["python job.py", "2", "8118", "l", "Maybe", "3"], "JOIN must be True or False, found 'Maybe'"),
     (["python job.py", "2", "8118", "l", "True", "soon"], "CLUSTER_TIME_OUT must be a whole number"),
     (["python job.py", "4", "8", "127.0.0.1", "8118", "0", "l", "False", "3"], "LOCAL_WORKER 8"),
-    (["python job.py", "4", "3", "127.0.0.1", "8118", "0", "l", "False", "3"], "no multiple"),
+    (["python job.py", "4", "3", "127.0.0.1", "8118", "0", "l", "False", "3"], "not a multiple"),
     (["python job.py", "4", "2", "127.0.0.1", "8118", "2", "l", "False", "3"], "NODE_RANK 2 does not exist"),
     (["python nowhere.py", "2"], "script not found: nowhere.py"),
     (["python job.py --config telechat2/finetune_telechat_12b.yaml", "2"], "research/telechat/finetune_telechat_12b.y"),
