@@ -68,7 +68,7 @@ def test_conversion_to_bfloat16_gives_the_stored_parameters(trained, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "remainder", "words"), [
     ("bfloat16", True, None), ("bfloat16", False, "the remainders are dropped"),
-    ("float32", False, "float32 without: the remainders are left out"),
+    ("float32", False, "float32 without: the remainders are dropped"),
     ("float16", True, "bfloat16 with remainders, this run in float16 with: the parameters are rounded once")])
 def test_precision_of_a_checkpoint_with_remainders(dtype, remainder, words, trained):
     note = precision_note(trained[0] / "x.ckpt", dtype, remainder)
