@@ -141,7 +141,7 @@ class TelechatLM(TemplateLM):
     def _encode_pair(self, context: str, continuation: str) -> Tuple[List[int], List[int]]:
         """Both as ids, encoded together as the harness does it; without a context, behind the start token."""
         if context:
-            if self._reasons(self.tok_encode(context)):
+            if self.renderer.thinks and self._reasons(self.tok_encode(context)):
                 raise ConfigError("this model begins its answers with reasoning, behind which no log-likelihood can be "
                                   "scored; leave --apply_chat_template out, or take tasks that generate")
             return super()._encode_pair(context, continuation)
