@@ -31,7 +31,7 @@ class Limits(NamedTuple):
 
 
 # A step of Adam has the sign of the gradient, which rounding turns where there is hardly any.
-LIMITS = {False: Limits(1e-5, 1e-4, 1e-2), True: Limits(1e-2, 3e-2, 0.3)}       # by whether the device has 16 bits
+LIMITS = {False: Limits(1e-5, 1e-4, 1e-3), True: Limits(1e-2, 3e-2, 0.3)}       # by whether the device has 16 bits
 
 
 class Kind(NamedTuple):
