@@ -3,8 +3,9 @@
     python scripts/mutants.py                       # all of scripts/mutants.yaml, in a copy of the checkout
     python scripts/mutants.py 'mask' --list         # those whose name or file has the word; only show them
 
-Each mistake is made in a temporary copy, and the test named beside it is run: it must fail. The exit code is 1 if a
-mistake survives or its text is not in the file. Not part of the tests; those check that the list is up to date.
+Each mistake is made in a temporary copy, and the test named beside it, which passes without, is run: it must fail. The
+exit code is 1 if a mistake survives or its text is not in the file. Not part of the tests; those check that the list
+is up to date.
 """
 import argparse
 import ast
@@ -191,6 +192,10 @@ def run(argv: Optional[List[str]] = None) -> int:
         copy = Path(name) / "checkout"
         copy_checkout(copy)
         prepare(Path(name) / "log")
+        for test in dict.fromkeys(mutant.test for mutant in mutants if mutant.test):
+            if run_test(copy, test, copy.parent / "log.txt"):
+                said = (copy.parent / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
+                raise ConfigError(f"{test} does not pass without a mutant ({''.join(said)}); run it alone")
         for mutant in mutants:
             started = time.time()
             result = _EQUIVALENT if mutant.equivalent else try_mutant(mutant, copy)

@@ -46,10 +46,11 @@ def values(*shape, dtype=ms.float16, size=1.0):
 
 def test_softmax_is_in_its_own_type():
     attend = DotProductAttention(config())
-    attend.softmax = Seen(attend.softmax)
+    attend.softmax, attend.add_mask = Seen(attend.softmax), Seen(attend.add_mask)
     x = values(1, 2, 4, 8)
     result = attend(x, x, x, Tensor(np.zeros((1, 1, 4, 4), np.float32)))
     assert attend.softmax.types == [["Float32"]] and result.dtype == ms.float16
+    assert attend.add_mask.types == [["Float32", "Float32"]]        # not left to promotion
 
 
 def test_residual_stream_is_in_its_own_type():
