@@ -39,6 +39,7 @@ from research.telechat.text.templates import (
     detect_template,
     get_template,
 )
+from research.telechat.text.text_markers import TextMarkers
 from research.telechat.text.turns import Turns, last_question, read_turns
 from research.telechat.text.vocab import Vocab
 
@@ -94,8 +95,10 @@ class Renderer:
         self._opening_spans = self._stretches([(template.think_start, True)]) if template.think_start else []
         self._opening = 1
         self._marker_spans = marker_span(self.user_id), marker_span(self.bot_id), Span((self.end_id,), loss=True)
+        self._words = TextMarkers(vocab, (template.user, template.bot, self._text_end) if self.as_text else ())
         if self.as_text:
-            self._set_up_text_markers()
+            self._opening = len(vocab.encode(template.user))
+            self._text_end_length = len(self._words.continued(self._text_end))
 
     @property
     def text_markers(self) -> List[str]:
@@ -165,7 +168,7 @@ class Renderer:
     def document(self, text: str, ends: bool = True, train: bool = True) -> Plan:
         """What to encode of a text without roles, which is trained on every token: it and, where it `ends`, the end
         marker. No marker precedes it."""
-        spans = self._guarded([(text, True)], loss=train) if self.as_text else [Span(text=text, loss=train)]
+        spans = self._words.guarded([(text, True)], loss=train) if self.as_text else [Span(text=text, loss=train)]
         return Plan([*spans, Span((self.end_id,), loss=train)] if ends else spans, [0])
 
     def assemble(self, plan: Plan, encoded: Iterable[Sequence[int]]) -> Rendered:
@@ -290,9 +293,9 @@ class Renderer:
         before = self._stretches([(self.template.think_first + message.reasoning, False),
                                   (self.template.think_end, True)], train and bool(message.reasoning))
         if self._opening_spans[-1].text is not None:
-            before[0] = self._continued_span(before[0].text or "", True, before[0].loss)
+            before[0] = self._words.continued_span(before[0].text or "", True, before[0].loss)
         if before[-1].text is not None and answer and answer[0].text is not None:
-            answer = [self._continued_span(answer[0].text, True, answer[0].loss), *answer[1:]]
+            answer = [self._words.continued_span(answer[0].text, True, answer[0].loss), *answer[1:]]
         return [*self._opening_spans, *before, *answer]
 
     def _stretches(self, parts: Iterable[Tuple[str, bool]], loss: bool = False) -> List[Span]:
@@ -317,11 +320,12 @@ class Renderer:
         The end of an earlier answer is written in words, too, but carries no loss: a generation ends at the single
         token, which only the last answer has, and the two must not compete for the same place.
         """
-        spans = self._guarded([(self.template.user, False), (self._question(turn), True), (self.template.bot, False)])
+        asked = [(self.template.user, False), (self._question(turn), True), (self.template.bot, False)]
+        spans = self._words.guarded(asked)
         answer, train = answer_text(turn[-1]), turn[-1].train
         if last:
-            return [*spans, *self._guarded([(answer, True)], loss=train), Span((self.end_id,), loss=train)]
-        spans += self._guarded([(answer, True), (self._text_end, False)], loss=train)
+            return [*spans, *self._words.guarded([(answer, True)], loss=train), Span((self.end_id,), loss=train)]
+        spans += self._words.guarded([(answer, True), (self._text_end, False)], loss=train)
         spans[-1] = spans[-1]._replace(tail=self._text_end_length)
         return spans
 
@@ -346,7 +350,7 @@ class Renderer:
                 if turn[-1].role == BOT:
                     parts += [(self.template.bot, False), (answer_text(turn[-1]), True),
                               (self._text_end, False)]
-            return self._encode(self._guarded(parts + ([(self.template.bot, False)] if bot else [])))
+            return self._encode(self._words.guarded(parts + ([(self.template.bot, False)] if bot else [])))
         spans = []
         for number, turn in enumerate(turns):
             answered = number and turns[number - 1][-1].role == BOT
@@ -367,42 +371,3 @@ class Renderer:
         raise ConfigError(f"the {role} token {' or '.join(map(repr, pieces))} of the template {self.template.name} "
                           f"{fault} the vocabulary {self.vocab.path}; name the right template, or another token with "
                           f"--{role}_token (markers there: {', '.join(list(self.vocab.markers)[:8])}, ...)")
-
-    # Markers in words
-
-    def _set_up_text_markers(self) -> None:
-        template = self.template
-        words = (template.user, template.bot, self._text_end)
-        self._typed_marker = re.compile("(" + "|".join(map(re.escape, words)) + ")")
-        self._opening = len(self.vocab.encode(template.user))
-        self._text_end_length = len(self._continued(self._text_end))
-        self._spelt = {word: tuple(token for char in word for token in self._continued(char)) for word in words}
-
-    @cached_property
-    def _continuation(self) -> int:
-        """Number of ids in front of a text that is encoded behind a line end, where no dummy prefix is added."""
-        line_end = self.vocab.encode("\n")
-        return len(line_end) if self.vocab.encode("\n<")[:len(line_end)] == line_end else 0
-
-    def _continued(self, text: str) -> List[int]:
-        """Ids of a text that continues another one: without the dummy prefix of SentencePiece."""
-        skip = self._continuation
-        return self.vocab.encode("\n" + text)[skip:] if skip else self.vocab.encode(text)
-
-    def _guarded(self, parts: List[Tuple[str, bool]], loss: bool = False) -> List[Span]:
-        """One text of several parts, (text, typed by somebody): typed markers become spelt ids."""
-        spans: List[Span] = []
-        text = ""
-        for part, typed in parts:
-            pieces = self._typed_marker.split(part) if typed else [part]
-            for index, piece in enumerate(pieces):
-                if index % 2:
-                    spans += [self._continued_span(text, bool(spans), loss), Span(self._spelt[piece], loss=loss)]
-                    text = ""
-                else:
-                    text += piece
-        return [*spans, self._continued_span(text, bool(spans), loss)]
-
-    def _continued_span(self, text: str, continues: bool, loss: bool) -> Span:
-        skip = self._continuation if continues else 0
-        return Span(text="\n" + text if skip else text, loss=loss, skip=skip)
