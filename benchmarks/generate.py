@@ -37,6 +37,12 @@ class Clock:
         """Called by `generate`."""
 
 
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """The options that `build_model` reads, without --batch."""
+    for name, size in (("hidden", 256), ("layers", 4), ("heads", 8), ("ffn", 768), ("vocab", 8000), ("context", 1024)):
+        parser.add_argument(f"--{name}", type=int, default=size)
+
+
 def build_model(args: argparse.Namespace, use_past: bool = True) -> Any:
     """A model of the sizes in `args` with random weights."""
     import mindspore as ms
@@ -107,12 +113,7 @@ def parse(argv: Any = None) -> argparse.Namespace:
     add("--batch", type=int, nargs="+", default=[1, 4, 16], help="sequences at once")
     add("--prompt", type=int, default=32, help="tokens of each prompt")
     add("--new", type=int, default=256, help="tokens of each answer")
-    add("--hidden", type=int, default=256)
-    add("--layers", type=int, default=4)
-    add("--heads", type=int, default=8)
-    add("--ffn", type=int, default=768)
-    add("--vocab", type=int, default=8000)
-    add("--context", type=int, default=1024)
+    add_sizes(parser)
     add("--repeat", type=int, default=3, help="runs of which the best counts")
     add("--torch", action="store_true", help="measure PyTorch beside it")
     add("--slow", action="store_true", help="measure MindFormers' own loop and generation without a cache beside it")

@@ -20,7 +20,7 @@ os.environ.setdefault("GLOG_v", "3")
 sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import numpy as np
-from generate import build_model
+from generate import add_sizes, build_model
 
 from research.telechat.generation.passes import Settings
 from research.telechat.generation.requests import Event, Finished, Request, Token
@@ -152,12 +152,7 @@ def parse(argv: Any = None) -> argparse.Namespace:
     add("--new", type=int, default=64, help="tokens of the longest answer")
     add("--long", type=int, default=0, help="tokens of a long prompt that comes while others are answered")
     add("--pieces", type=int, nargs="*", default=[64, 256], help="with --long, tokens of it that are read in a step")
-    add("--hidden", type=int, default=256)
-    add("--layers", type=int, default=4)
-    add("--heads", type=int, default=8)
-    add("--ffn", type=int, default=768)
-    add("--vocab", type=int, default=8000)
-    add("--context", type=int, default=1024)
+    add_sizes(parser)
     add("--seed", type=int, default=0)
     add("--json", help="write the figures there")
     return parser.parse_args(argv)

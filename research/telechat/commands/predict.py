@@ -26,7 +26,7 @@ from research.telechat.common.files import JsonObject, prepare_log, refuse_forei
 from research.telechat.common.lock import output_lock
 from research.telechat.common.printable import one_line, printable
 from research.telechat.common.versions import fitting_versions
-from research.telechat.recipe.options import or_none, overrides_of, parse_further, str2bool
+from research.telechat.recipe.options import add_sampling_options, or_none, overrides_of, parse_further, str2bool
 from research.telechat.recipe.read import check_overrides, read_recipe, resolve_config
 from research.telechat.text.messages import Tools
 
@@ -65,12 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_file", default="", help="JSON lines of the answers; default: telechat_predict.jsonl in output_dir")
     add("--overwrite", action="store_true", help="replace --output_file even if this command did not write it")
     add("--output_dir", help="folder of logs and results")
-    add("--max_new_tokens", type=int, help="tokens of an answer")
-    add("--do_sample", type=str2bool, help="sample; else the likeliest token")
-    add("--temperature", type=float, help="of sampling")
-    add("--top_k", type=int, help="of sampling; 0: all tokens")
-    add("--top_p", type=float, help="of sampling")
-    add("--repetition_penalty", type=float, help="over 1: tokens seen before become less likely")
+    add_sampling_options(parser)
     add("--stop", nargs="+", default=[], help="texts that end an answer")
     add("--seed", type=int, help="of sampling; the same seed gives the same answers")
     return parser

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List, Optional, Tuple
+from typing import TYPE_CHECKING, List, Optional, Tuple
 
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import ConfigError
@@ -31,7 +31,7 @@ _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
 
 def build_parser() -> argparse.ArgumentParser:
     """All options."""
-    from research.telechat.recipe.options import str2bool
+    from research.telechat.recipe.options import add_sampling_options
     parser = argparse.ArgumentParser(description="Serve a TeleChat model over HTTP.",
                                      epilog="Keys of the recipe can be set as in run_mindformer.py: "
                                             "--model.model_config.seq_length 4096.")
@@ -62,12 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--requests_per_minute", type=int, default=0, help="of one address; 0: any number")
     add("--grace", type=float, default=30, help="seconds that running requests have after SIGTERM")
     add("--send_timeout", type=float, default=30, help="seconds that a client may take nothing of its answer")
-    add("--max_new_tokens", type=int, help="tokens of an answer, where a request says nothing")
-    add("--do_sample", type=str2bool, help="sample, where a request says nothing; else the likeliest token")
-    add("--temperature", type=float, help="of sampling, likewise")
-    add("--top_k", type=int, help="of sampling, likewise; 0: all tokens")
-    add("--top_p", type=float, help="of sampling, likewise")
-    add("--repetition_penalty", type=float, help="over 1: tokens seen before become less likely; likewise")
+    add_sampling_options(parser, ", where a request says nothing")
     return parser
 
 
@@ -148,7 +143,7 @@ def load_engine(args: argparse.Namespace, overrides: "JsonObject") -> "Engine":
         raise ConfigError("use_parallel: the server runs in a single process; set --use_parallel False")
     quieten()
     model = load_model(config)
-    chosen: Any = (read_generation_config(args.generation_config) if args.generation_config else
+    chosen = (read_generation_config(args.generation_config) if args.generation_config else
                    GenerationConfig.from_model_config(model.config))
     settings = {key: getattr(args, key, None) if getattr(args, key, None) is not None else getattr(chosen, key, None)
                 for key in (*_SAMPLING, "max_new_tokens")}

@@ -53,6 +53,17 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
                         help="which wins where recipe and checkpoint contradict each other (default: stop)")
 
 
+def add_sampling_options(parser: argparse.ArgumentParser, when: str = "") -> None:
+    """How answers are chosen. when: what the help of each option says behind its meaning."""
+    add = parser.add_argument
+    add("--max_new_tokens", type=int, help=f"tokens of an answer{when}")
+    add("--do_sample", type=str2bool, help=f"sample; else the likeliest token{when}")
+    add("--temperature", type=float, help=f"of sampling{when}")
+    add("--top_k", type=int, help=f"of sampling; 0: all tokens{when}")
+    add("--top_p", type=float, help=f"of sampling{when}")
+    add("--repetition_penalty", type=float, help=f"over 1: tokens seen before become less likely{when}")
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of run_mindformer.py but --config; those not given leave the recipe as it is."""
     add = parser.add_argument
