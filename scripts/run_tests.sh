@@ -7,6 +7,9 @@
 #   TELECHAT_TEST_WORKERS=4 bash scripts/run_tests.sh
 #                                                   in so many processes, some 6 GB of memory each (default: 2 for all,
 #                                                   0, this one, for chosen files or -k)
+#   TELECHAT_TEST_SECONDS=1 bash scripts/run_tests.sh
+#                                                   notes in tests/seconds.json what each file takes: files that take
+#                                                   long begin first
 #   TELECHAT_TEST_TORCH=1 bash scripts/run_tests.sh torch and PEFT are installed too, so that tests with them run, and
 #                                                   lm-evaluation-harness, unless TELECHAT_TEST_EVALUATION=0, and the
 #                                                   server's clients (openai, LangChain), unless TELECHAT_TEST_CLIENTS=0

@@ -1,4 +1,6 @@
 """Test-wide settings: the repository root is importable, MindSpore runs graphs on the CPU and keeps quiet."""
+import gc
+import json
 import os
 import signal
 from collections import Counter
@@ -7,19 +9,50 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SECONDS = Path(__file__).with_name("seconds.json")
 os.environ.setdefault("GLOG_v", "3")                      # MindSpore: errors only
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A shell starts background jobs with Ctrl-C ignored, which processes started by tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def file_of(test):
+    """The file of a test or a report, as seconds.json names it."""
+    return test.nodeid.partition("::")[0]
+
+
 def pytest_collection_modifyitems(items):
-    """Files that take long first: with several processes none of them begins when the others are nearly done."""
+    """Files that take long first: with several processes none of them begins when the others are nearly done. What a
+    file has taken stands in seconds.json; for one that is not there, its marks tell."""
+    seconds = json.loads(SECONDS.read_text(encoding="utf-8"))
     weight = Counter()
     for item in items:
-        weight[item.path] += 60 * (item.get_closest_marker("long") is not None) + (
+        weight[file_of(item)] += 60 * (item.get_closest_marker("long") is not None) + (
             10 * (item.get_closest_marker("slow") is not None))
-    items.sort(key=lambda item: -weight[item.path])
+    items.sort(key=lambda item: -seconds.get(file_of(item), weight[file_of(item)]))
+
+
+_taken = Counter()                    # seconds by file of the tests that ran, in the process that gathers the reports
+
+
+def pytest_runtest_logreport(report):
+    """Add up what each file takes."""
+    _taken[file_of(report)] += report.duration
+
+
+def pytest_sessionfinish(session):
+    """With TELECHAT_TEST_SECONDS=1, after a run of all tests, write the seconds of files of five and more."""
+    if os.environ.get("TELECHAT_TEST_SECONDS") == "1" and not hasattr(session.config, "workerinput"):
+        found = {path: round(taken) for path, taken in sorted(_taken.items()) if taken >= 5}
+        SECONDS.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _old_objects():
+    """MindSpore looks for garbage whenever it compiles a graph, which takes four times as long as a small graph itself
+    where it looks at all objects of all packages. Those that are there when a file begins it leaves alone."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

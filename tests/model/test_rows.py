@@ -5,7 +5,7 @@ MindSpore cuts nothing on a CPU, but the order that model/rows.py makes follows 
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, nn
 from model_fixtures import loss_and_gradients
 
 from research.telechat.model.rows import HeadsToRows, RowsToHeads, RowsToTokens, TokensToRows
@@ -35,20 +35,40 @@ def test_rows_of_a_device_stand_side_by_side():
             np.testing.assert_array_equal(rows[8 * (2 * data + part):][:8], expected)
 
 
+class Ways(nn.Cell):
+    """Tokens as rows, their features as tokens and as heads, and these as rows again: one graph for all of them."""
+
+    def __init__(self, plan, batch, seq, heads):
+        super().__init__()
+        self.to_rows, self.to_tokens = TokensToRows(plan), RowsToTokens(plan)
+        self.to_heads, self.from_heads = RowsToHeads(plan), HeadsToRows(plan)
+        self.batch, self.seq, self.heads = batch, seq, heads
+
+    def construct(self, tokens, features):
+        by_head = self.to_heads(features, self.batch, self.seq, self.heads)
+        return (self.to_rows(tokens), self.to_tokens(features, self.batch, self.seq), by_head,
+                self.from_heads(by_head))
+
+
+def place_of_rows(dp, cp, batch, seq):
+    """The number of each token, in the order of rows, counted by hand: by data rank, by context rank, by sequence."""
+    return np.arange(batch * seq).reshape(dp, batch // dp, cp, seq // cp).transpose(0, 2, 1, 3).ravel()
+
+
 @pytest.mark.parametrize("dp, cp, batch", [(1, 1, 3), (2, 2, 4), (1, 4, 2), (2, 2, 2), (4, 2, 4)])
 def test_every_way_has_a_way_back(dp, cp, batch):
     plan, seq, heads, dim = config(dp, cp), 8, 4, 8
     tokens = np.arange(batch * seq, dtype=np.int32).reshape(batch, seq)
-    rows = TokensToRows(plan)(Tensor(tokens)).asnumpy()
-    assert sorted(rows) == sorted(tokens.ravel())
-    features = rows[:, None].astype(np.float32) * 100 + np.arange(heads * dim, dtype=np.float32)
-    np.testing.assert_array_equal(RowsToTokens(plan)(Tensor(features), batch, seq).asnumpy()[..., 0],
-                                  tokens.astype(np.float32) * 100)
-    by_head = RowsToHeads(plan)(Tensor(features), batch, seq, heads)
+    expected_rows = place_of_rows(dp, cp, batch, seq)
+    features = expected_rows[:, None].astype(np.float32) * 100 + np.arange(heads * dim, dtype=np.float32)
+    rows, back, by_head, again = (each.asnumpy() for each in Ways(plan, batch, seq, heads)(
+        Tensor(tokens), Tensor(features)))
+    np.testing.assert_array_equal(rows, expected_rows)
+    np.testing.assert_array_equal(back[..., 0], tokens.astype(np.float32) * 100)
     expected = (tokens[:, None, :, None].astype(np.float32) * 100
                 + np.arange(heads * dim, dtype=np.float32).reshape(1, heads, 1, dim))
-    np.testing.assert_array_equal(by_head.asnumpy(), expected)
-    np.testing.assert_array_equal(HeadsToRows(plan)(by_head).asnumpy(), features)
+    np.testing.assert_array_equal(by_head, expected)
+    np.testing.assert_array_equal(again, features)
 
 
 @pytest.mark.slow
