@@ -114,7 +114,7 @@ class Program:
         self.parameters = model.graph.parameter
         self.primitives = {primitive.name: primitive for primitive in model.primitives}
         self._values: Dict[str, List[Any]] = {}
-        self.constants: Dict[str, Any] = {}
+        self.constants: JsonObject = {}
         self._closures: Dict[str, Set[str]] = {}
         partial = {node.output[0]: node.input[0] for graph in self.graphs.values() for node in graph.node
                    if self.operator(node) == "Partial" and node.input}
@@ -283,10 +283,10 @@ def _transfers(program: Program, mesh: Mesh, rank: int, trains: bool) -> Dict[Tr
     return found
 
 
-def _attention(program: Program) -> List[Dict[str, Any]]:
+def _attention(program: Program) -> List[JsonObject]:
     """The different ways in which the graph calls FlashAttentionScore: its settings, and [dtype, shape] of the query
     and the mask."""
-    found: List[Dict[str, Any]] = []
+    found: List[JsonObject] = []
     for name, graph in program.graphs.items():
         for node in graph.node:
             if program.calls[name] and program.operator(node) == "FlashAttentionScore":

@@ -11,13 +11,18 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):            # run by its path: not from this folder, whose modules have one name only
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from research.telechat.common.environment import PLUGIN
 from research.telechat.common.files import JsonObject
+
+if TYPE_CHECKING:
+    from mindspore.dataset import Dataset
+    from mindspore.nn import Cell
+    from mindspore.train.model import Model
 
 
 class _Compiled(BaseException):
@@ -61,7 +66,7 @@ def make_dataset(folder: Path, columns: list, length: int, rows: int) -> Path:
     return path
 
 
-def save_graph(network: Any, folder: Path, name: str, report: Report) -> None:
+def save_graph(network: "Cell", folder: Path, name: str, report: Report) -> None:
     """Write the compiled graph of `network` as MindIR; much cheaper than MindSpore's own dumps."""
     from mindspore.common.api import _cell_graph_executor
     key = f"{network.phase}.{network.create_time}.{id(network)}.{network.arguments_key}"
@@ -83,7 +88,7 @@ def compile_training(job: JsonObject, report: Report) -> None:
     folder = Path(job["folder"])
     built = time.time()
 
-    def compile_only(model: Any, _epochs: int, train_dataset: Any, *_args: object, **_kwargs: object) -> None:
+    def compile_only(model: "Model", _epochs: int, train_dataset: "Dataset", *_args: object, **_kwargs: object) -> None:
         report.timed("build", built)
         batch = next(train_dataset.create_tuple_iterator(num_epochs=1))
         network = model._train_network

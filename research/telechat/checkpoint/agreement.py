@@ -5,7 +5,7 @@ would run the model in another way than its weights were trained, with plausible
 """
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, List, NamedTuple, Sequence
+from typing import List, NamedTuple, Sequence
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.spec.variants import Variant
@@ -21,8 +21,8 @@ class Disagreement(NamedTuple):
     """A key of `model_config` with the value of the recipe and that of the checkpoint."""
 
     key: str
-    recipe: Any
-    checkpoint: Any
+    recipe: object
+    checkpoint: object
 
 
 def disagreements_of(recipe: Variant, checkpoint: Variant, only: Sequence[str] = ()) -> List[Disagreement]:

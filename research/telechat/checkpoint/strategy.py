@@ -12,7 +12,8 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from types import ModuleType
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union, cast
 
 from research.telechat.checkpoint.integrity import check_files
 from research.telechat.common.errors import CheckpointError
@@ -60,12 +61,12 @@ def _product(values: Iterable[int]) -> int:
     return result
 
 
-def _messages() -> Any:
+def _messages() -> ModuleType:
     """MindSpore's protobuf classes for strategies, without importing MindSpore."""
     os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
     if "mindspore" in sys.modules:
         from mindspore.train import node_strategy_pb2
-        return node_strategy_pb2
+        return cast(ModuleType, node_strategy_pb2)
     spec = importlib.util.find_spec("mindspore")
     folder = Path(next(iter((spec and spec.submodule_search_locations) or ["mindspore"]))) / "train"
     sys.path.insert(0, str(folder))
@@ -73,7 +74,7 @@ def _messages() -> Any:
         import node_strategy_pb2  # type: ignore[import-not-found]    # in MindSpore's folder
     finally:
         sys.path.remove(str(folder))
-    return node_strategy_pb2
+    return cast(ModuleType, node_strategy_pb2)
 
 
 def strategy_files(path: Path) -> List[Path]:

@@ -8,7 +8,8 @@ import math
 import mmap
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from research.telechat.checkpoint.reader import DAMAGED, Checkpoint, TensorInfo
 from research.telechat.common.errors import CheckpointError
 from research.telechat.common.files import JsonObject
 from research.telechat.spec.parameters import summarise
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MADV_DONTNEED = 4
 _USUAL_NAMES = ("state_dict", "model_state_dict", "model", "module", "weights", "params", "net", "network")
@@ -27,7 +31,7 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 _GLOBAL = re.compile(r"(?:GLOBAL|[Cc]lass|instance of) (?:<class ')?([A-Za-z_][\w.]*\.\w+)")
 
 
-def import_torch() -> Any:
+def import_torch() -> ModuleType:
     """The module torch; CheckpointError names the extra that brings it."""
     try:
         import torch
@@ -35,7 +39,8 @@ def import_torch() -> Any:
         raise CheckpointError(f".bin files need PyTorch, which cannot be imported ({err}); install the extra: "
                               "pip install 'telechat-mindspore[torch]', or: pip install torch; safetensors need none"
                               ) from err
-    return torch
+    module: ModuleType = torch
+    return module
 
 
 class _BinCheckpoint(Checkpoint):
@@ -47,7 +52,7 @@ class _BinCheckpoint(Checkpoint):
         self._mapped: Dict[str, bool] = {}
         self._madvise = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_DONTNEED") else None
 
-    def add_tensor(self, name: str, tensor: Any, path: Path, mapped: bool) -> None:
+    def add_tensor(self, name: str, tensor: "Tensor", path: Path, mapped: bool) -> None:
         torch = import_torch()
         code = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}.get(tensor.dtype, str(tensor.dtype))
         mapped = mapped and tensor.is_contiguous()                       # a strided view is copied, once, here
@@ -99,7 +104,7 @@ def open_bin(paths: Sequence[Path]) -> Checkpoint:
     return checkpoint
 
 
-def _weights_in(torch: Any, content: Any, path: Path) -> Tuple[Dict[str, Any], List[str]]:
+def _weights_in(torch: ModuleType, content: object, path: Path) -> Tuple[JsonObject, List[str]]:
     """(the dictionary of tensors in a .bin's content, lines for the user). Raises CheckpointError.
 
     It may be among other things (`{"state_dict": ..., "epoch": 3}`), or have entries that are no tensors.
@@ -121,14 +126,15 @@ def _weights_in(torch: Any, content: Any, path: Path) -> Tuple[Dict[str, Any], L
     others = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if others:
         notes.append(f"{path.name}: dropped, as they are not tensors: {summarise(others)}")
-    if at:
+    if at and isinstance(content, dict):
         beside = [str(name) for name in content if name != at[0]]
         notes.append(f"{path.name}: the weights are those in {_place(at)}"
                      + (f"; left out: {summarise(beside)}" if beside else ""))
     return {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}, notes
 
 
-def _dictionaries(torch: Any, content: Any, at: Tuple[str, ...]) -> Iterator[Tuple[Tuple[str, ...], Any, int]]:
+def _dictionaries(torch: ModuleType, content: object, at: Tuple[str, ...]
+                  ) -> Iterator[Tuple[Tuple[str, ...], JsonObject, int]]:
     """(where, dictionary, number of tensors) of all dictionaries from names to tensors in `content`."""
     if not isinstance(content, dict):
         return
@@ -146,7 +152,7 @@ def _place(at: Tuple[str, ...]) -> str:
     return "".join(f"[{name!r}]" for name in at) or "the file itself"
 
 
-def _described(torch: Any, content: Any) -> str:
+def _described(torch: ModuleType, content: object) -> str:
     """What a .bin's content is, in a few words."""
     if isinstance(content, torch.Tensor):
         return f"one tensor of shape {list(content.shape)}"
@@ -155,7 +161,7 @@ def _described(torch: Any, content: Any) -> str:
     return f"an object of type {type(content).__name__}"
 
 
-def _load(torch: Any, path: Path) -> Any:
+def _load(torch: ModuleType, path: Path) -> Tuple[object, bool]:
     """(contents, whether they are mapped)."""
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"

@@ -1,6 +1,6 @@
 """`plan --execute`: compiles a small model of a plan for all ranks and compares what it computes with one rank."""
 import argparse
-from typing import Any, Callable, Dict, List
+from typing import Callable, Dict, List
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
@@ -118,7 +118,7 @@ def execute_plan(recipe: JsonObject, args: argparse.Namespace) -> JsonObject:
     cut = _compile(small, args, "the plan")
     print(f"compiled in {whole.seconds + cut.seconds:.0f} s of the compiler; graphs are kept")
     compare: Callable[..., JsonObject] = _training if plan.training else _prediction
-    result: Dict[str, Any] = {"ranks": ranks, "plan": _degrees(plan), **compare(cut, whole, args)}
+    result: JsonObject = {"ranks": ranks, "plan": _degrees(plan), **compare(cut, whole, args)}
     faults = [result["fault"]]
     if args.cpu and plan.training:
         result["cpu"] = _real_step(whole, args)

@@ -3,7 +3,7 @@
 How a record becomes a document, and how a document that is longer than a record is cut. Conversations are read by
 data/formats.py and cut by data/packing.py.
 """
-from typing import Any, NamedTuple, Tuple
+from typing import NamedTuple, Tuple
 
 import numpy as np
 
@@ -27,19 +27,19 @@ class Document(NamedTuple):
     unused: Tuple[str, ...] = ()
 
 
-def is_document(record: Any) -> bool:
+def is_document(record: object) -> bool:
     """Whether a parsed record that is no conversation is certainly a document: it has `text`."""
     return isinstance(record, dict) and isinstance(record.get(TEXT_KEYS[0]), str)
 
 
-def holds_text(record: Any) -> bool:
+def holds_text(record: object) -> bool:
     """Whether a parsed record that is no conversation may be a document: a text under any of the keys, and nobody who
     says it."""
     return isinstance(record, dict) and "role" not in record and "from" not in record and isinstance(
         next((record[key] for key in TEXT_KEYS if record.get(key) is not None), None), str)
 
 
-def read_document(record: Any) -> Document:
+def read_document(record: object) -> Document:
     """A parsed record as a document. Raises RecordError."""
     if not isinstance(record, dict):
         raise RecordError("wrong shape", f"the record is {type(record).__name__}; expected a JSON object")

@@ -27,7 +27,7 @@ class Conversation(NamedTuple):
     unused: Tuple[str, ...] = ()
 
 
-def read_format(record: Any, data_format: str) -> Conversation:
+def read_format(record: object, data_format: str) -> Conversation:
     """A parsed record of a format. Raises RecordError and ConversationError."""
     if not isinstance(record, dict):
         raise RecordError("wrong shape", f"the record is {type(record).__name__}; expected a JSON object")
@@ -40,7 +40,7 @@ def read_format(record: Any, data_format: str) -> Conversation:
     return conversation
 
 
-def told_format(record: Any) -> Optional[str]:
+def told_format(record: object) -> Optional[str]:
     """The format of a parsed record by its keys; None if it cannot be told."""
     if not isinstance(record, dict):
         return None
@@ -74,7 +74,7 @@ def _system(record: JsonObject, messages: Tuple[Message, ...] = ()) -> List[Mess
     return [Message(SYSTEM, texts[0])] if texts and given is None else []
 
 
-def _tools(record: JsonObject, messages: Tuple[Any, ...] = ()) -> Tools:
+def _tools(record: JsonObject, messages: Tuple[object, ...] = ()) -> Tools:
     """The tools of a record: under `tools`, the older `functions`, or in its system message."""
     found = [_tool_list(record, "tools"), _functions(record)]
     found += [_tool_list(message, "tools") for message in messages if isinstance(message, dict)]

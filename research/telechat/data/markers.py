@@ -3,7 +3,7 @@
 The formats (data/formats.py) say what they use. Everything else is either honoured here, makes the record unusable
 because it would change the meaning, or is named so that it can be counted.
 """
-from typing import Any, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 from research.telechat.common.errors import RecordError
 from research.telechat.common.files import JsonObject
@@ -56,7 +56,7 @@ def trains(message: JsonObject, number: int) -> bool:
     return train
 
 
-def mark(messages: List[Message], sources: List[Any]) -> Tuple[List[Message], Tuple[str, ...]]:
+def mark(messages: List[Message], sources: List[object]) -> Tuple[List[Message], Tuple[str, ...]]:
     """The messages with their markers honoured, and notes. `sources`: the object from which each was read."""
     notes: List[str] = []
     marked = []
@@ -96,7 +96,7 @@ def record_trains(record: JsonObject) -> bool:
     return train
 
 
-def unused_keys(record: JsonObject, used: Tuple[str, ...], messages: List[Any], where: str) -> Tuple[str, ...]:
+def unused_keys(record: JsonObject, used: Tuple[str, ...], messages: List[object], where: str) -> Tuple[str, ...]:
     """Names of the keys that are not used, those of messages as `messages[].name`; empty values do not count."""
     skip = (*used, *_RECORD_FLAGS, *MEDIA)
     names = [key for key, value in record.items() if key not in skip and not is_empty(value)]

@@ -5,7 +5,7 @@ raises RecordError with a kind, under which it is counted, and what exactly is w
 """
 import json
 import re
-from typing import Any, Optional, Tuple, Union
+from typing import Optional, Tuple, Union
 
 from research.telechat.common.errors import ConversationError, RecordError
 from research.telechat.common.files import DuplicateKeyError, unique_keys
@@ -51,7 +51,7 @@ def parse_any(raw: bytes, data_format: str, named: bool = True) -> Union[Convers
     return _conversation(record, own or data_format, notes)
 
 
-def _conversation(record: Any, data_format: str, notes: Tuple[str, ...]) -> Conversation:
+def _conversation(record: object, data_format: str, notes: Tuple[str, ...]) -> Conversation:
     try:
         conversation = read_format(record, data_format)
     except ConversationError as err:
@@ -74,7 +74,7 @@ def detect_format(raw: bytes) -> Optional[str]:
     return told_format(record) or (TEXT if holds_text(record) else None)
 
 
-def _parse_json(raw: bytes) -> Tuple[Any, Tuple[str, ...]]:
+def _parse_json(raw: bytes) -> Tuple[object, Tuple[str, ...]]:
     if not raw:
         raise RecordError("too long", "the record is longer than a record may be")
     try:
@@ -96,7 +96,7 @@ def _parse_json(raw: bytes) -> Tuple[Any, Tuple[str, ...]]:
     return record, ()
 
 
-def _clean(value: Any) -> Any:
+def _clean(value: object) -> object:
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, list):

@@ -10,7 +10,7 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterator, List, Optional, Tuple, cast
+from typing import BinaryIO, Callable, Iterator, List, Optional, Tuple, cast
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.data import tables, texts
@@ -229,7 +229,7 @@ class _JsonValues:
         else:
             yield line, _encode(text.move(end))
 
-    def _decode(self) -> Tuple[Any, int, Optional[Exception]]:
+    def _decode(self) -> Tuple[object, int, Optional[Exception]]:
         """(value, its end, None) of the value at the position, or (None, place of the error, the error)."""
         text = self._text
         while True:
@@ -332,7 +332,7 @@ class _JsonValues:
             raise self._fault("expected a key")
         return key
 
-    def _value(self) -> Any:
+    def _value(self) -> object:
         try:
             value, end, error = self._decode()
         except _TooLongError:
@@ -365,7 +365,7 @@ class _JsonValues:
                            "again")
 
 
-def _wraps(value: Any) -> bool:
+def _wraps(value: object) -> bool:
     """Whether a value is an object that is no record but has a list of records."""
     return isinstance(value, dict) and not told_format(value) and any(
         isinstance(item, list) and item and told_format(item[0]) for item in value.values())

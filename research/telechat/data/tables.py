@@ -2,9 +2,10 @@
 import csv
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, TextIO, Tuple
+from typing import Callable, Iterator, Optional, TextIO, Tuple
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
 from research.telechat.data.formats import SIGNATURE_KEYS
 
 COLUMNAR = (".parquet", ".arrow")
@@ -58,7 +59,7 @@ def columnar_records(path: Path, head: bytes, done: Callable[[float], object]) -
                           "copy it again") from err
 
 
-def _row(row: Dict[str, Any]) -> bytes:
+def _row(row: JsonObject) -> bytes:
     return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace")
 
 

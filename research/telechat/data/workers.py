@@ -9,16 +9,25 @@ import signal
 import threading
 import traceback
 from collections import deque
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Callable, Iterable, Iterator, List
+from typing import Any, Callable, Iterable, Iterator, List, Tuple, TypeVar, Union, cast
 
 from research.telechat.common.errors import WorkerError
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_Outcome = Tuple[bool, object]               # whether it failed; the exception, or the result
 _DEPTH = 4                                   # items in the hands of one worker: it must not wait for the main process
 
 
-def ordered_map(make: Callable[[], Callable[[Any], Any]], items: Iterable[Any], workers: int) -> Iterator[Any]:
+class _End:
+    """Comes behind the last item: the main process is gone."""
+
+
+def ordered_map(make: Callable[[], Callable[[_Item], _Result]], items: Iterable[_Item], workers: int
+                ) -> Iterator[_Result]:
     """`make()(item)` of each item, in order. With `workers` below 2 in this process.
 
     `make` is called once in each worker. An exception of the function is raised here, in its item's place; a worker
@@ -40,7 +49,7 @@ def ordered_map(make: Callable[[], Callable[[Any], Any]], items: Iterable[Any], 
             processes.append(process)
         for _, theirs in pipes:
             theirs.close()
-        yield from _run(mine, processes, iter(items))
+        yield from cast(Iterator[_Result], _run(mine, processes, iter(items)))
     finally:
         for process in processes:
             process.kill()                       # they hold nothing that is worth an orderly end
@@ -50,7 +59,7 @@ def ordered_map(make: Callable[[], Callable[[Any], Any]], items: Iterable[Any], 
             connection.close()
 
 
-def _run(connections: List[Connection], processes: List[BaseProcess], items: Iterator[Any]) -> Iterator[Any]:
+def _run(connections: List[Connection], processes: List[BaseProcess], items: Iterator[_Item]) -> Iterator[object]:
     waiting: deque[int] = deque()              # the worker of each item that is on its way, in order
     sent = 0
     exhausted = False
@@ -62,7 +71,7 @@ def _run(connections: List[Connection], processes: List[BaseProcess], items: Ite
                 exhausted = True
                 break
             number = sent % len(connections)
-            _guard(connections[number].send, processes[number], item)
+            _guard(partial(connections[number].send, item), processes[number])
             waiting.append(number)
             sent += 1
         if not waiting:
@@ -70,34 +79,35 @@ def _run(connections: List[Connection], processes: List[BaseProcess], items: Ite
         number = waiting.popleft()
         failed, result = _guard(connections[number].recv, processes[number])
         if failed:
+            assert isinstance(result, Exception)
             raise result
         yield result
 
 
-def _guard(call: Callable[..., Any], process: BaseProcess, *args: object) -> Any:
+def _guard(call: Callable[[], _Result], process: BaseProcess) -> _Result:
     try:
-        return call(*args)
+        return call()
     except (EOFError, OSError):                              # OSError too: it died in the middle of a message
         process.join(5)
         raise WorkerError(f"a worker process has died (exit code {process.exitcode}; -9: it was killed, often for want "
                           "of memory); try again with a smaller --num_workers") from None
 
 
-def _work(make: Callable[[], Callable[[Any], Any]], connection: Connection, others: List[Connection]) -> None:
+def _work(make: Callable[[], Callable[[_Item], _Result]], connection: Connection, others: List[Connection]) -> None:
     """The worker: one thread receives, one computes, one sends, so that the pipe never blocks the main process."""
     for number in (signal.SIGINT, signal.SIGHUP):            # the main process decides what an interruption means
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in others:                                     # inherited; would hide the main process's end from us
         other.close()
-    arrived: queue.Queue[Any] = queue.Queue()
-    finished: queue.Queue[Any] = queue.Queue()
+    arrived: queue.Queue[Union[_Item, _End]] = queue.Queue()
+    finished: queue.Queue[_Outcome] = queue.Queue()
     threading.Thread(target=_receive, args=(connection, arrived), daemon=True).start()
     threading.Thread(target=_send, args=(connection, finished), daemon=True).start()
     function = None
     while True:
         item = arrived.get()
-        if item is _END:
+        if isinstance(item, _End):
             return
         try:
             function = function or make()
@@ -109,18 +119,15 @@ def _work(make: Callable[[], Callable[[Any], Any]], connection: Connection, othe
                     traceback.format_exception(type(err), err, err.__traceback__)))))
 
 
-_END = object()
-
-
-def _receive(connection: Connection, arrived: queue.Queue[Any]) -> None:
+def _receive(connection: Connection, arrived: queue.Queue[Union[_Item, _End]]) -> None:
     try:
         while True:
             arrived.put(connection.recv())
     except (EOFError, OSError):
-        arrived.put(_END)                                    # the main process is gone
+        arrived.put(_End())                                  # the main process is gone
 
 
-def _send(connection: Connection, finished: queue.Queue[Any]) -> None:
+def _send(connection: Connection, finished: queue.Queue[_Outcome]) -> None:
     try:
         while True:
             connection.send(finished.get())

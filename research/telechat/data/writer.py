@@ -11,7 +11,7 @@ import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from research.telechat.common.hashing import file_sha256
 from research.telechat.common.lock import output_lock
 from research.telechat.common.versions import install_line, installed_version
 from research.telechat.data.meta import META_FILE, OLD_META_FILE, REPORT_FILE, UNFINISHED, is_part, reason, write_meta
+
+if TYPE_CHECKING:
+    from mindspore.mindrecord import FileWriter
 
 DATASET_NAME = "new_dataset.mindrecord"
 EXTRA_FILES = ("lengths.png",)
@@ -57,7 +60,7 @@ class DatasetWriter:
             raise ConfigError(f"records of {self._record_bytes} bytes are more than MindRecord takes "
                               f"({_MOST_PAGE // 2}); choose a smaller length")
         self._held: List[Dict[str, np.ndarray]] = []
-        self._writer: Optional[Any] = None
+        self._writer: Optional[FileWriter] = None
         self._layout: Optional[Tuple[int, int]] = None
         self._names: List[str] = []
         self._import: Optional[threading.Thread] = None
@@ -154,7 +157,7 @@ class DatasetWriter:
             if self._room <= 0:
                 self._close_file()
 
-    def _open_file(self) -> Any:
+    def _open_file(self) -> "FileWriter":
         """Begin the next file; the writer of it."""
         if self._import is not None:
             self._import.join()

@@ -6,7 +6,7 @@ margin. For each choice of degrees, each pipeline stage recomputes the fewest la
 """
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
@@ -41,7 +41,7 @@ class Found:
     plan: Plan
     time: StepTime
     memories: Tuple[Memory, ...]       # of each pipeline stage
-    changes: Dict[str, Any]            # {dotted key: value}: what a recipe over the searched one has to say
+    changes: JsonObject            # {dotted key: value}: what a recipe over the searched one has to say
 
     @property
     def memory_gb(self) -> float:
@@ -81,7 +81,7 @@ def _divisors(number: int, most: int) -> List[int]:
     return [value for value in range(1, min(number, most) + 1) if number % value == 0]
 
 
-def even_offset(layers: int, pp: int, virtual: int) -> Any:
+def even_offset(layers: int, pp: int, virtual: int) -> Union[int, List[int], List[List[int]]]:
     """`offset` that gives the layers beyond an even share to the stages in the middle.
 
     The first also has the embedding, the last the head. A list, in lists for virtual stages; 0 where nothing is left.
@@ -97,10 +97,10 @@ def even_offset(layers: int, pp: int, virtual: int) -> Any:
     return rows if virtual > 1 else rows[0]
 
 
-def changes_of(shape: Shape, plan: Plan) -> Dict[str, Any]:
+def changes_of(shape: Shape, plan: Plan) -> JsonObject:
     """What a recipe says for a shape, but for recomputation."""
     heads = plan.model.num_heads % (shape.mp * shape.cp) == 0 and plan.model.n_kv_heads % (shape.mp * shape.cp) == 0
-    changes: Dict[str, Any] = {
+    changes: JsonObject = {
         "use_parallel": True,
         "runner_config.batch_size": shape.batch,
         "runner_config.gradient_accumulation_steps": shape.micro_batches if shape.pp == 1 else 1,
@@ -121,7 +121,7 @@ def changes_of(shape: Shape, plan: Plan) -> Dict[str, Any]:
     return changes
 
 
-def with_changes(recipe: JsonObject, changes: Dict[str, Any]) -> JsonObject:
+def with_changes(recipe: JsonObject, changes: JsonObject) -> JsonObject:
     """A copy of a complete recipe with {dotted key: value}; sections that it lacks are made."""
     recipe = copy.deepcopy(recipe)
     for dotted, value in changes.items():
@@ -171,7 +171,7 @@ def _recomputations(plan: Plan, limit: float) -> Iterator[Plan]:
             return
 
 
-def _recompute_changes(plan: Plan) -> Dict[str, Any]:
+def _recompute_changes(plan: Plan) -> JsonObject:
     whole = plan.recompute
     if isinstance(whole, list) and len(whole) == 1:
         whole = True if whole[0] == plan.model.num_layers else whole

@@ -3,7 +3,7 @@ import copy
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import List, Sequence
 
 import yaml
 
@@ -86,12 +86,12 @@ def draw_search(found: Sequence[Found], path: Path) -> None:
             beside.write_bytes(png(figure))
 
 
-def differing(recipe: JsonObject, changes: Dict[str, Any]) -> JsonObject:
+def differing(recipe: JsonObject, changes: JsonObject) -> JsonObject:
     """The sections and keys of `changes` whose values a complete recipe does not have already."""
     kept: JsonObject = {}
     for dotted, value in changes.items():
         *names, key = dotted.split(".")
-        place: Any = recipe
+        place: object = recipe
         for name in names:
             place = place.get(name) if isinstance(place, dict) else None
         if isinstance(place, dict) and place.get(key) == value:

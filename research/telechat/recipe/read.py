@@ -178,7 +178,7 @@ def check_overrides(recipe: JsonObject, overrides: JsonObject) -> None:
         set_key(recipe, dotted, value)
 
 
-def _entry(entries: List[Any], name: str, sections: List[str], dotted: str) -> int:
+def _entry(entries: List[object], name: str, sections: List[str], dotted: str) -> int:
     """The index of the entry that `name` names in the list below `sections`. Raises ConfigError."""
     kinds = [entry.get("type") if isinstance(entry, dict) else None for entry in entries]
     if name.isdecimal() and int(name) < len(entries):

@@ -1,13 +1,13 @@
 """Prompts for run_mindformer.py: questions become prompts of the model's template, results become readable answers."""
 import os
-from typing import Any, Iterable, List, Optional, Sequence, Union
+from typing import Iterable, List, Optional, Sequence, Union
 
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
 
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import write_text
+from research.telechat.common.files import JsonObject, write_text
 from research.telechat.common.printable import printable
 from research.telechat.telechat_tokenizer import TelechatTokenizer
 from research.telechat.text.renderer import Renderer, choose_template
@@ -114,7 +114,8 @@ def visible(prompts: Iterable[str], tokenizer: TelechatTokenizer) -> List[str]:
     return [tokenizer.decode(tokenizer(prompt)["input_ids"], skip_special_tokens=True) for prompt in prompts]
 
 
-def print_answers(prompts: List[str], results: Iterable[Any], shown: Optional[List[str]] = None) -> None:
+def print_answers(prompts: List[str], results: Iterable[Union[JsonObject, str, Sequence[str]]],
+                  shown: Optional[List[str]] = None) -> None:
     """Show prompt and answer of each result of MindFormers' text generation, which begins with the prompt, or, where
     markers vanish, with what is `shown` of it."""
     texts = []

@@ -5,7 +5,7 @@ Where a recipe names another value the run stops, unless `checkpoint_conflict` s
 manifest is computed as the recipe says; where the table has changed since such checkpoints were made, the run asks.
 """
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Container, List, Optional
 
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
@@ -122,7 +122,7 @@ def published_settings(facts: ModelFacts, now: ModelSettings) -> JsonObject:
     return values
 
 
-def disagreements(now: ModelSettings, values: JsonObject, named: Any) -> List[Disagreement]:
+def disagreements(now: ModelSettings, values: JsonObject, named: Container[str]) -> List[Disagreement]:
     """What the recipe itself names (`named`) and the checkpoint says otherwise, but for settings of generation."""
     return [Disagreement(key, getattr(now, key), value) for key, value in values.items()
             if key in named and key not in GENERATION and key != "eos_token_id" and getattr(now, key) != value]

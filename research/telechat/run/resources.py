@@ -5,13 +5,15 @@ The disk is checked before anything is built, as a full one ends the training in
 import os
 import shutil
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import List, Optional
 
 import psutil
 from mindformers.tools.logger import logger
+from mindformers.tools.register import MindFormerConfig
 
 from research.telechat.checkpoint.resume import checkpoints
 from research.telechat.common.errors import ConfigError
+from research.telechat.common.files import JsonObject
 from research.telechat.plan.checkpoints import checkpoints_at_once, saved_bytes, weight_bytes
 from research.telechat.plan.cost import CARDS_PER_MACHINE
 from research.telechat.plan.plan import Plan, read_plan
@@ -55,12 +57,12 @@ def local_ranks(ranks: int) -> List[int]:
     return [rank for rank in range(first, first + here) if rank < ranks] or [0]
 
 
-def _monitor(config: Any) -> Optional[Any]:
+def _monitor(config: MindFormerConfig) -> Optional[JsonObject]:
     found = [callback for callback in config.get("callbacks") or [] if callback.get("type") == "CheckpointMonitor"]
     return found[0] if found else None
 
 
-def _kept_already(config: Any, monitor: Any, ranks: List[int]) -> int:
+def _kept_already(config: MindFormerConfig, monitor: JsonObject, ranks: List[int]) -> int:
     """Bytes of the resumed run's checkpoints, which make room for new ones."""
     if not config.get("resume_training") or not monitor.get("continue_run"):
         return 0
@@ -71,13 +73,13 @@ def _kept_already(config: Any, monitor: Any, ranks: List[int]) -> int:
     return found
 
 
-def _kept(monitor: Any) -> int:
+def _kept(monitor: JsonObject) -> int:
     """Checkpoints that stay (training/saving.py)."""
     keep = int(monitor.get("keep_checkpoint_max", 5))
     return max(keep, 3 if monitor.get("async_save") else 2) if int(monitor.get("ranks", 1)) > 1 else keep
 
 
-def check_resources(config: Any, steps: int) -> None:
+def check_resources(config: MindFormerConfig, steps: int) -> None:
     """Compare the free disk with what the training will write, and say what host memory it takes.
 
     Args:
@@ -120,7 +122,7 @@ def check_resources(config: Any, steps: int) -> None:
                 size(needed), size(free))
 
 
-def checkpoint_size(config: Any) -> int:
+def checkpoint_size(config: MindFormerConfig) -> int:
     """Bytes of the files that `load_checkpoint` names; 0 where it names none."""
     path = Path(str(config.get("load_checkpoint") or ""))
     if not config.get("load_checkpoint") or not path.exists():
@@ -130,7 +132,7 @@ def checkpoint_size(config: Any) -> int:
     return sum(file.stat().st_size for file in path.rglob(f"*.{config.get('load_ckpt_format') or 'ckpt'}"))
 
 
-def _tell_memory(config: Any, plan: Plan) -> None:
+def _tell_memory(config: MindFormerConfig, plan: Plan) -> None:
     """Name the host memory that loading and saving take; warn where it is not there, or a better way exists."""
     here = local_ranks(plan.ranks)
     share, whole = sum(saved_bytes(plan, rank) for rank in here), checkpoint_size(config)

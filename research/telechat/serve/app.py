@@ -2,7 +2,7 @@
 import asyncio
 import json
 import logging
-from typing import Any, AsyncIterator, Callable, Dict, List, Mapping, Optional, Union
+from typing import AbstractSet, AsyncIterator, Callable, Dict, List, Mapping, Optional, TypeVar, Union
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,6 +19,7 @@ from research.telechat.serve.http import (
     ClientGone,
     Guard,
     Receive,
+    Response,
     Scope,
     Send,
     Stream,
@@ -43,6 +44,7 @@ from research.telechat.serve.service import BROKEN, READY, Service, prompt_of
 
 log = logging.getLogger("telechat.serve")
 BODY_SECONDS = 30.0
+_Result = TypeVar("_Result")
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -80,7 +82,7 @@ class Routes:
         data = await read_bytes(request.scope, request.receive, self.service.limits.body_bytes, BODY_SECONDS)
         return read_body(data)
 
-    async def _asked_of_model(self, request: HttpRequest, known: Any) -> JsonObject:
+    async def _asked_of_model(self, request: HttpRequest, known: AbstractSet[str]) -> JsonObject:
         body = await self._body(request)
         self._tell_unknown(body, known)
         self.service.check_model(body.get("model"))
@@ -119,7 +121,7 @@ class Routes:
         self.service.check_model(request.path_params["model"])
         return Whole(self._model())
 
-    async def chat(self, request: HttpRequest) -> Any:
+    async def chat(self, request: HttpRequest) -> Response:
         body = await self._asked_of_model(request, CHAT_KEYS)
         limits = self.service.limits
         asked = read_chat(body, limits.choices, limits.messages)
@@ -128,7 +130,7 @@ class Routes:
         writer = ChatWriter(self.service.name, engine.renderer.vocab, asked.asked.n, asked.asked.top_logprobs >= 0)
         return await self._respond(request, answers, writer, asked.asked)
 
-    async def completion(self, request: HttpRequest) -> Any:
+    async def completion(self, request: HttpRequest) -> Response:
         body = await self._asked_of_model(request, COMPLETION_KEYS)
         limits = self.service.limits
         asked = read_completion(body, limits.choices, limits.answers)
@@ -139,7 +141,7 @@ class Routes:
         return await self._respond(request, answers, writer, asked.asked)
 
     async def _respond(self, request: HttpRequest, answers: Answers, writer: Union[ChatWriter, CompletionWriter],
-                       asked: Asked) -> Any:
+                       asked: Asked) -> Response:
         note = request.scope["state"]["note"]
         if asked.stream:
             return Stream(_events(answers, writer, asked, note), "text/event-stream; charset=utf-8", answers.close,
@@ -149,7 +151,7 @@ class Routes:
         _note(note, answers)
         return Whole(writer.whole(answers.usage))
 
-    def _tell_unknown(self, body: JsonObject, known: Any) -> None:
+    def _tell_unknown(self, body: JsonObject, known: AbstractSet[str]) -> None:
         new = [key[:40] for key in unknown_keys(body, known) if key[:40] not in self._told][:8]
         if new and len(self._told) < 256:
             self._told.update(new)
@@ -191,7 +193,7 @@ class Routes:
 
     # The earlier APIs
 
-    async def dialog_stream(self, request: HttpRequest) -> Any:
+    async def dialog_stream(self, request: HttpRequest) -> Response:
         try:
             answers = await self._dialog(request)
         except legacy.DialogError as err:
@@ -199,7 +201,7 @@ class Routes:
         pieces = _encoded_text(legacy.text(answers))
         return Stream(pieces, "text/html; charset=utf-8", answers.close)
 
-    async def dialog(self, request: HttpRequest) -> Any:
+    async def dialog(self, request: HttpRequest) -> Response:
         try:
             answers = await self._dialog(request)
             content = await until_gone(request.receive, _joined(legacy.text(answers)))
@@ -219,7 +221,7 @@ class Routes:
                 raise
             raise legacy.DialogError(legacy.FAILED, err.message) from err
 
-    async def generate(self, request: HttpRequest) -> Any:
+    async def generate(self, request: HttpRequest) -> Response:
         wanted, stream = legacy.read_chat_web(await self._body(request))
         try:
             answers = await _threaded_submit(self.service, wanted)
@@ -236,7 +238,7 @@ class Routes:
         return Whole(legacy.chat_web_answer({"role": "assistant", "content": content}, "stop"))
 
 
-async def _threaded(work: Callable[[], Any]) -> Any:
+async def _threaded(work: Callable[[], _Result]) -> _Result:
     return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
@@ -291,23 +293,23 @@ async def _chat_web_events(answers: Answers) -> AsyncIterator[bytes]:
         yield b"data: " + encoded(chunk) + b"\r\n\r\n"
 
 
-async def _on_http_error(request: HttpRequest, err: Exception) -> Any:
+async def _on_http_error(request: HttpRequest, err: Exception) -> Response:
     status = err.status_code if isinstance(err, HTTPException) else 500
     what = {404: "there is no such route", 405: f"this route does not take {request.method}"}.get(status, "refused")
     return _Error(ApiError(status, f"{what}: {request.url.path[:100]}"))
 
 
-async def _on_api_error(_: HttpRequest, err: Exception) -> Any:
+async def _on_api_error(_: HttpRequest, err: Exception) -> Response:
     assert isinstance(err, ApiError)
     return _Error(err)
 
 
-async def _on_gone(request: HttpRequest, _: Exception) -> Any:
+async def _on_gone(request: HttpRequest, _: Exception) -> Response:
     request.scope["state"]["note"]["finish"] = "gone"
     return _Nothing()
 
 
-async def _on_fault(_: HttpRequest, __: Exception) -> Any:
+async def _on_fault(_: HttpRequest, __: Exception) -> Response:
     return _Error(ApiError(500, "the server has failed at this request; its log says more"))
 
 

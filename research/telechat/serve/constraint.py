@@ -6,7 +6,7 @@ nothing of this is offered (`available`), and the APIs refuse what needs it.
 import importlib.util
 import json
 from functools import cached_property
-from typing import Any, FrozenSet, List, Sequence
+from typing import TYPE_CHECKING, FrozenSet, List, Sequence
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from research.telechat.common.files import JsonObject
 from research.telechat.serve.errors import ApiError
 from research.telechat.serve.text import CALL, CALLED
 from research.telechat.text.vocab import Vocab
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 
 def available() -> bool:
@@ -57,7 +60,7 @@ class Grammars:
         self._vocab, self._size, self._ends, self._kept = vocab, vocab_size, sorted(set(ends)), kept
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> "LLTokenizer":
         from llguidance import LLTokenizer, TokenizerWrapper
         return LLTokenizer(TokenizerWrapper(_Table(self._vocab, self._ends, self._kept)), n_vocab=self._vocab.size)
 
@@ -99,7 +102,7 @@ class _Table:
 class Grammar:
     """A `TokenConstraint` (generation/requests.py)."""
 
-    def __init__(self, matcher: Any, tokens: int, vocab_size: int, ends: Sequence[int]):
+    def __init__(self, matcher: "LLMatcher", tokens: int, vocab_size: int, ends: Sequence[int]):
         self._matcher, self._tokens = matcher, tokens
         self._ends = np.array([end for end in ends if end < vocab_size], np.int64)
         self._bits = np.zeros((tokens + 31) // 32, np.int32)

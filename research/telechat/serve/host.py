@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Optional
+from typing import Callable, Optional
 
 import h11
 import uvicorn
@@ -21,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from research.telechat.common.command import INTERRUPTED
 from research.telechat.common.errors import ConfigError
 from research.telechat.serve.answering import Engine
+from research.telechat.serve.http import Response
 from research.telechat.serve.service import BROKEN, DRAINING, Service
 
 log = logging.getLogger("telechat.serve")
@@ -58,7 +59,7 @@ def make_protocol(times: Times) -> type:
         _late: Optional[asyncio.TimerHandle] = None
         _stuck: Optional[asyncio.TimerHandle] = None
 
-        def connection_made(self, transport: Any) -> None:
+        def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             self._late = self.loop.call_later(times.headers, self._give_up)
 
@@ -104,7 +105,7 @@ def _cancel(timer: Optional[asyncio.TimerHandle]) -> Optional[asyncio.TimerHandl
 class Web:
     """uvicorn in a thread of its own."""
 
-    def __init__(self, app: Any, listener: socket.socket, times: Times, connections: int = 1024):
+    def __init__(self, app: Response, listener: socket.socket, times: Times, connections: int = 1024):
         config = uvicorn.Config(
             app, http=make_protocol(times), ws="none", lifespan="off", log_config=None, access_log=False,
             server_header=False, proxy_headers=False, timeout_keep_alive=int(times.idle), limit_concurrency=connections,

@@ -10,16 +10,17 @@ import re
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, Mapping, Optional, Tuple, TypeVar
+from typing import AsyncIterator, Awaitable, Callable, Dict, List, Mapping, Optional, Tuple, TypeVar
 from urllib.parse import urlsplit
 
 from research.telechat.common.files import JsonObject
 from research.telechat.serve.errors import ApiError
 from research.telechat.serve.metrics import Metrics
 
-Scope = Dict[str, Any]
-Receive = Callable[[], Awaitable[Dict[str, Any]]]
-Send = Callable[[Dict[str, Any]], Awaitable[None]]
+Scope = JsonObject
+Receive = Callable[[], Awaitable[JsonObject]]
+Send = Callable[[JsonObject], Awaitable[None]]
+Response = Callable[[Scope, Receive, Send], Awaitable[None]]     # or an application: ASGI makes no difference
 log = logging.getLogger("telechat.serve")
 _Result = TypeVar("_Result")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -89,7 +90,7 @@ class Guard:
         note: JsonObject = scope.setdefault("state", {}).setdefault("note", {})
         started, status = time.perf_counter(), 499
 
-        async def send_on(message: Dict[str, Any]) -> None:
+        async def send_on(message: JsonObject) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]

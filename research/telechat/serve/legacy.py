@@ -3,7 +3,7 @@
 history is that of the request alone.
 """
 import time
-from typing import Any, AsyncIterator, Dict, List, NamedTuple, Optional, Tuple
+from typing import AsyncIterator, List, NamedTuple, Optional, Tuple
 
 from research.telechat.chat.session import divide_context
 from research.telechat.common.errors import ConfigError, ConversationError
@@ -15,9 +15,9 @@ from research.telechat.serve.service import Service
 from research.telechat.serve.text import AnswerText
 
 # The service's own settings, not those of generation_config.json.
-DIALOG_DEFAULTS: Dict[str, Any] = {"do_sample": True, "max_length": 4096, "top_k": 20, "top_p": 0.2,
+DIALOG_DEFAULTS: JsonObject = {"do_sample": True, "max_length": 4096, "top_k": 20, "top_p": 0.2,
                                    "temperature": 0.1, "repetition_penalty": 1.03}
-CHAT_WEB_DEFAULTS: Dict[str, Any] = {"do_sample": False, "max_length": 512, "top_k": 1, "top_p": 1.0,
+CHAT_WEB_DEFAULTS: JsonObject = {"do_sample": False, "max_length": 512, "top_k": 1, "top_p": 1.0,
                                      "temperature": 1.0, "repetition_penalty": 1.0}
 MISSING, ROLES, BOUNDS, FAILED = "10301", "10904", "10305", "10903"
 _WORDS = {MISSING: "服务必填参数缺失", ROLES: "服务请求参数dialog错误", BOUNDS: "请求参数范围错误",
@@ -28,7 +28,7 @@ class Wanted(NamedTuple):
     """A conversation, and how it is to be answered."""
 
     messages: List[JsonObject]
-    settings: Dict[str, Any]
+    settings: JsonObject
 
 
 class DialogError(Exception):

@@ -1,5 +1,5 @@
 """What is counted and timed, in Prometheus' form."""
-from typing import Any, Callable, Iterator, Optional
+from typing import Callable, Iterator, Optional, Sequence, Union
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -18,7 +18,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._stats = stats
 
-        def histogram(name: str, what: str, buckets: Any) -> Any:
+        def histogram(name: str, what: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(f"telechat_{name}", what, buckets=buckets, registry=self.registry)
         self.requests = Counter("telechat_requests", "HTTP requests by route and status.", ["route", "status"],
                                 registry=self.registry)
@@ -29,7 +29,7 @@ class Metrics:
         self.request_seconds = histogram("request_seconds", "Time from a request to the end of its answer.", _LONG)
         self.registry.register(self)
 
-    def collect(self) -> Iterator[Any]:
+    def collect(self) -> Iterator[Union[CounterMetricFamily, GaugeMetricFamily]]:
         """The scheduler's figures at this moment."""
         stats = self._stats()
         if stats is None:

@@ -1,7 +1,7 @@
 """Answers in OpenAI's form: whole, or as the chunks of a stream."""
 import time
 import uuid
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from research.telechat.common.files import JsonObject
 from research.telechat.generation.requests import Alternatives, PromptScores, Token
@@ -37,7 +37,7 @@ class Writer:
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "object": "", "created": int(time.time()),
                       "model": model}
 
-    def _object(self, kind: str, choices: List[JsonObject], **more: Any) -> JsonObject:
+    def _object(self, kind: str, choices: List[JsonObject], **more: object) -> JsonObject:
         return {**self._head, "object": kind, "choices": choices, **more}
 
     def usage_chunk(self, usage: Usage) -> JsonObject:
@@ -195,7 +195,7 @@ class CompletionWriter(Writer):
         if scores is not None:
             rows += zip(self._echoes[index][1], scores.logprobs, scores.top)
         rows += [(token.id, token.logprob, token.top) for token in tokens]
-        found: Dict[str, List[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        found: Dict[str, List[object]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, logprob, top in rows:
             text = token_text(self.vocab, token)
             found["tokens"].append(text)

@@ -2,7 +2,7 @@
 it would change the answer; keys that nobody knows are named once in the log.
 """
 from dataclasses import dataclass
-from typing import Any, Dict, FrozenSet, List, Optional, Tuple, Union
+from typing import AbstractSet, Dict, List, Optional, Tuple, Union
 
 from research.telechat.common.files import JsonObject
 from research.telechat.serve.errors import ApiError
@@ -30,7 +30,7 @@ class Asked:
     n: int
     stream: bool
     include_usage: bool
-    sampling: Dict[str, Any]
+    sampling: JsonObject
     max_tokens: Optional[int]
     stop: Tuple[str, ...]
     seed: Optional[int]
@@ -124,12 +124,12 @@ def _read_prompts(fields: Fields) -> List[Union[str, List[int]]]:
     raise fields.wrong("prompt", "text, a list of texts, token ids, or a list of lists of token ids")
 
 
-def _are_tokens(values: List[Any]) -> bool:
+def _are_tokens(values: List[object]) -> bool:
     return all(type(value) is int and value >= 0 for value in values)
 
 
 def _read_asked(fields: Fields, max_choices: int, longest: Optional[int], top: int) -> Asked:
-    sampling: Dict[str, Any] = {}
+    sampling: JsonObject = {}
     temperature = fields.number("temperature", 0, 2)
     if temperature is not None:
         sampling.update({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False})
@@ -221,6 +221,6 @@ def _read_schema(fields: Fields) -> Optional[JsonObject]:
     return schema
 
 
-def unknown_keys(body: JsonObject, known: FrozenSet[str]) -> List[str]:
+def unknown_keys(body: JsonObject, known: AbstractSet[str]) -> List[str]:
     """Keys that have no meaning here."""
     return sorted(key for key in body if key not in known)

@@ -3,7 +3,7 @@ import asyncio
 import time
 import weakref
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Callable, FrozenSet, List, Optional, Sequence, Tuple, TypeVar, Union
 
 from research.telechat.common.errors import ConfigError, ConversationError
 from research.telechat.common.files import JsonObject
@@ -122,7 +122,7 @@ class Service:
         self._open.add(answers)
         return answers
 
-    def choice(self, engine: Engine, ids: Sequence[int], longest: int, sampling: Dict[str, Any], text: AnswerText,
+    def choice(self, engine: Engine, ids: Sequence[int], longest: int, sampling: JsonObject, text: AnswerText,
                **more: Any) -> Choice:
         """One answer. `sampling`: fields that win over the server's own; `more`: fields of the request."""
         try:

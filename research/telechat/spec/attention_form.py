@@ -1,8 +1,27 @@
 """In which form packed documents reach the flash attention kernel. The model and the planner ask here."""
-from typing import Any
+from typing import Protocol
 
 
-def documents_back_to_back(settings: Any, gathering: int) -> bool:
+class AttentionSettings(Protocol):
+    """What is asked of the settings of a model."""
+
+    @property
+    def document_boundaries(self) -> bool: ...
+
+    @property
+    def use_flash_attention(self) -> bool: ...
+
+    @property
+    def mask_pad_tokens(self) -> bool: ...
+
+    @property
+    def attention_dropout_prob(self) -> float: ...
+
+    @property
+    def use_past(self) -> bool: ...
+
+
+def documents_back_to_back(settings: AttentionSettings, gathering: int) -> bool:
     """Whether the kernel gets the tokens of all sequences back to back and the ends of their documents, without a mask
     of every pair of tokens.
 

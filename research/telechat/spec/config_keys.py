@@ -101,7 +101,7 @@ def rope_theta(cfg: JsonObject) -> Optional[float]:
     Raises ConfigError: two different ones, no positive number, or a scaling of the frequencies other than the
     family's own (`rope_type` dynamic with factor 1, as 7B-32K has it, adds nothing to that).
     """
-    found: Dict[str, Any] = {key: cfg[key] for key in ("rope_theta", "rotary_theta") if cfg.get(key) is not None}
+    found: JsonObject = {key: cfg[key] for key in ("rope_theta", "rotary_theta") if cfg.get(key) is not None}
     for key in ("rope_scaling", "rope_parameters"):
         section = cfg.get(key)
         if section is None:

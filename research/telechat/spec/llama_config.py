@@ -6,7 +6,7 @@ has one as well, and that is the length for which a checkpoint is written. Longe
 The official config.json travels in the key `telechat_config`, which Llama's readers ignore: it names the member of the
 family, which the sizes alone do not tell. transformers writes it again when it saves a model.
 """
-from typing import Any, Dict, Optional
+from typing import Optional
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
@@ -18,7 +18,7 @@ from research.telechat.spec.variants import Variant
 ORIGIN = "telechat_config"                   # key of the official config
 ARCHITECTURE = "LlamaForCausalLM"
 # transformers leaves out what equals its defaults when it saves a config
-_DEFAULTS: Dict[str, Any] = {
+_DEFAULTS: JsonObject = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
     "attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "rope_theta": 10000.0,

@@ -6,7 +6,7 @@ this file looks at a model's name.
 """
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Protocol, Tuple, Union
+from typing import Dict, List, Optional, Protocol, Tuple, Union
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, read_json_object
@@ -77,9 +77,9 @@ _2_3B = replace(_TELECHAT2, num_layers=24, hidden_size=3072, intermediate_size=6
 _2_7B = replace(_TELECHAT2, num_layers=30, hidden_size=4096, intermediate_size=12288, num_heads=32)
 _2_35B = replace(_TELECHAT2, num_layers=64, hidden_size=6144, intermediate_size=20480, num_heads=48)
 _2_115B = replace(_TELECHAT2, num_layers=96, hidden_size=8192, intermediate_size=40960, num_heads=64, n_kv_heads=8)
-_32K: Dict[str, Any] = {"theta": 1e6, "training_seqlen": 32768, "base_seqlen": 32768}
-_2_5: Dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.01}
-_T1: Dict[str, Any] = {"chat_template": "telechat2_think", "temperature": 0.6, "top_p": 0.95,
+_32K: JsonObject = {"theta": 1e6, "training_seqlen": 32768, "base_seqlen": 32768}
+_2_5: JsonObject = {"temperature": 0.0, "repetition_penalty": 1.01}
+_T1: JsonObject = {"chat_template": "telechat2_think", "temperature": 0.6, "top_p": 0.95,
                        "repetition_penalty": 1.05}
 
 # Llama's architecture and names, with YaRN from 8192 tokens.
@@ -118,11 +118,11 @@ VARIANTS: Dict[str, Variant] = {
 
 
 # How this plugin's first versions computed and wrote members that are published otherwise.
-_BEFORE: Dict[str, Any] = {"rms_norm_eps": 1e-8, "chat_template": "telechat2_before"}
+_BEFORE: JsonObject = {"rms_norm_eps": 1e-8, "chat_template": "telechat2_before"}
 _CHANGED = ("telechat2_3b", "telechat2_7b", "telechat2_35b", "telechat2_115b")
 
 
-def settings_before(name: str) -> Dict[str, Any]:
+def settings_before(name: str) -> JsonObject:
     """The settings that the model `name` had before they were corrected, by key; empty where none has changed."""
     return dict(_BEFORE) if name in _CHANGED else {}
 
@@ -187,7 +187,7 @@ def variant_from_hf(cfg: JsonObject, name: Optional[str] = None) -> Variant:
 
 def _variant_from_llama_keys(cfg: JsonObject, name: Optional[str]) -> Variant:
     """`variant_from_hf` where the keys are Llama's. What they do not say comes from the member stretched as far."""
-    values: Dict[str, Any] = llama_keys.llama_fields(cfg)
+    values: JsonObject = llama_keys.llama_fields(cfg)
     members = [variant for variant in VARIANTS.values() if variant.hf_layout == "llama"]
     template = _named(name, "llama") if name is not None else max(
         members, key=lambda variant: variant.scaling_factor == values["scaling_factor"])
@@ -237,7 +237,7 @@ def _closest(cfg: JsonObject, layout: str) -> Variant:
 
 def same_config(variant: Variant) -> List[str]:
     """Names of the members whose config.json says the same as that of `variant`; only their names tell them apart."""
-    unsaid: Dict[str, Any] = {"chat_template": "", **dict.fromkeys(GENERATION, 0)}
+    unsaid: JsonObject = {"chat_template": "", **dict.fromkeys(GENERATION, 0)}
     return [name for name, other in VARIANTS.items() if replace(other, **unsaid) == replace(variant, **unsaid)]
 
 

@@ -4,14 +4,17 @@ The order of the data is a function of seed, epoch and step, so that the batches
 where the device fetched them by itself (sink mode). MindSpore is imported by the function that reads the files.
 """
 import hashlib
-from typing import Any, Dict, Iterable, Iterator, List, Optional
+from typing import TYPE_CHECKING, Dict, Iterable, Iterator, List, Optional
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from mindspore.dataset import Dataset
 
 _STEPS, _NUMBERS = 8, 16                   # steps, and numbers of a step, that a message names; the report has all
 
 
-def step_batches(dataset: Any, first: int, last: int) -> Iterator[np.ndarray]:
+def step_batches(dataset: "Dataset", first: int, last: int) -> Iterator[np.ndarray]:
     """The token ids [B, N + 1] that this process read in each of the steps `first` to `last`, counted from 1.
 
     dataset: the pipeline of the training (MindSpore Dataset), which stays as it is. Steps count from the beginning of

@@ -6,7 +6,7 @@ swanlab share.
 """
 import importlib
 import math
-from typing import Any, Callable, Mapping, Optional
+from typing import Callable, Mapping, Optional, Protocol
 
 from mindformers.tools.logger import logger
 
@@ -56,7 +56,7 @@ class Tracker:
         if callable(getattr(self.module, "finish", None)):
             self._call(self.module.finish)
 
-    def _call(self, function: Callable[..., Any], *values: object, **named: object) -> None:
+    def _call(self, function: Callable[..., object], *values: object, **named: object) -> None:
         try:
             function(*values, **named)
         except Exception as err:                                 # a tracker must not cost a training
@@ -65,7 +65,13 @@ class Tracker:
             self._failed = True
 
 
-def to_tensorboard(writer: Any, row: JsonObject) -> None:
+class ScalarWriter(Protocol):
+    """What is needed of TensorBoard's SummaryWriter."""
+
+    def add_scalar(self, tag: str, scalar_value: float, *, global_step: int) -> object: ...
+
+
+def to_tensorboard(writer: Optional["ScalarWriter"], row: JsonObject) -> None:
     """The figures of a row that MindFormers does not write itself, with MindFormers' `writer`; None writes nothing."""
     if writer is None:
         return
