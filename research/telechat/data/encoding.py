@@ -16,9 +16,11 @@ from research.telechat.data.records import Conversation, detect_format, parse_an
 from research.telechat.data.sources import Chunk, Source, peek_records
 from research.telechat.data.texts import is_text
 from research.telechat.text.messages import divided
-from research.telechat.text.renderer import BOT, Plan, Renderer
+from research.telechat.text.renderer import BOT, TOOL, Plan, Renderer
 
 UNREASONED = "answer without reasoning, trained behind empty reasoning"
+UNNAMED_MARKERS = ("tools whose markers are written as ordinary text: no tokenizer_config.json beside the vocabulary "
+                   "names their tokens")
 ALONE = "answer trained in a conversation of its own, without the reasoning of earlier ones"
 
 
@@ -115,8 +117,14 @@ class Encoder:
         return [self.renderer.plan(part, record.tools) for part in self.renderer.conversations(record.messages)]
 
     def _notes(self, conversation: Union[Conversation, Document]) -> List[str]:
-        """The notes of a record; where the template has a place for reasoning, those of a conversation's answers."""
-        if isinstance(conversation, Document) or not self.renderer.thinks:
+        """The notes of a record, of its tools, and, where the template has a place for reasoning, of its answers."""
+        if isinstance(conversation, Document):
+            return list(conversation.notes)
+        if self.renderer.unnamed_tool_markers and (conversation.tools or any(
+                message.role == TOOL or message.calls or "<tool_call>" in message.content
+                for message in conversation.messages)):
+            conversation = conversation._replace(notes=(*conversation.notes, UNNAMED_MARKERS))
+        if not self.renderer.thinks:
             return list(conversation.notes)
         answers = [divided(message) for message in conversation.messages if message.role == BOT and message.train]
         return ([note for note in conversation.notes if note != NO_REASONING] + [ALONE for _ in answers[1:]]

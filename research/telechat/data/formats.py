@@ -2,14 +2,26 @@
 
 One function per format. What else stands in a record is looked after by data/markers.py.
 """
-import json
 import re
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 from research.telechat.common.errors import RecordError
 from research.telechat.common.files import JsonObject
-from research.telechat.data.markers import is_empty, mark, record_trains, unused_keys
-from research.telechat.text.messages import Tools, join_calls
+from research.telechat.data.markers import (
+    HISTORY_LEFT_OUT,
+    NO_REASONING,
+    RECORD_LEFT_OUT,
+    is_empty,
+    mark,
+    record_reasoning,
+    record_trains,
+    trains_last_only,
+    unused_keys,
+)
+from research.telechat.data.preferences import ANSWERS, LISTS, PAIR, QUESTIONS, is_pair, read_pair, read_prompt
+from research.telechat.data.shapes import ordered, shaped, texts_of
+from research.telechat.text.literals import read_json, read_literal
+from research.telechat.text.messages import REASONING, TOOL, Tools, join_calls
 from research.telechat.text.renderer import BOT, SYSTEM, USER, Message, to_message
 
 _SYSTEMS = ("system", "system_prompt")
@@ -31,19 +43,36 @@ def read_format(record: object, data_format: str) -> Conversation:
     """A parsed record of a format. Raises RecordError and ConversationError."""
     if not isinstance(record, dict):
         raise RecordError("wrong shape", f"the record is {type(record).__name__}; expected a JSON object")
-    conversation = FORMATS[data_format](record)
+    if is_pair(record):
+        parts = read_pair(record)
+        record = {**parts.rest, "messages": parts.messages}
+        conversation = _message_list(record, "messages", parts.context)
+        conversation = conversation._replace(notes=(*conversation.notes, PAIR))
+    else:
+        conversation = FORMATS[data_format](record)
+    answers = [number for number, message in enumerate(conversation.messages) if message.role == BOT]
     if not record_trains(record):
-        messages = [message._replace(train=False) if message.role == BOT else message
-                    for message in conversation.messages]
-        conversation = conversation._replace(
-            messages=messages, notes=(*conversation.notes, "record left out of the loss by its marker"))
+        return _untrained(conversation, answers, RECORD_LEFT_OUT)
+    if trains_last_only(record) and answers[1:]:
+        return _untrained(conversation, answers[:-1], HISTORY_LEFT_OUT)
     return conversation
+
+
+def _untrained(conversation: Conversation, numbers: List[int], note: str) -> Conversation:
+    messages = [message._replace(train=False) if number in numbers else message
+                for number, message in enumerate(conversation.messages)]
+    return conversation._replace(messages=messages, notes=(*conversation.notes, note))
 
 
 def told_format(record: object) -> Optional[str]:
     """The format of a parsed record by its keys; None if it cannot be told."""
     if not isinstance(record, dict):
         return None
+    if is_pair(record):
+        return "messages"
+    if any(not is_empty(record.get(key)) for key in QUESTIONS) and any(
+            not is_empty(record.get(key)) for key in ANSWERS) and not any(key in record for key in (*LISTS, "output")):
+        return "prompt"
     return next((name for name, keys in _SIGNATURES.items()
                  if all(record.get(key) is not None or (key in record and len(keys) == 1) for key in keys)), None)
 
@@ -86,40 +115,72 @@ def _tools(record: JsonObject, messages: Tuple[object, ...] = ()) -> Tools:
 
 def _functions(record: JsonObject) -> Optional[List[Any]]:
     functions = _tool_list(record, "functions")
-    return functions and [{"type": "function", "function": function} for function in functions]
+    return functions and [function if isinstance(function.get("function"), dict) else
+                          {"type": "function", "function": function} for function in functions]
 
 
 def _tool_list(record: JsonObject, key: str) -> Optional[List[Any]]:
-    tools = _get(record, key, (list, str), required=False)
-    if isinstance(tools, str) and tools.strip():
+    """The descriptions under a key: a list, one object, or the text of these."""
+    tools = _tool_value(_get(record, key, (list, dict, str), required=False), key)
+    tools = [tools] if isinstance(tools, dict) and tools else tools
+    if tools is None or tools == "" or tools == [] or tools == {}:
+        return None
+    if not isinstance(tools, list):
+        raise RecordError("wrong shape", f"key {key!r} holds {type(tools).__name__}; expected a list of tools")
+    tools = [_tool_value(tool, key) for tool in tools]
+    for number, tool in enumerate(tools, 1):
+        if not isinstance(tool, dict):
+            raise RecordError("wrong shape", f"entry {number} of {key!r} is {str(tool)[:40]!r}; expected an object "
+                                             "that describes a tool")
+    return tools
+
+
+def _tool_value(value: Any, key: str) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        return value.strip() if isinstance(value, str) else value
+    for read in (read_json, read_literal):
         try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise RecordError("wrong shape", f"key {key!r} is a text, but not JSON; expected a list of tools") from None
-        if not isinstance(tools, list):
-            raise RecordError("wrong shape", f"key {key!r} holds {type(tools).__name__}; expected a list of tools")
-    return tools if isinstance(tools, list) and tools else None
+            return read(value)
+        except ValueError:
+            continue
+    raise RecordError("wrong shape", f"key {key!r} is a text, but not JSON; expected a list of tools")
 
 
-def _refuse(record: JsonObject, keys: Tuple[str, ...], data_format: str) -> None:
-    """Keys of other formats that a format would lose: they belong to the question."""
-    for key in keys:
-        if not is_empty(record.get(key)):
-            raise RecordError("key of another format", f"key {key!r} in a record of the format {data_format!r}, which "
-                                                       "has no place for it")
+_CARRIES = ("instruction", "input", "output", "history", "context", "chosen", *LISTS, *QUESTIONS, *ANSWERS)
+
+
+def _refuse(record: JsonObject, used: Tuple[str, ...], messages: List[Message], data_format: str) -> None:
+    """RecordError where a key of another format has texts that the messages lack: they would be lost."""
+    contents = [message.content for message in messages]
+    for key in _CARRIES:
+        if key not in used and not all(any(text in content for content in contents)
+                                       for text in texts_of(record.get(key))):
+            raise RecordError("key of another format", f"key {key!r} in a record of the format {data_format!r} has a "
+                                                       "text that its messages lack; leave it out, or put it there")
 
 
 def _input_output(record: JsonObject) -> Conversation:
     """`input` with <_user> and <_bot> between the turns, `output` is the last answer."""
-    _refuse(record, ("instruction", "history"), "input_output")
     question, answer = _get(record, "input", str), _get(record, "output", str)
     messages, whole = split_inline(question)
     if answer.startswith("<_bot>"):
         answer = answer[len("<_bot>"):]
     notes = () if whole else ("marker in the input read as text",)
-    used = ("input", "output", "tools", "functions", *_SYSTEMS)
-    return Conversation([*_system(record), *messages, Message(BOT, answer)], _tools(record), notes,
-                        unused_keys(record, used, [], ""))
+    return _of_keys(record, ("input", "output"), [*_system(record), *messages, Message(BOT, answer)], "input_output",
+                    notes)
+
+
+def _of_keys(record: JsonObject, used: Tuple[str, ...], messages: List[Message], data_format: str,
+             notes: Tuple[str, ...] = ()) -> Conversation:
+    """A conversation of a record whose last answer is a key of it, and so may be its reasoning."""
+    used = (*used, "tools", "functions", *_SYSTEMS)
+    _refuse(record, used, messages, data_format)
+    reasoning = record_reasoning(record)
+    if reasoning:
+        notes += (NO_REASONING,)
+        messages = [*messages[:-1], messages[-1]._replace(reasoning=reasoning)]
+        used += REASONING
+    return Conversation(messages, _tools(record), notes, unused_keys(record, used, [], ""))
 
 
 def split_inline(text: str) -> Tuple[List[Message], bool]:
@@ -148,14 +209,28 @@ def split_inline(text: str) -> Tuple[List[Message], bool]:
     return [Message(BOT if index % 2 else USER, part) for index, part in enumerate(parts)], whole
 
 
-def _message_list(record: JsonObject, key: str) -> Conversation:
-    """A conversation from the list of messages under `key`."""
-    sources = _get(record, key, list)
-    messages, notes = mark([to_message(source, number) for number, source in enumerate(sources, 1)], sources)
+def _message_list(record: JsonObject, key: str, context: int = 0) -> Conversation:
+    """A conversation from the list of messages under `key`, the first `context` of which are not trained."""
+    given = _get(record, key, list)
+    before = len(shaped(given[:context]))
+    sources, notes = ordered(shaped(given))
+    repairs: List[str] = []
+    messages, marked = mark([to_message(source, number, repairs) for number, source in enumerate(sources, 1)], sources)
+    messages = [message._replace(train=False) if number < before else message
+                for number, message in enumerate(messages)]
     messages = join_calls(messages, [isinstance(source, dict) and source.get("role") for source in sources])
+    if _uncalled(messages):
+        repairs.append("result of a tool without a call in front of it")
     used = (key, "tools", "functions", *_SYSTEMS)
-    return Conversation([*_system(record, tuple(messages)), *messages], _tools(record, tuple(sources)), notes,
-                        unused_keys(record, used, sources, key))
+    _refuse(record, used, messages, key)
+    return Conversation([*_system(record, tuple(messages)), *messages], _tools(record, tuple(sources)),
+                        (*notes, *marked, *repairs), unused_keys(record, used, sources, key))
+
+
+def _uncalled(messages: List[Message]) -> bool:
+    """Whether a tool answers that nobody has called, in words or otherwise."""
+    return any(message.role == TOOL and before.role == BOT and not before.calls and "<tool_call>" not in before.content
+               for before, message in zip(messages, messages[1:]))
 
 
 def _dialog(record: JsonObject) -> Conversation:
@@ -168,13 +243,17 @@ def _messages(record: JsonObject) -> Conversation:
 
 def _sharegpt(record: JsonObject) -> Conversation:
     """`conversations` of `from` and `value`; a function_call is an answer of the bot, or follows one."""
-    messages = []
-    for message in _get(record, "conversations", list):
-        if isinstance(message, dict) and "from" in message and message.get("role") is None:
-            rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-            message = {**rest, "role": message["from"], "content": message.get("value")}
-        messages.append(message)
-    return _message_list({**record, "conversations": messages}, "conversations")
+    return _message_list(record, "conversations")
+
+
+def _prompt(record: JsonObject) -> Conversation:
+    """A prompt and its answer, each a text or a list of messages; of the prompt nothing is trained."""
+    parts = read_prompt(record)
+    if parts.messages and isinstance(parts.messages[-1], dict) and record_reasoning(parts.rest):
+        last = {"reasoning_content": record_reasoning(parts.rest), **parts.messages[-1]}
+        rest = {key: value for key, value in parts.rest.items() if key not in REASONING}
+        parts = parts._replace(messages=[*parts.messages[:-1], last], rest=rest)
+    return _message_list({**parts.rest, "messages": parts.messages}, "messages", parts.context)
 
 
 def _alpaca(record: JsonObject) -> Conversation:
@@ -186,13 +265,13 @@ def _alpaca(record: JsonObject) -> Conversation:
                                              "[question, answer]")
         messages += [Message(USER, pair[0]), Message(BOT, pair[1])]
     question = "\n".join(filter(None, (_get(record, "instruction", str), _get(record, "input", str, required=False))))
-    used = ("instruction", "input", "output", "history", "tools", "functions", *_SYSTEMS)
-    return Conversation([*messages, Message(USER, question), Message(BOT, _get(record, "output", str))],
-                        _tools(record), (), unused_keys(record, used, [], ""))
+    messages += [Message(USER, question), Message(BOT, _get(record, "output", str))]
+    return _of_keys(record, ("instruction", "input", "output", "history"), messages, "alpaca")
 
 
 FORMATS: Dict[str, Callable[[JsonObject], Conversation]] = {
-    "input_output": _input_output, "dialog": _dialog, "sharegpt": _sharegpt, "messages": _messages, "alpaca": _alpaca}
+    "input_output": _input_output, "dialog": _dialog, "sharegpt": _sharegpt, "messages": _messages, "alpaca": _alpaca,
+    "prompt": _prompt}
 # Keys that tell a format, looked for in this order: Alpaca has `input` and `output`, too.
 _SIGNATURES: Dict[str, Tuple[str, ...]] = {
     "dialog": ("dialog",), "messages": ("messages",), "sharegpt": ("conversations",),

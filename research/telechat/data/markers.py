@@ -7,19 +7,25 @@ from typing import List, Optional, Tuple
 
 from research.telechat.common.errors import RecordError
 from research.telechat.common.files import JsonObject
-from research.telechat.text.messages import BOT, MEDIA, REASONING, Message
+from research.telechat.text.call_forms import CALL_ROLES
+from research.telechat.text.messages import BOT, MEDIA, REASONING, ROLE_ALIASES, Message, divided
 
 # A message with a false one is left out of the loss: OpenAI's weight, ms-swift's loss, Axolotl's train and training.
 TRAINED = ("weight", "loss", "loss_weight", "loss_scale", "train", "training", "trainable")
 MASKED = ("mask", "masked")                  # a true one leaves it out
 _PARTIAL = ("train_detail", "training_detail", "train_on_spans")         # parts of a text: cannot be honoured
-_MESSAGE_KEYS = frozenset(("role", "content", "from", "value", "tool_calls", "function_call", "refusal", "tools",
-                           *TRAINED, *MASKED, *_PARTIAL, *REASONING, *MEDIA))
-# Of a record: KTO marks bad answers by `label` or `kto_tag`.
-_RECORD_FLAGS = ("weight", "loss", "train", "training", "kto_tag", "label")
+_READ = frozenset(("role", "content", "tool_calls", "function_call", "tools", *TRAINED, *MASKED, *_PARTIAL, *MEDIA))
+_BOT_KEYS = frozenset(("refusal", *REASONING))
+# Of a record: KTO marks bad answers by `label` or `kto_tag`, LLaMA-Factory's option masks all answers but the last.
+_RECORD_FLAGS = (*TRAINED, "kto_tag", "label")
 _STRICT = ("weight", "kto_tag")              # the others have other meanings, too, where they are no truth values
+_NUMBERS = ("loss", "train", "loss_scale", "loss_weight")            # of them, those for which 0 and 1 are switches
+_LAST_ONLY = "mask_history"
+_ALL_TRAINED = ("train_on_prompt", "train_on_inputs", "train_on_input")
 _REFUSED = ("chosen", "rejected")
 _SWITCHES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+RECORD_LEFT_OUT = "record left out of the loss by its marker"
+HISTORY_LEFT_OUT = "earlier answers left out of the loss by 'mask_history'"
 LEFT_OUT = "answer left out of the loss by its marker"
 NO_REASONING = "reasoning of an answer left out: the template has no place for it"
 
@@ -66,14 +72,50 @@ def mark(messages: List[Message], sources: List[object]) -> Tuple[List[Message],
         if message.role == BOT:
             if not train:
                 notes.append(LEFT_OUT)
-            if any(not is_empty(source.get(key)) for key in REASONING):
+            message = reasoned(message, source, number)
+            if message.reasoning:
                 notes.append(NO_REASONING)               # unless the template has one, see data/encoding.py
             message = message._replace(train=train)
-        elif train and any(flag(source.get(key)) for key in ("loss", "train", "training")):
+        elif train and any(flag(source.get(key)) for key in TRAINED if key != "weight"):
             raise RecordError("loss marker", f"message {number} is from {message.role} and marked for training; only "
                                              "answers are trained")
         marked.append(message)
     return marked, tuple(notes)
+
+
+def reasoned(message: Message, source: JsonObject, number: int) -> Message:
+    """An answer whose reasoning stands in one place. RecordError: in a form that would be lost, or two of them."""
+    for key in REASONING:
+        value = source.get(key)
+        if not isinstance(value, (str, bool)) and not is_empty(value):
+            raise RecordError("reasoning", f"message {number}: {key!r} holds {type(value).__name__}; expected text")
+    within = divided(message._replace(reasoning=""))
+    if message.reasoning and within.reasoning:
+        if within.reasoning.strip() != message.reasoning.strip():
+            raise RecordError("reasoning", f"message {number}: one reasoning beside the answer and another in front of "
+                                           "it, up to </think>; leave one of them")
+        return message._replace(content=within.content)
+    return message
+
+
+def record_reasoning(record: JsonObject) -> str:
+    """The reasoning of a record of one answer, under any of the usual keys. RecordError where there are two."""
+    found = {record[key].strip("\n") for key in REASONING if isinstance(record.get(key), str) and record[key].strip()}
+    if len(found) > 1:
+        raise RecordError("reasoning", "two different reasonings; leave one of them")
+    return next(iter(found), "")
+
+
+def _record_switch(record: JsonObject, key: str) -> Optional[bool]:
+    """What a marker of a record says; None where the key is missing or has another meaning."""
+    value = record.get(key)
+    switch = flag(value)
+    if key in _STRICT:
+        if switch is None and not is_empty(value):
+            raise RecordError("loss marker", f"key {key!r} is {str(value)[:40]!r}; expected 0 or 1, true or false")
+        return switch
+    words = isinstance(value, str) and value.strip().lower() in ("true", "false")
+    return switch if isinstance(value, bool) or words or key in _NUMBERS else None
 
 
 def record_trains(record: JsonObject) -> bool:
@@ -84,22 +126,34 @@ def record_trains(record: JsonObject) -> bool:
                                                 "it")
     for key in _REFUSED:
         if not is_empty(record.get(key)):
-            raise RecordError("preference pair", f"key {key!r}: a record with chosen and rejected answers; write the "
-                                                 "chosen one as the answer")
-    train = True
-    for key in _RECORD_FLAGS:
-        value = record.get(key)
-        switch = flag(value) if isinstance(value, bool) or key in _STRICT or key in ("loss", "train") else None
-        if switch is None and key in _STRICT and not is_empty(value):
-            raise RecordError("loss marker", f"key {key!r} is {str(value)[:40]!r}; expected 0 or 1, true or false")
-        train = train and switch is not False
-    return train
+            raise RecordError("preference pair", f"key {key!r} holds {str(record[key])[:40]!r}; expected an answer of "
+                                                 "a preference pair, or nothing")
+    for key in _ALL_TRAINED:
+        if flag(record.get(key)):
+            raise RecordError("loss marker", f"key {key!r}: the question is marked for training; only answers are "
+                                             "trained")
+    return all(_record_switch(record, key) is not False for key in _RECORD_FLAGS)
+
+
+def trains_last_only(record: JsonObject) -> bool:
+    """Whether a record says that of its answers only the last is trained."""
+    return bool(flag(record.get(_LAST_ONLY)))
 
 
 def unused_keys(record: JsonObject, used: Tuple[str, ...], messages: List[object], where: str) -> Tuple[str, ...]:
     """Names of the keys that are not used, those of messages as `messages[].name`; empty values do not count."""
-    skip = (*used, *_RECORD_FLAGS, *MEDIA)
-    names = [key for key, value in record.items() if key not in skip and not is_empty(value)]
+    names = [key for key, value in record.items() if key not in used and not is_empty(value) and not (
+        _record_switch(record, key) is not None if key in _RECORD_FLAGS else
+        flag(value) is not None if key in (_LAST_ONLY, *_ALL_TRAINED) else key in MEDIA)]
     inner = {key for message in messages if isinstance(message, dict) for key, value in message.items()
-             if key not in _MESSAGE_KEYS and not is_empty(value)}
+             if not is_empty(value) and not _is_read(message, key)}
     return (*names, *(f"{where}[].{key}" for key in sorted(inner)))
+
+
+def _is_read(message: JsonObject, key: str) -> bool:
+    role = message.get("role")
+    if key == "tool_call_id":                            # tells the order of results, see data/shapes.py
+        return True
+    by_bot = key in _BOT_KEYS and not isinstance(message[key], bool)
+    return key in _READ or (by_bot and isinstance(role, str) and (
+        role in CALL_ROLES or ROLE_ALIASES.get(role, role) == BOT))

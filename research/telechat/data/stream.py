@@ -84,7 +84,7 @@ def _values(path: Path, content: io.BufferedReader, note: Callable[[str], None],
             lines: bool, done: Callable[[float], object]) -> Iterator[Tuple[int, bytes]]:
     head = content.peek(_HEAD)[:_HEAD]
     if tables.is_columnar(path, head):
-        yield from tables.columnar_records(path, head, done)
+        yield from tables.columnar_records(path, head, done, note)
         return
     encoding = _encoding(head)
     if encoding not in ("utf-8", "utf-16", "utf-32"):
@@ -100,7 +100,7 @@ def _values(path: Path, content: io.BufferedReader, note: Callable[[str], None],
     if separator:
         reader = io.TextIOWrapper(content, "utf-8-sig" if encoding == "utf-8" else encoding, _errors(encoding),
                                   newline="")
-        yield from tables.separated_records(path, reader, separator, MAX_RECORD_BYTES)
+        yield from tables.separated_records(path, reader, separator, MAX_RECORD_BYTES, note)
         return
     if texts.is_text(path):
         yield from texts.text_records(content, encoding, _errors(encoding), note, lines)

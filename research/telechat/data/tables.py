@@ -7,10 +7,15 @@ from typing import Callable, Iterator, Optional, TextIO, Tuple
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.data.formats import SIGNATURE_KEYS
+from research.telechat.data.preferences import CHOSEN, LISTS, REJECTED
+from research.telechat.text.literals import read_json, read_literal
 
 COLUMNAR = (".parquet", ".arrow")
 SUFFIXES = (".csv", ".tsv", *COLUMNAR)
-_LISTS = ("messages", "dialog", "conversations", "history", "tools", "functions")       # JSON in a cell
+_LISTS = (*LISTS, "history", "tools", "functions", "rejected_messages")                  # JSON in a cell
+_ANSWERS = (*CHOSEN, *REJECTED, "prompt", "completion")              # a text or messages
+FILLED = "file with null within its objects: keys that only other rows have, left out"
+REPAIRED = "file with cells written as Python objects, read as JSON"
 _ROWS = 256                                  # rows of a columnar file in memory
 
 
@@ -19,8 +24,12 @@ def is_columnar(path: Path, head: bytes) -> bool:
     return head[:4] == b"PAR1" or head[:6] == b"ARROW1" or path.suffix in COLUMNAR
 
 
-def columnar_records(path: Path, head: bytes, done: Callable[[float], object]) -> Iterator[Tuple[int, bytes]]:
-    """(row, JSON text) of each row. `done` is called with the share of the file that has been read.
+def columnar_records(path: Path, head: bytes, done: Callable[[float], object],
+                     note: Callable[[str], None] = lambda _: None) -> Iterator[Tuple[int, bytes]]:
+    """(row, JSON text) of each row. `done` is called with the share of the file that has been read, `note` with what
+    should be said of it.
+
+    Objects of a column have the keys of all its rows, those that a row lacks as null: null in objects is left out.
 
     Raises ConfigError: pyarrow is missing, or the file is damaged.
     """
@@ -33,6 +42,7 @@ def columnar_records(path: Path, head: bytes, done: Callable[[float], object]) -
         raise ConfigError(f"input file {path} is a {kind} file: install the package pyarrow, or save it as JSON "
                           "lines") from None
     number = 0
+    filled = _Filled(note)
     try:
         if kind == "Parquet":
             with pyarrow.parquet.ParquetFile(path) as file:
@@ -41,7 +51,7 @@ def columnar_records(path: Path, head: bytes, done: Callable[[float], object]) -
                     done((number + batch.num_rows) / rows)
                     for row in batch.to_pylist():
                         number += 1
-                        yield number, _row(row)
+                        yield number, filled.row(row)
             return
         with pyarrow.memory_map(str(path)) as source:
             reader = (pyarrow.ipc.open_file(source) if head[:6] == b"ARROW1" else pyarrow.ipc.open_stream(source))
@@ -52,15 +62,33 @@ def columnar_records(path: Path, head: bytes, done: Callable[[float], object]) -
                 for start in range(0, batch.num_rows, _ROWS):
                     for row in batch.slice(start, _ROWS).to_pylist():
                         number += 1
-                        yield number, _row(row)
+                        yield number, filled.row(row)
     except (pyarrow.ArrowException, OSError) as err:
         reason = str(err).split("\n")[0]
         raise ConfigError(f"input file {path} is a {kind} file that cannot be read behind row {number}: {reason}; "
                           "copy it again") from err
 
 
-def _row(row: JsonObject) -> bytes:
-    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace")
+class _Filled:
+    """Rows as JSON, without the null of keys that only other rows have; says once that it left some out."""
+
+    def __init__(self, note: Callable[[str], None]):
+        self._note, self._noted = note, False
+
+    def row(self, row: JsonObject) -> bytes:
+        cells = {name: self._without(cell) for name, cell in row.items()}
+        return json.dumps(cells, ensure_ascii=False, default=str).encode("utf-8", "replace")
+
+    def _without(self, value: object) -> object:
+        if isinstance(value, list):
+            return [self._without(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        kept = {key: self._without(item) for key, item in value.items() if item is not None}
+        if len(kept) < len(value) and not self._noted:
+            self._note(FILLED)
+            self._noted = True
+        return kept
 
 
 def separator(path: Path, text: str) -> Optional[str]:
@@ -80,14 +108,18 @@ def separator(path: Path, text: str) -> Optional[str]:
     return None
 
 
-def separated_records(path: Path, reader: TextIO, found: str, most: int) -> Iterator[Tuple[int, bytes]]:
+def separated_records(path: Path, reader: TextIO, found: str, most: int,
+                      note: Callable[[str], None] = lambda _: None) -> Iterator[Tuple[int, bytes]]:
     """(row, JSON text) of each row below the column names. A row of another length comes as what it is: unusable.
+
+    Cells of lists are JSON, or Python's text of a list, as pandas writes it, which `note` is called with once.
 
     Raises ConfigError: no CSV.
     """
     csv.field_size_limit(most)
     rows = csv.reader(reader, delimiter=found)
     number = 0
+    repaired = False
     try:
         names = next(rows, [])
         for row in rows:
@@ -98,19 +130,26 @@ def separated_records(path: Path, reader: TextIO, found: str, most: int) -> Iter
                 fault = f"a row of {len(row)} cells, {len(names)} columns have a name"
                 yield number, fault.encode()
                 continue
-            cells = {name.strip(): _cell(name.strip(), cell) for name, cell in zip(names, row)}
+            read = {name.strip(): _cell(name.strip(), cell) for name, cell in zip(names, row)}
+            if not repaired and any(by_python for _, by_python in read.values()):
+                note(REPAIRED)
+                repaired = True
+            cells = {name: cell for name, (cell, _) in read.items()}
             yield number, json.dumps(cells, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except csv.Error as err:
         raise ConfigError(f"input file {path} is no readable CSV behind row {number}: {err}; correct it there, or "
                           "save it as JSON lines") from err
 
 
-def _cell(name: str, cell: str) -> object:
-    if name in _LISTS:
-        if not cell.strip():
-            return None
+def _cell(name: str, cell: str) -> Tuple[object, bool]:
+    """The value of a cell, and whether it was written as a Python object."""
+    if name not in _LISTS and not (name in _ANSWERS and cell.lstrip()[:2] in ("[{", "{'", '{"')):
+        return cell, False
+    if not cell.strip():
+        return None, False
+    for read in (read_json, read_literal):
         try:
-            return json.loads(cell)
-        except (ValueError, RecursionError):
-            return cell                          # the record's own check names it
-    return cell
+            return read(cell), read is read_literal
+        except ValueError:
+            continue
+    return cell, False                           # the record's own check names it

@@ -9,6 +9,7 @@ from typing import List, NamedTuple, Sequence, Tuple, Union
 
 from research.telechat.common.errors import ConversationError
 from research.telechat.common.files import JsonObject
+from research.telechat.text.call_forms import CALL_ROLES, Notes, calls_of, is_void
 
 Tools = Union[str, Sequence[JsonObject], None]       # descriptions of tools: as objects, or written already
 SYSTEM, USER, BOT, TOOL = "system", "user", "bot", "tool"
@@ -20,7 +21,6 @@ ROLE_ALIASES = {
 }
 
 
-CALL_ROLES = ("function_call", "tool_call")          # a bot's message that is nothing but calls, as JSON
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 MEDIA = ("image", "images", "image_url", "video", "videos", "video_url", "audio", "audios", "input_audio")
 
@@ -42,8 +42,14 @@ class Message(NamedTuple):
 MessageLike = Union[Message, JsonObject]
 
 
-def to_message(message: object, number: int) -> Message:
-    """A message of any of the usual forms as `Message`. `number` names it in a ConversationError."""
+def to_message(message: object, number: int, notes: Notes = None) -> Message:
+    """A message of any of the usual forms as `Message`.
+
+    Args:
+        message: a `Message`, or an object with role and content.
+        number: names it in a ConversationError.
+        notes: of training data: what was repaired in its tool calls is appended. None: nothing is repaired.
+    """
     if isinstance(message, Message):
         return message
     if not isinstance(message, dict):
@@ -53,31 +59,41 @@ def to_message(message: object, number: int) -> Message:
             raise ConversationError(f"message {number}: it has {key!r}; a text model cannot use that")
     role = message.get("role")
     if role in CALL_ROLES:
-        return Message(BOT, "", calls_of(message.get("content"), number))
+        return Message(BOT, "", calls_of(message.get("content"), number, notes), reasoning=_reasoning(message, number))
     role = ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
     if role not in (SYSTEM, USER, BOT, TOOL):
         raise ConversationError(f"message {number}: role {role!r} is unknown; expected system, user, bot or tool")
-    calls = message.get("tool_calls") or ()
-    legacy = message.get("function_call")                # OpenAI's older form: one call
-    if legacy and calls:
-        raise ConversationError(f"message {number}: it has both tool_calls and function_call; expected one of them")
-    if legacy:
-        calls = [legacy]
-    if calls and (role != BOT or not isinstance(calls, list)):
-        raise ConversationError(f"message {number}: tool_calls must be a list in a bot's message")
+    calls = _message_calls(message, role, number, notes)
     content = _content(message, number)
     if content is None and calls:
         content = ""
     if not isinstance(content, str):
         raise ConversationError(f"message {number}: its content is {type(content).__name__}; expected text")
-    return Message(role, content, tuple(_call(call, number) for call in calls),
-                   reasoning=_reasoning(message) if role == BOT else "")
+    return Message(role, content, calls, reasoning=_reasoning(message, number) if role == BOT else "")
 
 
-def _reasoning(message: JsonObject) -> str:
+def _message_calls(message: JsonObject, role: str, number: int, notes: Notes) -> Tuple[str, ...]:
+    """The calls of a message: `tool_calls`, or OpenAI's older form, one `function_call`."""
+    calls, legacy = message.get("tool_calls"), message.get("function_call")
+    if is_void(calls) and is_void(legacy):
+        return ()
+    if not is_void(calls) and not is_void(legacy):
+        raise ConversationError(f"message {number}: it has both tool_calls and function_call; expected one of them")
+    if is_void(calls):
+        calls = [legacy]
+    if role != BOT or not (isinstance(calls, list) or notes is not None):
+        raise ConversationError(f"message {number}: tool_calls must be a list in a bot's message")
+    return calls_of(calls, number, notes)
+
+
+def _reasoning(message: JsonObject, number: int) -> str:
     """What the bot thought, under any of the usual keys, without the line ends around it."""
-    return next((message[key].strip("\n") for key in REASONING
-                 if isinstance(message.get(key), str) and message[key].strip()), "")
+    found = {message[key].strip("\n"): key for key in REASONING
+             if isinstance(message.get(key), str) and message[key].strip()}
+    if len(found) > 1:
+        raise ConversationError(f"message {number}: it has two reasonings, under {' and '.join(found.values())}; leave "
+                                "one of them")
+    return next(iter(found), "")
 
 
 def divided(message: Message) -> Message:
@@ -93,9 +109,11 @@ def divided(message: Message) -> Message:
 
 def _content(message: JsonObject, number: int) -> object:
     """The content, text parts joined; OpenAI's `refusal` is the content of an answer without another."""
-    content = message.get("content")
-    if content is None and isinstance(message.get("refusal"), str):
-        return message["refusal"]
+    content, refusal = message.get("content"), message.get("refusal")
+    if isinstance(refusal, str) and refusal.strip():
+        if not is_void(content) and content != refusal:
+            raise ConversationError(f"message {number}: it has both a content and a refusal; leave one of them")
+        return refusal
     if not isinstance(content, list):
         return content
     texts = []
@@ -110,63 +128,15 @@ def _content(message: JsonObject, number: int) -> object:
     return "".join(texts)
 
 
-def calls_of(text: object, number: int) -> Tuple[str, ...]:
-    """The calls in a message that is nothing but calls: a JSON object, a list of them, or several in a row."""
-    values: List[object] = [text]
-    if isinstance(text, str):
-        values, position, text = [], 0, text.strip()
-        try:
-            while position < len(text):
-                value, end = json.JSONDecoder().raw_decode(text, position)
-                values.append(value)
-                position = end + len(text[end:]) - len(text[end:].lstrip(" \t\r\n,;"))
-        except (ValueError, RecursionError):
-            raise ConversationError(f"message {number}: a tool call is no JSON ({text[:40]!r}); expected an object "
-                                    "with name and arguments") from None
-    calls = [call for value in values for call in (value if isinstance(value, list) else [value])]
-    if not calls:
-        raise ConversationError(f"message {number}: it should call a tool, but holds no call")
-    return tuple(_call(call, number) for call in calls)
-
-
-def _call(call: object, number: int) -> str:
-    """A tool call as the JSON text that TeleChat2 writes. Accepts the bare form and OpenAI's, nested in `function`."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ConversationError(f"message {number}: a tool call has no name; expected name and arguments")
-    arguments = function.get("arguments", function.get("parameters"))
-    name = json_text(function["name"])
-    return f'{{"name": {name}, "arguments": {_arguments(arguments, function["name"], number)}}}'
-
-
-def _arguments(value: object, name: str, number: int) -> str:
-    """Arguments as the text of a JSON object. OpenAI's form has them as JSON text already, which stays as it is."""
-    text = value.strip() if isinstance(value, str) else None
-    if value is None or text == "":
-        return "{}"
-    try:
-        read = value if text is None else json.loads(text, parse_constant=_no_json)
-        if isinstance(read, str) and read.strip():           # exported twice: a JSON text within a JSON text
-            text, read = read.strip(), json.loads(read, parse_constant=_no_json)
-        if isinstance(read, dict):
-            return text if text is not None else json.dumps(read, ensure_ascii=False, allow_nan=False)
-    except (ValueError, RecursionError):
-        pass
-    raise ConversationError(f"message {number}: the arguments of the call of {name[:40]!r} are "
-                            f"{str(value)[:40]!r}; expected a JSON object")
-
-
-def _no_json(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
-
-
 def join_calls(messages: Sequence[Message], roles: Sequence[object]) -> List[Message]:
     """Messages in which calls that are separate messages (`roles`) are joined to the bot's message before them."""
     joined: List[Message] = []
     for message, role in zip(messages, roles):
         before = joined[-1] if joined else None
-        if role in CALL_ROLES and before and before.role == BOT and before.train == message.train:
-            joined[-1] = before._replace(calls=before.calls + message.calls)
+        if role in CALL_ROLES and before and before.role == BOT and before.train == message.train and not (
+                before.reasoning and message.reasoning):
+            joined[-1] = before._replace(calls=before.calls + message.calls,
+                                         reasoning=before.reasoning or message.reasoning)
         else:
             joined.append(message)
     return joined

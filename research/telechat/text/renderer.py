@@ -116,6 +116,15 @@ class Renderer:
         ordinary text."""
         return frozenset(self._inner.values())
 
+    @property
+    def unnamed_tool_markers(self) -> bool:
+        """Whether the markers of tools are ordinary text only because no tokenizer_config.json says whether they are
+        tokens."""
+        template = self.template
+        settled = template.needs_settings or TOOL_MARKERS[0] in self.vocab.markers or bool(
+            getattr(self.vocab, "settings", None) or getattr(self.vocab, "names", None))
+        return template.tools_block is not None and template.name != "telechat2_before" and not settled
+
     @cached_property
     def opening_ids(self) -> List[int]:
         """Ids with which every prompt ends: the bot marker, and what opens the reasoning."""
