@@ -155,6 +155,23 @@ def test_a_run_that_died_while_it_replaced_the_files_is_repeated(tmp_path, monke
     assert check_hashes(out, remember=False) == 2 and not list(out.glob(".unfinished-*"))
 
 
+def test_what_training_would_read_besides_the_data_set_is_named(tmp_path):
+    out = data_set(tmp_path / "d")
+    for other in ("new_dataset_7.mindrecord", "sub/x.mindrecord0"):
+        (out / other).parent.mkdir(exist_ok=True)
+        (out / other).write_bytes(b"")
+        with pytest.raises(ConfigError, match=rf"{other} is not among the files that its meta\.json lists"):
+            check_dataset_meta(out, **FITS)
+        (out / other).unlink()
+    (out / ".unfinished-99").mkdir()
+    for name in ("whole", "without meta.json"):
+        with pytest.raises(ConfigError, match=r"writes into this folder, or was killed \(\.unfinished-99 is there\)"):
+            check_dataset_meta(out, **FITS)
+        if name == "whole":
+            check_dataset_meta(out / DATASET_NAME, **FITS)
+            (out / "meta.json").unlink()
+
+
 def without_meta(out, count=2100, changed=None, value=0, column="input_ids", length=65):
     """A data set of `count` records with ids up to 599 and no meta.json; record `changed` holds `value` in `column`."""
     with DatasetWriter(out, {"input_ids": length, "labels": length}, file_bytes=1 << 17, overwrite=True) as writer:

@@ -13,8 +13,8 @@ copied into such first, the result is .ckpt); the result is then checked, every 
 """
 import argparse
 import os
+import re
 import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Dict, List, Optional, Set
@@ -155,6 +155,16 @@ def check_target(args: argparse.Namespace) -> None:
         raise CheckpointError(f"{parent} cannot be made: {err}; name another --target") from err
 
 
+def make_work_folder(parent: Path, name: str) -> Path:
+    """A folder beside the target, whose lock is held; those of runs that were killed are removed."""
+    for left in parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(name)}\.\d+\.transform", left.name):
+            shutil.rmtree(left, ignore_errors=True)
+    work = parent / f".{name}.{os.getpid()}.transform"
+    work.mkdir()
+    return work
+
+
 def check_space(folder: Path, source: Side, opened: Dict[int, Checkpoint], target: Side, names: Set[str]) -> None:
     """CheckpointError where the disk is too small for the target, and for copies of safetensors."""
     needed = sum(path.stat().st_size for path in source.files.values() if path.suffix != ".ckpt")
@@ -219,7 +229,7 @@ def _run(args: argparse.Namespace) -> None:
     check_space(parent, source, opened, target, names)
     for checkpoint in opened.values():
         checkpoint.close()
-    work = Path(tempfile.mkdtemp(prefix=f".{args.target.name}-", dir=parent))
+    work = make_work_folder(parent, args.target.name)
     try:
         strategies = [merged_strategy(args.source_strategy, work, "source"),
                       merged_strategy(args.target_strategy, work, "target")]

@@ -107,11 +107,14 @@ def check_dataset_meta(dataset_dir_or_file: Union[str, Path], *, vocab_size: int
     if not files:
         raise ConfigError(f"data set {dataset} holds no {_DATA_SUFFIX} file; make one with telechat_preprocess.py")
     meta = read_meta(dataset)
+    _check_unfinished(dataset, meta)
     if meta is None:
         return (f"data set {dataset} has no {META_FILE}: whether its tokenizer and padding fit the recipe is unknown; "
                 "data sets made by telechat_preprocess.py have it")
     _check_meta(dataset, meta, vocab_size, seq_length, pad_token_id, document_boundaries, template)
-    return _check_files(dataset, meta)
+    note = _check_files(dataset, meta)
+    _check_listed(dataset, files, meta)
+    return note
 
 
 def reason(err: Exception) -> str:
@@ -160,6 +163,23 @@ def _check_meta(dataset: Path, meta: JsonObject, vocab_size: int, seq_length: in
     if document_boundaries and "actual_seq_len" not in meta.get("columns", ()):
         raise ConfigError(f"data set {dataset} has no column actual_seq_len, which the recipe's document boundaries "
                           "need; preprocess with --document_boundaries, or switch them off in the recipe")
+
+
+def _check_unfinished(dataset: Path, meta: Optional[JsonObject]) -> None:
+    """ConfigError where a folder has what a run has not finished: training reads every MindRecord file below it."""
+    left = next(_folder(dataset).glob(f"{UNFINISHED}*"), None)
+    if left is not None and (meta is None or dataset.is_dir()):
+        raise ConfigError(f"data set {dataset}: a run of telechat_preprocess.py writes into this folder, or was killed "
+                          f"({left.name} is there); wait for it, or preprocess again")
+
+
+def _check_listed(dataset: Path, files: List[Path], meta: JsonObject) -> None:
+    """ConfigError where a folder has MindRecord files that its meta.json does not list."""
+    listed = {dataset / name for name in meta.get("files") or {}}
+    other = next((path for path in files if path not in listed), None)
+    if dataset.is_dir() and listed and other is not None:
+        raise ConfigError(f"data set {dataset}: {other.relative_to(dataset)} is not among the files that its "
+                          f"{META_FILE} lists, and training would read it as well; move it elsewhere")
 
 
 def _check_files(dataset: Path, meta: JsonObject) -> Optional[str]:
