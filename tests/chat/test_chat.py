@@ -241,6 +241,13 @@ def test_terminal_commands(renderer, tmp_path):
     assert record["system"] == "Be short."
     assert [message["role"] for message in record["dialog"]] == ["user", "bot", "user", "bot"]
     assert not list(tmp_path.glob("*.part"))
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("mine")
+    _, text_of_saves = terminal(session, [f"/save {mine}", f"/save {file}"])
+    assert "mine.jsonl would be replaced" in text_of_saves and mine.read_text() == "mine"
+    assert json.loads(file.read_text(encoding="utf-8")) == {"dialog": []}
+    terminal(session, [f"/save --overwrite {mine}"])
+    assert json.loads(mine.read_text(encoding="utf-8")) == {"dialog": []}
     for fault in ("unknown command /nonsense", "/save needs the name", "there is no question to answer again"):
         assert f"error: {fault}" in text
     assert [message["content"] for message in chat.history] == ["again", "我是一个语言模型。"]

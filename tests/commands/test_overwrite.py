@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from research.telechat.commands import evaluate, merge_lora
+from research.telechat.commands import evaluate, merge_lora, plan
 from research.telechat.commands.predict import is_answers
 from research.telechat.common.errors import ConfigError, OverwriteError
 from research.telechat.common.files import refuse_foreign
@@ -49,3 +49,18 @@ def test_merging_leaves_what_is_there(tmp_path, capfd):
              str(tmp_path / "x.ckpt")]
     assert merge_lora.main(words) == 1
     assert (tmp_path / "x.ckpt").read_bytes() == b"somebody's" and not list(tmp_path.glob(".*"))
+
+
+def test_a_plan_replaces_plans_and_its_pictures_only(tmp_path, capfd):
+    words = ["--config", "research/telechat/finetune_telechat_tiny_cpu.yaml", "--json", str(tmp_path / "p.json"),
+             "--picture", str(tmp_path / "p.png")]
+    assert plan.main(words) == 0 and plan.main(words) == 0
+    capfd.readouterr()
+    for name, content in (("p.json", b'{"ranks": 1}'), ("p.png", b"\x89PNG, somebody's")):
+        mine = tmp_path / name
+        mine.write_bytes(content)
+        assert plan.main(words) == 1
+        assert f"{name} would be replaced" in capfd.readouterr().err and mine.read_bytes() == content
+        assert plan.main([*words, "--overwrite"]) == 0 and mine.read_bytes() != content
+    assert plan.main([*words[:-1], str(tmp_path / "p.pdf")]) == 1
+    assert "expected the name of a .png file" in capfd.readouterr().err and not (tmp_path / "p.pdf").exists()

@@ -59,6 +59,7 @@ GENERAL = [
     Row("micro_batch_interleave_num", 1), Row("auto_tune", False), Row("filepath_prefix", "./autotune"),
     Row("autotune_per_step", 10), Row("profile", False), Row("profile_start_step", 2), Row("profile_stop_step", 4),
     Row("init_start_profile", False), Row("profile_communication", False), Row("profile_memory", True),
+    Row("profile_level", 1, "profiler_level", 1, "is read as profiler_level"),
     Row("layer_scale", False), Row("layer_decay", 0.65), Row("lr_scale_factor", 256), Row("remote_save_url", "obs://x"),
     Row("metric.type", "PerplexityMetric"),
 ]

@@ -80,6 +80,23 @@ def test_what_a_list_does_not_have_is_named(dotted, words):
     assert "did you mean" not in str(err.value) and recipe == recipe_with_lists()
 
 
+@pytest.mark.parametrize(("dotted", "words"), [
+    ("callbacks.CheckpointMonitor.save_chekpoint_steps", "did you mean 'save_checkpoint_steps'"),
+    ("callbacks.1.keep_checkpoint_mx", r"callbacks\[1\], CheckpointMonitor: it has no key 'keep_checkpoint_mx'"),
+    ("callbacks.MFLossMonitor.per_print_time", "did you mean 'per_print_times'")])
+def test_misspelt_keys_of_entries_are_named(dotted, words):
+    with pytest.raises(ConfigError, match=words):
+        check_overrides(recipe_with_lists(), {dotted: 1})
+
+
+def test_keys_of_entries_that_may_be_right_pass():
+    recipe = recipe_with_lists()
+    check_overrides(recipe, {"callbacks.MFLossMonitor.zzz_of_another_version": 1})
+    check_overrides({**recipe, "callbacks": [{"type": "Mine", "save_chekpoint_steps": 1}, "x", {"keys": 1}]}, {})
+    with pytest.raises(ConfigError, match=r"TelechatTrainingLog: it has no key 'zzz'; its keys are file_name, "):
+        check_overrides({"eval_callbacks": [{"type": "TelechatTrainingLog", "zzz": 1}]}, {})
+
+
 def test_bombs_are_refused(tmp_path):
     laughs = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"{below}: &{below} [{', '.join(['*' + above] * 9)}]\n" for above, below in zip("abcdefgh", "bcdefghi"))

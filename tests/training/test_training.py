@@ -1,4 +1,5 @@
 """Training through run_mindformer.py and the real Trainer on a CPU: loss, checkpoint, data parallelism, mistakes."""
+import json
 import os
 import subprocess
 import sys
@@ -195,6 +196,14 @@ def test_override_syntax(capsys, small_data, tmp_path):
     assert "KEY=VALUE" in mistake(capsys, command(small_data, tmp_path, "--options", "a"))
     assert parse_overrides(["a.b=true"], ["--c.d", "1e-5", "--e=[1, 2]"]) == {
         "a.b": True, "c.d": 1e-5, "e": [1, 2]}
+
+
+@pytest.mark.slow
+def test_a_profile_of_named_steps_is_written(small_data, tmp_path):
+    run(command(small_data, tmp_path / "out", "--epochs", "1", "--profile", "True", "--profile_start_step", "1",
+                "--profile_stop_step", "2", "--profile_level", "0"))
+    traces = list((tmp_path / "out/profile/rank_0").rglob("trace_view.json"))
+    assert len(traces) == 1 and len(json.loads(traces[0].read_text())) > 10
 
 
 @pytest.fixture(scope="module")

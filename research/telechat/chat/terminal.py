@@ -10,7 +10,7 @@ from typing import Callable, Generator, List, Optional, TextIO, Union
 from research.telechat.chat.session import History, Report, bot_message, with_question
 from research.telechat.chat.stream import Piece
 from research.telechat.common.errors import ConfigError, ConversationError
-from research.telechat.common.files import JsonObject, write_text
+from research.telechat.common.files import JsonObject, refuse_foreign, write_text
 from research.telechat.common.printable import printable
 
 HELP = """/clear          forget the conversation
@@ -18,6 +18,7 @@ HELP = """/clear          forget the conversation
 /retry          answer the last question again
 /history        show the conversation
 /save FILE      write the conversation as one JSON line, in the form that telechat_preprocess.py reads
+                (/save --overwrite FILE replaces a file that /save did not write)
 /help           this list
 /exit           leave (Ctrl-D too); Ctrl-C stops an answer"""
 
@@ -128,7 +129,9 @@ class Terminal:
         if not rest:
             raise ConfigError("/save needs the name of a file, such as /save talk.jsonl")
         record = {**({"system": self.system} if self.system else {}), "dialog": list(self.history)}
-        path = Path(rest)
+        option, _, name = rest.partition(" ")
+        path = Path(name.strip() if option == "--overwrite" and name.strip() else rest)
+        refuse_foreign([path], is_conversation, path != Path(rest))
         write_text(path, json.dumps(record, ensure_ascii=False) + "\n")
         self._say(f"{len(self.history)} messages written to {path}")
 
@@ -139,3 +142,12 @@ class Terminal:
     def _say(self, text: str) -> None:
         self.output.write(printable(text) + "\n")
         self.output.flush()
+
+
+def is_conversation(path: Path) -> bool:
+    """Whether a file is one that /save has written."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and "dialog" in record and set(record) <= {"system", "dialog"}

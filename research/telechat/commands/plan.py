@@ -23,7 +23,8 @@ from typing import List, Optional, Tuple
 from research.telechat.commands import plan_execute, plan_search
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import JsonObject, write_text
+from research.telechat.common.files import JsonObject, read_json_object, refuse_foreign, write_text
+from research.telechat.common.picture import is_ours
 from research.telechat.common.table import table
 from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import PLANNED_FOR, Plan, find_faults, read_plan, usable_gb
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mfu", type=float, default=0.4, help="model FLOPs utilisation that tokens per second are given for")
     add("--json", type=Path, help="file to write everything to")
     add("--picture", type=Path, help="PNG file to draw the memory of each stage to")
+    add("--overwrite", action="store_true", help="let --json and --picture replace files that plan did not write")
     add("--keep", type=Path, help="with --compile: folder that keeps log, graph and strategy files")
     add("--timeout", type=float, default=3600, help="with --compile and --execute: seconds for one rank")
     plan_execute.add_options(parser)
@@ -91,6 +93,23 @@ def read_command(command: str) -> Optional[Tuple[str, JsonObject]]:
     except SystemExit:
         raise ConfigError(f"run_mindformer.py does not take this command (the reason is above): {command}") from None
     return args.config, all_overrides(args, rest)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuse, before anything is counted, files that are not this command's. Raises ConfigError."""
+    if args.picture and args.picture.suffix.lower() != ".png":
+        raise ConfigError(f"--picture: expected the name of a .png file, found {args.picture}")
+    refuse_foreign([args.json] if args.json else [], is_plan, args.overwrite)
+    refuse_foreign([args.picture] if args.picture else [], is_ours, args.overwrite)
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a file is one that --json has written."""
+    try:
+        found = read_json_object(path, "plan")
+    except ConfigError:
+        return False
+    return "ranks" in found and ("stages" in found or {"plan", "fault"} <= set(found))
 
 
 def write(path: Path, content: str) -> None:
@@ -150,6 +169,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     if not args.config:
         raise ConfigError("--config is missing; name the recipe to plan, e.g. "
                           "research/telechat/finetune_telechat2_115b.yaml")
+    check_outputs(args)
     if not 0 < args.mfu <= 1:
         raise ConfigError(f"--mfu: expected a share over 0, at most 1, found {args.mfu:g}")
     recipe = complete_recipe(args, overrides)

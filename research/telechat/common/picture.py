@@ -5,11 +5,13 @@ and not by their color alone.
 """
 import contextlib
 import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Iterator, Optional, Tuple
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MADE_BY = "TeleChat for MindFormers"         # in the pictures themselves
 LANGUAGES = ("en", "zh")
 DARK, LIGHT, ACCENT = "#14385f", "#9db7d1", "#b3261e"        # they differ in brightness as well
 _CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "Noto Sans SC", "WenQuanYi Micro Hei",
@@ -67,5 +69,14 @@ def png(figure: "Figure") -> bytes:
     """The figure as the content of a PNG file."""
     figure.tight_layout()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", metadata={"Software": MADE_BY})
     return buffer.getvalue()
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a picture that `png` has made."""
+    try:
+        with open(path, "rb") as file:
+            return f"Software\0{MADE_BY}".encode() in file.read(1024)
+    except OSError:
+        return False

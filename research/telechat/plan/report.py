@@ -2,7 +2,8 @@
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
-from research.telechat.common.files import JsonObject
+from research.telechat.common.files import JsonObject, whole
+from research.telechat.common.picture import png
 from research.telechat.common.table import table
 from research.telechat.plan import checkpoints, hccl
 from research.telechat.plan.cost import (
@@ -132,7 +133,7 @@ def as_json(plan: Plan, rank: int, mfu: float) -> JsonObject:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """A picture: memory of a card per pipeline stage as stacked bars, with the limit."""
+    """A PNG: memory of a card per pipeline stage as stacked bars, with the limit."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -151,7 +152,9 @@ def draw(plan: Plan, path: Path) -> None:
     axes.set_title(headline(plan).splitlines()[1], fontsize=9)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.set_dpi(130)
+    with whole(path) as beside:
+        beside.write_bytes(png(figure))
     pyplot.close(figure)
 
 

@@ -49,6 +49,14 @@ def _callbacks(recipe: JsonObject) -> Iterator[str]:
                 yield f"{name}: {_MISSPELT_MONITOR} is now spelt {_CHECKPOINT_MONITOR}"
 
 
+def _profile(recipe: JsonObject) -> Iterator[str]:
+    """MindFormers has a default for `profile_level` and reads `profiler_level`."""
+    if "profile_level" in recipe:
+        level = recipe.pop("profile_level")
+        recipe.setdefault("profiler_level", level)
+        yield f"profile_level is read as profiler_level: {recipe['profiler_level']}"
+
+
 def _model(recipe: JsonObject) -> Iterator[str]:
     arch = section(recipe, "model", "arch")
     if arch.get("type") in _RENAMED_ARCHITECTURES:
@@ -134,4 +142,5 @@ def translate(recipe: JsonObject) -> List[str]:
     Raises:
         ConfigError: the recipe asks for what is not supported: experts, pipelines over parts of sequences.
     """
-    return [line for step in (_optimizer, _callbacks, _model, _parallel, _context, _data) for line in step(recipe)]
+    steps = (_optimizer, _callbacks, _profile, _model, _parallel, _context, _data)
+    return [line for step in steps for line in step(recipe)]

@@ -12,6 +12,7 @@ import yaml
 from research.telechat.common.environment import PLUGIN, ROOT
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
+from research.telechat.recipe.entries import check_entries
 from research.telechat.recipe.values import conform, load
 
 BASES = "configs/telechat"                 # below ROOT; in a wheel they are in the plugin's folder `base` (setup.py)
@@ -172,10 +173,12 @@ def _sections(value: object) -> bool:
 
 
 def check_overrides(recipe: JsonObject, overrides: JsonObject) -> None:
-    """What `set_key` says of {dotted key: value}, before anything slow is imported. The recipe is not changed."""
+    """What `set_key` says of {dotted key: value}, and `check_entries` of the recipe with them, before anything slow is
+    imported. The recipe is not changed."""
     recipe = copy.deepcopy(recipe)
     for dotted, value in overrides.items():
         set_key(recipe, dotted, value)
+    check_entries(recipe)
 
 
 def _entry(entries: List[object], name: str, sections: List[str], dotted: str) -> int:
