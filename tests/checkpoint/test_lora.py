@@ -9,8 +9,9 @@ from model_fixtures import HF_CONFIGS, build_model, logits_of, loss_of, random_o
 
 from research.telechat.checkpoint import lora
 from research.telechat.checkpoint.folder import open_mindspore
+from research.telechat.checkpoint.manifest import load_manifest
 from research.telechat.checkpoint.reader import open_safetensors
-from research.telechat.commands import merge_lora
+from research.telechat.commands import convert, merge_lora
 from research.telechat.commands import peft as convert_lora
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.spec.variants import get_variant, variant_from_hf
@@ -155,6 +156,34 @@ def test_mistakes_are_one_line_and_leave_nothing(capsys, tmp_path):
     line = command_error(capsys, merge_lora, ["--base", tmp_path / "base.ckpt", "--adapter", tmp_path / "a.ckpt", *out])
     assert "--lora_alpha" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "base.ckpt"]
+
+
+def test_an_adapter_is_merged_once(capsys, tmp_path):
+    """Onto the merged checkpoint, and onto what is converted from it."""
+    from safetensors.numpy import save_file
+    adapter = random_adapter("12b")
+    save_adapter(tmp_path / "a.ckpt", adapter)
+    (tmp_path / "official").mkdir()
+    save_file(random_official(HF_CONFIGS["12b"]), tmp_path / "official" / "model.safetensors")
+    (tmp_path / "official" / "config.json").write_text(json.dumps(HF_CONFIGS["12b"]))
+
+    def merge(base, output, *more):
+        return merge_lora.main(["--base", str(tmp_path / base), "--adapter", str(tmp_path / "a.ckpt"),
+                                "--output", str(tmp_path / output), *more])
+
+    def change(source, layout, output):
+        assert convert.main(["--from", str(tmp_path / source), "--to", layout, str(tmp_path / output)]) == 0
+    change("official", "mindspore", "base.ckpt")
+    assert merge("base.ckpt", "once.ckpt") == 0
+    change("once.ckpt", "official", "exported")
+    change("exported", "mindspore", "back.safetensors")
+    for base in ("once.ckpt", "back.safetensors"):
+        capsys.readouterr()
+        assert merge(base, "twice.ckpt") == 1
+        assert "already has the adapter" in capsys.readouterr().err and not (tmp_path / "twice.ckpt").exists()
+    assert merge("once.ckpt", "twice.ckpt", "--again") == 0
+    assert load_manifest(tmp_path / "twice.ckpt.manifest.json").model.merged == [adapter.digest] * 2
+    assert adapter.digest != lora.Adapter(adapter.pairs, adapter.alpha / 2).digest
 
 
 def test_peft_adapters_that_are_not_plain_lora_are_refused(tmp_path):

@@ -4,6 +4,7 @@ The adapter of a linear layer y = x W^T is A [r, in] and B [out, r]; trained, th
 s = lora_alpha / r (Hu et al., 2021). MindFormers trains it (`pet_config`); this module needs neither
 MindSpore nor PyTorch. Commands: scripts/merge_lora.py, scripts/convert_lora.py.
 """
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -50,6 +51,16 @@ class Adapter(NamedTuple):
     def rank(self) -> int:
         """r of the first layer; `check_adapter` demands the same of all."""
         return len(next(iter(self.pairs.values()))[0])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what it adds to the weights: names, A, B and the scale; the file format does not matter."""
+        found = hashlib.sha256(repr(self.alpha / self.rank).encode())
+        for name, pair in sorted(self.pairs.items()):
+            found.update(f"{name} {pair[0].shape} {pair[1].shape}".encode())
+            for part in pair:
+                found.update(np.ascontiguousarray(part, "<f4").tobytes())
+        return found.hexdigest()
 
 
 def target_params(variant: Variant) -> List[Param]:

@@ -37,6 +37,7 @@ class ModelFacts:
 
     config, generation: config.json and generation_config.json of the official checkpoint, whole, where there were any.
     tokenizer: {"file", "sha256"} of the vocabulary in its folder.
+    merged: digests of the LoRA adapters merged into the weights (checkpoint/lora.py).
     """
 
     variant: JsonObject                          # every field of spec.variants.Variant
@@ -44,6 +45,7 @@ class ModelFacts:
     config: Optional[JsonObject] = None
     generation: Optional[JsonObject] = None
     tokenizer: Optional[JsonObject] = None
+    merged: Optional[List[str]] = None
 
     def to_variant(self) -> Variant:
         """The variant. Fields that only another version of this project knows are left out. Raises ConfigError."""

@@ -325,7 +325,9 @@ def _convert(args: argparse.Namespace, checkpoint: Checkpoint, path: Path, out: 
             sizes = known or (sizes_from_shapes(args, checkpoint, folder) if layout == MINDSPORE
                               else sizes_from_table(args, folder))
         if sizes.facts is None:
-            sizes = sizes._replace(facts=facts_of(sizes.variant, args.model_name, folder, sizes.config))
+            before = facts_beside(path)
+            sizes = sizes._replace(facts=replace(facts_of(sizes.variant, args.model_name, folder, sizes.config),
+                                                 merged=before.merged if before else None))
         facts = sizes.facts
         if sizes.config is not None and facts is not None:
             for note in config_notes(sizes.config, sizes.variant, args.model_name or facts.name):

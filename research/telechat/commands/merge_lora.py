@@ -100,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint_conflict", choices=CONFLICT, default="stop",
                         help="what counts where the manifests differ: checkpoint (the base's), recipe (the adapter's); "
                              "default: stop")
+    parser.add_argument("--again", action="store_true", help="merge even if the base has this adapter already")
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     return parser
 
@@ -110,9 +111,21 @@ def run(args: argparse.Namespace) -> None:
         _merge(args)
 
 
-def facts_of_result(args: argparse.Namespace) -> Optional[ModelFacts]:
-    """What is known of the model: by the base, and by the adapter, which was trained with it. Raises ConfigError where
-    they say different things and --checkpoint_conflict does not say which counts."""
+def facts_of_result(args: argparse.Namespace, adapter: Adapter) -> Optional[ModelFacts]:
+    """What is known of the model: by the base, and by the adapter, which was trained with it.
+
+    Raises ConfigError where they say different things and --checkpoint_conflict does not say which counts;
+    CheckpointError where the base has this adapter already.
+    """
+    facts, base = _facts_of_both(args), facts_beside(args.base)
+    merged = (base.merged if base else None) or []
+    if adapter.digest in merged and not args.again:
+        raise CheckpointError(f"{args.base} already has the adapter {args.adapter} merged in, by its manifest; give the "
+                              "checkpoint that the adapter was trained on (--again adds it a second time)")
+    return facts and replace(facts, merged=[*merged, adapter.digest])
+
+
+def _facts_of_both(args: argparse.Namespace) -> Optional[ModelFacts]:
     base, adapter = facts_beside(args.base), facts_beside(args.adapter)
     if base is None or adapter is None:
         return base or adapter
@@ -132,7 +145,7 @@ def _merge(args: argparse.Namespace) -> None:
         refuse_foreign([args.output], is_ours, args.overwrite)
         refuse_foreign([manifest_path(args.output, False)], is_manifest, args.overwrite)
         check_files(base.files, False, args.verify)
-        merge(base, adapter, args.output, facts_of_result(args))
+        merge(base, adapter, args.output, facts_of_result(args, adapter))
     finally:
         base.close()
     print(f"{args.output}: {len(adapter.pairs)} weights with the adapter (rank {adapter.rank}, lora_alpha "
