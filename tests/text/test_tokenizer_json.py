@@ -64,9 +64,10 @@ def assert_same_conversations(tokenizer, renderer):
                     "tool_calls"]]} if "tool_calls" in message else message for message in messages]
         for place, message in enumerate(messages):
             if message["role"] in ("bot", "assistant"):
-                prompt = tokenizer.apply_chat_template(messages[:place], tools=tools, add_generation_prompt=True)
+                prompt = tokenizer.apply_chat_template(messages[:place], tools=tools, add_generation_prompt=True,
+                                                       return_dict=False)
                 assert prompt == renderer.prompt(messages[:place], tools), messages[:place]
-                whole = tokenizer.apply_chat_template(messages[:place + 1], tools=tools)
+                whole = tokenizer.apply_chat_template(messages[:place + 1], tools=tools, return_dict=False)
                 assert whole == renderer.render(messages[:place + 1], tools)[0], messages[:place + 1]
                 compared += 2
     assert compared > 200
@@ -170,4 +171,5 @@ def test_a_template_refuses_what_it_has_no_place_for(vocabs):
     with pytest.raises(Exception, match="role tool has no place"):
         tokenizer.apply_chat_template([user("a"), bot("b"), {"role": "tool", "content": "c"}])
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
-    assert tokenizer.apply_chat_template(parts) == tokenizer.apply_chat_template([user("ab")])
+    assert tokenizer.apply_chat_template(parts, return_dict=False) == tokenizer.apply_chat_template(
+        [user("ab")], return_dict=False)
