@@ -158,6 +158,10 @@ def _fewest(plan: Plan, stage: int, limit: float) -> Optional[int]:
 def _recomputations(plan: Plan, limit: float) -> Iterator[Plan]:
     """The plan with the least recomputation of each kind that fits."""
     bare = replace(plan, recompute=False, select_recompute=False, select_comm_recompute=False)
+    whole = replace(bare, recompute=True)
+    if plan.slice_activation and plan.mp > 1 and not plan.sequence_parallel and all(
+            memory_of(whole, stage).total <= limit for stage in range(plan.pp)):
+        yield whole                                      # alone keeps slices of activations, so that it may need less
     for select in (False, list(OPERATORS)):
         partly = replace(bare, select_recompute=select)
         by_stage = [0] * plan.pp
