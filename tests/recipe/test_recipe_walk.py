@@ -5,7 +5,7 @@ simulated runtime (ascend_sim), as the last rank of their plan (with pipeline pa
 and must send and hold what the planner says; those for a CPU compile on the CPU. Nothing is executed.
 
 Made small, so that a compilation takes about ten seconds: width, length and vocabulary, the layers (two; with more
-pipeline stages one per stage, the fewest that the planner permits), and micro-batches (one per stage). The plan, the
+pipeline stages one per stage and virtual stage, the fewest that the planner permits), and micro-batches (one per stage). The plan, the
 variant's conventions, precision, recomputation, adapters, cache and everything else stay as the recipe has them.
 """
 import copy
@@ -41,13 +41,18 @@ def in_chunks(plan):
     return plan.training and at_once < rows
 
 
+def fewest_layers(plan):
+    """Layers of the small model."""
+    return max(2, plan.pp * plan.virtual_stages)
+
+
 def shrunk(recipe):
     """The recipe with small sizes. Groups of query heads, whether the vocabulary can be cut, and whether the loss is
     computed in chunks, stay as they are."""
     small, plan = copy.deepcopy(recipe), read_plan(recipe)
     kv_heads = max(2, plan.mp * plan.ulysses)
     heads = kv_heads * (plan.model.num_heads // plan.model.n_kv_heads)
-    values = (max(2, plan.pp), 32 * heads, 96 * heads, heads, kv_heads,
+    values = (fewest_layers(plan), 32 * heads, 96 * heads, heads, kv_heads,
               4096 + (plan.model.vocab_size % plan.mp > 0), 256 * plan.cp, 96 if in_chunks(plan) else None)
     small["model"]["model_config"].update(zip(SIZES, values))
     if plan.pp > 1:
@@ -77,7 +82,7 @@ def test_small_recipe_differs_in_sizes_only(path):
     assert other <= {"micro_batches"}
     config = {key: value for key, value in shrunk(recipe)["model"]["model_config"].items()
               if key not in ("type", "auto_register")}
-    assert TelechatConfig(parallel_config=recipe["parallel_config"], **config).num_layers == max(2, before.pp)
+    assert TelechatConfig(parallel_config=recipe["parallel_config"], **config).num_layers == fewest_layers(before)
 
 
 def compile_small(path, folder):
