@@ -45,6 +45,19 @@ def test_what_is_offered_passes_all_checks_and_fits(name, cards, sequences):
         assert one.time == step_time(plan)
 
 
+@pytest.mark.parametrize("name", [
+    "finetune_telechat_7b", "finetune_telechat_12b", "finetune_telechat_52b", "finetune_telechat2_3b",
+    "finetune_telechat2_7b", "finetune_telechat2_7b_32k", "finetune_telechat2_35b", "finetune_telechat2_115b",
+    "finetune_telechat2_115b_32k", "finetune_telechat3_36b", "finetune_telechat3_36b_64", "finetune_telechat2_35b_lora",
+    "finetune_telechat2_115b_lora"])
+def test_recipes_are_the_fastest_plans_but_for_a_hundredth(name):
+    recipe = recipe_of(name)
+    plan = read_plan(recipe)
+    best = search(recipe, plan.ranks, sequences_of(recipe), keep=1)[0].time.seconds
+    assert step_time(plan).seconds <= 1.011 * best
+    assert max(memory_of(plan, stage).total for stage in range(plan.pp)) <= 0.951 * plan.limit_gb * 1e9
+
+
 def test_no_shape_with_less_recomputation_is_faster(found):
     """Of the fastest plan, a layer less recomputed in any stage does not fit."""
     best = found[0].plan

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import generated, model_table, time_table
+from scripts import generated, model_table, plan_table, time_table
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")])
@@ -23,6 +23,12 @@ def test_table_of_estimated_times_is_current():
     text = (ROOT / "docs/parallel.md").read_text(encoding="utf-8")
     assert generated.with_part(text, "time_table.py", time_table.table()) == text, (
         "run: python scripts/time_table.py --write")
+
+
+def test_table_of_plans_is_current():
+    text = (ROOT / "docs/parallel.md").read_text(encoding="utf-8")
+    assert generated.with_part(text, "plan_table.py", plan_table.table()) == text, (
+        "run: python scripts/plan_table.py --write")
 
 
 def test_counts_equal_the_official_totals():
