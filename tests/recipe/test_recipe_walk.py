@@ -5,8 +5,9 @@ simulated runtime (ascend_sim), as the last rank of their plan (with pipeline pa
 and must send and hold what the planner says; those for a CPU compile on the CPU. Nothing is executed.
 
 Made small, so that a compilation takes about ten seconds: width, length and vocabulary, the layers (two; with more
-pipeline stages one per stage and virtual stage, the fewest that the planner permits), and micro-batches (one per stage). The plan, the
-variant's conventions, precision, recomputation, adapters, cache and everything else stay as the recipe has them.
+pipeline stages one per stage and virtual stage, the fewest that the planner permits), and micro-batches (one per
+stage). The plan, the variant's conventions, precision, recomputation, adapters, cache and everything else stay as the
+recipe has them.
 """
 import copy
 import json

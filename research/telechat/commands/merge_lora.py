@@ -120,8 +120,8 @@ def facts_of_result(args: argparse.Namespace, adapter: Adapter) -> Optional[Mode
     facts, base = _facts_of_both(args), facts_beside(args.base)
     merged = (base.merged if base else None) or []
     if adapter.digest in merged and not args.again:
-        raise CheckpointError(f"{args.base} already has the adapter {args.adapter} merged in, by its manifest; give the "
-                              "checkpoint that the adapter was trained on (--again adds it a second time)")
+        raise CheckpointError(f"{args.base} already has the adapter {args.adapter} merged in, by its manifest; give "
+                              "the checkpoint that the adapter was trained on (--again adds it a second time)")
     return facts and replace(facts, merged=[*merged, adapter.digest])
 
 
