@@ -38,9 +38,8 @@ def recomputed(plan: Plan) -> str:
 
 def parameters(plan: Plan) -> str:
     """What holds the weights that are trained."""
-    if plan.lora_rank:
-        return "bfloat16, frozen"
-    return "bfloat16 and remainder" if plan.model.param_init_type == "bfloat16" else plan.model.param_init_type
+    kind: str = plan.model.param_init_type
+    return kind + (" and remainder" if plan.remainder else "") + (", frozen" if plan.lora_rank else "")
 
 
 def table() -> str:

@@ -51,24 +51,10 @@ def test_sizes_of_the_models():
     assert 11e9 < found["telechat_12b"] < 13e9
 
 
-def plans_of_the_recipes():
-    """The table of docs/parallel.md, line by line."""
-    rows = ["| recipe | cards | data x model x pipeline x context | parameters | GB |", "|---|---|---|---|---|"]
+def test_every_recipe_fits_its_cards():
     for path in RECIPES:
         plan = read_plan(read_recipe(path))
-        if not plan.training or plan.device == "CPU":
-            continue
-        stored = f"{plan.model.param_init_type} and remainder" if plan.remainder else plan.model.param_init_type
-        stored += ", frozen" if plan.lora_rank else ""
-        gigabytes = max(memory_of(plan, stage).total for stage in range(plan.pp)) / 1e9
-        degrees = f"{plan.dp} x {plan.mp} x {plan.pp} x {plan.cp}"
-        rows.append(f"| {path.stem} | {plan.ranks} | {degrees} | {stored} | {gigabytes:.0f} |")
-        assert gigabytes <= plan.limit_gb
-    return rows
-
-
-def test_table_of_plans_in_the_documentation():
-    assert "\n".join(plans_of_the_recipes()) in (ROOT / "docs/parallel.md").read_text(encoding="utf-8")
+        assert max(memory_of(plan, stage).total for stage in range(plan.pp)) / 1e9 <= plan.limit_gb, path
 
 
 # ---- faults: (keywords of the recipe, words that the one line must hold)

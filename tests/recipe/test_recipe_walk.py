@@ -20,7 +20,7 @@ from needs import require
 
 from research.telechat.ascend_sim.account import Mesh
 from research.telechat.commands import plan as plan_command
-from research.telechat.plan.activations import loss_rows
+from research.telechat.plan.activations import loss_rows, recomputed
 from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import find_faults, find_notes, read_plan
 from research.telechat.plan.report import memory_notes, stages
@@ -182,7 +182,7 @@ def check_training(plan, rank, graph):
     assert axes - {""} == {axis for axis, degree in degrees.items() if degree > 1}
     attention = operators["FlashAttentionScore"]
     assert attention["forward"] >= sum(cost_of(plan, rank).layers)
-    assert ("recompute" in attention) == bool(plan.recompute)
+    assert ("recompute" in attention) == (recomputed(plan, plan.pp - 1) > 0)
     assert ("AlltoAll" in found["by_operator"]) == (plan.ulysses > 1)
     if plan.sequence_parallel:
         assert found["by_operator"]["ReduceScatter"] > 0
