@@ -199,6 +199,7 @@ def main() -> int:
     parser.add_argument("--wait", type=int, default=600, help="seconds for vLLM to start")
     parser.add_argument("--only_ours", action="store_true", help="stop before vLLM: models and this project's numbers")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))         # the server ends too
     python = None if args.only_ours else environment(args.venv or args.work_dir / "venv")
     prompts = np.random.default_rng(3).integers(4, VOCAB, (2, 40))
     rows: Dict[str, Any] = {}
