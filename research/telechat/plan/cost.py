@@ -244,7 +244,7 @@ def _layer_traffic(plan: Plan, stage: int) -> List[Traffic]:
         forward, other = 4 * part, 4 * part + again * plan.recompute_comm * 2 * part + gathers * part
     else:
         dropped = 2 if model.hidden_dropout_prob > 0 else 1
-        sliced = part if plan.slice_activation else 0          # what a layer keeps is put together again
+        sliced = part if plan.slice_activation and plan.recompute is True else 0   # is put together again
         forward, other = 2 * whole, 2 * whole + again * (dropped * plan.recompute_comm * whole + sliced)
     return [Traffic("activations", "mp", plan.micro_batches * layers * (forward + other), "layers")]
 
