@@ -33,6 +33,9 @@ KINDS = {                                    # recipe, ranks, keys
     "heads exchanged": ("finetune_telechat_7b", 2, ULYSSES),
     "keys gathered, grouped heads": ("finetune_telechat2_115b_32k", 2, {}),
     "pipeline and model parallel, fused, remainders": ("finetune_telechat_52b", 4, {}),
+    "virtual stages": ("finetune_telechat3_36b_64", 2, {
+        "parallel_config.data_parallel": 1, "parallel_config.model_parallel": 1, "parallel_config.use_seq_parallel": False,
+        "model.model_config.pp_interleave_num": 2}),
     "adapters, model parallel": ("finetune_telechat2_115b_lora", 2, {}),
     "prediction, grouped heads": ("predict_telechat2_115b", 2, {}),
     "prediction, fused": ("predict_telechat_52b", 2, {})}
@@ -53,7 +56,8 @@ def full(name, keys):
 
 def small(kind):
     name, ranks, keys = KINDS[kind]
-    return shrink(full(name, keys), ranks, {"num_layers": 2 if "pipeline" in kind else 1})
+    layers = 4 if kind == "virtual stages" else 2 if "pipeline" in kind else 1
+    return shrink(full(name, keys), ranks, {"num_layers": layers})
 
 
 def start(words, folder, env, log):
