@@ -34,8 +34,8 @@ KINDS = {                                    # recipe, ranks, keys
     "keys gathered, grouped heads": ("finetune_telechat2_115b_32k", 2, {}),
     "pipeline and model parallel, fused, remainders": ("finetune_telechat_52b", 4, {}),
     "virtual stages": ("finetune_telechat3_36b_64", 2, {
-        "parallel_config.data_parallel": 1, "parallel_config.model_parallel": 1, "parallel_config.use_seq_parallel": False,
-        "model.model_config.pp_interleave_num": 2}),
+        "parallel_config.data_parallel": 1, "parallel_config.model_parallel": 1,
+        "parallel_config.use_seq_parallel": False, "model.model_config.pp_interleave_num": 2}),
     "adapters, model parallel": ("finetune_telechat2_115b_lora", 2, {}),
     "prediction, grouped heads": ("predict_telechat2_115b", 2, {}),
     "prediction, fused": ("predict_telechat_52b", 2, {})}

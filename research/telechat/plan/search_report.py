@@ -106,9 +106,9 @@ def differing(recipe: JsonObject, changes: JsonObject) -> JsonObject:
     return kept
 
 
-def changed(before: JsonObject, now: JsonObject, section: str = "") -> Dict[str, Any]:
+def changed(before: JsonObject, now: JsonObject, section: str = "") -> JsonObject:
     """{dotted key: value} of what `now` has otherwise than `before`, but for the device that is planned for."""
-    found: Dict[str, Any] = {}
+    found: JsonObject = {}
     for key, value in now.items():
         old = before.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
