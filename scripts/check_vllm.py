@@ -76,16 +76,10 @@ def make(folder: Path, config: Dict[str, Any]) -> None:
     from safetensors.numpy import save_file
 
     from research.telechat.commands.convert import main as convert
-    from research.telechat.spec.parameters import parameters
-    from research.telechat.spec.variants import variant_from_hf
+    from research.telechat.doctor.small_models import random_official
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "official").mkdir(parents=True)
-    rng = np.random.default_rng(7)
-    weights = {}
-    for param in parameters(variant_from_hf(config)):
-        value = rng.normal(0, 1, param.hf_shape)
-        weights[param.hf_name] = (1 + 0.2 * value if "norm" in param.ms_name else 0.12 * value).astype(np.float32)
-    save_file(weights, folder / "official" / "model.safetensors")
+    save_file(random_official(config, seed=7, std=0.12), folder / "official" / "model.safetensors")
     (folder / "official" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     train_tokenizer(folder / "official", config)
     for layout, name in (("mindspore", "ms.safetensors"), ("llama", "llama")):

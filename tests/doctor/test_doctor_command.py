@@ -104,7 +104,7 @@ def test_list_and_mistakes(tmp_path, capsys):
     assert doctor.main(["--list"]) == 0
     names = capsys.readouterr().out.splitlines()
     assert "attention, documents back to back (float32)" in names and "plan, data parallel" in names
-    assert doctor.main(["--only", "atention"]) == 1 and "telechat doctor --list" in capsys.readouterr().err
+    assert doctor.main(["--only", "no such check"]) == 1 and "telechat doctor --list" in capsys.readouterr().err
     assert doctor.main(["--json", str(tmp_path)]) == 1 and "is a folder" in capsys.readouterr().err
     assert doctor.main(["--timeout", "0"]) == 1 and "--timeout: expected seconds" in capsys.readouterr().err
 
