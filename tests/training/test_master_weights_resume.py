@@ -73,7 +73,15 @@ def test_resuming_from_another_precision_says_so_and_goes_on(start, data, unbrok
     for path in folder.glob("t_rank_0-1_4.ckpt*"):               # the manifest too: its hash is of the other file
         path.unlink()
     ms.save_checkpoint(kept, str(folder / "t_rank_0-1_4.ckpt"))
-    done = run(arguments(data, tmp_path / "out", *REMAINDER, "--resume_training", "True"))
+    named = folder / "t_rank_0-1_4.ckpt"                         # with float32, the file itself is named
+    resume = [*REMAINDER, "--resume_training", "True"]
+    if start == "float32":
+        shutil.copyfile(named, tmp_path / "elsewhere.ckpt")
+        done = run([*arguments(data, tmp_path / "out", *resume), "--load_checkpoint", str(tmp_path / "elsewhere.ckpt")],
+                   code=1)
+        assert "found the file" in done.stderr
+        resume += ["--load_checkpoint", str(named)]
+    done = run(arguments(data, tmp_path / "out", *resume))
     text = done.stdout + done.stderr
     assert "this run in bfloat16 with: the parameters are" in text and "remainders begin at zero" in text
     expected, found = read_log(unbroken), read_log(tmp_path / "out")

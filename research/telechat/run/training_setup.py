@@ -124,17 +124,19 @@ def prepare_resume(config: MindFormerConfig) -> Tuple[Optional[Name], int]:
     """Turn `resume_training` into the file that MindFormers loads; (its name, its step), or (None, 0).
 
     True: the newest complete checkpoint in load_checkpoint, where that has folders rank_N, else in
-    output_dir/checkpoint; without one, training starts from the beginning. A file name: that checkpoint.
+    output_dir/checkpoint; without one, training starts from the beginning. A file name, or a training checkpoint as
+    load_checkpoint: that one.
     """
     wish = config.get("resume_training")
     if not wish:
         return None, 0
     given = Path(str(config.get("load_checkpoint") or ""))
-    if config.get("load_checkpoint") and given.is_file() and wish in _TRUE:
-        fault = fault_of(given)
-        if fault is None:                                # a training checkpoint: resume from this very file
-            logger.info("resume_training: continuing from %s, as load_checkpoint names it.", given)
-            return (parse(given.name) or (None, 0))[0], step_of(given)
+    if config.get("load_checkpoint") and given.is_file() and wish in _TRUE and fault_of(given) is None:
+        if parse(given.name) is None or not re.fullmatch(r"rank_\d+", given.parent.name):
+            raise ConfigError("resume_training: MindFormers resumes from a folder that holds rank_0, found the file "
+                              f"{given}; put it in FOLDER/rank_0 under the name that training gave it, such as "
+                              "telechat_rank_0-2_100.ckpt, and pass --load_checkpoint FOLDER")
+        given, wish = given.parent.parent, given.name     # a training checkpoint: resume from this very file
     has_ranks = bool(config.get("load_checkpoint")) and (given / "rank_0").is_dir()
     root = given if has_ranks else Path(str(config.output_dir)) / "checkpoint"
     ranks = worker_count(config)
@@ -149,8 +151,8 @@ def prepare_resume(config: MindFormerConfig) -> Tuple[Optional[Name], int]:
         logger.info("resume_training: there is no complete checkpoint in %s; training starts from the beginning.", root)
         config.resume_training = False
         return None, 0
-    logger.info("resume_training: continuing from %s, the newest complete checkpoint (step %d).",
-                root / "rank_0" / choice.name.file(0), choice.step)
+    logger.info("resume_training: continuing from %s, %s complete checkpoint (step %d).",
+                root / "rank_0" / choice.name.file(0), "the newest" if wish in _TRUE else "the named", choice.step)
     config.load_checkpoint = str(root.resolve())
     config.resume_training = choice.name.file(0)
     config.load_ckpt_format = choice.name.suffix
