@@ -64,8 +64,8 @@ class NumpyDevice:
     def finite(self, gradients):
         return all(np.isfinite(one).all() for one in gradients)
 
-    def store(self, held, key, value, slots):
-        return Cache(cache.store(key, held.keys, slots), cache.store(value, held.values, slots))
+    def store(self, dtype, held, key, value, slots):
+        return Cache(*(rounded(cache.store(new, old, slots), dtype) for new, old in zip((key, value), held)))
 
     def paged_attention(self, dtype, query, held, tables, lengths):
         batch, heads, dim = query.shape

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, TextIO
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from research.telechat.common.environment import writes
 from research.telechat.common.errors import ConfigError
 from research.telechat.doctor import report
 from research.telechat.doctor.checkpoint_checks import Transform
-from research.telechat.doctor.checks import WRONG, Check, Finding, examine_all, shared
+from research.telechat.doctor.checks import WRONG, Check, Finding, Outcome, examine_all, shared
 from research.telechat.doctor.device import Device
 from research.telechat.doctor.registry import all_checks, chosen
 
@@ -59,12 +59,16 @@ TRANSFORM = Transform(
         ["--source", str(source), "--source_strategy", str(strategy), "--target", str(target)]))
 
 
+SHARING = Check("findings of all cards", lambda _device: Outcome("", "", True), "several cards")
+
+
 class Watch:
     """Shows which check is being made, and ends the process where one does not end: a rank may wait for another one
     for ever, where no Python runs."""
 
     def __init__(self, seconds: float, findings: List[Finding], args: argparse.Namespace, device: Device):
         self.seconds, self.findings, self.args, self.device = seconds, findings, args, device
+        self.output = sys.stdout                             # checks replace it while MindFormers prints
         self.timer: Optional[threading.Timer] = None
         self.check: Optional[Check] = None
 
@@ -89,18 +93,20 @@ class Watch:
             return
         self.findings.append(Finding(check.name, "an end", f"none within {self.seconds:g} s", WRONG, check.avoid,
                                      self.seconds))
-        show(self.findings, self.args, self.device, False)
-        sys.stdout.flush()
-        os._exit(1)
+        try:
+            show(self.findings, self.args, self.device, False, self.output)
+            self.output.flush()
+        finally:
+            os._exit(1)
 
 
-def show(findings: List[Finding], args: argparse.Namespace, device: Device, complete: bool) -> None:
-    """Print the table and write the file."""
-    print(report.text(findings))
-    print(report.summary(findings))
+def show(findings: List[Finding], args: argparse.Namespace, device: Device, complete: bool, output: TextIO) -> None:
+    """Print the table to `output` and write the file."""
+    print(report.text(findings), file=output)
+    print(report.summary(findings), file=output)
     if args.json and writes():
         report.save(args.json, report.as_json(findings, device, complete))
-        print(f"written: {args.json}")
+        print(f"written: {args.json}", file=output)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -136,10 +142,11 @@ def _examine(args: argparse.Namespace) -> int:
     try:
         examine_all(checks, device, watch.progress, findings)
         if device.ranks > 1:
+            watch.progress(len(checks), len(checks) + 1, SHARING)
             findings[:] = shared(findings, device)
     finally:
         watch.stop()
-    show(findings, args, device, True)
+    show(findings, args, device, True, sys.stdout)
     return report.exit_code(findings)
 
 

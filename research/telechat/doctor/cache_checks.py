@@ -30,7 +30,7 @@ def _storing(device: Device, dtype: str, dim: int) -> Outcome:
     places = np.arange(11, 22)                                         # across the border of two blocks
     slots = (tables[1, places // _SIZE] * _SIZE + places % _SIZE).astype(np.int32)
     slots[[3, 10]] = -1
-    found = device.store(before, key, value, slots)
+    found = device.store(dtype, before, key, value, slots)
     worst = max(gap(now, cache.store(x, old, slots)) for now, x, old in zip(found, (key, value), before))
     return Outcome("the cache with nine more tokens, exactly", "equal" if worst == 0 else f"differs by {worst:.1e}",
                    worst == 0)

@@ -97,7 +97,7 @@ class Device(Protocol):
     def finite(self, gradients: Sequence[Array]) -> bool:
         """Whether a training step would find these gradients finite."""
 
-    def store(self, cache: Cache, key: Array, value: Array, slots: Array) -> Cache:
+    def store(self, dtype: str, cache: Cache, key: Array, value: Array, slots: Array) -> Cache:
         """The cache with key and value [T, N_kv, D] in `slots` [T]; slot -1 is nowhere."""
 
     def paged_attention(self, dtype: str, query: Array, cache: Cache, tables: Array, lengths: Array) -> Array:

@@ -189,9 +189,8 @@ class Hardware:
         return small_config(heads, kv_heads, dim, 64, dtype, use_past=True, is_dynamic=True, block_size=size,
                             num_blocks=blocks)
 
-    def store(self, cache: Cache, key: Array, value: Array, slots: Array) -> Cache:
+    def store(self, dtype: str, cache: Cache, key: Array, value: Array, slots: Array) -> Cache:
         blocks, size, kv_heads, dim = cache.keys.shape
-        dtype = self.dtypes[0]
         config = self._cache_config(dtype, cache, kv_heads)
         if self.fused:
             paged = PagedCache(config)

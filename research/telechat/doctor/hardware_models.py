@@ -51,6 +51,8 @@ def run_model(job: ModelJob) -> ModelRun:
     (loss, logits), gradients = step(Tensor(job.ids), Tensor(job.labels))
     found: Dict[str, np.ndarray] = {parameter.name: gradient.astype(mstype.float32).asnumpy()
                                     for parameter, gradient in zip(trained, gradients)}
+    if not job.new:
+        return ModelRun(logits.asnumpy(), float(loss.asnumpy()), found, [])
     answering = build(job, use_past=True, is_dynamic=True, batch_size=1, block_size=16, num_blocks=8)
     answering.set_train(False)
     answering.init_parameters_data()
