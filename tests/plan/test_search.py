@@ -1,5 +1,6 @@
 """The search: what it offers passes every check, fits, and is the fastest of what there is."""
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,7 +105,8 @@ def test_shapes_use_all_cards_and_sequences():
 def test_command_prints_writes_and_draws(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    assert main(["--search", "--model", "telechat2_35b", "--cards", "16", "--picture", "plans.png"]) == 0
+    assert main(["--search", "--model", "telechat2_35b", "--cards", "16", "--picture", "plans.png", "--json", "p.json",
+                 "--runner_wrapper.scale_sense", "{type: DynamicLossScaleUpdateCell}"]) == 0
     out = capsys.readouterr().out
     recipe = tmp_path / "finetune_telechat2_35b_16_cards.yaml"
     assert "estimated" in out and "the recipe as it is" in out and str(recipe.name) in out
@@ -112,6 +114,14 @@ def test_command_prints_writes_and_draws(tmp_path, capsys, monkeypatch):
     written = read_plan(read_recipe(recipe))
     assert not find_faults(written, 16)
     assert main(["--config", str(recipe), "--ranks", "16", "--check"]) == 0
+    assert read_recipe(recipe)["runner_wrapper"]["scale_sense"] == {"type": "DynamicLossScaleUpdateCell"}
+    plans = json.loads((tmp_path / "p.json").read_text())["plans"]
+    assert len(plans) == 10 and plans[0]["degrees"] in out and plans[0]["seconds"] <= plans[9]["seconds"]
+    before = recipe.read_text()
+    for config in (recipe, tmp_path / "over.yaml"):                    # it is the file, or inherits it
+        (tmp_path / "over.yaml").write_text(f"base_config: {recipe.name}\n")
+        assert main(["--search", "--config", str(config), "--cards", "16", "--write_recipe", str(recipe)]) == 1
+        assert "is or inherits this file" in capsys.readouterr().err and recipe.read_text() == before
     assert main(["--search", "--model", "telechat2_35b", "--cards", "16"]) == 0          # its own file is replaced
     recipe.write_text("seed: 1\n")
     assert main(["--search", "--model", "telechat2_35b", "--cards", "16"]) == 1

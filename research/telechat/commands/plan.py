@@ -109,7 +109,7 @@ def is_plan(path: Path) -> bool:
         found = read_json_object(path, "plan")
     except ConfigError:
         return False
-    return "ranks" in found and ("stages" in found or {"plan", "fault"} <= set(found))
+    return "ranks" in found and ("stages" in found or "plans" in found or {"plan", "fault"} <= set(found))
 
 
 def write(path: Path, content: str) -> None:

@@ -4,10 +4,17 @@ from pathlib import Path
 from typing import Callable
 
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import JsonObject
+from research.telechat.common.files import JsonObject, write_json
 from research.telechat.plan.plan import chip_faults, read_plan
 from research.telechat.plan.search import MARGIN, search, search_prediction, sequences_of
-from research.telechat.plan.search_report import draw_search, prediction_table, search_table, write_recipe
+from research.telechat.plan.search_report import (
+    check_target,
+    draw_search,
+    prediction_table,
+    search_json,
+    search_table,
+    write_recipe,
+)
 from research.telechat.plan.timing import step_time
 from research.telechat.recipe.read import resolve_config
 from research.telechat.spec.variants import get_variant
@@ -44,7 +51,7 @@ def run_search(recipe: JsonObject, args: argparse.Namespace) -> int:
     if chip_faults(start):
         raise ConfigError(chip_faults(start)[0])
     if not start.training:
-        for option in ("global_batch", "write_recipe", "picture"):
+        for option in ("global_batch", "write_recipe", "picture", "json"):
             if getattr(args, option):
                 raise ConfigError(f"--{option}: belongs to the search for plans of training, and {args.config} is for "
                                   "prediction; leave it out")
@@ -53,6 +60,9 @@ def run_search(recipe: JsonObject, args: argparse.Namespace) -> int:
     sequences = args.global_batch or sequences_of(recipe)
     if sequences < 1:
         raise ConfigError(f"--global_batch: expected at least 1 sequence, found {sequences}")
+    source = resolve_config(args.config)
+    path = args.write_recipe or Path(f"finetune_{start.model.net_name or 'model'}_{args.ranks}_cards.yaml")
+    check_target(source, path)
     with tqdm(total=None, desc="searching", unit="plan", disable=None, leave=False) as bar:
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -61,9 +71,10 @@ def run_search(recipe: JsonObject, args: argparse.Namespace) -> int:
     print(f"{start.model.net_name or 'model'} on {args.ranks} cards ({start.chip.name}), {start.model.seq_length:,} "
           f"tokens per sequence, {sequences} sequences per step:\n")
     print(search_table(found, step_time(start)))
-    path = args.write_recipe or Path(f"finetune_{start.model.net_name or 'model'}_{args.ranks}_cards.yaml")
-    write_recipe(found[0], recipe, resolve_config(args.config), path)
+    write_recipe(found[0], recipe, source, path)
     print(f"the first as a recipe: {path}")
+    if args.json:
+        write_json(args.json, search_json(found, step_time(start)))
     if args.picture:
         _drawn(lambda: draw_search(found, args.picture), args.picture)
     return 0

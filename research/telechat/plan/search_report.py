@@ -15,7 +15,7 @@ from research.telechat.plan.plan import PLANNED_FOR, Plan, read_plan
 from research.telechat.plan.search import Found, Served
 from research.telechat.plan.timing import StepTime
 from research.telechat.recipe.legacy import translate
-from research.telechat.recipe.read import read_recipe
+from research.telechat.recipe.read import merge, read_recipe, recipe_files
 
 MARK = "# Found by `telechat plan --search`; times are estimates."
 _PARTS = {"matrix": "matrix products", "attention": "attention", "memory": "memory-bound operators",
@@ -52,6 +52,14 @@ def search_table(found: Sequence[Found], now: StepTime) -> str:
         lines.append(f"the recipe as it is: {now.seconds:.2f} s per step, {now.tokens_per_second / now.ranks:,.0f} "
                      f"tokens/s/card; the first plan takes {1 - first.seconds / now.seconds:.0%} less time")
     return "\n".join(lines)
+
+
+def search_json(found: Sequence[Found], now: StepTime) -> JsonObject:
+    """The same as an object: the plans, the fastest first. now: of the recipe as it is."""
+    plans = [{"degrees": degrees(one.plan), "memory_gb": one.memory_gb, "seconds": one.time.seconds,
+              "tokens_per_second_per_card": one.time.tokens_per_second / one.time.ranks, "parts": one.time.parts,
+              "recomputed": one.recomputed, "keys": one.changes} for one in found]
+    return {"ranks": found[0].plan.ranks, "plans": plans, "seconds_of_the_recipe": now.seconds}
 
 
 def prediction_table(found: Sequence[Served]) -> str:
@@ -96,7 +104,7 @@ def differing(recipe: JsonObject, changes: JsonObject) -> JsonObject:
             place = place.get(name) if isinstance(place, dict) else None
         if isinstance(place, dict) and place.get(key) == value:
             continue
-        if isinstance(value, dict) and not value.get("pipeline_interleave") and not (
+        if key == "pipeline_config" and isinstance(value, dict) and not value.get("pipeline_interleave") and not (
                 isinstance(place, dict) and (place.get(key) or {}).get("pipeline_interleave")):
             continue                                     # no interleaving, as before
         target = kept
@@ -118,14 +126,22 @@ def changed(before: JsonObject, now: JsonObject, section: str = "") -> JsonObjec
     return found
 
 
+def check_target(source: Path, path: Path) -> None:
+    """Raise ConfigError unless `write_recipe` may write `path`: it is new, or of an earlier search, and `source`
+    neither is nor inherits it."""
+    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(MARK):
+        raise ConfigError(f"{path} exists and was not written by a search; name another file with --write_recipe")
+    if path.resolve() in recipe_files(source):
+        raise ConfigError(f"--write_recipe {path}: {source} is or inherits this file; name another one")
+
+
 def write_recipe(best: Found, recipe: JsonObject, source: Path, path: Path) -> None:
     """Write the plan as a recipe over `source`; only what differs from it. recipe: the one searched, with its options.
 
     Raises:
-        ConfigError: the file is there and was not written by this function, or cannot be written.
+        ConfigError: `check_target` refuses the file, it cannot be written, or it would be another plan.
     """
-    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(MARK):
-        raise ConfigError(f"{path} exists and was not written by a search; name another file with --write_recipe")
+    check_target(source, path)
     plan, time = best.plan, best.time
     head = [MARK, f"# {plan.model.net_name}, {plan.ranks} cards ({degrees(plan)}), {plan.model.seq_length} tokens per "
             f"sequence: {time.seconds:.2f} s per step of {plan.step_tokens // plan.model.seq_length} sequences,",
@@ -135,13 +151,16 @@ def write_recipe(best: Found, recipe: JsonObject, source: Path, path: Path) -> N
     original = copy.deepcopy(read_recipe(source))
     translate(original)
     kept = differing(original, {**changed(original, recipe), **best.changes})
+    written = merge(read_recipe(source), kept)
+    translate(written)
+    other = replace(read_plan(written), chip=plan.chip)
+    differ = [name for name, value in vars(plan).items() if getattr(other, name) != value]
+    if differ:
+        raise ConfigError(f"--write_recipe {path}: not written, as it would be another plan ({', '.join(differ)}); "
+                          "this is an error of the search, please report it")
     body = yaml.safe_dump({"base_config": base, **kept}, sort_keys=False, allow_unicode=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "\n".join(head) + "\n" + body)
     except OSError as err:
         raise ConfigError(f"--write_recipe {path}: {err.strerror or err}; name another file") from err
-    written = read_recipe(path)
-    translate(written)
-    found = replace(read_plan(written), chip=plan.chip)
-    assert found == plan, "the written recipe is another plan"

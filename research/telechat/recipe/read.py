@@ -97,6 +97,16 @@ def read_recipe(path: Path, above: tuple = ()) -> dict:
         raise ConfigError(f"recipe {path}: {err}") from err
 
 
+def recipe_files(path: Path) -> List[Path]:
+    """A recipe and all that it inherits, resolved. Raises ConfigError as `read_recipe` does."""
+    read_recipe(path)
+    bases = load(path.read_text(encoding="utf-8")).get("base_config") or []
+    found = [path.resolve()]
+    for base in bases if isinstance(bases, list) else [bases]:
+        found += recipe_files(find_base(path, str(base)))
+    return found
+
+
 def parse_overrides(options: List[str], rest: List[str]) -> JsonObject:
     """{dotted key: value} from `--options a.b=c` and from `--a.b c` or `--a.b=c`; the last of equal keys counts."""
     overrides: JsonObject = {}
