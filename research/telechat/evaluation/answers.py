@@ -6,8 +6,8 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.text.vocab import IncrementalDecoder, Vocab
 
-DEFAULT_NEW_TOKENS = 256         # lm-evaluation-harness's own default, where a task names no limit
-DEFAULT_THINKING = 4096          # tokens of reasoning before an answer, of models that reason
+DEFAULT_NEW_TOKENS = 256         # lm-evaluation-harness's own default, if a task sets no limit
+DEFAULT_THINKING = 4096          # tokens of reasoning before an answer, for reasoning models
 _SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty", "min_new_tokens")
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 
@@ -43,16 +43,16 @@ class Answer:
 
     @property
     def reasoning(self) -> bool:
-        """Whether what comes is still reasoning."""
+        """Whether the next token still belongs to the reasoning."""
         return self._thoughts.thinking
 
     def add(self, token: int) -> None:
-        """The next token."""
+        """Append the next token."""
         if token not in self._ends:
             self._add(self._thoughts.feed(self._decoder.feed(token)))
 
     def close(self) -> None:
-        """No more tokens come."""
+        """Flush what was held back: no more tokens come."""
         self._add(self._thoughts.feed(self._decoder.flush()))
         self._add(self._thoughts.flush())
         self.text += self._filter.flush() if not self.stopped else ""
@@ -66,7 +66,7 @@ class Answer:
 def read_settings(given: Optional[JsonObject]) -> JsonObject:
     """Settings of `generate`, and `until`, from a task's generation_kwargs. Greedy, unless do_sample is set.
 
-    `unknown`: names of settings that mean nothing here. Raises ConfigError where a limit or stop string is none.
+    `unknown`: names of unsupported settings. Raises ConfigError for an invalid limit or stop string.
     """
     given = dict(given or {})
     until = given.pop("until", None) or []

@@ -1,11 +1,11 @@
-"""Answers of our model to the questions of a judged benchmark, turn by turn, kept as they come. No MindSpore here."""
+"""Answers of our model to the questions of a judged benchmark, turn by turn, saved as they come. No MindSpore here."""
 from typing import Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 from research.telechat.common.files import JsonObject
 from research.telechat.evaluation.judge import Store, digest
 from research.telechat.evaluation.judged import Bench, Messages
 
-ANSWER_TOKENS = 2048             # of an answer; FastChat's llm_judge has 1024, AlignBench names no limit
+ANSWER_TOKENS = 2048             # of an answer; FastChat's llm_judge uses 1024, AlignBench sets no limit
 
 
 class _Asked(NamedTuple):
@@ -13,7 +13,7 @@ class _Asked(NamedTuple):
 
 
 class Generates(Protocol):
-    """What is needed of `TelechatLM`."""
+    """The part of `TelechatLM` that is used here."""
 
     batch_size: int
 
@@ -34,7 +34,7 @@ def answer_all(lm: Generates, bench: Bench, store: Store, identity: str, system:
         store: of answers.
         identity: of the model and its settings.
         system: a system prompt, if any.
-        keep: write new answers to the store's file (one process of several does).
+        keep: write new answers to the store's file (in a parallel run, one process does).
     """
     answers: Dict[str, List[str]] = {question.number: [] for question in bench.questions}
     for turn in range(max(len(question.turns) for question in bench.questions)):
@@ -47,7 +47,7 @@ def answer_all(lm: Generates, bench: Bench, store: Store, identity: str, system:
                 messages.append({"role": "user", "content": question.turns[turn]})
                 waiting.append((question, messages, digest(identity, messages, question.temperature)))
         todo = [each for each in waiting if each[2] not in store.texts]
-        for start in range(0, len(todo), 4 * lm.batch_size):         # each part is kept before the next begins
+        for start in range(0, len(todo), 4 * lm.batch_size):         # each part is saved before the next begins
             part = todo[start:start + 4 * lm.batch_size]
             texts = lm.generate_until([_Asked((lm.apply_chat_template(messages), _settings(question.temperature)))
                                        for question, messages, _ in part])

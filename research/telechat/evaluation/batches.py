@@ -1,14 +1,13 @@
-"""Which tokens of a text are scored, and how texts are put together into batches of few shapes. NumPy only.
+"""Which tokens of a text are scored, and how texts are batched into few shapes. NumPy only.
 
-Every new shape compiles a graph. Texts are therefore padded on the right to a handful of lengths and sorted by them,
-and each batch has all its rows. Padding changes nothing: no token looks at a later one. The model is not known here
-(evaluation/score.py runs it).
+Every new shape compiles a graph. Texts are therefore padded on the right to a handful of lengths and sorted by length,
+and every batch is full. Padding changes nothing: attention is causal. evaluation/score.py runs the model.
 """
 from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
-LEAST_LENGTH = 64                # tokens of the shortest bucket; the others are twice as long, each
+LEAST_LENGTH = 64                # tokens of the shortest bucket; each next one is twice as long
 FEW, MANY = 128, 512             # targets that go through the head at once: logits of 512 x 160,000 are 330 MB
 
 
@@ -20,7 +19,7 @@ class Scored(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """A request within the model's context. What had to go is said, not hidden."""
+    """A request truncated to the model's context, with what was truncated."""
 
     scored: Scored
     lost_context: int = 0        # tokens missing at the beginning of the context
@@ -28,7 +27,7 @@ class Fitted(NamedTuple):
 
 
 def fit(context: Sequence[int], continuation: Sequence[int], limit: int) -> Fitted:
-    """`continuation` given `context` (at least one token), cut from the left to an input of `limit` tokens.
+    """`continuation` given `context` (at least one token), truncated on the left to an input of `limit` tokens.
 
     The last token is only predicted, so that `limit` + 1 tokens fit.
     """
@@ -76,12 +75,12 @@ class ScoreBatch(NamedTuple):
     rows: np.ndarray             # [C, K] int32, index among the B S rows
     targets: np.ndarray          # [C, K] int32, ids; `ignored` behind the last one
     requests: np.ndarray         # [number of targets], the request of each
-    texts: int                   # of the B texts, so many are not mere padding
+    texts: int                   # number of real texts among the B rows; the rest is padding
 
 
 def score_batches(requests: Sequence[Scored], batch_size: int, limit: int, pad: int, ignored: int
                   ) -> Iterator[ScoreBatch]:
-    """Batches of all requests, the longest first, so that too little memory shows at once.
+    """Batches of all requests, the longest first, so that an out-of-memory error comes at once.
 
     Requests with the same input are computed once: the choices A, B, C, D of a question are one token each.
 
@@ -90,7 +89,7 @@ def score_batches(requests: Sequence[Scored], batch_size: int, limit: int, pad: 
         batch_size: texts in a batch, B.
         limit: tokens of the longest input.
         pad: id behind the end of a text.
-        ignored: id of a target that is none.
+        ignored: id that marks an unused target.
     """
     same: Dict[bytes, List[int]] = {}
     for number, request in enumerate(requests):
@@ -114,7 +113,7 @@ def count_texts(requests: Sequence[Scored]) -> int:
 
 
 def _input(request: Scored) -> bytes:
-    """What the model reads of a request, as bytes: fifty thousand of them must not fill the memory."""
+    """The model's input for a request, as bytes: compact enough to keep fifty thousand of them."""
     return np.asarray(request.ids[:-1], np.int32).tobytes()
 
 

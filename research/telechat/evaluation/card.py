@@ -1,7 +1,7 @@
 """The table of the model card: which tasks it needs, what was published, and what differs in method. No model here.
 
 Published figures are China Telecom's, from the READMEs of github.com/Tele-AI/Telechat and github.com/Tele-AI/TeleChat2
-(that of 2025-03-14), which does not say how its figures came about.
+(that of 2025-03-14), which does not say how its figures were obtained.
 """
 import math
 from pathlib import Path
@@ -19,10 +19,10 @@ class Benchmark(NamedTuple):
     task: str                        # of lm-evaluation-harness, or the name of a judged benchmark
     chat_task: str                   # the same with --apply_chat_template
     metric: str
-    shots: Optional[int]             # solved examples that are set; None: the task brings its own, or has none
+    shots: Optional[int]             # few-shot examples to set; None: the task has its own, or none
     scale: float                     # from the harness's figure to the card's
     judged: bool
-    difference: str                  # from how the published figure came about
+    difference: str                  # from how the published figure was obtained
 
 
 BENCHMARKS = (
@@ -43,7 +43,7 @@ BENCHMARKS = (
     Benchmark("AlignBench", "alignbench", "alignbench", "", None, 1, True, "another judge than GPT-4"),
     Benchmark("MT-bench", "mt_bench", "mt_bench", "", None, 1, True, "another judge than GPT-4"))
 
-# By a part of the recipe's name, the longest that fits; in the columns, - where nothing was published.
+# By a part of the recipe's name, the longest match; in the columns, - where nothing was published.
 _FIGURES = """
 recipe          C-Eval  MMLU  CMMLU  BBH    GSM8K  MATH  HumanEval  MBPP  AlignBench  MT-bench  IFEval
 telechat_7b     64.6    60.5  64.3   19.5   36.7   10.3  20.1       -     -           -         -
@@ -62,7 +62,7 @@ def _published() -> Dict[str, Dict[str, float]]:
 
 
 PUBLISHED = _published()
-_OTHERS = ("_v2", "_32k")            # of a name: other weights, whose figures are not those of the card
+_OTHERS = ("_v2", "_32k")            # of a name: other weights, which the card has no figures for
 _FILTERS = ("flexible-extract", "get-answer", "create_test", "extract_code", "none")
 
 
@@ -125,7 +125,7 @@ def _value(values: JsonObject, bench: Benchmark) -> Optional[float]:
 
 
 def card_table(rows: Sequence[CardRow]) -> str:
-    """Rows as text in columns; what was not run, and what differs, below."""
+    """Rows as a text table, followed by what was not run and what differs."""
     cells: List[List[object]] = [["benchmark", "questions", "shots", "metric", "ours", "published"]]
     cells += [[row.benchmark, row.questions, row.shots, row.metric, row.ours,
                None if row.published is None else float(row.published)] for row in rows]
@@ -135,7 +135,7 @@ def card_table(rows: Sequence[CardRow]) -> str:
 
 
 def draw_card(rows: Sequence[CardRow], path: Path) -> bool:
-    """Ours and the published figures as bars, judges' ratings times ten, as a PNG; whether there was anything to draw.
+    """Our figures and the published ones as a PNG bar chart, ratings times ten; whether there was anything to draw.
 
     Raises ImportError without matplotlib.
     """

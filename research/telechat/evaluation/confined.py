@@ -1,11 +1,11 @@
-"""A script that evaluation/sandbox.py starts: sets up isolation, then runs one untrusted Python program within it.
+"""A script that evaluation/sandbox.py starts: sets up isolation, then runs one untrusted Python program in it.
 
     python -I -S -B confined.py ORDER < TOKEN_AND_PROGRAM        prints one line of JSON, see `main`
 
 Linux only, standard library only; nothing of the plugin is imported. Two processes: the guard, which waits and kills,
-and its child, the first process of a new PID namespace, which becomes the program. The child sees a file system of its
-own: the interpreter and the system's libraries, read-only, and an empty folder. It has no network, no privileges, and
-the limits of ORDER. Whatever of this cannot be had is an error: the program does not run.
+and its child, the first process of a new PID namespace, which becomes the program. The child sees its own file system:
+the interpreter and the system's libraries, read-only, and an empty folder. It has no network, no privileges, and
+the limits of ORDER. If any of this cannot be set up, that is an error and the program does not run.
 """
 import contextlib
 import ctypes
@@ -29,8 +29,8 @@ PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 
 BOX = "/box"                     # the program's folder
 INNER_ID = 1000                  # user in the namespace; any but root, whose capabilities would survive the exec
 
-# System calls that programs do without, by their numbers: more namespaces, mounts, tracing, kernel memory that no
-# limit counts (shmget, memfd_create, keys), and interfaces of the kernel that have been broken often.
+# System calls that programs do not need, by number: more namespaces, mounts, tracing, kernel memory that no limit
+# covers (shmget, memfd_create, keys), and kernel interfaces with a history of exploits.
 _SAME = {"io_uring_setup": 425, "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432,
          "fspick": 433, "mount_setattr": 442, "memfd_secret": 447}
 REFUSED = {
@@ -46,7 +46,7 @@ CALLS = {"x86_64": {"arch": 0xC000003E, "clone": 56, "socket": 41}, "aarch64": {
                                                                                 "socket": 198}}
 CLONE3, ENOSYS, EPERM, AF_UNIX = 435, 38, 1, 1
 
-# What runs in the isolation. It says "passed" by repeating the token, which a program that merely exits does not.
+# What runs in isolation. It reports "passed" by repeating the token, which a program that merely exits does not.
 RUNNER = """
 import os, sys
 token = sys.stdin.buffer.readline().strip()
@@ -74,17 +74,17 @@ class Refused(Exception):
 
 
 def call(name: str, *args: Any) -> None:
-    """A function of the C library that gives 0 when it worked. Raises Refused."""
+    """Call a function of the C library that returns 0 on success. Raises Refused."""
     encoded = [arg.encode() if isinstance(arg, str) else arg for arg in args]
     if getattr(libc, name)(*(ctypes.c_ulong(arg) if isinstance(arg, int) else arg for arg in encoded)) != 0:
         raise Refused(f"{name}({', '.join(map(str, args))}): {os.strerror(ctypes.get_errno())}")
 
 
 def become_isolated() -> Optional[int]:
-    """Enter new namespaces. The user id to change to, where this process is root; None in a namespace of users."""
+    """Enter new namespaces. Returns the user id to change to if this process is root; None in a user namespace."""
     kinds = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
     if os.geteuid() == 0:
-        # Root is exempt from the limit on processes, so that the program gets a user of its own.
+        # Root is exempt from the limit on processes, so the program gets its own user.
         call("unshare", kinds)
         return 60000 + os.getpid() % 5000
     user, group = os.geteuid(), os.getegid()
@@ -100,14 +100,14 @@ def become_isolated() -> Optional[int]:
 
 
 def build_root(root: str, paths: Sequence[str], size: int) -> None:
-    """Replace the file system by one, built in the empty folder `root`, with `paths`, read-only, and an empty folder
-    BOX of `size` bytes."""
+    """Replace the file system by one built in the empty folder `root`: `paths`, read-only, and an empty folder BOX of
+    `size` bytes."""
     call("mount", "none", "/", None, MS_REC | MS_PRIVATE, None)
     call("mount", "tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path in paths:
         bind(path, root)
     os.mkdir(root + BOX)
-    if not os.path.lexists(root + "/tmp"):                 # the interpreter may lie there
+    if not os.path.lexists(root + "/tmp"):                 # the interpreter may be there
         os.symlink(BOX, root + "/tmp")
     call("mount", "tmpfs", root + BOX, "tmpfs", MS_NOSUID | MS_NODEV, f"size={size},nr_inodes=4096,mode=1777")
     call("mount", "none", root, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV, None)
@@ -118,7 +118,7 @@ def build_root(root: str, paths: Sequence[str], size: int) -> None:
 
 
 def bind(path: str, root: str) -> None:
-    """Show `path` under `root`, read-only; a link as a link."""
+    """Bind-mount `path` under `root`, read-only; a link stays a link."""
     target = root + path
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.islink(path) and not os.path.lexists(target):
@@ -130,7 +130,7 @@ def bind(path: str, root: str) -> None:
         with open(target, "a", encoding="ascii"):
             pass
     call("mount", path, target, None, MS_BIND | MS_REC, None)
-    flags = os.statvfs(target).f_flag                      # those that a namespace of users may not take away
+    flags = os.statvfs(target).f_flag                      # those that a user namespace may not remove
     kept = flags & (MS_NOSUID | MS_NODEV | 8 | 1024 | 2048) | (MS_RELATIME if flags & ST_RELATIME else 0)
     call("mount", "none", target, None, MS_BIND | MS_REMOUNT | MS_RDONLY | kept, None)
 
@@ -151,7 +151,7 @@ def filter_program(machine: str) -> List[Tuple[int, int, int, int]]:
 
 
 def refuse_calls() -> None:
-    """No new privileges, and the seccomp filter."""
+    """Set no_new_privs and install the seccomp filter."""
     steps = [struct.pack("HBBI", *step) for step in filter_program(platform.machine())]
     code = ctypes.create_string_buffer(b"".join(steps))
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code)))
@@ -160,7 +160,7 @@ def refuse_calls() -> None:
 
 
 def limit(order: Dict[str, Any]) -> None:
-    """The limits of a process, and on the number of them."""
+    """Set the limits of a process, and on the number of processes."""
     memory, size = order["memory"], order["file_size"]
     for kind, value in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, order["cpu_seconds"]),
                         (resource.RLIMIT_FSIZE, size), (resource.RLIMIT_NOFILE, order["files"]),
@@ -170,7 +170,7 @@ def limit(order: Dict[str, Any]) -> None:
 
 
 def become_program(order: Dict[str, Any], user: Optional[int], report: int, failure: int) -> None:
-    """The child: everything that must hold, then the interpreter. Says on `failure` what could not be had."""
+    """The child: set up the isolation, then exec the interpreter. Writes to `failure` what could not be set up."""
     try:
         os.setsid()
         build_root(order["root"], order["paths"], order["folder_size"])
@@ -195,7 +195,7 @@ def become_program(order: Dict[str, Any], user: Optional[int], report: int, fail
 
 def ended_by_limit(child: int) -> bool:
     """Whether a program that reported nothing was killed by the limit on its processor time."""
-    for _ in range(100):                                   # it has closed its report, and is about to end
+    for _ in range(100):                                   # it has closed its report and is about to exit
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
             return os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)

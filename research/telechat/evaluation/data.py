@@ -1,6 +1,6 @@
-"""Where the data sets of tasks lie: files in a folder of the user's, in the forms they are published in, or the hub.
+"""Where the data sets of tasks are: files in the user's folder, in the forms they are published in, or the hub.
 
-No model and no MindSpore here. Training clusters often have no way out, so that every set can be read from files.
+No model and no MindSpore here. Training clusters are often offline, so every data set can be read from files.
 """
 import contextlib
 import gzip
@@ -25,13 +25,13 @@ MBPP_SPLITS = {"prompt": range(1, 11), "test": range(11, 511), "validation": ran
 
 
 def find_files(folder: Path, name: Optional[str]) -> Dict[str, List[str]]:
-    """Files of the splits of a data set, {split: files}; empty where there are none.
+    """Files of the splits of a data set, {split: files}; empty if there are none.
 
     Args:
         folder: of the data set.
-        name: its configuration, such as a subject of an examination; None: it has none.
+        name: its configuration, such as the subject of an exam; None: it has none.
 
-    They may stand as the hub stores them (NAME/SPLIT*.parquet), as C-Eval and CMMLU are published
+    They may be laid out as on the hub (NAME/SPLIT*.parquet), as C-Eval and CMMLU are published
     (SPLIT/NAME_SPLIT.csv, SPLIT/NAME.csv), as MATH is (SPLIT/NAME/NUMBER.json), or as SPLIT.jsonl in a folder NAME;
     without a name, as SPLIT* in the folder, or as one of SINGLE_FILES.
     """
@@ -80,11 +80,11 @@ def _records(path: Path) -> List[JsonObject]:
 
 @contextlib.contextmanager
 def data_from(folder: Optional[Path], only_files: bool = False) -> Iterator[None]:
-    """Within it, data sets come from `folder` where they are there, else from the hub, unless `only_files`. Failures
-    become ConfigError.
+    """Context in which data sets are read from `folder` if they are there, else from the hub unless `only_files`.
+    Failures become ConfigError.
 
-    The harness has no setting for this: it asks `datasets.load_dataset`, which is replaced meanwhile. Likewise
-    `evaluate.load`, from which tasks with programs get the metric code_eval: theirs runs programs in isolation.
+    The harness has no setting for this: it calls `datasets.load_dataset`, which is patched in this context. So is
+    `evaluate.load`, from which tasks with programs get the metric code_eval: that one runs programs in isolation.
     """
     import datasets
     import evaluate  # type: ignore[import-untyped]
@@ -104,7 +104,7 @@ def data_from(folder: Optional[Path], only_files: bool = False) -> Iterator[None
             if files:
                 return _read(files, original)
             return original(path, name, **kwargs)
-        except Exception as err:          # the hub, its cache and the readers of files raise errors of every kind
+        except Exception as err:          # the hub, its cache and the file readers raise errors of every kind
             raise ConfigError(_advice(path, name, files, err)) from err
 
     def metric(path: str, *args: object, **kwargs: object) -> object:

@@ -1,8 +1,8 @@
-"""`TelechatLM`: a TeleChat model as lm-evaluation-harness sees one. scripts/evaluate.py is the command.
+"""`TelechatLM`: the adapter of TeleChat models for lm-evaluation-harness. scripts/evaluate.py is the command.
 
-What a task asks, and how answers are judged, is the harness's matter (https://github.com/EleutherAI/
-lm-evaluation-harness); how tokens are scored stands in evaluation/score.py, how answers are generated in
-generation/scheduler.py. Importing this file needs the package lm-eval, the extra `evaluation` of setup.cfg.
+The harness (https://github.com/EleutherAI/lm-evaluation-harness) defines the tasks and judges the answers;
+evaluation/score.py scores tokens, generation/scheduler.py generates answers. Importing this file needs the package
+lm-eval, the extra `evaluation` of setup.cfg.
 """
 import contextlib
 import json
@@ -35,10 +35,10 @@ from research.telechat.text.renderer import BOT, Renderer, choose_template, to_m
 class TelechatLM(TemplateLM):
     """Log-likelihoods and generation for lm-evaluation-harness.
 
-    Every rank of a parallel run makes one of its own and gets all requests, since a model that is cut over cards needs
-    all of them for each; for the harness there is one process.
+    Every rank of a parallel run makes its own and gets all requests, since a model sharded over cards needs every rank
+    for each request; the harness sees one process.
 
-    Attributes: `counts`, what had to be cut, for the report: requests by kind.
+    Attributes: `counts`, what had to be truncated, for the report: requests by kind.
 
     Args:
         model: TelechatForCausalLM with its weights.
@@ -46,7 +46,7 @@ class TelechatLM(TemplateLM):
         batch_size: requests computed together.
         seed: of sampling, for tasks that sample.
         progress: show progress bars.
-        thinking_tokens: of reasoning before an answer, where prompts open it; the task's limit is that of the answer.
+        thinking_tokens: limit of the reasoning before an answer, if prompts open it; the task's limit is the answer's.
 
     Raises:
         ConfigError: see `Scorer`; markers of the chat template that the vocabulary lacks.
@@ -59,12 +59,12 @@ class TelechatLM(TemplateLM):
         self.model, self.tokenizer, self.vocab = model, tokenizer, tokenizer.vocab
         self.batch_size, self.seed, self.progress = batch_size, seed, progress
         self.thinking_tokens = thinking_tokens
-        # A task's instruction comes as a system prompt, which some families have no place for: it must not get lost.
+        # A task's instruction comes as a system prompt, which some families do not have: it must not get lost.
         self.renderer = Renderer(choose_template(self.vocab, model.config.chat_template), self.vocab,
                                  system_policy="prepend")
         self.counts: Counter = Counter()
         self._encode = lru_cache(maxsize=4)(self.vocab.encode_with_specials)    # the choices of a question share it
-        self._rendered: Dict[str, List[int]] = {}          # prompts of the chat template, with the ids they stand for
+        self._rendered: Dict[str, List[int]] = {}          # prompts of the chat template, with their ids
 
     @property
     def max_length(self) -> int:
@@ -78,13 +78,13 @@ class TelechatLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: the start token, or the end token where there is none."""
+        """What precedes a text without context: the start token, or the end token if there is no start token."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the vocabulary, for caches of the harness."""
+        """Identifies the vocabulary in the harness's caches."""
         return f"telechat-{self.vocab.fingerprint[:16]}"
 
     # Text to tokens
@@ -105,7 +105,7 @@ class TelechatLM(TemplateLM):
         return self.renderer.template.name if chat_template else None
 
     def apply_chat_template(self, chat_history: Sequence[dict], add_generation_prompt: bool = True) -> str:
-        """The prompt of a conversation as text. Its ids are kept: text that looks like a marker would become one.
+        """The prompt of a conversation as text. Its ids are cached: re-encoding would parse markers in texts.
 
         Without `add_generation_prompt` the last message is the beginning of the answer.
         """
@@ -131,7 +131,7 @@ class TelechatLM(TemplateLM):
                 return self._rendered[text[:end + len(marker)]], text[end + len(marker):]
         return None
 
-    # What the harness asks
+    # What the harness calls
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> List[Tuple[float, bool]]:
         """(log-likelihood, greedy) of the continuation of each request, given its context."""
@@ -139,7 +139,7 @@ class TelechatLM(TemplateLM):
         return self._loglikelihood_tokens((request.args, *self._encode_pair(*request.args)) for request in bar)
 
     def _encode_pair(self, context: str, continuation: str) -> Tuple[List[int], List[int]]:
-        """Both as ids, encoded together as the harness does it; without a context, behind the start token."""
+        """Both as ids, encoded together as the harness does; without a context, after the start token."""
         if context:
             if self.renderer.thinks and self._reasons(self.tok_encode(context)):
                 raise ConfigError("this model begins its answers with reasoning, behind which no log-likelihood can be "
@@ -151,7 +151,7 @@ class TelechatLM(TemplateLM):
                               disable_tqdm: bool = False, **_kwargs: object) -> List[Tuple[float, bool]]:
         """(log-likelihood, greedy) of each continuation, given its context, both as ids.
 
-        Of each request only an array is kept: lists of ids take nine times the memory.
+        Only an array is kept per request: lists of ids take nine times the memory.
         """
         texts, scored = [], []
         lost: Counter[str] = Counter()
@@ -170,7 +170,7 @@ class TelechatLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> List[float]:
-        """Log-likelihood of each whole text, longer than the context or not."""
+        """Log-likelihood of each whole text, even if it is longer than the context."""
         texts = [request.args[0] for request in requests]
         encoded = [self.tok_encode(text, add_special_tokens=False) for text in texts]
         results = self.scorer.rolling(encoded, self.prefix_token_id, "log-likelihoods of texts")
@@ -179,7 +179,7 @@ class TelechatLM(TemplateLM):
         return results
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> List[str]:
-        """The answer to each prompt, up to the first of its stop strings, an end token, or the limit of tokens."""
+        """The answer to each prompt, up to the first of its stop strings, an end token, or the token limit."""
         prompts = [_Prompt(number, self.tok_encode(request.args[0]) or [self.prefix_token_id],
                            read_settings(request.args[1])) for number, request in enumerate(requests)]
         prompts = self._thought(prompts, [request.args[0] for request in requests])
@@ -194,7 +194,7 @@ class TelechatLM(TemplateLM):
         return self.renderer.thinks and list(ids[-len(opening):]) == opening
 
     def _thought(self, prompts: List["_Prompt"], texts: Sequence[str]) -> List["_Prompt"]:
-        """`prompts`, where a task begins the answer and the model reasons before it: with the reasoning in between."""
+        """`prompts`, with the model's reasoning inserted where a task begins the answer and the model reasons first."""
         begun: Dict[int, Tuple[List[int], str]] = {}
         for prompt, text in zip(prompts, texts):
             known = self._known_prompt(text)
@@ -210,13 +210,13 @@ class TelechatLM(TemplateLM):
         for number, listener in zip(places, thoughts):
             ids, rest = begun[number]
             reasoning = self.vocab.decode(listener.tokens).partition("</think>")[0].rstrip("\n")
-            thought = f"\n{reasoning}{self.renderer.template.think_end}"          # the prompt ends with this line end
+            thought = f"\n{reasoning}{self.renderer.template.think_end}"          # the prompt ends with this newline
             found[number] = prompts[number]._replace(
                 ids=[*ids, *self.vocab.encode_with_specials(thought)[line:], *self.vocab.encode(rest)])
         return found
 
     def _asked(self, group: List["_Prompt"]) -> List["_Asked"]:
-        """Requests for prompts that have the same settings, and all reason or do not."""
+        """Requests for prompts that have the same settings and either all reason or all do not."""
         settings, reasons = dict(group[0].settings), self._reasons(group[0].ids)
         wanted, until, unknown = settings.pop("max_new_tokens"), settings.pop("until"), settings.pop("unknown")
         thinking = self.thinking_tokens if reasons else 0
@@ -241,7 +241,7 @@ class TelechatLM(TemplateLM):
                        each.thoughts_only) for each in group]
 
     def _answers(self, prompts: List["_Prompt"]) -> List["_Listener"]:
-        """What became of each prompt, in their order. As soon as an answer ends, the next request takes its place."""
+        """The answer to each prompt, in order. As soon as one ends, the next request takes its slot."""
         groups: Dict[str, List[_Prompt]] = {}
         for prompt in prompts:
             key = json.dumps([prompt.settings, self._reasons(prompt.ids)], sort_keys=True)
@@ -260,7 +260,7 @@ class TelechatLM(TemplateLM):
                 listener = _Listener(scheduler, answer, bar, each)
                 listener.ticket = scheduler.submit(each.request, listener)
                 listeners[each.number] = listener
-            if scheduler.settings.together:                    # another number of sequences would compile anew
+            if scheduler.settings.together:                    # another number of sequences would recompile
                 for _ in range(-len(asked) % scheduler.settings.slots):
                     scheduler.submit(asked[-1].request)
             while not all(listener.finished for listener in listeners.values()):
@@ -271,7 +271,7 @@ class TelechatLM(TemplateLM):
         return [listeners[prompt.number] for prompt in prompts]
 
     def _settings(self, asked: List["_Asked"]) -> Settings:
-        """As many answers at once as the user says, and the cache holds; one graph serves them all."""
+        """As many answers at once as the user asks for and the cache holds; one graph serves them all."""
         engine, slots = self.model.scheduler().engine, self.batch_size
         if engine.together and engine.pool is not None:
             longest = max(len(each.request.prompt) + each.request.max_new_tokens for each in asked)
@@ -280,7 +280,7 @@ class TelechatLM(TemplateLM):
                         together=engine.together)
 
     def _report(self, what: str, count: int, of: int) -> None:
-        """Say once for each call what had to be left out, and keep the count."""
+        """Log once per call what had to be left out, and keep the count."""
         if count:
             self.counts[what] += count
             logger.warning("evaluation: %d of %d %s; model_config.seq_length is %d.", count, of, what, self.max_length)
@@ -290,7 +290,7 @@ class _Prompt(NamedTuple):
     number: int
     ids: List[int]
     settings: JsonObject
-    thoughts_only: bool = False      # what comes behind the reasoning is not wanted
+    thoughts_only: bool = False      # what follows the reasoning is discarded
 
 
 class _Asked(NamedTuple):

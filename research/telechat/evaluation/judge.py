@@ -1,4 +1,4 @@
-"""Asking a judge: any server with OpenAI's chat API, over the standard library; and what was asked before, from a file.
+"""Asking a judge: any server with OpenAI's chat API, using the standard library; earlier answers come from a file.
 
 No MindSpore here. evaluation/judged.py holds the benchmarks.
 """
@@ -17,25 +17,25 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
 from research.telechat.evaluation.judged import Messages
 
-KEYS = ("TELECHAT_JUDGE_KEY", "OPENAI_API_KEY")      # of the environment; the first that is set
+KEYS = ("TELECHAT_JUDGE_KEY", "OPENAI_API_KEY")      # environment variables; the first one set counts
 ATTEMPTS, TIMEOUT, TOKENS = 5, 300.0, 2048
 _LATER = (408, 409, 425, 429, 500, 502, 503, 504)    # try again
 
 
 def digest(*parts: object) -> str:
-    """A name for what was asked, for `Store`."""
+    """A key for what was asked, for `Store`."""
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
 class Store:
-    """Texts by the digest of what was asked, one JSON line each, written as they come: an interrupted run goes on.
+    """Texts by the digest of what was asked, one JSON line each, written as they come: an interrupted run can resume.
 
     Args:
-        path: the file; its last line may be broken off.
-        kind: named in errors.
+        path: the file; its last line may be incomplete.
+        kind: for error messages.
 
     Raises:
-        ConfigError: another file.
+        ConfigError: a file of another kind.
     """
 
     def __init__(self, path: Path, kind: str):
@@ -58,7 +58,7 @@ class Store:
                 file.truncate(whole)
 
     def add(self, key: str, text: str, about: JsonObject) -> None:
-        """Keep a text; `about` says for readers what it is."""
+        """Keep a text; `about` describes it for human readers."""
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -70,9 +70,9 @@ class Judge:
     """A model behind OpenAI's chat API.
 
     Args:
-        url: up to and including /v1; /chat/completions is added where it does not end so.
+        url: up to and including /v1; /chat/completions is appended if missing.
         model: its name there.
-        pause: seconds before the second attempt; each further one waits twice as long.
+        pause: seconds before the second attempt; doubled for each further one.
     """
 
     def __init__(self, url: str, model: str, pause: float = 1.0):
@@ -84,7 +84,7 @@ class Judge:
         self._key = next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
 
     def ask(self, messages: Messages) -> str:
-        """The judge's answer, its likeliest. Raises ConfigError where it cannot be had, after ATTEMPTS attempts."""
+        """The judge's most likely answer. Raises ConfigError if there is none after ATTEMPTS attempts."""
         body = json.dumps({"model": self.model, "messages": messages, "temperature": 0, "max_tokens": TOKENS}).encode()
         headers = {"Content-Type": "application/json"}
         if self._key:
@@ -117,7 +117,7 @@ class Judge:
 
 def judge_all(judge: Judge, store: Store, asked: Sequence[Tuple[Messages, JsonObject]], at_once: int = 4,
               bar: Optional[object] = None) -> List[str]:
-    """The judgments of (messages, what they are about), those of `store` without asking again."""
+    """The judgments of (messages, what they are about); those in `store` are not asked for again."""
     def one(item: Tuple[Messages, JsonObject]) -> str:
         messages, about = item
         key = digest(judge.model, messages)

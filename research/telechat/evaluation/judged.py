@@ -1,9 +1,9 @@
 """Questions whose answers a judge rates: AlignBench and MT-bench, from the files they are published as.
 
-Prompts, dimensions, references and temperatures come from the user's copy of each benchmark; nothing of them is here:
+Prompts, dimensions, references and temperatures come from the user's copy of each benchmark; none are shipped here:
 
     DIR/AlignBench      a clone of its repository: questions in its data, dimensions and temperatures in its config, and
-                        the prompt as a text in its script (read, not run), or by itself in a file
+                        the prompt as a text in its script (read, not run), or in a file of its own
     DIR/mt_bench        FastChat's folder of llm_judge's data: questions, judge_prompts, reference_answer
 """
 import ast
@@ -33,11 +33,11 @@ class Question(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """A benchmark: its questions, and how its judge's text is read and its ratings become one."""
+    """A benchmark: its questions, how a judgment is parsed, and how ratings become a score."""
 
     name: str
     questions: List[Question]
-    rating: Callable[[str], Optional[float]]        # of a judgment, 1 to 10; None: it holds none
+    rating: Callable[[str], Optional[float]]        # of a judgment, 1 to 10; None: it has none
     score: Callable[[Dict[str, List[float]]], Optional[float]]     # of the ratings by category
 
 
@@ -58,7 +58,7 @@ def read_bench(name: str, data: Optional[str]) -> Bench:
 
 
 def _file(folder: Path, *names: str) -> Path:
-    """The first of these files that is there. Raises ConfigError."""
+    """The first of these files that exists. Raises ConfigError."""
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise ConfigError(f"--data: {folder} has no {' or '.join(names)}")

@@ -18,7 +18,7 @@ class Row(NamedTuple):
 
     task: str
     metric: str
-    filter: str                      # how the answer was found in the text, "" where there is one way only
+    filter: str                      # how the answer was found in the text, "" if there is only one way
     shots: Optional[int]
     documents: Optional[int]
     value: float
@@ -51,7 +51,7 @@ def leaves(name: str, results: JsonObject) -> List[str]:
 
 
 def result_table(rows: Sequence[Row]) -> str:
-    """Rows as text in columns."""
+    """Rows as a text table."""
     cells: List[List[object]] = [["task", "metric", "shots", "questions", "value", "+-"]]
     for row in rows:
         metric = row.metric + (f" ({row.filter})" if row.filter else "")
@@ -61,7 +61,7 @@ def result_table(rows: Sequence[Row]) -> str:
 
 
 def judged_table(judged: Dict[str, JsonObject]) -> str:
-    """Ratings of a judge by benchmark and category as text in columns."""
+    """Ratings of a judge by benchmark and category as a text table."""
     cells: List[List[object]] = [["benchmark", "category", "judgments", "rating"]]
     for name, found in judged.items():
         cells.append([name, "all", found["judgments"], found["score"]])
@@ -73,7 +73,7 @@ def judged_table(judged: Dict[str, JsonObject]) -> str:
 
 
 def versions() -> Dict[str, str]:
-    """Versions of Python and of the packages that decide the result, where they are installed."""
+    """Versions of Python and of the packages that affect the result, if installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -85,7 +85,7 @@ def versions() -> Dict[str, str]:
 
 def write_results(path: Path, report: JsonObject, samples: Optional[Dict[str, List[JsonObject]]] = None
                   ) -> None:
-    """`report` as JSON; `samples`, each question with its answer, as JSON lines beside it. Both whole or not there."""
+    """Write `report` as JSON and `samples`, each question with its answer, as JSON lines next to it. Atomic writes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if samples is not None:
         lines = (json.dumps({"task": task, **entry}, ensure_ascii=False, default=str)
@@ -96,12 +96,12 @@ def write_results(path: Path, report: JsonObject, samples: Optional[Dict[str, Li
 
 
 def samples_path(path: Path) -> Path:
-    """Where the samples of report `path` stand."""
+    """The file for the samples of report `path`."""
     return path.with_name(f"{path.stem}.samples.jsonl")
 
 
 def draw_bars(rows: Sequence[Row], path: Path) -> bool:
-    """Accuracies as horizontal bars with their standard errors, as a PNG; whether there was anything to draw.
+    """Accuracies as a horizontal bar chart with standard errors (PNG); whether there was anything to draw.
 
     Raises ImportError without matplotlib.
     """

@@ -1,7 +1,7 @@
 """Programs that a model wrote, run in isolation: HumanEval and MBPP score an answer by running it. No MindSpore here.
 
-What the isolation consists of, and what it protects from, is told in docs/evaluation.md; evaluation/confined.py sets it
-up. Where that cannot be done nothing is run: `check_isolation` says so before a model is loaded.
+docs/evaluation.md describes the isolation and what it protects from; evaluation/confined.py sets it up. If that fails,
+nothing is run: `check_isolation` reports it before a model is loaded.
 """
 import json
 import os
@@ -22,28 +22,28 @@ GUARD = Path(__file__).with_name("confined.py")
 MIB = 1 << 20
 _SHOWN = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/null",
           "/dev/zero", "/dev/random", "/dev/urandom")
-_GRACE = 20.0                    # seconds beyond the program's for the interpreters to start, on a busy machine
+_GRACE = 20.0                    # extra seconds for the interpreters to start on a busy machine
 
 
 class Limits(NamedTuple):
     """What a program may use."""
 
-    cpu_seconds: int = 3             # of each process; the published scorers allow 3 seconds altogether
-    seconds: float = 10.0            # altogether
+    cpu_seconds: int = 3             # of each process; the published scorers allow 3 seconds in total
+    seconds: float = 10.0            # in total
     memory: int = 1024 * MIB         # bytes of address space of each process
-    processes: int = 8               # at a time, threads included
+    processes: int = 8               # concurrent, threads included
     file_size: int = 16 * MIB        # bytes of a file
     folder_size: int = 64 * MIB      # bytes of all files together
-    files: int = 64                  # open at a time
+    files: int = 64                  # open at the same time
 
 
 DEFAULT_LIMITS = Limits()
 
 
 def run_program(program: str, limits: Limits = DEFAULT_LIMITS) -> str:
-    """"passed" where a Python program runs to its end without an error; else "failed: ..." or "timed out".
+    """"passed" if a Python program finishes without an error; else "failed: ..." or "timed out".
 
-    Raises ConfigError where the isolation cannot be set up: the program has not run.
+    Raises ConfigError if the isolation cannot be set up; the program was not run then.
     """
     if not sys.platform.startswith("linux"):
         raise ConfigError(f"--allow_code_execution needs Linux for the isolation of programs, found {sys.platform}")
@@ -79,7 +79,7 @@ def _paths() -> List[str]:
 
 
 def _links(path: str) -> List[str]:
-    """A file and every link on the way to it."""
+    """A file and every symbolic link on the path to it."""
     found = [os.path.abspath(path)]
     while os.path.islink(found[-1]):
         found.append(os.path.normpath(os.path.join(os.path.dirname(found[-1]), os.readlink(found[-1]))))
@@ -87,12 +87,12 @@ def _links(path: str) -> List[str]:
 
 
 def _libraries() -> str:
-    """Folder of the interpreter's shared library, "" where it has none of its own or the system finds it."""
+    """Folder of the interpreter's shared library, "" if it has none or the system finds it."""
     folder = str(sysconfig.get_config_var("LIBDIR") or "")
     return folder if sysconfig.get_config_var("Py_ENABLE_SHARED") and not folder.startswith("/usr/lib") else ""
 
 
-# What a program must not be able to do. Each line is tried, and the program passes only where all of them fail.
+# What a program must not be able to do. Each line is tried; the program passes only if all of them fail.
 _PROBE = """
 import os, socket
 held = []
@@ -119,7 +119,7 @@ assert refused(bear), "its processes are not limited"
 
 
 def check_isolation() -> None:
-    """Raise ConfigError where programs cannot be isolated: it is set up once, and tried from within."""
+    """Raise ConfigError if programs cannot be isolated: the isolation is set up once and tested from inside."""
     with tempfile.NamedTemporaryFile(prefix="telechat-probe-") as file:
         os.chmod(file.name, 0o644)
         result = run_program(_PROBE.format(file=file.name, processes=Limits().processes))
@@ -128,10 +128,10 @@ def check_isolation() -> None:
 
 
 class CodeEval:
-    """The metric code_eval as tasks of lm-evaluation-harness ask for it, with programs in isolation.
+    """The metric code_eval as tasks of lm-evaluation-harness use it, with programs in isolation.
 
-    Attributes: `allowed`, whether programs are run. Until then, and on all ranks of a parallel run but the first, which
-    alone writes a report, nothing is run and nothing passes.
+    Attributes: `allowed`, whether programs are run. Until it is set, and on all ranks of a parallel run but the first,
+    which writes the report, nothing is run and nothing passes.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """Log-likelihoods of tokens under a model: `Scorer`, and the perplexity of texts.
 
 The loss of a token is the one of training (model/loss.py), so that held-out perplexity and evaluation agree. Only the
-rows that are asked for go through the head, and only their two numbers leave the device: the logits of eight texts of
-1024 tokens would be 5 GB. lm-evaluation-harness is not known here (evaluation/harness.py is its adapter).
+requested rows go through the head, and only two numbers per row leave the device: the logits of eight texts of 1024
+tokens would be 5 GB. Independent of lm-evaluation-harness (evaluation/harness.py is its adapter).
 """
 import math
 from typing import Iterable, List, NamedTuple, Optional, Sequence, Tuple
@@ -21,13 +21,13 @@ from research.telechat.text.vocab import Vocab
 
 
 class _ScoreGraph(nn.Cell):
-    """The model without its KV cache, its head on some rows, and the loss of their labels."""
+    """The model without its KV cache, its head applied to some rows, and the loss of their labels."""
 
     def __init__(self, model: nn.Cell):
         super().__init__(auto_prefix=False)
         self.model = model
-        # Where the rotary rule depends on the length of a text, padding must not count. And a model with a cache whose
-        # batch is cut expects tables for each text.
+        # If the rotary scaling depends on the length of a text, padding must not count. And a model with a cache whose
+        # batch is sharded expects tables for each text.
         config = model.config
         own = model.model.by_length or (config.use_past and config.parallel_config.data_parallel > 1)
         self.tables = model.model.rotary_by_length if own else None
@@ -38,7 +38,7 @@ class _ScoreGraph(nn.Cell):
         hidden = self.hidden(tokens, lengths)                                      # [B S, H]
         losses: Tuple[Tensor, ...] = ()
         likeliest: Tuple[Tensor, ...] = ()
-        for chunk in range(rows.shape[0]):                                         # a whole [C K, V] would be too large
+        for chunk in range(rows.shape[0]):                                         # all of [C K, V] is too large
             logits = self.model.logits(self.model.gather_rows(hidden, rows[chunk], 0))
             loss, _ = self.model.loss.token_losses(logits, targets[chunk])         # [K]
             losses += (loss,)
@@ -66,7 +66,7 @@ class Scorer:
         progress: show a progress bar.
 
     Raises:
-        ConfigError: a parallel plan that cannot score, or a batch size that it cannot divide.
+        ConfigError: a parallel plan that cannot score, or a batch size that does not fit the plan.
     """
 
     def __init__(self, model: TelechatForCausalLM, batch_size: int = 8, progress: bool = True):
@@ -84,9 +84,9 @@ class Scorer:
         self._graph: Optional[_ScoreGraph] = None
 
     def score(self, requests: Sequence[Scored], what: str = "scoring") -> List[Tuple[float, bool]]:
-        """(log-likelihood, whether every scored token is the likeliest one) of each request; (0, True) for nothing.
+        """(log-likelihood, whether every scored token is the most likely one) of each request; (0, True) if empty.
 
-        The sum over the tokens is taken in float64, of float32 log-likelihoods.
+        float32 log-likelihoods of the tokens are summed in float64.
         """
         config = self.model.config
         totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
@@ -127,10 +127,10 @@ class Perplexity(NamedTuple):
     tokens: int
     characters: int
     bytes: int                     # in UTF-8
-    log_likelihood: float          # natural logarithm, of all tokens together
+    log_likelihood: float          # natural logarithm, sum over all tokens
 
     def as_dict(self) -> JsonObject:
-        """The counts, and: perplexity for each token, bits for each byte (comparable between tokenizers)."""
+        """The counts, perplexity per token, and bits per byte (comparable between tokenizers)."""
         loss = -self.log_likelihood / max(self.tokens, 1)
         return {**self._asdict(), "loss_per_token": loss, "perplexity": math.exp(min(loss, 700.0)),
                 "bits_per_byte": -self.log_likelihood / math.log(2) / max(self.bytes, 1)}
@@ -145,7 +145,7 @@ def perplexity_of(scorer: Scorer, parts: Parts) -> JsonObject:
 
 
 def perplexity(scorer: Scorer, vocab: Vocab, texts: Iterable[str], prefix: int) -> Perplexity:
-    """Of texts, each on its own, markers in them taken as ordinary characters."""
+    """Perplexity of independent texts, in which markers count as ordinary characters."""
     texts = list(texts)
     encoded = vocab.encode_batch(texts)
     total = sum(scorer.rolling(encoded, prefix, "perplexity"))

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness by name. No model and no MindSpore here.
 
-A wrong name, a missing package or missing data is told within seconds, before a model is loaded (evaluation/needs.py,
-evaluation/data.py).
+A wrong name, a missing package or missing data is reported within seconds, before a model is loaded
+(evaluation/needs.py, evaluation/data.py).
 """
 import difflib
 import logging
@@ -15,11 +15,11 @@ from research.telechat.common.files import JsonObject
 from research.telechat.evaluation.data import data_from
 from research.telechat.evaluation.needs import check_needs
 
-_SHOWN = 5                       # near names in an error
+_SHOWN = 5                       # similar names in an error
 
 
 def harness_version() -> str:
-    """Version of lm-evaluation-harness. Raises ConfigError where it is not installed."""
+    """Version of lm-evaluation-harness. Raises ConfigError if it is not installed."""
     try:
         return metadata.version("lm_eval")
     except metadata.PackageNotFoundError:
@@ -29,16 +29,16 @@ def harness_version() -> str:
 
 def load_tasks(names: Sequence[str], include_path: Optional[str] = None, data: Optional[str] = None,
                only_files: bool = False) -> JsonObject:
-    """The tasks, groups and tags of these names with their data, as the harness's `evaluate` takes them.
+    """The tasks, groups and tags of these names with their data, in the form that the harness's `evaluate` takes.
 
     Args:
         names: as `lm_eval --tasks` takes them.
-        include_path: folder with task files (YAML) of the user's own.
+        include_path: folder with the user's own task files (YAML).
         data: folder with data sets, see `find_files` in evaluation/data.py.
-        only_files: do not ask the hub for what is not there.
+        only_files: do not fall back to the hub.
 
     Raises:
-        ConfigError: a name that does not exist (near ones are listed), no such folder, a broken task, missing data.
+        ConfigError: unknown name (similar ones are listed), no such folder, a broken task, missing data.
     """
     for option, folder in (("--include_path", include_path), ("--data", data)):
         if folder and not Path(folder).is_dir():
@@ -57,7 +57,7 @@ def load_tasks(names: Sequence[str], include_path: Optional[str] = None, data: O
             return manager.load(list(names))
         except ConfigError:
             raise
-        except Exception as err:                               # a task's YAML can be wrong in any way
+        except Exception as err:                               # a task's YAML can be invalid in any way
             fault = err.__cause__ if isinstance(err.__cause__, ConfigError) else err
             if isinstance(fault, ConfigError):
                 raise fault from err
@@ -66,7 +66,7 @@ def load_tasks(names: Sequence[str], include_path: Optional[str] = None, data: O
 
 
 def near_names(name: str, known: Sequence[str]) -> List[str]:
-    """Names that somebody may have meant: similar ones, and the shortest of those with a similar first word."""
+    """Suggestions for a misspelled name: similar ones, and the shortest of those with a similar first word."""
     words: Dict[str, List[str]] = {}
     for each in known:
         words.setdefault(re.split("[-_]", each)[0], []).append(each)
@@ -79,8 +79,8 @@ def near_names(name: str, known: Sequence[str]) -> List[str]:
 def _manager(names: Sequence[str], include_path: Optional[str]) -> Any:
     """A TaskManager that knows the names, if they exist.
 
-    Reading all 14,000 task files takes ten seconds and more, those in the folder that a name begins with hardly one.
-    Tags gather tasks from everywhere, so they need all files.
+    Reading all 14,000 task files takes ten seconds or more, those in the folder that a name begins with less than one.
+    Tags collect tasks from everywhere, so they need all files.
     """
     import lm_eval.tasks
     root = Path(lm_eval.tasks.__file__).parent
@@ -97,9 +97,9 @@ def _manager(names: Sequence[str], include_path: Optional[str]) -> Any:
 
 
 def set_shots(loaded: JsonObject, num_fewshot: Optional[int], seed: int) -> List[str]:
-    """Set the number of solved examples in front of each question, as the harness's own command does.
+    """Set the number of few-shot examples, as the harness's own command does.
 
-    Returns the names of tasks that keep theirs: those that have it set to 0. ConfigError: a task has fewer examples.
+    Returns the names of tasks that keep theirs because they set it to 0. ConfigError: a task has fewer examples.
     """
     kept = []
     for name, task in loaded["tasks"].items():

@@ -1,7 +1,7 @@
 """What --perplexity scores: everything that preprocessing reads, conversations by their answers. No MindSpore here.
 
-A text is scored on every token, in windows; of a conversation what is trained on is scored: each answer and its end
-marker, given all that stands before it.
+A text is scored on every token, in windows; a conversation on what training counts: each answer and its end marker,
+given everything before it.
 """
 from pathlib import Path
 from typing import List, NamedTuple, Sequence, Tuple, Union
@@ -16,7 +16,7 @@ from research.telechat.text.renderer import Renderer
 
 
 class Record(NamedTuple):
-    """A text or a conversation, and where it stands."""
+    """A text or a conversation, and its location."""
 
     content: Union[Document, Conversation]
     file: Path
@@ -24,7 +24,7 @@ class Record(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What the model reads, and how much text that is."""
+    """The model's input, and how much text that is."""
 
     windows: List[Scored]
     texts: int                       # records
@@ -35,7 +35,7 @@ class Parts(NamedTuple):
 
 
 def read_records(name: str) -> List[Record]:
-    """The records of a file, a folder, or a .json file that lists them, each once. Raises ConfigError."""
+    """The records of a file, a folder, or a .json list of files, each once. Raises ConfigError."""
     try:
         sources = [source._replace(weight=1.0) for source in find_sources([name])]
         formats = source_formats(sources)
@@ -65,7 +65,7 @@ def parts_of(records: Sequence[Record], renderer: Renderer, prefix: int, limit: 
         limit: tokens of the longest input.
 
     Raises:
-        ConfigError: a conversation that the family of the model has no form for.
+        ConfigError: a conversation that the model's family cannot represent.
     """
     vocab, windows = renderer.vocab, []
     texts: List[str] = []
