@@ -10,13 +10,13 @@ from research.telechat.doctor.device import Array, AttentionForm, Device
 from research.telechat.interpret import attention
 
 PAD = 3                                      # the id of padding
-_SHARE = 0.1                                 # of probabilities that are dropped
+_SHARE = 0.1                                 # fraction of probabilities that are dropped
 _FLASH = "model_config.use_flash_attention: True"
 _NO_BAND = ("no key (MindSpore's ring attention counts on it)", "no key", "the diagonal")
 
 
 class Sizes(NamedTuple):
-    """Tokens of a sequence; of one longer than the kernel's triangle of 2048; head size."""
+    """Tokens of a sequence; tokens of one longer than the kernel's 2048 x 2048 triangle; head size."""
 
     seq: int = 256
     long: int = 2304
@@ -24,7 +24,7 @@ class Sizes(NamedTuple):
 
 
 def rounded(x: Array, dtype: str) -> Array:
-    """x as a device holds it in `dtype`, float32."""
+    """x rounded to `dtype`, as float32."""
     x = np.asarray(x, np.float32)
     return round_bfloat16(x) if dtype == "bfloat16" else x.astype(dtype).astype(np.float32)
 
@@ -98,7 +98,7 @@ def _compare(device: Device, form: AttentionForm) -> Outcome:
 
 
 def _dropped(device: Device, dtype: str, dim: int) -> Outcome:
-    """With queries of 0 all probabilities of a row are equal; with the unit matrix for values they are the result."""
+    """Zero queries make all probabilities of a row equal; with the identity matrix as values they are the result."""
     form = AttentionForm("dropout", dtype, 1, 4, 4, dim, dim, {"attention_dropout_prob": _SHARE})
     query = np.zeros((1, 4, dim, dim), np.float32)
     value = np.broadcast_to(np.eye(dim, dtype=np.float32), query.shape).copy()
@@ -144,7 +144,7 @@ def _band(device: Device) -> Outcome:
 
 
 def checks(dtypes: Sequence[str], sizes: Sizes) -> List[Check]:
-    """All of attention."""
+    """All attention checks."""
     result = [Check(f"attention, {form.name} ({form.dtype})", partial(_compare, form=form), avoid)
               for form, avoid in forms(dtypes, sizes)]
     main = dtypes[0]

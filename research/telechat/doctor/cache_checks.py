@@ -23,7 +23,7 @@ def _filled(dtype: str, dim: int) -> Tuple[Cache, Array, Array]:
 
 
 def _storing(device: Device, dtype: str, dim: int) -> Outcome:
-    """Of eleven tokens, two of which go nowhere; everything else in the cache stays."""
+    """Eleven tokens, two of which go nowhere; the rest of the cache must not change."""
     before, tables, _ = _filled(dtype, dim)
     rng = np.random.default_rng(5)
     key, value = (rounded(rng.normal(size=(11, _KV_HEADS, dim)), dtype) for _ in range(2))
@@ -46,7 +46,7 @@ def _attending(device: Device, dtype: str, dim: int) -> Outcome:
 
 
 def checks(dtypes: Sequence[str], dim: int) -> List[Check]:
-    """All of the cache."""
+    """All cache checks."""
     result: List[Check] = []
     for dtype in dtypes:
         avoid = f"model_config.use_past: True with compute_dtype: {dtype}"

@@ -1,4 +1,4 @@
-"""A checkpoint cut for several cards by MindSpore, and merged again."""
+"""A checkpoint sharded for several cards by MindSpore, and merged again."""
 import contextlib
 import io
 import tempfile
@@ -14,7 +14,7 @@ from research.telechat.doctor.device import Array, Device
 
 
 class Transform(NamedTuple):
-    """save: arrays as a complete checkpoint of MindSpore; cut: from one folder into another, for a strategy; merge:
+    """save: arrays as a complete MindSpore checkpoint; cut: shard it from one folder into another by a strategy; merge:
     back, by that strategy."""
 
     save: Callable[[Dict[str, Array], Path], object]
@@ -22,7 +22,7 @@ class Transform(NamedTuple):
     merge: Callable[[Path, Path, Path], object]
 
 
-# Four cards, 2 x data and 2 x model parallel: rows, columns, the optimizer's cut, and what all hold.
+# Four cards, 2 x data and 2 x model parallel: split by rows, by columns, by the optimizer, and replicated.
 LAYOUTS = {"model.layers.0.attention.wq.weight": Layout((2, 2), ((0,), ()), 0, (0,)),
            "model.layers.0.attention.wo.weight": Layout((2, 2), ((), (0,)), 0, (0,)),
            "model.layers.0.feed_forward.w1.weight": Layout((2, 2), ((0,), ()), -1, (0,)),

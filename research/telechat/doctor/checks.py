@@ -1,4 +1,4 @@
-"""What a check is, what it finds, and the loop over all of them. No MindSpore."""
+"""A check, its outcome, and the loop over all of them. No MindSpore."""
 import time
 from typing import Callable, Iterable, List, NamedTuple, Optional, Sequence
 
@@ -9,16 +9,16 @@ from research.telechat.doctor.device import Device
 
 OK, WRONG, SKIPPED = "ok", "wrong", "skipped"
 VERDICTS = (OK, WRONG, SKIPPED)
-# Largest difference from NumPy, as a share of the largest number: a few roundings of the type.
+# Largest difference from NumPy, relative to the largest number: a few roundings of the type.
 LIMITS = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 2e-2}
 
 
 class Skip(Exception):
-    """A check that cannot be made here; its text says why."""
+    """A check cannot run here; the message says why."""
 
 
 class Outcome(NamedTuple):
-    """What one check has found, in words for the table."""
+    """The result of one check, in words for the table."""
 
     expected: str
     found: str
@@ -26,19 +26,18 @@ class Outcome(NamedTuple):
 
 
 class Check(NamedTuple):
-    """One row of the table. run raises Skip where there is nothing to check; avoid: what of a recipe not to use where
-    the check fails; cards: the least that it needs."""
+    """One row of the table. run raises Skip if there is nothing to check; avoid: what not to use of a recipe if the
+    check fails; cards: the minimum it needs."""
 
     name: str
     run: Callable[[Device], Outcome]
     avoid: str
-    fused: bool = False                      # of a kernel that only accelerators have
+    fused: bool = False                      # needs a kernel that only accelerators have
     cards: int = 1
 
 
 class Finding(NamedTuple):
-    """A check with its verdict. found: for a skipped one the reason; avoid: what not to use where
-    it is wrong."""
+    """A check with its verdict. found: for a skipped one the reason; avoid: what not to use if it is wrong."""
 
     name: str
     expected: str
@@ -52,8 +51,7 @@ Progress = Callable[[int, int, Check], object]
 
 
 def gap(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference as a share of the largest expected number; infinite where shapes differ or something is not
-    finite."""
+    """Largest difference relative to the largest expected number; infinite for other shapes or non-finite values."""
     if np.shape(found) != np.shape(expected):
         return float("inf")
     difference = np.abs(np.asarray(found, np.float64) - expected)
@@ -63,7 +61,7 @@ def gap(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def within(pairs: Sequence[Sequence[np.ndarray]], limit: float, what: str = "NumPy") -> Outcome:
-    """Outcome of comparing pairs (found, expected); the worst counts."""
+    """Outcome of comparing pairs (found, expected); the worst one counts."""
     worst = max(gap(found, expected) for found, expected in pairs)
     return Outcome(f"{what} within {limit:.0e}", f"differs by {worst:.1e}", worst <= limit)
 
@@ -74,7 +72,7 @@ def relative(pairs: Sequence[Sequence[float]], limit: float, what: str) -> Outco
 
 
 def why_not(check: Check, fused: bool, cards: int) -> str:
-    """Why a check is skipped on a device, '' where it is made."""
+    """Why a check is skipped on a device, '' if it runs."""
     if check.fused and not fused:
         return "this kernel is Ascend's; models here use the composed one, which is checked"
     if cards < check.cards:
@@ -83,7 +81,7 @@ def why_not(check: Check, fused: bool, cards: int) -> str:
 
 
 def examine(check: Check, device: Device) -> Finding:
-    """Make one check. An error in it is what it has found."""
+    """Run one check. An exception is its finding."""
     started = time.monotonic()
 
     def finding(expected: str, found: str, verdict: str) -> Finding:
@@ -96,21 +94,21 @@ def examine(check: Check, device: Device) -> Finding:
         outcome = check.run(device)
     except Skip as skip:
         return finding("-", str(skip), SKIPPED)
-    except Exception as error:                       # whatever kernels, compilers and collectives raise
+    except Exception as error:                       # kernels, compilers and collectives raise anything
         said = one_line(f"{type(error).__name__}: {error}")[:300]
         return finding("no error", said, WRONG)
     return finding(outcome.expected, outcome.found, OK if outcome.ok else WRONG)
 
 
 def shared(findings: Sequence[Finding], device: Device) -> List[Finding]:
-    """The findings, with those of other cards that are wrong where this one's are not.
+    """The findings of this card; a check that is wrong on another card counts as wrong here, too.
 
-    Each card sends one number for each check; where that fails, the findings stay as they are.
+    Each card sends one number per check; if that fails, the findings stay as they are.
     """
     mine = np.array([VERDICTS.index(one.verdict) for one in findings], np.float32)
     try:
         every = device.collective("all-gather", "float32", mine).reshape(device.ranks, len(mine))
-    except Exception:                                # the check of this collective says why
+    except Exception:                                # that collective's own check reports it
         return list(findings)
     if not np.array_equal(every[device.rank], mine):
         return list(findings)
@@ -125,7 +123,7 @@ def shared(findings: Sequence[Finding], device: Device) -> List[Finding]:
 
 def examine_all(checks: Iterable[Check], device: Device, progress: Optional[Progress] = None,
                 kept: Optional[List[Finding]] = None) -> List[Finding]:
-    """Make the checks one after the other. kept: a list that grows meanwhile."""
+    """Run the checks one after the other. kept: a list to append the findings to, for readers in other threads."""
     findings: List[Finding] = [] if kept is None else kept
     every = list(checks)
     for number, check in enumerate(every):

@@ -1,4 +1,4 @@
-"""Each collective over all ranks, on numbers small enough that every type adds them exactly."""
+"""Each collective over all ranks, on numbers small enough to be summed exactly in every type."""
 from functools import partial
 from typing import Callable, Dict, List, Sequence, Tuple
 
@@ -11,12 +11,12 @@ _ROWS, _COLUMNS = 4, 64                      # of each rank, rows per rank
 
 
 def content(rank: int, ranks: int) -> Array:
-    """What a rank holds: [4 * ranks, 64], whole numbers from 0 to 7."""
+    """The input of a rank: [4 * ranks, 64], integers from 0 to 7."""
     return np.random.default_rng(100 + rank).integers(0, 8, (_ROWS * ranks, _COLUMNS)).astype(np.float32)
 
 
 def _blocks(rank: int, every: Sequence[Array]) -> Array:
-    """all-to-all: this rank's rows of every rank, beside each other."""
+    """all-to-all: this rank's rows of every rank, concatenated."""
     return np.concatenate([np.split(one, len(every))[rank] for one in every], 1)
 
 
@@ -48,7 +48,7 @@ def _collective(device: Device, name: str, dtype: str) -> Outcome:
 
 
 def checks(dtypes: Sequence[str]) -> List[Check]:
-    """All of them; float32 too, in which gradients travel."""
+    """All of them, in float32 too, the type in which gradients are communicated."""
     return [Check(f"collective, {name} ({dtype})", partial(_collective, name=name, dtype=dtype), avoid,
                   cards=2)
         for dtype in dict.fromkeys(("float32", dtypes[0])) for name, (_, avoid) in EXPECTED.items()]

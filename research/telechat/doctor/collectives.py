@@ -1,4 +1,4 @@
-"""The collectives that plans are made of, one at a time, over all ranks."""
+"""The collectives that plans use, one at a time, over all ranks."""
 from typing import Callable, Dict
 
 import numpy as np
@@ -33,7 +33,7 @@ class _Broadcast(nn.Cell):
 
 
 class _Passing(nn.Cell):
-    """Even ranks send to the rank behind them, which gives what it has received; even ranks give their own."""
+    """Even ranks send to the next rank, which returns what it received; even ranks return their own."""
 
     def __init__(self, rank: int, x: Tensor):
         super().__init__(auto_prefix=False)
@@ -66,5 +66,5 @@ def run_collective(name: str, x: Tensor, rank: int, ranks: int) -> np.ndarray:
         "all-to-all": lambda: _Primitive(P.AlltoAll(ranks, 0, 1)),
         "send and receive": lambda: _Passing(rank, x)}
     if name == "send and receive" and ranks % 2 and rank == ranks - 1:
-        return x.float().asnumpy()                               # nobody is behind the last of an odd number
+        return x.float().asnumpy()                               # with an odd number, the last rank has no successor
     return makers[name]()(x).float().asnumpy()

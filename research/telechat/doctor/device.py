@@ -1,6 +1,6 @@
-"""What checks ask of a device. Arrays go in and come out in NumPy; types are names such as "bfloat16".
+"""The interface of a device under test. Arrays are NumPy's in and out; types are names such as "bfloat16".
 
-hardware.py answers with MindSpore, the tests with NumPy and faults.
+hardware.py implements it with MindSpore, the tests with NumPy and injected errors.
 """
 from typing import Any, Dict, List, NamedTuple, Protocol, Sequence, Tuple
 
@@ -10,7 +10,7 @@ Array = np.ndarray
 
 
 class AttentionForm(NamedTuple):
-    """One way in which recipes call attention. keys: of model_config."""
+    """One way in which recipes call attention. keys: model_config keys."""
 
     name: str
     dtype: str
@@ -30,7 +30,7 @@ class Cache(NamedTuple):
 
 
 class ModelRun(NamedTuple):
-    """What a small model has computed. logits: [B, S, V]; gradients: under MindSpore's names; tokens: the answer."""
+    """The results of a small model. logits: [B, S, V]; gradients: under MindSpore's names; tokens: the answer."""
 
     logits: Array
     loss: float
@@ -39,8 +39,8 @@ class ModelRun(NamedTuple):
 
 
 class ModelJob(NamedTuple):
-    """What a small model is to compute. config: official config.json; weights: official; keys: of model_config;
-    ids, labels: [B, S + 1]; prompt: of the greedy answer of `new` tokens."""
+    """What a small model is to compute. config: official config.json; weights: official; keys: model_config keys;
+    ids, labels: [B, S + 1]; prompt: for the greedy answer of `new` tokens."""
 
     config: Dict[str, Any]
     weights: Dict[str, Array]
@@ -52,8 +52,8 @@ class ModelJob(NamedTuple):
 
 
 class TrainRun(NamedTuple):
-    """Training steps. held: what this rank holds of each parameter; places: where that lies in the whole one;
-    overflows: of each step."""
+    """Training steps. held: this rank's shard of each parameter; places: where the shard lies in the whole parameter;
+    overflows: per step."""
 
     losses: List[float]
     norms: List[float]
@@ -63,7 +63,7 @@ class TrainRun(NamedTuple):
 
 
 class Device(Protocol):
-    """fused: it has Ascend's fused kernels; dtypes: those that models compute in here, by recipe; ranks: cards."""
+    """fused: has Ascend's fused kernels; dtypes: those that models compute in here, by recipe; ranks: cards."""
 
     name: str
     fused: bool
@@ -77,7 +77,7 @@ class Device(Protocol):
         documents."""
 
     def flat_attention(self, dtype: str, qkv: Sequence[Array], lengths: Array, kv_heads: int) -> Array:
-        """Prompts back to back: query [T, N, D], key and value [T, N_kv, D] -> as query."""
+        """Prompts back to back: query [T, N, D], key and value [T, N_kv, D] -> shape of query."""
 
     def band_sees_keys(self) -> bool:
         """Whether flash attention sees a key in a band of no width (sparse mode 4, both windows 0)."""
@@ -92,27 +92,27 @@ class Device(Protocol):
         """a [M, K] times the transpose of b [N, K], in the type that models use for `dtype` here."""
 
     def dropout(self, p: float, x: Array) -> Array:
-        """x with dropout of the share p, in training."""
+        """x after dropout with probability p, in training."""
 
     def finite(self, gradients: Sequence[Array]) -> bool:
         """Whether a training step would find these gradients finite."""
 
     def store(self, dtype: str, cache: Cache, key: Array, value: Array, slots: Array) -> Cache:
-        """The cache with key and value [T, N_kv, D] in `slots` [T]; slot -1 is nowhere."""
+        """The cache with key and value [T, N_kv, D] written to `slots` [T]; slot -1 is dropped."""
 
     def paged_attention(self, dtype: str, query: Array, cache: Cache, tables: Array, lengths: Array) -> Array:
-        """query [B, N, D] to the first `lengths` tokens in the blocks that `tables` [B, K] names -> as query."""
+        """query [B, N, D] to the first `lengths` tokens in the blocks of `tables` [B, K] -> shape of query."""
 
     def model(self, job: ModelJob) -> ModelRun:
-        """Carry out the job. keys of model_config that generation needs are added."""
+        """Run the job. model_config keys that generation needs are added."""
 
     def collective(self, name: str, dtype: str, x: Array) -> Array:
-        """A collective of all ranks on this rank's x. Raises Skip where the device does not have it."""
+        """A collective of all ranks on this rank's x. Raises Skip if the device does not have it."""
 
     def train(self, recipe: Dict[str, Any], batches: Sequence[Sequence[Array]], seed: int, broken: bool = False
               ) -> TrainRun:
-        """A step for each batch, with weights from `seed`; broken: one of them is infinite."""
+        """One step per batch, with weights from `seed`; broken: one weight is infinite."""
 
     def resume(self, recipe: Dict[str, Any], records: Array) -> Tuple[Dict[str, Array], Dict[str, Array]]:
-        """Weights and moments after a step for each of `records` [steps, S + 1]: trained at once, and resumed from the
+        """Weights and moments after one step for each of `records` [steps, S + 1]: in one run, and resumed from the
         checkpoint in the middle."""

@@ -1,6 +1,6 @@
-"""The device that MindSpore finds, as the checks ask for it (device.py): the cells of the models, one at a time.
+"""The device that MindSpore finds, with the interface of device.py: the cells of the models, one at a time.
 
-Where a kernel is chosen by the device, model/kernels.py does so, as in a model.
+As in a model, model/kernels.py chooses the kernels for the device.
 """
 from typing import Any, Dict, Sequence, Tuple
 
@@ -25,17 +25,17 @@ from research.telechat.training.optimizer import ClipGradNorm, is_overflow
 
 
 def to_tensor(x: Array, dtype: str = "") -> Tensor:
-    """x on the device, in the type that models use for `dtype` there."""
+    """x on the device, in the type that models use there for `dtype`."""
     return Tensor(np.ascontiguousarray(x), kernels.matmul_dtype(getattr(mstype, dtype)) if dtype else None)
 
 
 def to_array(x: Tensor) -> Array:
-    """x in NumPy, which has no bfloat16: as float32."""
+    """x in NumPy, as float32, since NumPy has no bfloat16."""
     return (x.astype(mstype.float32) if x.dtype in (mstype.bfloat16, mstype.float16) else x).asnumpy()
 
 
 def small_config(heads: int, kv_heads: int, dim: int, seq: int, dtype: str, **keys: Any) -> TelechatConfig:
-    """The config of a model of one layer."""
+    """The config of a one-layer model."""
     return TelechatConfig(**{
         "net_name": "telechat_12b", "num_layers": 1, "hidden_size": heads * dim, "num_heads": heads,
         "n_kv_heads": kv_heads, "intermediate_size": 64, "vocab_size": 96, "seq_length": seq, "compute_dtype": dtype,
@@ -44,7 +44,7 @@ def small_config(heads: int, kv_heads: int, dim: int, seq: int, dtype: str, **ke
 
 
 class _Weighted(nn.Cell):
-    """(sum of y dy, y): the first has dy for the gradient of y, the result of `cell`."""
+    """(sum of y dy, y) for y, the result of `cell`: the gradient of the sum with respect to y is dy."""
 
     def __init__(self, cell: nn.Cell):
         super().__init__(auto_prefix=False)
@@ -56,7 +56,7 @@ class _Weighted(nn.Cell):
 
 
 def with_gradients(cell: nn.Cell, dy: Array, inputs: Sequence[Tensor], count: int) -> Tuple[Array, ...]:
-    """The result of a cell, and the gradients of its first `count` inputs."""
+    """The result of a cell and the gradients of its first `count` inputs."""
     places = tuple(range(1, count + 1))
     run = ms.value_and_grad(_Weighted(cell), places, None, has_aux=True)
     (_, result), gradients = run(Tensor(dy, mstype.float32), *inputs)
@@ -65,7 +65,7 @@ def with_gradients(cell: nn.Cell, dy: Array, inputs: Sequence[Tensor], count: in
 
 
 class _Attention(nn.Cell):
-    """The mask of a model, and its attention."""
+    """A model's mask and attention."""
 
     def __init__(self, config: TelechatConfig):
         super().__init__(auto_prefix=False)
@@ -82,7 +82,7 @@ class _Attention(nn.Cell):
 
 
 class _Flat(nn.Cell):
-    """Attention of prompts back to back. The kernel finds the lengths by the name of the input."""
+    """Attention of prompts back to back. The kernel finds the lengths by the input's name."""
 
     def __init__(self, config: TelechatConfig):
         super().__init__(auto_prefix=False)
@@ -93,7 +93,7 @@ class _Flat(nn.Cell):
 
 
 class _Attending(nn.Cell):
-    """Attention over the cache. The kernel finds the lengths by the name of the input."""
+    """Attention over the cache. The kernel finds the lengths by the input's name."""
 
     def __init__(self, cache: PagedCache):
         super().__init__(auto_prefix=False)
@@ -113,7 +113,7 @@ class _Product(nn.Cell):
 
 
 class _Overflow(nn.TrainOneStepWithLossScaleCell):
-    """What MindSpore's training step says of gradients, on devices that have overflow flags."""
+    """Overflow detection of MindSpore's training step, on devices with overflow flags."""
 
     def __init__(self) -> None:
         network = nn.Dense(1, 1)
@@ -125,7 +125,7 @@ class _Overflow(nn.TrainOneStepWithLossScaleCell):
 
 
 class _OverflowByNorm(nn.Cell):
-    """The same where there are none."""
+    """The same on devices without."""
 
     def __init__(self) -> None:
         super().__init__(auto_prefix=False)
@@ -136,7 +136,7 @@ class _OverflowByNorm(nn.Cell):
 
 
 class Hardware:
-    """The device of this process, and the others of its job. See device.Device."""
+    """The device of this process and the other ones of its job. See device.Device."""
 
     def __init__(self) -> None:
         ms.set_context(mode=ms.GRAPH_MODE)
@@ -197,7 +197,7 @@ class Hardware:
             _fill(paged, cache.keys, cache.values)
             paged(*(to_tensor(x.reshape(1, len(slots), -1), dtype) for x in (key, value)), Tensor(slots))
             return Cache(to_array(paged.key_cache), to_array(paged.value_cache))
-        # Head by head, and a block for what goes nowhere.
+        # Head by head, with an extra block for dropped tokens.
         composed, rows = ComposedCache(config), (blocks + 1) * size
         _fill(composed, *(np.pad(x.reshape(-1, kv_heads, dim), ((0, size), (0, 0), (0, 0))).swapaxes(0, 1).reshape(
             -1, dim) for x in cache))
@@ -232,7 +232,7 @@ class Hardware:
 
 
 def _fill(cache: nn.Cell, keys: Array, values: Array) -> None:
-    """Put numbers into both parts of a cache."""
+    """Write numbers into both parts of a cache."""
     cache.init_parameters_data()
     for part, content in ((cache.key_cache, keys), (cache.value_cache, values)):
         part.set_data(Tensor(np.ascontiguousarray(content), part.dtype))

@@ -15,7 +15,7 @@ _CONTEXT = 64                                # tokens
 
 
 def build(job: ModelJob, **keys: Any) -> TelechatForCausalLM:
-    """The model with the weights of the job."""
+    """The model with the job's weights."""
     config = TelechatConfig.from_hf_config(job.config, **{"seq_length": _CONTEXT, **job.keys, **keys})
     model = TelechatForCausalLM(config)
     values = to_mindspore(job.config, job.weights)
@@ -43,7 +43,7 @@ class _Training(nn.Cell):
 
 
 def run_model(job: ModelJob) -> ModelRun:
-    """Carry out the job."""
+    """Run the job."""
     model = build(job)
     model.set_train()
     trained = model.trainable_params()

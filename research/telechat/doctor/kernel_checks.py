@@ -1,4 +1,4 @@
-"""Norm, rotation, matrix products, dropout and the search for overflow."""
+"""Norm, rotation, matrix products, dropout and overflow detection."""
 from functools import partial
 from typing import List, Sequence
 
@@ -15,7 +15,7 @@ _NODE = Node("RmsNorm", [], "", {}, None, "", "", "")
 
 
 def _norm(device: Device, dtype: str, eps: float, size: float) -> Outcome:
-    """size: of the numbers; where it is small, epsilon is what counts."""
+    """size: scale of the numbers; if it is small, epsilon dominates."""
     rng = np.random.default_rng(1)
     x, dy = (rounded(rng.normal(size=(64, 512)), dtype) for _ in range(2))
     x, weight = rounded(size * x, dtype), rounded(1 + 0.2 * rng.normal(size=512), dtype)
@@ -36,7 +36,7 @@ def _rotation(device: Device, dtype: str) -> Outcome:
 
 
 def _product(device: Device, dtype: str) -> Outcome:
-    """Over 4096 positive numbers, whose sum in 16 bits would stop growing at a few hundred."""
+    """Products of 4096 positive numbers, whose sum in 16 bits would stop growing at a few hundred."""
     rng = np.random.default_rng(3)
     a, b = (rounded(rng.uniform(0.5, 1.5, (64, 4096)), dtype) for _ in range(2))
     return within([(device.matmul(dtype, a, b), a.astype(np.float64) @ b.T)], LIMITS[dtype])
@@ -68,7 +68,7 @@ def _overflow(device: Device) -> Outcome:
 
 
 def checks(dtypes: Sequence[str]) -> List[Check]:
-    """All of this file. The norm is computed in layernorm_compute_type, float32 in all recipes."""
+    """All checks of this file. The norm is computed in layernorm_compute_type, float32 in all recipes."""
     result = [Check(f"RMS norm, {words} (float32)", partial(_norm, dtype="float32", eps=eps, size=size),
                     "model_config.layernorm_compute_type: float32")
               for words, eps, size in (("epsilon 1e-5", 1e-5, 1.0), ("epsilon 1e-6, small numbers", 1e-6, 1e-3))]

@@ -13,11 +13,11 @@ from research.telechat.spec.variants import variant_from_hf
 
 IGNORED = -100
 _NEW = 6                                     # tokens of an answer
-_STEP = 1e-5                                 # of differences of the loss, in units of the weights
+_STEP = 1e-5                                 # of finite differences of the loss, in units of the weights
 
 
 class Precision(NamedTuple):
-    """Settings of a recipe, and how far from float64 they may be: limits of logits, loss and gradients."""
+    """Settings of a recipe and their tolerances against float64, for logits, loss and gradients."""
 
     name: str
     keys: Dict[str, Any]
@@ -35,7 +35,7 @@ FLASH = Precision("bfloat16, flash attention",
 
 
 class Sizes(NamedTuple):
-    """Of the models: width, width within the feed-forward, vocabulary, tokens."""
+    """Sizes of the models: hidden, feed-forward, vocabulary, tokens."""
 
     hidden: int = 256
     inner: int = 384
@@ -45,19 +45,18 @@ class Sizes(NamedTuple):
 
 @lru_cache(maxsize=16)
 def job_of(family: str, sizes: Sizes) -> ModelJob:
-    """The job of a family without keys; equal sizes give the same object."""
+    """The job of a family without keys; equal sizes return the same object."""
     config = official_configs(sizes.hidden, sizes.inner, sizes.vocabulary)[family]
     rng = np.random.default_rng(7)
     ids = rng.integers(4, sizes.vocabulary, (2, sizes.seq + 1)).astype(np.int32)
     labels = np.where(rng.random(ids.shape) < 0.4, IGNORED, ids).astype(np.int32)
-    # A variance of 1 for whatever a matrix gives, so that attention is neither flat nor all on one key.
+    # Every matrix product has variance 1, so that attention is neither flat nor all on one key.
     weights = random_official(config, 3, sizes.hidden ** -0.5)
     return ModelJob(config, weights, {}, ids, labels, [int(token) for token in ids[0, :10]], _NEW)
 
 
 def _index(config: Dict[str, Any], weights: Weights) -> Dict[str, Tuple[List[str], Array]]:
-    """For each parameter of MindSpore's form its official names, and where each element lies in these, one after the
-    other."""
+    """For each MindSpore parameter its official names, and the index of each element in their concatenation."""
     variant = variant_from_hf(config)
     layout = official_layout(variant)
     places: Weights = {}
@@ -71,7 +70,7 @@ def _index(config: Dict[str, Any], weights: Weights) -> Dict[str, Tuple[List[str
 
 
 def moved(job: ModelJob, place: Tuple[List[str], Array], direction: Array, by: float) -> Weights:
-    """The official weights with `by` times a direction, which is in MindSpore's form, added to one parameter."""
+    """The official weights with `by` times a direction (in MindSpore's layout) added to one parameter."""
     names, index = place
     flat = np.zeros(index.size)
     flat[index.reshape(-1)] = direction.reshape(-1)
@@ -89,8 +88,8 @@ def _loss(job: ModelJob, weights: Weights) -> float:
 
 
 def gradient_gap(job: ModelJob, gradients: Dict[str, Array]) -> Tuple[float, str]:
-    """(largest difference, parameter) of the slopes of the loss by NumPy, along each gradient and across it, as a share
-    of what is expected of such a direction."""
+    """(largest difference, parameter) from finite differences of the NumPy loss, along each gradient and in a random
+    direction, relative to the slope expected in such a direction."""
     worst = (0.0, "")
     rng = np.random.default_rng(11)
     for name, place in _index(job.config, job.weights).items():
@@ -114,7 +113,7 @@ def _expected(family: str, sizes: Sizes) -> Tuple[Array, float]:
 
 
 def token_gap(job: ModelJob, tokens: Sequence[int]) -> float:
-    """How much less likely than the likeliest the tokens of a greedy answer are, in units of the largest logit."""
+    """How far the logits of a greedy answer's tokens are below the maximum, in units of the largest logit."""
     text, worst = list(job.prompt), 0.0
     if len(tokens) != job.new:
         return float("inf")
@@ -126,12 +125,12 @@ def token_gap(job: ModelJob, tokens: Sequence[int]) -> float:
 
 
 def answers(fused: bool, precision: Precision) -> bool:
-    """Whether a greedy answer is asked for: the kernels of the paged cache compute in 16 bits only."""
+    """Whether to check a greedy answer: the paged cache kernels compute in 16 bits only."""
     return not fused or precision is not PLAIN
 
 
 class _Runs:
-    """What the device has computed for a job, once for all checks of it."""
+    """The device's results for a job, computed once for all its checks."""
 
     def __init__(self) -> None:
         self.known: Dict[Tuple[str, str], Union[ModelRun, Exception]] = {}
@@ -143,7 +142,7 @@ class _Runs:
                 job = job_of(family, sizes)
                 new = job.new if answers(device.fused, precision) else 0
                 self.known[key] = device.model(job._replace(keys=precision.keys, new=new))
-            except Exception as error:                # the other checks of this model fail by it, too
+            except Exception as error:                # the other checks of this model fail with it, too
                 self.known[key] = error
         found = self.known[key]
         if isinstance(found, Exception):

@@ -1,4 +1,4 @@
-"""Training: steps of every kind of plan against one card, a step that overflows, and a training that is resumed."""
+"""Training: steps of every kind of plan against one card, a step that overflows, and a resumed run."""
 import copy
 import zlib
 from functools import lru_cache, partial
@@ -16,26 +16,26 @@ from research.telechat.recipe.read import read_recipe, resolve_config, set_key
 
 COLUMNS = ("input_ids", "labels", "actual_seq_len")
 STEPS, SEED = 3, 5
-BROKEN = "model.norm_out.weight"             # in which a number is infinite, for a step that overflows
+BROKEN = "model.norm_out.weight"             # gets an infinite element, for a step that overflows
 IGNORED = -100
 _HEAD_DIM = 64
 _CPU_RECIPE = "research/telechat/finetune_telechat_tiny_cpu.yaml"
 
 
 class Limits(NamedTuple):
-    """Relative, of losses and norms; of weights the root of the mean square, as a share of their changes."""
+    """Relative limits of losses and norms; for weights the root mean square error, relative to their change."""
 
     loss: float
     norm: float
     weights: float
 
 
-# A step of Adam has the sign of the gradient, which rounding turns where there is hardly any.
+# A step of Adam has the sign of the gradient, which rounding can flip if the gradient is almost zero.
 LIMITS = {False: Limits(1e-5, 1e-4, 1e-3), True: Limits(1e-2, 3e-2, 0.3)}       # by whether the device has 16 bits
 
 
 class Kind(NamedTuple):
-    """A kind of plan: a recipe, keys set in it ("N" is the number of cards), and what not to use where it fails."""
+    """A kind of plan: a recipe, keys set in it ("N" is the number of cards), and what not to use if it fails."""
 
     name: str
     recipe: str
@@ -81,12 +81,12 @@ ON_CPU = Kind("data parallel", _CPU_RECIPE, {**_degrees(data_parallel="N"), "use
 
 
 def is_weight(name: str) -> bool:
-    """Whether a parameter of a training step is the model's, and no moment, counter or scale."""
+    """Whether a parameter of a training step is a model weight, not a moment, counter or scale."""
     return name.startswith(("model.", "lm_head."))
 
 
 def initial_value(name: str, shape: Sequence[int], seed: int) -> Array:
-    """Random weights of a whole parameter, float32: the same on all cards, whatever they hold of it."""
+    """Random values of a whole parameter, float32: the same on all cards, whatever their shard."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     value = rng.normal(size=tuple(shape)).astype(np.float32)
     return 1 + np.float32(0.1) * value if "norm" in name else np.float32(0.06) * value
@@ -98,7 +98,7 @@ def _recipe(name: str) -> JsonObject:
 
 
 def small(kind: Kind, cards: int) -> JsonObject:
-    """The recipe of a kind for so many cards, small."""
+    """The recipe of a kind of plan for `cards` cards, shrunk."""
     recipe = copy.deepcopy(_recipe(kind.recipe))
     for key, value in kind.keys.items():
         set_key(recipe, key, cards if value == "N" else value)
@@ -108,7 +108,7 @@ def small(kind: Kind, cards: int) -> JsonObject:
 
 
 def batches_of(recipe: JsonObject, steps: int) -> List[List[Array]]:
-    """Tokens and labels of all cards for each step; rows have different numbers of labels."""
+    """Tokens and labels of all cards per step; rows have different numbers of labels."""
     plan = read_plan(recipe)
     rows, length = plan.batch * plan.dp * plan.micro_batches, plan.model.seq_length + 1
     result = []
@@ -124,7 +124,7 @@ def batches_of(recipe: JsonObject, steps: int) -> List[List[Array]]:
 
 
 def weight_gap(plan: TrainRun, whole: TrainRun) -> Tuple[float, str]:
-    """(root of the mean square of the difference as a share of that of the change, parameter), the largest."""
+    """(root mean square of the difference relative to that of the change, parameter), the largest."""
     worst = (0.0, "")
     for name, held in plan.held.items():
         if name not in whole.held:
@@ -139,13 +139,13 @@ def weight_gap(plan: TrainRun, whole: TrainRun) -> Tuple[float, str]:
 
 
 def _largest(found: Sequence[float], expected: Sequence[float]) -> float:
-    """Relative difference of numbers; infinite where one of them is no number."""
+    """Largest relative difference; infinite if one is not finite."""
     gaps = [abs(one - other) / abs(other) for one, other in zip(found, expected)]
     return max(gap if np.isfinite(gap) else float("inf") for gap in gaps)
 
 
 class _Wholes:
-    """Steps of one card, once for all plans of the same model."""
+    """Steps on one card, computed once for all plans of the same model."""
 
     def __init__(self) -> None:
         self.known: Dict[str, TrainRun] = {}
@@ -175,14 +175,14 @@ def _plan(device: Device, kind: Kind, wholes: _Wholes, fused: bool) -> Outcome:
 
 
 def _alone(fused: bool) -> JsonObject:
-    """A recipe of one card."""
+    """A recipe for one card."""
     if fused:
         return uncut(small(KINDS[1], 2))
     return uncut(small(ON_CPU._replace(keys=_degrees()), 1))
 
 
 def _overflow(device: Device, fused: bool) -> Outcome:
-    """A weight that is infinite: the step is found to overflow, and no weight changes."""
+    """With an infinite weight, the step is detected as an overflow and no weight changes."""
     recipe = _alone(fused)
     found = device.train(recipe, batches_of(recipe, 1), SEED, broken=True)
     changed = [name for name, value in found.held.items() if name != BROKEN and not (
@@ -193,7 +193,7 @@ def _overflow(device: Device, fused: bool) -> Outcome:
 
 
 def _resumed(device: Device, fused: bool) -> Outcome:
-    """Four steps at once, and two of them from the checkpoint of the second."""
+    """Four steps in one run, and the last two resumed from the checkpoint of the second."""
     if device.ranks > 1:
         raise Skip("is made with 1 card")
     recipe = _alone(fused)
@@ -210,7 +210,7 @@ def _resumed(device: Device, fused: bool) -> Outcome:
 
 
 def checks(fused: bool) -> List[Check]:
-    """Plans of several cards, and a step of one."""
+    """Plans on several cards, and a step on one."""
     wholes = _Wholes()
     kinds = KINDS if fused else (ON_CPU,)
     return [Check("training, a step that overflows", partial(_overflow, fused=fused),

@@ -1,7 +1,7 @@
 """An independent forward pass of TeleChat in NumPy float64, written from the formulas of the official models.
 
-Shares nothing with the plugin but the table of variants (sizes): its own names, layouts, rotary rule and mask, so that
-a mistake in the plugin shows as a difference. Slow and simple.
+Shares nothing with the plugin but the table of variants (sizes): it has its own names, layouts, rotary embedding and
+mask, so that a bug in the plugin shows as a difference. Slow and simple.
 """
 import math
 from typing import Any, Dict, List, Optional, Tuple
@@ -42,7 +42,7 @@ def _yarn_tables(hf: Dict[str, Any], seq: int) -> Tuple[np.ndarray, np.ndarray]:
     length = rope["original_max_position_embeddings"]
 
     def index(turns: float) -> float:
-        """Of the frequency that turns so often within `length` tokens."""
+        """Index of the frequency that makes `turns` turns within `length` tokens."""
         return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low = max(math.floor(index(rope["beta_fast"])), 0)
@@ -55,7 +55,7 @@ def _yarn_tables(hf: Dict[str, Any], seq: int) -> Tuple[np.ndarray, np.ndarray]:
 
 
 def _as_telechat2(hf: Dict[str, Any], w: Dict[str, np.ndarray]) -> Tuple[Dict[str, Any], Dict[str, np.ndarray]]:
-    """Config and weights of TeleChat3, which has Llama's names, under those of TeleChat2; it has no bias."""
+    """Config and weights of TeleChat3, which uses Llama's names and has no bias, under TeleChat2's names."""
     hidden, kv_heads = hf["hidden_size"], hf["num_key_value_heads"]
     dim = hidden // hf["num_attention_heads"]
     named = {"n_layer": hf["num_hidden_layers"], "n_head": hf["num_attention_heads"], "num_key_value_heads": kv_heads,
@@ -95,8 +95,8 @@ def forward(hf: Dict[str, Any], weights: Dict[str, np.ndarray], ids: np.ndarray,
             ) -> Tuple[np.ndarray, List[np.ndarray]]:
     """Logits [B, S, V] and hidden states (embedding, output of every layer but the last, final norm), float64.
 
-    weights: official names; attention_mask: [B, S], 0 for padding; documents: lengths of packed conversations, which
-    are computed one by one, each as if it were alone, with the rotary scaling of the whole.
+    weights: official names; attention_mask: [B, S], 0 for padding; documents: lengths of packed conversations, each
+    computed separately, but with the rotary scaling of the whole sequence.
     """
     w = {name.replace("transformer.", ""): value.astype(np.float64) for name, value in weights.items()}
     fused = "n_embd" in hf

@@ -1,4 +1,4 @@
-"""All checks, in their order: what is small and general first, so that the first failure is the most telling."""
+"""All checks in order: small and general ones first, so that the first failure is the most informative."""
 from typing import List, Sequence
 
 from research.telechat.common.errors import ConfigError
@@ -19,7 +19,7 @@ ATTENTION, MODEL = attention_checks.Sizes(), model_checks.Sizes()
 def all_checks(fused: bool, dtypes: Sequence[str], transform: checkpoint_checks.Transform,
                attention: attention_checks.Sizes = ATTENTION, model: model_checks.Sizes = MODEL) -> List[Check]:
     """fused: the device has Ascend's kernels; dtypes: those that models compute in, the most used one first; transform:
-    what cuts and merges checkpoints."""
+    shards and merges checkpoints."""
     return [*kernel_checks.checks(dtypes), *attention_checks.checks(dtypes, attention),
             *cache_checks.checks(dtypes, attention.dim), *collective_checks.checks(dtypes),
             *model_checks.checks(fused, model), *plan_checks.checks(fused),
@@ -27,7 +27,7 @@ def all_checks(fused: bool, dtypes: Sequence[str], transform: checkpoint_checks.
 
 
 def chosen(checks: Sequence[Check], words: Sequence[str]) -> List[Check]:
-    """Those whose names contain one of `words`; all without any. Raises ConfigError."""
+    """Those whose names contain one of `words`; all of them without words. Raises ConfigError."""
     for word in words:
         if not any(word in check.name for check in checks):
             raise ConfigError(f"--only {word!r}: no check has it in its name; telechat doctor --list shows all")

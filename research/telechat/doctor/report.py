@@ -1,4 +1,4 @@
-"""The findings as a table, in words, and as JSON to attach to an issue."""
+"""The findings as a table, as a summary, and as JSON to attach to an issue."""
 import json
 import platform
 from importlib import metadata
@@ -12,7 +12,7 @@ from research.telechat.common.table import table
 from research.telechat.doctor.checks import VERDICTS, WRONG, Finding
 from research.telechat.doctor.device import Device
 
-FORM = "telechat doctor 1"                   # what a file of ours begins with
+FORM = "telechat doctor 1"                   # marks a file of this command
 
 
 def text(findings: Sequence[Finding]) -> str:
@@ -22,7 +22,7 @@ def text(findings: Sequence[Finding]) -> str:
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """How many of each verdict, and what to avoid."""
+    """The number of each verdict, and what to avoid."""
     counts = [(sum(one.verdict == verdict for one in findings), verdict) for verdict in VERDICTS]
     lines = [", ".join(f"{count} {verdict}" for count, verdict in counts if count)]
     lines += [f"{one.name} is wrong: do not use {one.avoid}" for one in findings if one.verdict == WRONG]
@@ -37,7 +37,7 @@ def _version(package: str) -> str:
 
 
 def as_json(findings: Sequence[Finding], device: Device, complete: bool) -> JsonObject:
-    """complete: all checks were made."""
+    """complete: all checks have run."""
     return {"form": FORM, "complete": complete, "device": device.name, "ranks": device.ranks, "rank": device.rank,
             "versions": {"telechat": __version__, "python": platform.python_version(),
                          **{name: _version(name) for name in ("mindspore", "mindformers", "numpy")}},
@@ -45,7 +45,7 @@ def as_json(findings: Sequence[Finding], device: Device, complete: bool) -> Json
 
 
 def is_ours(path: Path) -> bool:
-    """Whether an earlier run of this command has written the file."""
+    """Whether an earlier run of this command wrote the file."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -54,7 +54,7 @@ def is_ours(path: Path) -> bool:
 
 
 def check_target(path: Path, overwrite: bool) -> None:
-    """Before hours of nothing: the file can be written, and replaces nothing else's. Raises ConfigError."""
+    """Check up front that the file can be written and overwrites no other program's file. Raises ConfigError."""
     if path.is_dir():
         raise ConfigError(f"--json {path} is a folder; name a file")
     check_output_folder(path.resolve().parent, "--json:")
@@ -67,5 +67,5 @@ def save(path: Path, report: Dict[str, Any]) -> None:
 
 
 def exit_code(findings: List[Finding]) -> int:
-    """1 where anything is wrong."""
+    """1 if anything is wrong."""
     return int(any(one.verdict == WRONG for one in findings))

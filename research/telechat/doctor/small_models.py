@@ -1,4 +1,4 @@
-"""Small models of every architecture of the family: official configs, random weights, and these in MindSpore's form."""
+"""Small models of every architecture of the family: official configs, random weights, and their MindSpore layout."""
 from typing import Any, Dict
 
 import numpy as np
@@ -18,10 +18,10 @@ Weights = Dict[str, np.ndarray]
 
 
 def official_configs(hidden: int, inner: int, vocabulary: int) -> Dict[str, Dict[str, Any]]:
-    """Keys of config.json for two layers of four heads, by what is particular of the architecture.
+    """Keys of config.json for two layers with four heads, by what is special about the architecture.
 
     base_seqlen < training_seqlen makes alpha > 1 for TeleChat2; within 16 tokens the first frequencies of TeleChat3
-    turn more than once and the last ones less, so that all of YaRN is in play.
+    turn more than once and the last ones less, so that all of YaRN is exercised.
     """
     common = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "vocab_size": vocabulary}
     dense = {**common, "hidden_size": hidden, "n_layer": 2, "n_head": 4, "ffn_hidden_size": inner, "seq_length": 64,
@@ -45,7 +45,7 @@ def official_configs(hidden: int, inner: int, vocabulary: int) -> Dict[str, Dict
 
 
 def random_official(hf_config: Dict[str, Any], seed: int = 0, std: float = 0.3) -> Weights:
-    """Random float32 weights under the official names and shapes; std: of all but the norms."""
+    """Random float32 weights with the official names and shapes; std: of all but the norms."""
     rng = np.random.default_rng(seed)
     weights = {}
     variant = variant_from_hf(hf_config)

@@ -1,6 +1,6 @@
-"""Training on the device, through the Trainer: steps with given weights and batches, and a training that is resumed.
+"""Training on the device, through the Trainer: steps with given weights and batches, and a resumed run.
 
-Everything is what run_mindformer.py does, up to the training loop; for given batches, a loop over them is in its place.
+Everything up to the training loop is what run_mindformer.py does; for given batches, the loop is replaced.
 """
 import contextlib
 import copy
@@ -27,12 +27,12 @@ from research.telechat.training.step import step_values
 
 
 class _Done(BaseException):
-    """Leaves the Trainer after the steps. No Exception, so that no `except Exception` on the way stops it."""
+    """Leaves the Trainer after the steps. Not an Exception, so that no `except Exception` on the way catches it."""
 
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder of this rank, gone afterwards; and the parallel context as it is in a new process."""
+    """A temporary folder of this rank, with the parallel context reset to that of a new process."""
     path = Path(tempfile.mkdtemp(prefix="telechat-doctor-"))
     forget_context()
     try:
@@ -44,7 +44,7 @@ def _folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the recipe that MindFormers prints."""
+    """Suppress the recipe that MindFormers prints."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
@@ -63,7 +63,7 @@ def _instead_of_training(loop: Any) -> Iterator[None]:
 
 
 def _strategy(folder: Path) -> Any:
-    """How the compiled step is cut; None where it is not, or by stages alone."""
+    """The sharding of the compiled step; None if it is not sharded, or only into stages."""
     try:
         return read_strategy(strategy_files(folder / "output" / "strategy")[0])
     except CheckpointError:
@@ -71,7 +71,7 @@ def _strategy(folder: Path) -> Any:
 
 
 def _place(strategy: Any, name: str, shape: Sequence[int]) -> Tuple[Tuple[slice, ...], Tuple[int, ...]]:
-    """Where the slice of `shape` of a parameter lies, and the shape of the whole one."""
+    """Where a parameter's slice of `shape` lies, and the shape of the whole parameter."""
     if strategy is None or name not in strategy.layouts:
         return tuple(slice(0, size) for size in shape), tuple(shape)
     cut: Strategy = strategy
