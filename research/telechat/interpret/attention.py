@@ -2,10 +2,10 @@
 
     result = dropout(softmax(scale q k^T, over the keys that count)) v
 
-Masks are 1 where a query may not look. Sparse modes: 0 the mask and, beside it, a window from `pre_tokens` keys before
-the query to `next_tokens` behind it; 1 the mask alone; 2 and 3 causal, counted from the upper left and the lower right
-corner; 4 a band, counted from the lower right corner. Modes 2 to 4 need the compressed mask, a triangle of 2048 x 2048.
-Layouts: BNSD, BSH, SBH, BSND, and TND and TH for sequences that stand back to back, TND with their ends.
+Masks are 1 where a query must not attend. Sparse modes: 0 the mask and, in addition, a window from `pre_tokens` keys
+before the query to `next_tokens` after it; 1 the mask only; 2 and 3 causal, aligned to the upper left and the lower
+right corner; 4 a band, aligned to the lower right corner. Modes 2 to 4 need the compressed 2048 x 2048 triangle.
+Layouts: BNSD, BSH, SBH, BSND, and TND and TH for sequences packed back to back, TND with their ends.
 """
 from functools import lru_cache, partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -15,9 +15,9 @@ import numpy as np
 from research.telechat.common.errors import ExecutionError
 from research.telechat.interpret.ir import Node
 
-LAYOUTS = ("BSH", "BNSD", "SBH", "BSND", "TND", "TH")        # MindSpore's numbers for them (str_to_enum)
+LAYOUTS = ("BSH", "BNSD", "SBH", "BSND", "TND", "TH")        # indices are MindSpore's numbers (str_to_enum)
 COMPRESSED = 2048
-_LOWEST = float(np.finfo(np.float32).min)                    # the largest score of a query for which no key counts
+_LOWEST = float(np.finfo(np.float32).min)                    # the maximum for a query without visible keys
 _COPIES = 8                                                  # the kernel returns maximum and sum eight times
 Array = np.ndarray
 
@@ -35,13 +35,13 @@ def _is_triangle(mask: Optional[Array]) -> bool:
 
 def forbidden(queries: int, keys: int, mask: Optional[Array], before: int, behind: int, mode: int,
               empty_band: bool = False) -> Array:
-    """Which of `keys` each of `queries` may not see: bool, broadcastable to [B, N, queries, keys].
+    """Which of `keys` each of `queries` must not see: bool, broadcastable to [B, N, queries, keys].
 
-    before, behind: pre_tokens and next_tokens. empty_band: read a band of mode 4 with both 0 as one in which no key
-    counts, and not, as documented, as the diagonal.
+    before, behind: pre_tokens and next_tokens. empty_band: treat a mode 4 band with both 0 as one without visible keys
+    instead of the documented diagonal.
     """
     query, key = np.arange(queries)[:, None], np.arange(keys)[None]
-    shift = keys - queries                                     # of the lower right corner
+    shift = keys - queries                                     # aligns to the lower right corner
     if mode == 0:
         window = (key > query + behind) | (key < query - before)
         return np.zeros((queries, keys), bool) if mask is None else (mask != 0) | window
@@ -84,7 +84,7 @@ def _from_heads(x: Array, layout: str) -> Array:
 
 
 def _kept(drop: Optional[Array], keep: float, shape: Tuple[int, ...]) -> Optional[Array]:
-    """Factors of the probabilities, from one bit each (lowest bit first): 1 / keep where it is set."""
+    """Dropout factors of the probabilities, from one bit each (lowest bit first): 1 / keep where it is set."""
     if drop is None or keep == 1:
         return None
     bits = np.unpackbits(np.ascontiguousarray(drop).reshape(-1), bitorder="little")
@@ -99,13 +99,13 @@ def _wide(x: Array, heads: int) -> Array:
 
 
 def _narrow(x: Array, heads: int) -> Array:
-    """Gradients of repeated heads added up."""
+    """Sum the gradients of repeated heads."""
     return x.reshape(x.shape[0], heads, -1, *x.shape[2:]).sum(2)
 
 
 def forward(q: Array, k: Array, v: Array, hidden: Array, scale: float, kept: Optional[Array] = None
             ) -> Tuple[Array, Array, Array]:
-    """q: [B, N, S, D]; k, v: [B, N_kv, T, D] -> largest score and sum of exponentials [B, N, S, 1], result as q."""
+    """q: [B, N, S, D]; k, v: [B, N_kv, T, D] -> row maximum and sum of exponentials [B, N, S, 1], result like q."""
     heads = q.shape[1]
     scores = np.matmul(q, np.swapaxes(_wide(k, heads), -1, -2)) * scale
     hidden = np.broadcast_to(hidden, scores.shape)
@@ -121,7 +121,7 @@ def forward(q: Array, k: Array, v: Array, hidden: Array, scale: float, kept: Opt
 
 def backward(q: Array, k: Array, v: Array, dy: Array, hidden: Array, scale: float, top: Array, total: Array,
              result: Array, kept: Optional[Array] = None) -> Tuple[Array, Array, Array]:
-    """Gradients of q, k and v from those of the result, with what the forward pass has kept."""
+    """Gradients of q, k and v from that of the result and the saved values of the forward pass."""
     heads, kv_heads = q.shape[1], k.shape[1]
     scores = np.matmul(q, np.swapaxes(_wide(k, heads), -1, -2)) * scale
     hidden = np.broadcast_to(hidden, scores.shape)
@@ -146,7 +146,7 @@ def _pieces(layout: str, ends: Any, lengths_of: str) -> List[slice]:
 
 
 class _Call:
-    """The inputs of the kernel that both directions share."""
+    """The kernel inputs that forward and backward share."""
 
     def __init__(self, node: Node, shift: Any, padding: Any, prefix: Any, heads: int, keep: float, scale: float,
                  before: int, behind: int, layout: int, mode: int, empty_band: bool):
@@ -161,7 +161,7 @@ class _Call:
         return forbidden(queries, keys, mask, self.before, self.behind, self.mode, self.empty_band)
 
     def check(self, q: Array, k: Array, v: Array) -> None:
-        """Raises ExecutionError where heads or lengths do not fit each other."""
+        """Raises ExecutionError if heads or lengths do not match."""
         if q.shape[1] != self.heads or k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
             raise ExecutionError(f"FlashAttentionScore: query {q.shape}, key {k.shape} and value {v.shape} as [B, N, "
                                  f"S, D] do not fit each other, or head_num {self.heads}")
@@ -176,7 +176,7 @@ class _Call:
 def flash_attention(node: Node, q: Array, k: Array, v: Array, shift: Any, drop: Any, padding: Any, mask: Any,
                     prefix: Any, q_ends: Any, kv_ends: Any, heads: int, keep: float, scale: float, before: int,
                     behind: int, _inner: int, layout: int, mode: int, empty_band: bool = False) -> Tuple[Any, ...]:
-    """(largest scores, sums, [], result); in TH the result alone counts."""
+    """(row maxima, sums, [], result); in TH only the result is meaningful."""
     call = _Call(node, shift, padding, prefix, heads, keep, scale, before, behind, layout, mode, empty_band)
     empty = np.zeros(1, q.dtype)
     if call.layout not in ("TND", "TH"):
@@ -197,7 +197,7 @@ def flash_attention(node: Node, q: Array, k: Array, v: Array, shift: Any, drop: 
             continue
         qh, kh, vh = (np.swapaxes(x, 0, 1)[None] for x in (qt[rows], kt[keys], vt[keys]))
         call.check(qh, kh, vh)
-        # TH is causal: the kernel repeats the triangle it is given.
+        # TH is causal: the kernel repeats the given triangle.
         hidden = (np.triu(np.ones((qh.shape[2], kh.shape[2]), bool), 1) if call.layout == "TH"
                   else call.hidden(qh.shape[2], kh.shape[2], mask))
         top, total, part = forward(qh, kh, vh, hidden, scale)
@@ -235,6 +235,6 @@ def flash_attention_grad(node: Node, q: Array, k: Array, v: Array, dy: Array, sh
 
 
 def operators(empty_band: bool = False) -> Dict[str, Callable[..., Sequence[Any]]]:
-    """The kernels by their names. empty_band: see `forbidden`."""
+    """The kernels by name. empty_band: see `forbidden`."""
     return {"FlashAttentionScore": partial(flash_attention, empty_band=empty_band),
             "FlashAttentionScoreGrad": partial(flash_attention_grad, empty_band=empty_band)}

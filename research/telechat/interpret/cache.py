@@ -1,7 +1,7 @@
 """The paged KV cache: ReshapeAndCache and PagedAttention, from the documentation of mindspore.ops.auto_generate.
 
-Keys and values lie in blocks [blocks, tokens per block, key/value heads, D]. A block table names the blocks of each
-sequence, a slot is the place of one token, block * tokens per block + place within it.
+Keys and values are stored in blocks [blocks, tokens per block, key/value heads, D]. A block table lists the blocks of
+each sequence; a slot is the position of one token, block * tokens per block + offset in the block.
 """
 from typing import Any, Callable, Dict
 
@@ -12,7 +12,7 @@ from research.telechat.interpret.ir import Node
 
 
 def store(x: np.ndarray, cache: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """x: [..., N_kv D] of as many tokens as `slots` -> the cache with them in it; tokens of slot -1 are left out."""
+    """x: [..., N_kv D], one token per element of `slots` -> the updated cache; tokens of slot -1 are dropped."""
     result = cache.copy()
     rows = result.reshape(-1, *cache.shape[2:])
     tokens = x.reshape(-1, *cache.shape[2:])

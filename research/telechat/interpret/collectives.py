@@ -1,7 +1,7 @@
-"""Communication: what ranks wait for, and what they get when they meet. From the documentation of mindspore.ops.
+"""Communication: what ranks wait for, and what they receive. From the documentation of mindspore.ops.
 
 A rank yields an `Arrival` at a collective and a `Wanted` at a receive. `run` lets the ranks take turns, completes what
-can be completed, and says who waits for what where nothing can.
+can be completed, and on a deadlock reports which rank waits for what.
 """
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Generator, List, NamedTuple, Sequence, Tuple, Union
@@ -27,7 +27,7 @@ class Arrival(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """A rank that waits for what `source` sends it with `tag`."""
+    """A rank waiting for a message from `source` with `tag`."""
 
     source: int
     tag: Any
@@ -36,7 +36,7 @@ class Wanted(NamedTuple):
 
 Request = Union[Arrival, Wanted]
 Execution = Generator[Request, Any, Any]
-Box = Dict[Tuple[int, int, Any], Deque[Any]]              # what was sent: (from, to, tag)
+Box = Dict[Tuple[int, int, Any], Deque[Any]]              # sent messages: (from, to, tag)
 
 
 def _several(value: Any) -> Tuple[Any, ...]:
@@ -44,7 +44,7 @@ def _several(value: Any) -> Tuple[Any, ...]:
 
 
 def _kind(arrival: Arrival) -> Tuple[Any, ...]:
-    """What must agree between the ranks of a group; with exchanged pieces, shapes may differ."""
+    """What must match between the ranks of a group; for exchanges, shapes may differ."""
     shape = np.shape(arrival.value) if isinstance(arrival.value, np.ndarray) else None
     if arrival.op in ("AlltoAllV", "AllToAllv", "NeighborExchange"):
         shape = None
@@ -53,7 +53,7 @@ def _kind(arrival: Arrival) -> Tuple[Any, ...]:
 
 
 def _exchange(arrivals: Sequence[Arrival]) -> List[Any]:
-    """NeighborExchange: piece i goes to send_rank_ids[i]; of recv_rank_ids[i] comes result i."""
+    """NeighborExchange: piece i goes to send_rank_ids[i]; result i comes from recv_rank_ids[i]."""
     sent: Dict[Tuple[int, int], Any] = {}
     for rank, arrival in zip(arrivals[0].group, arrivals):
         for target, piece in zip(_several(arrival.attrs["send_rank_ids"]), arrival.value):
@@ -88,7 +88,7 @@ def _all_to_all_v(arrivals: Sequence[Arrival]) -> List[Any]:
 
 
 def complete(arrivals: Sequence[Arrival]) -> List[Any]:
-    """What each rank of a group gets; arrivals in the order of the group. Raises ExecutionError."""
+    """The result of each rank of a group; arrivals in group order. Raises ExecutionError."""
     first, ranks = arrivals[0], len(arrivals)
     if len({_kind(arrival) for arrival in arrivals}) > 1:
         raise ExecutionError("ranks meet in different operations: " + "; ".join(
@@ -133,17 +133,17 @@ def _stuck(waiting: Dict[int, Request], ended: Sequence[int]) -> str:
 
 
 def run(ranks: Dict[int, Execution], box: Box) -> Dict[int, Any]:
-    """Execute all ranks to their ends.
+    """Execute all ranks until they finish.
 
     Args:
         ranks: what each rank executes.
-        box: where ranks put what they send, (from, to, tag): values in order; empty again at the end.
+        box: messages in flight, (from, to, tag): values in order; must be empty at the end.
 
     Returns:
         What each rank's graph returns.
 
     Raises:
-        ExecutionError: ranks wait for each other for ever, meet in different operations, or send what nobody receives.
+        ExecutionError: ranks deadlock, meet in different operations, or send what is never received.
     """
     results: Dict[int, Any] = {}
     waiting: Dict[int, Request] = {}
@@ -156,7 +156,7 @@ def run(ranks: Dict[int, Execution], box: Box) -> Dict[int, Any]:
             except StopIteration as end:
                 results[rank] = end.value
         for rank, request in list(waiting.items()):
-            if rank not in waiting:                        # went on with its group
+            if rank not in waiting:                        # continued with its group
                 continue
             if isinstance(request, Wanted):
                 if box.get((request.source, rank, request.tag)):

@@ -1,7 +1,7 @@
-"""The real model's steps on the CPU, in float32, with given weights and batches: what the uncut graph is held against.
+"""The real model's steps on the CPU, in float32, with given weights and batches: the reference of the unsharded graph.
 
-`real_steps` starts this file in a process of its own, as MindSpore takes one device per process. The step is the one
-that run_mindformer.py would train with; only the training loop is replaced.
+`real_steps` starts this file in its own process, as MindSpore uses one device per process. The step is the one that
+run_mindformer.py would train with; only the training loop is replaced.
 """
 import contextlib
 import copy
@@ -15,19 +15,19 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 
-if __package__ in (None, ""):            # run by its path: not from this folder, whose modules have one name only
+if __package__ in (None, ""):            # run by path: keep this folder off sys.path, its modules are no top-level ones
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from research.telechat.common.environment import PLUGIN
 from research.telechat.common.errors import ExecutionError
 from research.telechat.common.files import JsonObject
 
-LIMIT = 5e-5                             # of the largest change of a parameter: float32 against float64
+LIMIT = 5e-5                             # relative to the largest change of a parameter: float32 against float64
 Runner = Callable[[List[str], Path, Dict[str, str]], "subprocess.CompletedProcess[str]"]
 
 
 def for_cpu(whole: JsonObject) -> JsonObject:
-    """An uncut recipe with what a CPU has: float32, composed attention, no recomputation."""
+    """An unsharded recipe for a CPU: float32, composed attention, no recomputation."""
     recipe = copy.deepcopy(whole)
     recipe["context"] = {**recipe["context"], "device_target": "CPU", "max_device_memory": "1024GB"}
     recipe["runner_config"]["sink_mode"] = False
@@ -47,16 +47,16 @@ def _run(words: List[str], folder: Path, env: Dict[str, str]) -> "subprocess.Com
 
 def real_steps(whole: JsonObject, weights: Dict[str, np.ndarray], batches: Sequence[Sequence[np.ndarray]],
                run: Runner = _run) -> Tuple[List[float], Dict[str, np.ndarray]]:
-    """Losses and the parameters after one step for each batch.
+    """Losses and the parameters after one step per batch.
 
     Args:
-        whole: the uncut recipe (shrink.uncut).
-        weights: of the whole model, with moments.
+        whole: the unsharded recipe (shrink.uncut).
+        weights: of the whole model, including moments.
         batches: tokens, labels, and ends of documents.
         run: starts Python with a script and its arguments, in a folder and with additional variables.
 
     Raises:
-        ExecutionError: the process fails; its last words are in the message.
+        ExecutionError: the process fails; the end of its output is in the message.
     """
     with tempfile.TemporaryDirectory(prefix="telechat-cpu-") as name:
         folder = Path(name)
@@ -79,7 +79,7 @@ def real_steps(whole: JsonObject, weights: Dict[str, np.ndarray], batches: Seque
 
 
 class _Done(BaseException):
-    """Leaves the Trainer after the steps. No Exception, so that no `except Exception` on the way stops it."""
+    """Leaves the Trainer after the steps. Not an Exception, so that no `except Exception` on the way catches it."""
 
 
 def _steps(job: JsonObject) -> None:
@@ -117,7 +117,7 @@ def _steps(job: JsonObject) -> None:
 
 
 def main() -> None:
-    """Carry out the job in the file that is named."""
+    """Run the job in the given file."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with contextlib.suppress(_Done):
         _steps(job)

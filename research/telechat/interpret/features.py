@@ -1,11 +1,11 @@
-"""What of a plan decides which graph it becomes: the features of which each must have been executed somewhere."""
+"""The features of a plan that determine its graph; each of them must have been executed somewhere."""
 from typing import FrozenSet
 
 from research.telechat.plan.plan import Plan
 
 
 def features(plan: Plan) -> FrozenSet[str]:
-    """Names of what a plan has that others have not; those of one card only where it predicts or adapts."""
+    """Names of the features that a plan has."""
     model = plan.model
     over_heads = plan.ulysses if plan.cp > 1 else 1
     has = {

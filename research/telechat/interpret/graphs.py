@@ -1,7 +1,7 @@
-"""Compiles all ranks of a plan with the simulated runtime and keeps the graphs by what they are made from.
+"""Compiles all ranks of a plan with the simulated runtime and caches the graphs.
 
-The key of a plan is a digest of the recipe, the versions of MindSpore and MindFormers, and the sources that a graph
-depends on. The graphs lie beside the stand-ins of the simulated runtime (TELECHAT_SIM_CACHE).
+The cache key is a digest of the recipe, the versions of MindSpore and MindFormers, and the sources that a graph depends
+on. The graphs are cached next to the stubs of the simulated runtime (TELECHAT_SIM_CACHE).
 """
 import gzip
 import hashlib
@@ -24,7 +24,7 @@ from research.telechat.common.files import JsonObject, whole
 from research.telechat.interpret.ir import Program, read_program
 from research.telechat.plan.plan import Plan, read_plan
 
-_FORM = 1                                    # raise it when what is kept changes
+_FORM = 1                                    # raise it when the cached format changes
 _IN_A_GRAPH = ("ascend_sim", "bridge", "model", "recipe", "run", "spec", "training")     # rooms; and files at the top
 Starter = Callable[..., Any]
 
@@ -35,8 +35,8 @@ class Compiled(NamedTuple):
     recipe: JsonObject
     plan: Plan
     programs: List[Dict[str, Program]]
-    strategy: Optional[Strategy]             # None where nothing is cut within a pipeline stage
-    seconds: float                           # of compiling; 0 where all graphs were kept
+    strategy: Optional[Strategy]             # None if nothing is sharded within a pipeline stage
+    seconds: float                           # of compiling; 0 if all graphs were cached
 
 
 def _sources() -> str:
@@ -78,14 +78,14 @@ def _compile_rank(recipe: JsonObject, plan: Plan, rank: int, target: Path, timeo
 
 def compiled(recipe: JsonObject, jobs: int = 1, timeout: float = 3600, start: Starter = start_worker,
              progress: Callable[[], Any] = lambda: None) -> Compiled:
-    """The graphs of all ranks of `recipe`, compiled where they are not kept yet.
+    """The graphs of all ranks of `recipe`, compiled unless cached.
 
     Args:
         recipe: small and complete (shrink.py).
-        jobs: ranks that are compiled at the same time; each takes a core and about 1.5 GB.
-        timeout: seconds for one rank.
+        jobs: ranks compiled at the same time; each takes a core and about 1.5 GB.
+        timeout: seconds per rank.
         start: see ascend_sim.compile.compile_plan.
-        progress: called when a rank is there.
+        progress: called when a rank is done.
 
     Raises:
         ConfigError: a rank does not compile. SimulationError: there is no simulated runtime.
@@ -123,7 +123,7 @@ def _kept(file: Path) -> Tuple[Dict[str, Program], Dict[str, bytes]]:
 
 
 def _strategy(plan: Plan, files: Dict[str, bytes]) -> Optional[Strategy]:
-    if plan.ranks == plan.pp or not files:                   # MindSpore writes no device matrix for stages alone
+    if plan.ranks == plan.pp or not files:                   # MindSpore writes no device matrix for stages only
         return None
     with tempfile.TemporaryDirectory(prefix="telechat-strategy-") as name:
         for file, content in files.items():

@@ -1,7 +1,6 @@
 """Reading a MindIR: the graphs of one rank as nodes, constants and parameters, without MindSpore's classes.
 
-A `Program` holds nothing but Python's and NumPy's values, so that it can be pickled; reading one from the file takes
-seconds.
+A `Program` contains only Python and NumPy values, so it can be pickled; parsing one from the file takes seconds.
 """
 import re
 from pathlib import Path
@@ -22,7 +21,7 @@ Form = Tuple[int, Tuple[int, ...]]           # number of the dtype, shape; -1 an
 
 
 class Closure(NamedTuple):
-    """A graph with its first arguments."""
+    """A graph with its first arguments bound."""
 
     graph: str
     args: Tuple[Any, ...]
@@ -31,11 +30,11 @@ class Closure(NamedTuple):
 class Node(NamedTuple):
     """One operation."""
 
-    op: str                      # operator; '' for a call of `callee`
+    op: str                      # operator; '' for a call to `callee`
     inputs: List[str]
     output: str
     attrs: Dict[str, Any]        # of the primitive
-    form: Any                    # Form of the result, a list of forms for a tuple, None where it is no tensor
+    form: Any                    # Form of the result, a list of forms for a tuple, None if it is not a tensor
     callee: str
     name: str                    # instance name of the primitive
     place: str                   # cell of the model
@@ -45,7 +44,7 @@ class Node(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """A parameter as a rank holds it."""
+    """A rank's shard of a parameter."""
 
     name: str
     dtype: int
@@ -53,7 +52,7 @@ class Parameter(NamedTuple):
 
 
 class Program(NamedTuple):
-    """The graphs of one rank. graphs: {name: (inputs, outputs, nodes)}; inputs: of the entry, [(name, shape)]."""
+    """The graphs of one rank. graphs: {name: (inputs, outputs, nodes)}; inputs: of the entry graph, [(name, shape)]."""
 
     graphs: Dict[str, Tuple[List[str], List[str], List[Node]]]
     constants: Dict[str, Any]
@@ -68,7 +67,7 @@ def _plain(name: str) -> str:
 
 
 def _tensor(message: Any) -> Optional[np.ndarray]:
-    """The value of a TensorProto; None where it is a type only. bfloat16 becomes float32."""
+    """The value of a TensorProto; None if it is only a type. bfloat16 becomes float32."""
     shape = tuple(message.dims)
     if not message.raw_data and 0 not in shape:
         return None
@@ -80,7 +79,7 @@ def _tensor(message: Any) -> Optional[np.ndarray]:
     else:
         values = np.frombuffer(message.raw_data, DTYPES[message.data_type])
     count = int(np.prod(shape))
-    if len(values) == 1 and count != 1:                      # a constant of one value, stored once
+    if len(values) == 1 and count != 1:                      # a uniform constant, stored once
         values = np.full(count, values[0])
     return values.reshape(shape)
 
@@ -90,7 +89,7 @@ def _several(values: List[Any]) -> Any:
 
 
 def _constant(message: Any) -> Any:
-    """The value of an AttributeProto: number, text, array, tuple, or None."""
+    """The value of an AttributeProto: number, string, array, tuple, or None."""
     kind = message.type
     if kind in (_TENSOR, _TENSORS) or (message.tensors and kind != _TUPLE):
         return _several([_tensor(tensor) for tensor in message.tensors])
@@ -155,5 +154,5 @@ def program_of(model: Any) -> Program:
 
 
 def read_program(path: Path, mindspore: Path) -> Program:
-    """The graphs in a .mindir file. mindspore: its folder, which has the message classes."""
+    """The graphs in a .mindir file. mindspore: MindSpore's folder, which has the message classes."""
     return program_of(load(path, mindspore))

@@ -1,8 +1,7 @@
-"""What operators compute, from MindSpore's documentation: OPERATORS[name](node, *inputs) -> result.
+"""The semantics of operators, from MindSpore's documentation: OPERATORS[name](node, *inputs) -> result.
 
-Inputs are arrays, numbers, texts and tuples of these. The precision is not decided here: rank.py brings every result
-into the type that is wanted, and compares its shape with the one the compiler has inferred. Fused kernels have modules
-of their own.
+Inputs are arrays, numbers, strings and tuples of these. Precision is not handled here: rank.py casts every result to
+the required type and compares its shape with the one inferred by the compiler. Fused kernels have their own modules.
 """
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
@@ -17,7 +16,7 @@ Operator = Callable[..., Any]
 
 
 def _axes(axis: Any, dimensions: int) -> Optional[Tuple[int, ...]]:
-    """Axes to reduce; None for all of them: axis is None or ()."""
+    """Axes to reduce; None for all, if axis is None or ()."""
     if axis is None or axis == ():
         return None
     return tuple(int(one) % dimensions for one in (axis if isinstance(axis, tuple) else (axis,)))
@@ -30,7 +29,7 @@ def _reduce(function: Callable[..., Any]) -> Operator:
 
 
 def _reduce_sum(_node: Node, x: Array, axis: Any = (), keep: bool = False, skip: bool = False) -> Array:
-    """skip: without axes, x itself."""
+    """skip: without axes, return x itself."""
     return x if axis == () and skip else np.sum(x, axis=_axes(axis, np.ndim(x)), keepdims=bool(keep))
 
 
@@ -106,7 +105,7 @@ def _one_hot(_node: Node, index: Array, depth: int, on: Array, off: Array, axis:
 
 
 def _segment_sum(_node: Node, x: Array, index: Array, count: int) -> Array:
-    """Rows of x added up by their segment; segments outside 0 to count - 1 are left out."""
+    """Rows of x summed by segment; segments outside 0 to count - 1 are dropped."""
     tail = x.shape[index.ndim:]
     result = np.zeros((int(count), *tail), x.dtype)
     flat = index.reshape(-1)
@@ -157,7 +156,7 @@ def _squeeze(node: Node, x: Array, axis: Any = None) -> Array:
 
 
 def _full(node: Node, *arguments: Any) -> Array:
-    """Fill and FillV2: the value comes last. The shape is the one the compiler has inferred."""
+    """Fill and FillV2: the value is the last argument. The shape is the one inferred by the compiler."""
     return np.full(node.form[1], arguments[-1])
 
 

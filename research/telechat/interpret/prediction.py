@@ -1,4 +1,4 @@
-"""Prefill and decoding with the paged KV cache, of a plan and of the uncut plan, executed with the same weights."""
+"""Prefill and decoding with the paged KV cache, of a plan and of the unsharded plan, with the same weights."""
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
@@ -14,12 +14,12 @@ from research.telechat.interpret.trace import Trace, first_difference
 from research.telechat.interpret.training import LIMIT
 from research.telechat.interpret.weights import Weights, cut, random_weights
 
-PROMPTS = (21, 9)                            # tokens; the second stands in another block after two steps
+PROMPTS = (21, 9)                            # tokens; the second reaches another block after two steps
 _INPUTS = ("input_ids", "batch_valid_length", "block_tables", "slot_mapping")
 
 
 class Generation(NamedTuple):
-    """logits: per step [B, V]; tokens: prompts with what was generated."""
+    """logits: per step [B, V]; tokens: prompts and generated tokens."""
 
     logits: List[np.ndarray]
     tokens: List[List[int]]
@@ -36,7 +36,7 @@ def _inputs(compiled: Compiled, graph: str, given: Dict[str, np.ndarray]) -> Lis
 
 def generate(compiled: Compiled, weights: Weights, prompts: Sequence[Sequence[int]], steps: int,
              operators: Optional[Dict[str, Operator]] = None, watch: Optional[Watch] = None) -> Generation:
-    """Read the prompts and bring `steps` - 1 more tokens, the most likely ones. Raises ExecutionError.
+    """Prefill the prompts and decode `steps` - 1 more tokens greedily. Raises ExecutionError.
 
     operators: instead of OPERATORS; watch: called with each node of the last step and its result.
     """
@@ -71,20 +71,20 @@ def generate(compiled: Compiled, weights: Weights, prompts: Sequence[Sequence[in
 
 
 class Comparison(NamedTuple):
-    """What executing a prediction has shown: largest differences as shares of the largest logit."""
+    """The result of executing a prediction: largest differences relative to the largest logit."""
 
-    steps: List[float]                       # to the uncut plan: prefill, then every decoding
-    again: float                             # of decoding to reading prompt and answer at once, uncut
+    steps: List[float]                       # from the unsharded plan: prefill, then each decoding step
+    again: float                             # of decoding from reading prompt and answer at once, unsharded
     same_tokens: bool
     first: str = ""                          # the first operator that differs, in the first step that does
 
     @property
     def worst(self) -> float:
-        """The largest of all."""
+        """The largest difference."""
         return max(*self.steps, self.again)
 
     def fault(self) -> str:
-        """What is wrong, in a line; '' where nothing is."""
+        """What is wrong, in one line; '' if nothing is."""
         for step, gap in enumerate(self.steps):
             if not gap <= LIMIT:
                 where = f"; the first operator that differs is {self.first}" if self.first else ""
@@ -96,7 +96,7 @@ class Comparison(NamedTuple):
         return "" if self.same_tokens else "the plan generates other tokens than the uncut model"
 
     def as_json(self) -> JsonObject:
-        """For a file."""
+        """As a JSON object."""
         return {**self._asdict(), "worst": self.worst, "fault": self.fault()}
 
 

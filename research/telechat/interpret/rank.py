@@ -1,8 +1,8 @@
 """Executes the graph of one rank, node by node, up to the next communication.
 
-With `precise`, everything that the graph declares as floating point is computed in float64: what remains between a plan
-and the uncut model is then a different order of sums, some 1e-15, and not the rounding of 16 bits. Otherwise every
-result is rounded to its declared type.
+With `precise`, everything that the graph declares as floating point is computed in float64: a plan and the unsharded
+model then differ only by the order of summation, about 1e-15, not by 16-bit rounding. Otherwise every result is rounded
+to its declared type.
 """
 from collections import deque
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -17,7 +17,7 @@ from research.telechat.interpret.ir import BFLOAT16, DTYPES, FLOATING, Closure, 
 from research.telechat.interpret.operators import OPERATORS, Operator
 
 Watch = Callable[[Node, Any], None]          # called with each node and its result
-# What takes parameters themselves, and not their values.
+# Operators that take parameters, not their values.
 _BY_REFERENCE = {"ReshapeAndCache", "Load", "Assign", "AssignAdd", "AssignSub", "InplaceCopy", "Partial", "MakeTuple",
                  "TupleGetItem", "Depend", "UpdateState", "Switch"}
 _ASSIGNMENTS: Dict[str, Callable[[Any, Any], Any]] = {
@@ -26,7 +26,7 @@ _ASSIGNMENTS: Dict[str, Callable[[Any, Any], Any]] = {
 
 
 class Reference:
-    """A parameter, not its value."""
+    """A reference to a parameter."""
 
     __slots__ = ("key",)
 
@@ -35,7 +35,7 @@ class Reference:
 
 
 def settle(value: Any, dtype: int, precise: bool) -> np.ndarray:
-    """`value` as an array of the declared `dtype` (a number of ir.DTYPES), or of float64."""
+    """`value` as an array of the declared `dtype` (a number of ir.DTYPES), or as float64 if `precise`."""
     if dtype in FLOATING:
         if precise:
             return np.asarray(value, np.float64)
@@ -45,7 +45,7 @@ def settle(value: Any, dtype: int, precise: bool) -> np.ndarray:
 
 
 class Rank:
-    """One rank: its program, its parameters {name: array}, and what it sends."""
+    """One rank: its program, its parameters {name: array}, and its sent messages."""
 
     def __init__(self, number: int, ranks: int, program: Program, parameters: Dict[str, np.ndarray], box: Box,
                  precise: bool = True, operators: Optional[Dict[str, Operator]] = None, watch: Optional[Watch] = None):
@@ -62,10 +62,10 @@ class Rank:
                                      f"found {value.shape}")
             self.values[key] = value
         self.references = {key: Reference(key) for key in self.values}
-        self.executed: Dict[str, int] = {}                       # operators, how often
+        self.executed: Dict[str, int] = {}                       # number of executions by operator
 
     def named(self) -> Dict[str, np.ndarray]:
-        """The parameters by their names."""
+        """The parameters by name."""
         return {self.program.parameters[key].name: value for key, value in self.values.items()}
 
     def run(self, inputs: Sequence[np.ndarray]) -> Execution:
@@ -101,13 +101,13 @@ class Rank:
             frame[node.output] = self._checked(node, result, node.form)
             if self.watch is not None:
                 self.watch(node, frame[node.output])
-            for key in last_use[number]:                         # so that memory does not grow with the graph
+            for key in last_use[number]:                         # frees memory early
                 frame.pop(key, None)
         found = tuple(self._look_up(frame, key, graph) for key in outputs)
         return found[0] if len(found) == 1 else found
 
     def _last_uses(self, graph: str) -> List[List[str]]:
-        """For each node the values that nothing needs behind it."""
+        """For each node the values that no later node needs."""
         _, outputs, nodes = self.program.graphs[graph]
         uses: List[List[str]] = [[] for _ in nodes]
         seen = set(outputs)
@@ -137,7 +137,7 @@ class Rank:
         return value
 
     def _compute(self, node: Node, inputs: List[Any]) -> Any:
-        """What needs no other rank."""
+        """The result of a node that involves no other rank."""
         if node.op == "Partial":
             return Closure(inputs[0].graph, (*inputs[0].args, *inputs[1:]))
         if node.op == "Load":
@@ -159,7 +159,7 @@ class Rank:
                 return self.operators[node.op](node, *inputs)
         except ExecutionError:
             raise
-        except Exception as error:                               # whatever NumPy says about inputs that do not fit
+        except Exception as error:                               # any NumPy error about inputs that do not match
             shapes = [np.shape(value) if isinstance(value, np.ndarray) else value for value in inputs]
             raise ExecutionError(f"rank {self.number}: {node} of {str(shapes)[:300]}: {error}") from error
 
@@ -189,11 +189,11 @@ class Rank:
         return Arrival(node.op, group, node.attrs, value, str(node))
 
     def _checked(self, node: Node, value: Any, form: Any) -> Any:
-        """`value` in the type that the compiler has inferred; a shape other than its own is refused."""
+        """`value` in the type inferred by the compiler; another shape than the inferred one is refused."""
         if form is None or value is None or isinstance(value, (Closure, Reference)):
             return value
         if isinstance(form, list):
-            if not isinstance(value, tuple) or node.op == "TensorToTuple":     # whose length is known only now
+            if not isinstance(value, tuple) or node.op == "TensorToTuple":     # length known only at run time
                 return value
             if len(form) != len(value):
                 raise ExecutionError(f"rank {self.number}: {node} gives {len(value)} results, the graph says "
@@ -203,7 +203,7 @@ class Rank:
             return value
         dtype, shape = form
         value = settle(value, dtype, self.precise)
-        unused = node.op == "FlashAttentionScore" and shape[-1:] == (1,)       # what is not computed in its layout
+        unused = node.op == "FlashAttentionScore" and shape[-1:] == (1,)       # outputs not computed in its layout
         if min(shape, default=0) >= 0 and value.shape != shape and not unused:
             raise ExecutionError(f"rank {self.number}: {node} gives {value.shape}, the graph says {shape}")
         return value

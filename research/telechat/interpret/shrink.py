@@ -1,8 +1,8 @@
-"""A recipe made small, so that its plan can be executed in seconds: what is cut, and how, stays as it is.
+"""Shrinks a recipe so that its plan executes in seconds; what is sharded, and how, stays the same.
 
-Widths, lengths and layers shrink to the least that the plan can divide; kinds of parallelism, masks, projections,
-grouped heads, tied tables, types and optimizer are the recipe's. Dropout is off, as masks of several ranks cannot be
-compared with those of one. Gradients are clipped in every step, and weights decay.
+Widths, lengths and layers shrink to the minimum that the plan can divide; kinds of parallelism, masks, projections,
+grouped heads, tied tables, types and optimizer are the recipe's. Dropout is off, as the masks of several ranks cannot
+be compared with those of one. Gradients are clipped in every step, and weight decay is on.
 """
 import copy
 from typing import Any, Dict, Tuple
@@ -13,18 +13,18 @@ from research.telechat.plan.plan import Plan, find_faults, read_plan
 
 HEAD_DIM = 8
 VOCABULARY = 96
-MAX_GRAD_NORM = 0.01                         # so small that all gradients are clipped
-SEQUENCES = 4                                # of a step, where the plan can do with so few
+MAX_GRAD_NORM = 0.01                         # small enough to clip all gradients
+SEQUENCES = 4                                # per step, if the plan allows so few
 BLOCK_SIZE, BLOCKS = 16, 8                   # of the KV cache
 _DEGREES = {"dp": "data_parallel", "pp": "pipeline_stage", "mp": "model_parallel", "cp": "context_parallel"}
 _NO_DROPOUT = ("hidden_dropout_prob", "embed_dropout_prob", "attention_dropout_prob")
-Sizes = Dict[str, int]                       # keys of model_config that the user wants to be something else
+Sizes = Dict[str, int]                       # model_config keys that the user overrides
 
 
 def fewer_ranks(degrees: Dict[str, int], ranks: int) -> Dict[str, int]:
     """Degrees of parallelism, {"dp", "pp", "mp", "cp"}, halved until their product is `ranks`.
 
-    The largest goes first and each kind stays at 2 or more while it can. Raises ConfigError.
+    The largest is halved first, and each kind stays at 2 or more as long as possible. Raises ConfigError.
     """
     result = dict(degrees)
 
@@ -33,7 +33,7 @@ def fewer_ranks(degrees: Dict[str, int], ranks: int) -> Dict[str, int]:
 
     while product() > ranks:
         over = [kind for kind in _DEGREES if result[kind] > 2] or [kind for kind in _DEGREES if result[kind] > 1]
-        largest = max(over, key=lambda kind: result[kind])                 # of equals the first of _DEGREES
+        largest = max(over, key=lambda kind: result[kind])                 # ties: the first of _DEGREES
         if result[largest] % 2:
             break
         result[largest] //= 2
@@ -45,7 +45,7 @@ def fewer_ranks(degrees: Dict[str, int], ranks: int) -> Dict[str, int]:
 
 
 def _sizes(plan: Plan) -> Tuple[Sizes, int]:
-    """(keys of model_config, sequences per micro-batch) for a plan whose degrees are settled."""
+    """(model_config keys, sequences per micro-batch) for a plan with fixed degrees."""
     model = plan.model
     kv_heads = max(4, plan.mp * plan.ulysses)
     heads = kv_heads * (2 if model.n_kv_heads and model.n_kv_heads < model.num_heads else 1)
@@ -59,7 +59,7 @@ def _sizes(plan: Plan) -> Tuple[Sizes, int]:
 
 
 def shrink(recipe: JsonObject, ranks: int, sizes: Sizes) -> JsonObject:
-    """The recipe for `ranks` ranks, small. sizes: keys of model_config that are set last. Raises ConfigError."""
+    """The recipe shrunk to `ranks` ranks. sizes: model_config keys that are set last. Raises ConfigError."""
     small = copy.deepcopy(recipe)
     plan = read_plan(small)
     degrees = fewer_ranks({kind: getattr(plan, kind) for kind in _DEGREES}, ranks)
@@ -73,7 +73,7 @@ def shrink(recipe: JsonObject, ranks: int, sizes: Sizes) -> JsonObject:
     runner["gradient_accumulation_steps"] = min(2, runner.get("gradient_accumulation_steps") or 1)
     recompute = small.setdefault("recompute_config", {})
     if isinstance(recompute.get("recompute"), (list, tuple)):
-        recompute["recompute"] = True                         # its numbers of layers per stage fit no other model
+        recompute["recompute"] = True                         # its layer counts per stage do not fit another model
     model = small["model"]["model_config"]
     model.update(dict.fromkeys(_NO_DROPOUT, 0.0), offset=0)
     chosen, batch = _sizes(read_plan(small))
@@ -90,7 +90,7 @@ def shrink(recipe: JsonObject, ranks: int, sizes: Sizes) -> JsonObject:
 
 
 def _shrink_training(small: JsonObject) -> None:
-    """Steps that change much, all parameters cut by the optimizer, and no dropout in adapters."""
+    """Large update steps, all parameters sharded by the optimizer, and no dropout in adapters."""
     for section in ("optimizer", "lr_schedule"):
         small.setdefault(section, {})["learning_rate"] = 1e-2
     small["lr_schedule"].update(total_steps=100, warmup_ratio=0.0)

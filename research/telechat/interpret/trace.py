@@ -1,9 +1,9 @@
-"""Which operator of the forward pass is the first to compute something else than in the uncut plan.
+"""Finds the first operator of the forward pass whose result differs from the unsharded plan.
 
-Operators are the same where kind and cell are. How their results are cut, or in which order rows stand, does not count:
-what a plan's ranks compute must be, number by number, among what the uncut plan computes at the same place, and all of
-that must be found. Partial sums are not, but what is made of them is; so an operator counts as different only if all
-that follows from it does too. Gradients cannot be followed like that: the compiler does not say which cell they are of.
+Operators are matched by kind and cell. Sharding and row order of their results do not matter: each number that a plan's
+ranks compute must be among those that the unsharded plan computes at the same place, and all of those must be found.
+Partial sums fail this test, but what is computed from them does not; so an operator counts as different only if all its
+successors do too. Gradients cannot be traced like this: the compiler does not record which cell they belong to.
 """
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Set
@@ -12,15 +12,15 @@ import numpy as np
 
 from research.telechat.interpret.ir import Node
 
-_LIMIT = 1e-10                              # of the largest number of the same operator
+_LIMIT = 1e-10                              # relative to the largest number of the same operator
 _MODEL = "TelechatForCausalLM/"
-# What computes nothing, and is added where ranks exchange parts.
+# Operators that compute nothing and are added where ranks exchange parts.
 _MOVES = {"AllGather", "Concat", "Depend", "Load", "MakeTuple", "Reshape", "Split", "StridedSlice", "Transpose",
           "TupleGetItem"}
 
 
 class Key(NamedTuple):
-    """An operator: its cell, without what wraps the model, its kind, and its number among those of this kind there."""
+    """An operator: its cell, without wrappers of the model, its kind, and its index among those of this kind there."""
 
     cell: str
     op: str
@@ -31,7 +31,7 @@ class Key(NamedTuple):
 
 
 def key_of(node: Node) -> Optional[Key]:
-    """None for what is not of the model's forward pass."""
+    """None for a node outside the model's forward pass."""
     _, model, cell = node.place.rpartition(_MODEL)
     if not model or "Grad_" in cell or not node.op:
         return None
@@ -40,13 +40,13 @@ def key_of(node: Node) -> Optional[Key]:
 
 
 class Trace:
-    """What the ranks of a plan compute: call it with each node and its result."""
+    """Records what the ranks of a plan compute: call it with each node and its result."""
 
     def __init__(self) -> None:
         self.values: Dict[Key, List[np.ndarray]] = {}          # in the order of execution
-        self.followers: Dict[Key, Set[Key]] = {}               # whose inputs it makes
-        self.made: Dict[Key, None] = {}                        # all of the forward pass
-        self._maker: Dict[str, Key] = {}                       # by the names of results
+        self.followers: Dict[Key, Set[Key]] = {}               # operators that use its result
+        self.made: Dict[Key, None] = {}                        # all operators of the forward pass
+        self._maker: Dict[str, Key] = {}                       # by the name of the result
 
     def __call__(self, node: Node, result: Any) -> None:
         key = key_of(node)
@@ -65,14 +65,14 @@ class Trace:
 
 
 def _apart(found: np.ndarray, known: np.ndarray) -> float:
-    """The largest distance of a number of `found` to the nearest of `known`, which is sorted."""
+    """The largest distance of a number in `found` to the nearest in `known`, which is sorted."""
     place = np.clip(np.searchsorted(known, found), 1, len(known) - 1) if len(known) > 1 else np.zeros(len(found), int)
     below = np.abs(found - known[np.maximum(place - 1, 0)])
     return float(np.minimum(below, np.abs(found - known[place])).max())
 
 
 def gap(found: List[np.ndarray], expected: List[np.ndarray]) -> float:
-    """How far two sets of numbers are apart, as a share of the largest; infinite where one has none but NaN."""
+    """Distance of two sets of numbers, relative to the largest; infinite if one has nothing but NaN."""
     one, other = (np.unique(np.concatenate(arrays)) for arrays in (found, expected))
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
         return 0.0 if np.array_equal(one, other, equal_nan=True) else float("inf")
@@ -80,7 +80,7 @@ def gap(found: List[np.ndarray], expected: List[np.ndarray]) -> float:
 
 
 class Difference(NamedTuple):
-    """An operator, and by how much of its largest number it differs."""
+    """An operator and its difference, relative to its largest number."""
 
     key: Key
     gap: float
@@ -90,10 +90,10 @@ class Difference(NamedTuple):
 
 
 def first_difference(plan: Trace, uncut: Trace) -> Optional[Difference]:
-    """The first operator that differs, in the order of the uncut plan; None where the forward pass is the same."""
+    """The first operator that differs, in the order of the unsharded plan; None if the forward pass is the same."""
     gaps = {key: gap(plan.values[key], values) for key, values in uncut.values.items() if key in plan.values}
     right = {key for key, size in gaps.items() if size <= _LIMIT}
-    for key in reversed(list(uncut.made)):                       # before what is right stand only partial sums
+    for key in reversed(list(uncut.made)):                       # before a correct result there are only partial sums
         if right & uncut.followers.get(key, set()):
             right.add(key)
     return next((Difference(key, gaps[key]) for key in uncut.values if key in gaps and key not in right), None)

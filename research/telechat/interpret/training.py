@@ -1,4 +1,4 @@
-"""Training steps of a plan and of the uncut plan, executed with the same weights and batches, and compared."""
+"""Training steps of a plan and of the unsharded plan, executed with the same weights and batches, and compared."""
 import re
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
@@ -13,29 +13,29 @@ from research.telechat.interpret.rank import Rank, Watch
 from research.telechat.interpret.trace import Trace, first_difference
 from research.telechat.interpret.weights import Weights, cut, differences, merge, random_weights
 
-LIMIT = 1e-10                                # largest difference to the uncut plan, in float64
-ROUNDING_LIMIT = 5.0                         # of differences between plans in declared types, in units of rounding
-ROUNDING_FLOOR = 1e-6                        # where everything is float32
-AGREE = {True: 1e-10, False: 1e-5}           # of ranks on loss and norm: in float64, in the declared types
-IGNORED = -100                               # label of a token that does not count
-_MOMENT = r"^(adam_[mvr]|accu_grads)\."   # before the name of a parameter
-_SPREAD = 10                                 # differences smaller by more are what clipping makes of others
-_LOSS, _NORM = 0, 4                          # places among the results of a step
+LIMIT = 1e-10                                # largest difference from the unsharded plan, in float64
+ROUNDING_LIMIT = 5.0                         # of differences between plans in declared types, in rounding errors
+ROUNDING_FLOOR = 1e-6                        # if everything is float32
+AGREE = {True: 1e-10, False: 1e-5}           # between ranks on loss and norm: in float64, in the declared types
+IGNORED = -100                               # label of a token without loss
+_MOMENT = r"^(adam_[mvr]|accu_grads)\."   # prefix of a parameter's name
+_SPREAD = 10                                 # differences smaller by this factor are side effects of clipping
+_LOSS, _NORM = 0, 4                          # indices in the results of a step
 Batch = List[np.ndarray]
 
 
 class Steps(NamedTuple):
-    """losses, norms: per step. weights: after the last. stale: see weights.merge."""
+    """losses, norms: per step. weights: after the last step. stale: see weights.merge."""
 
     losses: List[float]
     norms: List[float]
     weights: Weights
     stale: List[str]
-    executed: Dict[str, int]                 # operators of all ranks, how often
+    executed: Dict[str, int]                 # number of executions by operator, all ranks
 
 
 def make_batch(whole: Compiled, seed: int) -> Batch:
-    """Tokens, labels and, where the graph takes them, ends of documents; the number of labels differs between rows."""
+    """Tokens, labels and, if the graph takes them, ends of documents; the number of labels differs between rows."""
     inputs = whole.programs[0]["step"].inputs
     rows, length = inputs[0][1]
     rng = np.random.default_rng(seed)
@@ -54,7 +54,7 @@ def make_batch(whole: Compiled, seed: int) -> Batch:
 
 
 def _scalar(results: Sequence[Sequence[object]], number: int, limit: float) -> float:
-    """One of the results of a step, on which all ranks must agree."""
+    """A scalar result of a step, on which all ranks must agree."""
     values = [float(np.ravel(np.asarray(result[number]))[0]) for result in results]
     if max(values) - min(values) > limit * max(1.0, abs(values[0])):
         raise ExecutionError(f"the ranks disagree on the {'loss' if number == _LOSS else 'norm'}: {values}")
@@ -63,7 +63,7 @@ def _scalar(results: Sequence[Sequence[object]], number: int, limit: float) -> f
 
 def execute(compiled: Compiled, weights: Weights, batches: Sequence[Batch], precise: bool = True,
             operators: Optional[Dict[str, Operator]] = None, watch: Optional[Watch] = None) -> Steps:
-    """One step for each batch, all ranks. weights: of the whole model; batches: what every rank reads; watch: called
+    """One step per batch, on all ranks. weights: of the whole model; batches: the input of every rank; watch: called
     with each node and its result.
 
     Raises ExecutionError: something cannot be executed, or ranks that should agree do not.
@@ -87,7 +87,7 @@ def execute(compiled: Compiled, weights: Weights, batches: Sequence[Batch], prec
 
 def causality(compiled: Compiled, weights: Weights, batch: Batch,
               operators: Optional[Dict[str, Operator]] = None) -> float:
-    """How much the loss of the first half of the labels changes with the tokens of the second half; 0 is causal."""
+    """How much the loss of the first half of the labels changes with the tokens of the second half; 0 if causal."""
     ids, labels = batch[0], batch[1].copy()
     half = ids.shape[1] // 2
     labels[:, 1:half] = ids[:, 1:half]
@@ -100,7 +100,7 @@ def causality(compiled: Compiled, weights: Weights, batch: Batch,
 
 
 class Comparison(NamedTuple):
-    """What executing a plan has shown. Differences as weights.differences has them."""
+    """The result of executing a plan. Differences are those of weights.differences."""
 
     steps: int
     losses: List[float]
@@ -109,18 +109,18 @@ class Comparison(NamedTuple):
     differences: Dict[str, float]
     leak: float                              # see `causality`
     stale: List[str]
-    first: str = ""                          # the first operator that differs, where a fault is in the forward pass
+    first: str = ""                          # the first operator that differs, if the error is in the forward pass
 
     @property
     def worst(self) -> float:
-        """The largest of all."""
+        """The largest difference."""
         return max([self.loss_gap, self.leak, *self.differences.values()])
 
     def first_parameter(self) -> str:
-        """The parameter that differs first, or its moment; '' where none does.
+        """The parameter that differs first, or its moment; '' if none does.
 
-        In the order of the model where the forward pass differs; else from behind, as gradients come, of those that
-        differ most: clipping spreads a difference of one gradient thinly over all parameters.
+        In model order if the forward pass differs; else in reverse order, as gradients are computed, among those that
+        differ most: clipping spreads the error of one gradient thinly over all parameters.
         """
         wrong = {name: gap for name, gap in self.differences.items() if not gap <= LIMIT}
         if not wrong:
@@ -172,10 +172,10 @@ def compare(compiled: Compiled, uncut: Compiled, steps: int = 2, seed: int = 0,
 
 
 class Rounding(NamedTuple):
-    """Steps in the declared types: relative differences of losses and norms, largest over the steps."""
+    """Steps in the declared types: largest relative differences of losses and norms over the steps."""
 
-    of_types: float                          # uncut, declared types against float64
-    between_plans: float                     # declared types, the plan against the uncut one
+    of_types: float                          # unsharded, declared types against float64
+    between_plans: float                     # declared types, the plan against the unsharded one
 
     def fault(self) -> str:
         """What is wrong, in a line; '' where nothing is."""
@@ -201,5 +201,5 @@ def _gap(found: Steps, expected: Steps) -> float:
 
 
 def _in_order(uncut: Compiled, weights: Weights) -> Weights:
-    """The weights in the order of the model."""
+    """The weights in model order."""
     return {parameter.name: weights[parameter.name] for parameter in uncut.programs[0]["step"].parameters.values()}

@@ -1,4 +1,4 @@
-"""Random weights of the uncut model, cut for the ranks of a plan, put together again, and compared."""
+"""Random weights of the unsharded model, sharded for the ranks of a plan, merged again, and compared."""
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
@@ -9,11 +9,11 @@ from research.telechat.interpret.graphs import Compiled
 from research.telechat.interpret.ir import FLOATING, Program
 
 Weights = Dict[str, np.ndarray]
-_COPIES_EQUAL = 1e-12                       # between ranks that hold the same
+_COPIES_EQUAL = 1e-12                       # between ranks with the same shard
 
 
 def random_weights(program: Program, seed: int = 0) -> Weights:
-    """Values for all parameters of an uncut graph: weights, non-zero moments, empty remainders and caches."""
+    """Values for all parameters of an unsharded graph: weights, non-zero moments, empty remainders and caches."""
     rng = np.random.default_rng(seed)
     result: Weights = {}
     for parameter in sorted(program.parameters.values(), key=lambda one: one.name):
@@ -32,16 +32,16 @@ def random_weights(program: Program, seed: int = 0) -> Weights:
             result[name] = 1 + 0.1 * rng.normal(size=shape)
         else:
             result[name] = 0.15 * rng.normal(size=shape)
-    # As a float32 model can hold them, for the step on the CPU.
+    # Representable in float32, for the step on the CPU.
     return {name: value.astype(np.float32).astype(np.float64) if value.dtype.kind == "f" else value
             for name, value in result.items()}
 
 
 def _place(compiled: Compiled, name: str, rank: int, shape: Sequence[int], held: Sequence[int]) -> Tuple[slice, ...]:
-    """Where the slice of shape `held` that a rank holds of a parameter lies in it.
+    """Where a rank's slice of shape `held` lies in a parameter.
 
-    Of what the strategy files do not name (frozen parameters, and all of a prediction), one axis may be cut over model
-    parallelism, whose ranks are neighbours.
+    Parameters that the strategy files do not list (frozen ones, and all of a prediction) may be sharded along one axis
+    over model parallelism, whose ranks are neighbours.
     """
     strategy, ways = compiled.strategy, compiled.plan.mp
     if strategy is not None and name in strategy.layouts:
@@ -56,7 +56,7 @@ def _place(compiled: Compiled, name: str, rank: int, shape: Sequence[int], held:
 
 
 def cut(weights: Weights, compiled: Compiled, rank: int, graph: str) -> Weights:
-    """What a rank holds; buffers that the uncut model does not have (accumulated gradients) are 0."""
+    """A rank's shards; buffers that the unsharded model does not have (accumulated gradients) are 0."""
     result = {}
     for parameter in compiled.programs[rank][graph].parameters.values():
         if parameter.name not in weights:
@@ -70,19 +70,19 @@ def cut(weights: Weights, compiled: Compiled, rank: int, graph: str) -> Weights:
 
 
 class Merged(NamedTuple):
-    """weights: of the whole model. stale: parameters of which a later pipeline stage holds an older copy."""
+    """weights: of the whole model. stale: parameters of which a later pipeline stage has an older copy."""
 
     weights: Weights
     stale: List[str]
 
 
 def merge(held: Sequence[Weights], weights: Weights, compiled: Compiled) -> Merged:
-    """What the ranks hold, put together. held: per rank; weights: of the whole model, for names and shapes.
+    """The ranks' shards, merged. held: per rank; weights: of the whole model, for names and shapes.
 
-    Of a parameter that several pipeline stages hold, the first stage's counts, as in scripts/transform_checkpoint.py:
-    the last stage's table of tied embeddings is not used, and goes stale.
+    If several pipeline stages have a parameter, the first stage's copy counts, as in scripts/transform_checkpoint.py:
+    the last stage's table of tied embeddings is not used and goes stale.
 
-    Raises ExecutionError: ranks of a stage that should hold the same do not; something is missing.
+    Raises ExecutionError: copies that should be equal within a stage are not; something is missing.
     """
     stage_ranks = len(held) // compiled.plan.pp
     result: Weights = {}
@@ -110,7 +110,7 @@ def merge(held: Sequence[Weights], weights: Weights, compiled: Compiled) -> Merg
 
 
 def differences(found: Weights, expected: Weights, before: Weights) -> Dict[str, float]:
-    """For each parameter the largest difference of its change, as a share of the largest change; absolute where nothing
+    """For each parameter the largest difference of its change, relative to the largest change; absolute if nothing
     changes. In the order of `before`."""
     result = {}
     for name, start in before.items():
