@@ -1,4 +1,4 @@
-"""A bound on the tokens of a data set: what goes beyond it is left out and counted."""
+"""A token limit for a data set: pieces beyond it are dropped and counted."""
 from collections import Counter
 from typing import Optional
 
@@ -10,17 +10,17 @@ BEYOND = "dropped: beyond the token budget"
 
 
 class TokenBudget:
-    """Takes chunks until their pieces would have more than `most` tokens; None: without a bound.
+    """Takes chunks until their pieces would exceed `most` tokens; None: no limit.
 
-    Attributes: `taken`, tokens so far; `spent`, whether a piece had to be left out. From then on nothing is taken.
+    Attributes: `taken`, tokens so far; `spent`, whether a piece was dropped. From then on everything is dropped.
     """
 
     def __init__(self, most: Optional[int] = None):
         self.most, self.taken, self.spent = most, 0, False
 
     def take(self, encoded: Encoded) -> Encoded:
-        """The chunk without the pieces that go beyond, from the first of them on, and with counts to match: tokens of
-        left out pieces are dropped, and so is a conversation or document none of whose pieces is in."""
+        """The chunk truncated at the first piece beyond the limit, with adjusted counts: tokens of the removed pieces
+        count as dropped, and so does a conversation or document without any piece left."""
         ends = self.taken + np.cumsum(encoded.sizes, dtype=np.int64)
         count = len(ends) if self.most is None else int(np.searchsorted(ends, self.most, side="right"))
         self.taken = int(ends[count - 1]) if count else self.taken

@@ -1,7 +1,7 @@
 """Documents of continued pre-training: plain texts, trained on every token.
 
-How a record becomes a document, and how a document that is longer than a record is cut. Conversations are read by
-data/formats.py and cut by data/packing.py.
+Reads a record as a document and splits documents that are longer than a training record. Conversations are read by
+data/formats.py and split by data/packing.py.
 """
 from typing import NamedTuple, Tuple
 
@@ -13,8 +13,8 @@ from research.telechat.data.markers import record_trains, unused_keys
 from research.telechat.data.packing import Cut, without_loss
 
 TEXT = "text"                                # the name of the format
-TEXT_KEYS = ("text", "content", "data")      # the first of them that a record has holds its text
-CONTINUES = "document_continues"             # in the parts of a long document: true where it goes on, without an end
+TEXT_KEYS = ("text", "content", "data")      # the first of these keys in a record is its text
+CONTINUES = "document_continues"             # in parts of a long document: true if it goes on, without an end token
 
 
 class Document(NamedTuple):
@@ -33,8 +33,8 @@ def is_document(record: object) -> bool:
 
 
 def holds_text(record: object) -> bool:
-    """Whether a parsed record that is no conversation may be a document: a text under any of the keys, and nobody who
-    says it."""
+    """Whether a parsed record that is no conversation may be a document: a text under any of the keys, without a
+    speaker."""
     return isinstance(record, dict) and "role" not in record and "from" not in record and isinstance(
         next((record[key] for key in TEXT_KEYS if record.get(key) is not None), None), str)
 
@@ -62,16 +62,16 @@ def _names(record: JsonObject) -> str:
 
 
 def cut_document(marked: np.ndarray, limit: int, long: str = "split", overlap: int = 1) -> Cut:
-    """A document in pieces of at most `limit` tokens.
+    """A document split into pieces of at most `limit` tokens.
 
     Args:
-        marked: its ids as data.packing.marked_ids gives them.
+        marked: its ids from data.packing.marked_ids.
         limit: tokens of one record.
         long: what to do with a longer one. "split": pieces of `limit` tokens and a last one with the rest. "truncate":
             the first piece only. "drop": nothing.
-        overlap: tokens at the beginning of a later piece that repeat the end of the one before, as context without
+        overlap: tokens at the beginning of a later piece that repeat the end of the previous one, as context without
             loss; below `limit`. With 1, the last token of a piece, which is only a label, is the first input of the
-            next, so that every token behind the first is predicted once. With 0, the first of a piece is not.
+            next, so that every token but the first is predicted once. With 0, the first token of a piece is not.
     """
     if not (marked >= 0).any():
         return Cut([], 0, len(marked), 0, "nothing to train")

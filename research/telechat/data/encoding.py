@@ -1,7 +1,7 @@
-"""Raw records to pieces of token ids: the work of one worker process of preprocessing.
+"""From raw records to pieces of token ids: the work of one worker process of preprocessing.
 
-Joins the steps that data/records.py, text/renderer.py, data/packing.py and data/documents.py define, for one chunk of
-records, with one call of the vocabulary for all their texts, and counts what happens to them.
+Combines data/records.py, text/renderer.py, data/packing.py and data/documents.py for one chunk of records, with one
+call to the vocabulary for all its texts, and counts what happens to the records.
 """
 from collections import Counter
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -28,11 +28,11 @@ class Encoded(NamedTuple):
     """A chunk of records as pieces. `counts`: totals by name; `errors`: (line, why it cannot be used)."""
 
     source: int
-    tokens: np.ndarray                       # int32, all pieces in a row, as data/packing.py writes them
+    tokens: np.ndarray                       # int32, all pieces concatenated, as data/packing.py writes them
     sizes: np.ndarray                        # int32, tokens of each piece
-    lengths: np.ndarray                      # int32, tokens of each conversation or document before it was cut
+    lengths: np.ndarray                      # int32, tokens of each conversation or document before splitting
     counts: Dict[str, int]
-    unused: Dict[str, int]                   # keys of the records that nobody read
+    unused: Dict[str, int]                   # keys of the records that were not used
     errors: List[Tuple[int, str]]
     progress: int
     fresh: np.ndarray                        # int32, of each piece: its tokens that are in no earlier piece
@@ -40,7 +40,7 @@ class Encoded(NamedTuple):
     fates: List[str]                         # of each conversation or document, as counted
 
     def pieces(self) -> List[np.ndarray]:
-        """The pieces, each an array of its own, so that keeping one does not keep the whole chunk."""
+        """The pieces, each copied, so that keeping one does not keep the whole chunk in memory."""
         ends = np.cumsum(self.sizes)
         return [self.tokens[end - size:end].copy() for end, size in zip(ends.tolist(), self.sizes.tolist())]
 
@@ -51,9 +51,9 @@ class Encoder:
     Args:
         renderer: writes the conversations.
         formats: the data format of each source (see `source_formats`).
-        named: the user has named it; if not, each record's own keys go first.
+        named: the user chose it; if not, each record's own keys take precedence.
         limit: tokens of one record, N + 1.
-        long: what to do with longer ones (data.packing.LONG_MODES).
+        long: what to do with longer records (data.packing.LONG_MODES).
         overlap: tokens that the pieces of a long document share (data.documents.cut_document).
     """
 
@@ -117,7 +117,7 @@ class Encoder:
         return [self.renderer.plan(part, record.tools) for part in self.renderer.conversations(record.messages)]
 
     def _notes(self, conversation: Union[Conversation, Document]) -> List[str]:
-        """The notes of a record, of its tools, and, where the template has a place for reasoning, of its answers."""
+        """The notes of a record, of its tools and, if the template supports reasoning, of its answers."""
         if isinstance(conversation, Document):
             return list(conversation.notes)
         if self.renderer.unnamed_tool_markers and (conversation.tools or any(
@@ -132,7 +132,7 @@ class Encoder:
 
 
 def _count(counts: Counter[str], result: Cut, tokens: int) -> str:
-    """Count what became of a conversation or document; the name under which it is."""
+    """Count what became of a conversation or document; returns the counter's name."""
     counts["conversations"] += 1
     counts["tokens"] += tokens
     counts["tokens kept"] += result.kept

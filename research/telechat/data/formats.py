@@ -1,6 +1,6 @@
-"""The formats of records: which keys tell each of them, and how it becomes messages.
+"""The formats of records: the keys that identify each, and how it becomes messages.
 
-One function per format. What else stands in a record is looked after by data/markers.py.
+One function per format. data/markers.py handles whatever else is in a record.
 """
 import re
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
@@ -30,7 +30,7 @@ _SYSTEMS = ("system", "system_prompt")
 class Conversation(NamedTuple):
     """Messages in order, the bot's answer last.
 
-    `notes` are kinds of repairs that were made, to be counted; `unused` the keys of the record that nobody read.
+    `notes` are kinds of repairs that were made, to be counted; `unused` the keys of the record that were not used.
     """
 
     messages: List[Message]
@@ -65,7 +65,7 @@ def _untrained(conversation: Conversation, numbers: List[int], note: str) -> Con
 
 
 def told_format(record: object) -> Optional[str]:
-    """The format of a parsed record by its keys; None if it cannot be told."""
+    """The format of a parsed record, detected by its keys; None if unknown."""
     if not isinstance(record, dict):
         return None
     if is_pair(record):
@@ -91,7 +91,7 @@ def _get(record: JsonObject, key: str, kinds: Union[type, Tuple[type, ...]], req
 
 
 def _system(record: JsonObject, messages: Tuple[Message, ...] = ()) -> List[Message]:
-    """The record's system prompt as a message; none where `messages` bring the same one."""
+    """The record's system prompt as a message; none if `messages` already have the same one."""
     texts = [text for text in (_get(record, key, str, required=False) for key in _SYSTEMS) if text is not None]
     given = messages[0].content if messages and messages[0].role == SYSTEM else None
     if given is not None:
@@ -120,7 +120,7 @@ def _functions(record: JsonObject) -> Optional[List[Any]]:
 
 
 def _tool_list(record: JsonObject, key: str) -> Optional[List[Any]]:
-    """The descriptions under a key: a list, one object, or the text of these."""
+    """The descriptions under a key: a list, one object, or either as JSON text."""
     tools = _tool_value(_get(record, key, (list, dict, str), required=False), key)
     tools = [tools] if isinstance(tools, dict) and tools else tools
     if tools is None or tools == "" or tools == [] or tools == {}:
@@ -150,7 +150,7 @@ _CARRIES = ("instruction", "input", "output", "history", "context", "chosen", *L
 
 
 def _refuse(record: JsonObject, used: Tuple[str, ...], messages: List[Message], data_format: str) -> None:
-    """RecordError where a key of another format has texts that the messages lack: they would be lost."""
+    """RecordError if a key of another format has texts that the messages lack: they would be lost."""
     contents = [message.content for message in messages]
     for key in _CARRIES:
         if key not in used and not all(any(text in content for content in contents)
@@ -160,7 +160,7 @@ def _refuse(record: JsonObject, used: Tuple[str, ...], messages: List[Message], 
 
 
 def _input_output(record: JsonObject) -> Conversation:
-    """`input` with <_user> and <_bot> between the turns, `output` is the last answer."""
+    """`input` with <_user> and <_bot> between the turns; `output` is the last answer."""
     question, answer = _get(record, "input", str), _get(record, "output", str)
     messages, whole = split_inline(question)
     if answer.startswith("<_bot>"):
@@ -172,7 +172,7 @@ def _input_output(record: JsonObject) -> Conversation:
 
 def _of_keys(record: JsonObject, used: Tuple[str, ...], messages: List[Message], data_format: str,
              notes: Tuple[str, ...] = ()) -> Conversation:
-    """A conversation of a record whose last answer is a key of it, and so may be its reasoning."""
+    """A conversation from a record with its last answer, and possibly its reasoning, under keys of their own."""
     used = (*used, "tools", "functions", *_SYSTEMS)
     _refuse(record, used, messages, data_format)
     reasoning = record_reasoning(record)
@@ -184,10 +184,10 @@ def _of_keys(record: JsonObject, used: Tuple[str, ...], messages: List[Message],
 
 
 def split_inline(text: str) -> Tuple[List[Message], bool]:
-    """Messages of an `input` with inline markers: user, bot, ..., user. And whether every marker opened a turn.
+    """Messages of an `input` with inline markers: user, bot, ..., user; and whether every marker opened a turn.
 
-    <_bot> opens an answer only where a question stands before it and another question follows the answer; any other
-    marker is text that somebody typed. <_end> directly before <_user> closes an answer and is left out.
+    <_bot> opens an answer only after a question and if another question follows the answer; any other marker is text
+    that a user typed. <_end> directly before <_user> closes an answer and is left out.
     """
     if text.startswith("<_user>"):
         text = text[len("<_user>"):]
@@ -200,7 +200,7 @@ def split_inline(text: str) -> Tuple[List[Message], bool]:
         else:
             parts[-1] += marker + piece
             whole = False
-    if len(parts) % 2 == 0:                      # it ends within an answer, though `output` is the answer
+    if len(parts) % 2 == 0:                      # it ends in an answer, although `output` is the answer
         parts[-2:] = [f"{parts[-2]}<_bot>{parts[-1]}"]
         whole = False
     for index in range(1, len(parts), 2):
@@ -228,7 +228,7 @@ def _message_list(record: JsonObject, key: str, context: int = 0) -> Conversatio
 
 
 def _uncalled(messages: List[Message]) -> bool:
-    """Whether a tool answers that nobody has called, in words or otherwise."""
+    """Whether there is a tool result without a call, in words or otherwise."""
     return any(message.role == TOOL and before.role == BOT and not before.calls and "<tool_call>" not in before.content
                for before, message in zip(messages, messages[1:]))
 
@@ -242,12 +242,12 @@ def _messages(record: JsonObject) -> Conversation:
 
 
 def _sharegpt(record: JsonObject) -> Conversation:
-    """`conversations` of `from` and `value`; a function_call is an answer of the bot, or follows one."""
+    """`conversations` of `from` and `value`; a function_call is a bot answer or follows one."""
     return _message_list(record, "conversations")
 
 
 def _prompt(record: JsonObject) -> Conversation:
-    """A prompt and its answer, each a text or a list of messages; of the prompt nothing is trained."""
+    """A prompt and its answer, each a text or a list of messages; the prompt carries no loss."""
     parts = read_prompt(record)
     if parts.messages and isinstance(parts.messages[-1], dict) and record_reasoning(parts.rest):
         last = {"reasoning_content": record_reasoning(parts.rest), **parts.messages[-1]}
@@ -272,7 +272,7 @@ def _alpaca(record: JsonObject) -> Conversation:
 FORMATS: Dict[str, Callable[[JsonObject], Conversation]] = {
     "input_output": _input_output, "dialog": _dialog, "sharegpt": _sharegpt, "messages": _messages, "alpaca": _alpaca,
     "prompt": _prompt}
-# Keys that tell a format, looked for in this order: Alpaca has `input` and `output`, too.
+# Keys that identify a format, checked in this order: Alpaca has `input` and `output`, too.
 _SIGNATURES: Dict[str, Tuple[str, ...]] = {
     "dialog": ("dialog",), "messages": ("messages",), "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"), "input_output": ("input", "output")}

@@ -1,7 +1,7 @@
-"""What stands beside the texts of a record: markers of what is trained, pictures, and keys that nobody reads.
+"""What a record has besides its texts: loss markers, pictures, and unused keys.
 
 The formats (data/formats.py) say what they use. Everything else is either honoured here, makes the record unusable
-because it would change the meaning, or is named so that it can be counted.
+because ignoring it would change the meaning, or is reported so that it can be counted.
 """
 from typing import List, Optional, Tuple
 
@@ -10,16 +10,16 @@ from research.telechat.common.files import JsonObject
 from research.telechat.text.call_forms import CALL_ROLES
 from research.telechat.text.messages import BOT, MEDIA, REASONING, ROLE_ALIASES, Message, divided
 
-# A message with a false one is left out of the loss: OpenAI's weight, ms-swift's loss, Axolotl's train and training.
+# False excludes a message from the loss: OpenAI's weight, ms-swift's loss, Axolotl's train and training.
 TRAINED = ("weight", "loss", "loss_weight", "loss_scale", "train", "training", "trainable")
-MASKED = ("mask", "masked")                  # a true one leaves it out
-_PARTIAL = ("train_detail", "training_detail", "train_on_spans")         # parts of a text: cannot be honoured
+MASKED = ("mask", "masked")                  # true excludes it
+_PARTIAL = ("train_detail", "training_detail", "train_on_spans")         # parts of a text: not supported
 _READ = frozenset(("role", "content", "tool_calls", "function_call", "tools", *TRAINED, *MASKED, *_PARTIAL, *MEDIA))
 _BOT_KEYS = frozenset(("refusal", *REASONING))
-# Of a record: KTO marks bad answers by `label` or `kto_tag`, LLaMA-Factory's option masks all answers but the last.
+# Per record: KTO marks bad answers by `label` or `kto_tag`, LLaMA-Factory's option masks all answers but the last.
 _RECORD_FLAGS = (*TRAINED, "kto_tag", "label")
-_STRICT = ("weight", "kto_tag")              # the others have other meanings, too, where they are no truth values
-_NUMBERS = ("loss", "train", "loss_scale", "loss_weight")            # of them, those for which 0 and 1 are switches
+_STRICT = ("weight", "kto_tag")              # the others have other meanings if they are not booleans
+_NUMBERS = ("loss", "train", "loss_scale", "loss_weight")            # those for which 0 and 1 are switches
 _LAST_ONLY = "mask_history"
 _ALL_TRAINED = ("train_on_prompt", "train_on_inputs", "train_on_input")
 _REFUSED = ("chosen", "rejected")
@@ -31,20 +31,20 @@ NO_REASONING = "reasoning of an answer left out: the template has no place for i
 
 
 def flag(value: object) -> Optional[bool]:
-    """A truth value in any of its spellings; None where it is none."""
+    """A boolean in any of its spellings; None if it is not one."""
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
     return _SWITCHES.get(value.strip().lower()) if isinstance(value, str) else None
 
 
 def is_empty(value: object) -> bool:
-    """No value, as exporters write it: null, an empty text, list or object."""
+    """An empty value, as exporters write it: null, an empty text, list or object."""
     return value is None or (isinstance(value, (str, list, dict)) and not (
         value.strip() if isinstance(value, str) else value))
 
 
 def trains(message: JsonObject, number: int) -> bool:
-    """Whether the markers of a message leave it in the loss. RecordError where they say what cannot be honoured."""
+    """Whether the markers of a message keep it in the loss. RecordError if they cannot be honoured."""
     train = True
     for key in (*TRAINED, *MASKED):
         value = message.get(key)
@@ -74,7 +74,7 @@ def mark(messages: List[Message], sources: List[object]) -> Tuple[List[Message],
                 notes.append(LEFT_OUT)
             message = reasoned(message, source, number)
             if message.reasoning:
-                notes.append(NO_REASONING)               # unless the template has one, see data/encoding.py
+                notes.append(NO_REASONING)               # unless the template supports it, see data/encoding.py
             message = message._replace(train=train)
         elif train and any(flag(source.get(key)) for key in TRAINED if key != "weight"):
             raise RecordError("loss marker", f"message {number} is from {message.role} and marked for training; only "
@@ -84,7 +84,7 @@ def mark(messages: List[Message], sources: List[object]) -> Tuple[List[Message],
 
 
 def reasoned(message: Message, source: JsonObject, number: int) -> Message:
-    """An answer whose reasoning stands in one place. RecordError: in a form that would be lost, or two of them."""
+    """An answer with its reasoning in one place. RecordError: reasoning that would be lost, or two of them."""
     for key in REASONING:
         value = source.get(key)
         if not isinstance(value, (str, bool)) and not is_empty(value):
@@ -99,7 +99,7 @@ def reasoned(message: Message, source: JsonObject, number: int) -> Message:
 
 
 def record_reasoning(record: JsonObject) -> str:
-    """The reasoning of a record of one answer, under any of the usual keys. RecordError where there are two."""
+    """The reasoning of a single-answer record, under any of the usual keys. RecordError if there are two."""
     found = {record[key].strip("\n") for key in REASONING if isinstance(record.get(key), str) and record[key].strip()}
     if len(found) > 1:
         raise RecordError("reasoning", "two different reasonings; leave one of them")
@@ -107,7 +107,7 @@ def record_reasoning(record: JsonObject) -> str:
 
 
 def _record_switch(record: JsonObject, key: str) -> Optional[bool]:
-    """What a marker of a record says; None where the key is missing or has another meaning."""
+    """The value of a record's marker; None if the key is missing or has another meaning."""
     value = record.get(key)
     switch = flag(value)
     if key in _STRICT:
@@ -119,7 +119,7 @@ def _record_switch(record: JsonObject, key: str) -> Optional[bool]:
 
 
 def record_trains(record: JsonObject) -> bool:
-    """Whether a whole record is trained. RecordError where it holds what cannot be honoured."""
+    """Whether a whole record is trained. RecordError if it has a marker that cannot be honoured."""
     for key in MEDIA:
         if not is_empty(record.get(key)):
             raise RecordError("not text alone", f"key {key!r} holds {str(record[key])[:40]!r}; a text model cannot use "
@@ -136,12 +136,12 @@ def record_trains(record: JsonObject) -> bool:
 
 
 def trains_last_only(record: JsonObject) -> bool:
-    """Whether a record says that of its answers only the last is trained."""
+    """Whether a record says that only its last answer is trained."""
     return bool(flag(record.get(_LAST_ONLY)))
 
 
 def unused_keys(record: JsonObject, used: Tuple[str, ...], messages: List[object], where: str) -> Tuple[str, ...]:
-    """Names of the keys that are not used, those of messages as `messages[].name`; empty values do not count."""
+    """Names of unused keys, those of messages as `messages[].name`; empty values do not count."""
     names = [key for key, value in record.items() if key not in used and not is_empty(value) and not (
         _record_switch(record, key) is not None if key in _RECORD_FLAGS else
         flag(value) is not None if key in (_LAST_ONLY, *_ALL_TRAINED) else key in MEDIA)]
@@ -152,7 +152,7 @@ def unused_keys(record: JsonObject, used: Tuple[str, ...], messages: List[object
 
 def _is_read(message: JsonObject, key: str) -> bool:
     role = message.get("role")
-    if key == "tool_call_id":                            # tells the order of results, see data/shapes.py
+    if key == "tool_call_id":                            # gives the order of results, see data/shapes.py
         return True
     by_bot = key in _BOT_KEYS and not isinstance(message[key], bool)
     return key in _READ or (by_bot and isinstance(role, str) and (

@@ -1,6 +1,6 @@
-"""meta.json, which preprocessing writes beside a MindRecord data set, and the checks against it before training.
+"""meta.json, which preprocessing writes next to a MindRecord data set, and the checks against it before training.
 
-No data is read here; data/scan.py does that where there is no meta.json.
+No data is read here; data/scan.py does that if there is no meta.json.
 """
 import json
 from pathlib import Path
@@ -13,24 +13,24 @@ from research.telechat.common.hashing import file_sha256
 from research.telechat.common.verified import Check, faults
 
 META_FILE = "meta.json"
-OLD_META_FILE = "old_meta.json"              # that of the data set which is being replaced
-REPORT_FILE = "report.json"                  # of the command, beside the data set
-UNFINISHED = ".unfinished-"                  # folders in which a data set is made
+OLD_META_FILE = "old_meta.json"              # meta.json of the data set being replaced
+REPORT_FILE = "report.json"                  # of the command, next to the data set
+UNFINISHED = ".unfinished-"                  # prefix of the folder in which a data set is built
 FORMAT_VERSION = 1
-_EARLIER = {"telechat2": "telechat2_before"}         # names that templates have today
+_EARLIER = {"telechat2": "telechat2_before"}         # current names of templates
 _DATA_SUFFIX = ".mindrecord"
 
 
 def write_meta(folder: Union[str, Path], meta: JsonObject) -> None:
-    """Write meta.json into `folder`: the same bytes for the same contents."""
+    """Write meta.json into `folder`, byte-identical for the same contents."""
     content = json.dumps({"format_version": FORMAT_VERSION, "telechat_version": __version__, **meta},
                          ensure_ascii=False, indent=1)
     (Path(folder) / META_FILE).write_text(content + "\n", encoding="utf-8")
 
 
 def is_part(path: Path) -> bool:
-    """Whether a file is part of a data set that preprocessing wrote into its folder, and unchanged since: named in its
-    meta.json with this size and hash, or a report of it. What an interrupted run was putting into place counts too."""
+    """Whether a file belongs to a data set that preprocessing wrote into its folder, unchanged since: listed in its
+    meta.json with this size and hash, or its report. Files that an interrupted run was moving into place count too."""
     if path.name == META_FILE:
         return bool(_own_meta(path))
     if path.name == REPORT_FILE:
@@ -39,7 +39,7 @@ def is_part(path: Path) -> bool:
              *path.parent.glob(f"{UNFINISHED}*/{OLD_META_FILE}")]
     for meta in map(_own_meta, metas):
         hashes: JsonObject = meta.get("sha256") or {}
-        if meta and not hashes:                                  # of a version that wrote none
+        if meta and not hashes:                                  # from a version that wrote no hashes
             if path.stat().st_size == (meta.get("files") or {}).get(path.name, path.stat().st_size):
                 return True
         elif path.name in hashes and file_sha256(path) == hashes[path.name]:
@@ -55,15 +55,15 @@ def _object(path: Path) -> JsonObject:
 
 
 def _own_meta(path: Path) -> JsonObject:
-    """meta.json where it is one of preprocessing's, else {}."""
+    """meta.json if preprocessing wrote it, else {}."""
     meta = _object(path)
     return meta if {"format_version", "telechat_version", "files"} <= meta.keys() else {}
 
 
 def check_hashes(dataset: Union[str, Path], remember: bool = True) -> int:
-    """Hold the MindRecord files of a data set against the hashes in its meta.json; how many were.
+    """Check the MindRecord files of a data set against the hashes in its meta.json; returns the number of files.
 
-    remember: a result of this machine counts (common/verified.py). Raises ConfigError: a file is not as written.
+    remember: reuse earlier results of this machine (common/verified.py). Raises ConfigError: a file has changed.
     """
     meta = read_meta(dataset) or {}
     hashes, sizes = meta.get("sha256") or {}, meta.get("files") or {}
@@ -86,19 +86,19 @@ def read_meta(dataset: Union[str, Path]) -> Optional[JsonObject]:
 def check_dataset_meta(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq_length: int,
                        pad_token_id: Optional[int] = None, document_boundaries: bool = False,
                        template: str = "") -> Optional[str]:
-    """Compare a data set with the recipe, from its meta.json alone. To be called before the first step.
+    """Compare a data set with the recipe, using only its meta.json. To be called before the first step.
 
     Args:
-        dataset_dir_or_file: what the recipe names as the data set.
+        dataset_dir_or_file: the recipe's data set.
         vocab_size, seq_length, pad_token_id: of the model; `pad_token_id` None is not compared.
         document_boundaries: whether the recipe reads the column actual_seq_len.
-        template: chat template that the model is asked in; '' is not compared.
+        template: the model's chat template; '' is not compared.
 
     Returns:
-        None where all fits, or a warning for the log, such as that there is no meta.json.
+        None if everything matches, or a warning for the log, such as that there is no meta.json.
 
     Raises:
-        ConfigError: one line on what does not fit, what was found and what to do.
+        ConfigError: one line on what does not match, what was found and what to do.
     """
     dataset = Path(dataset_dir_or_file)
     if not dataset.exists():
@@ -118,7 +118,7 @@ def check_dataset_meta(dataset_dir_or_file: Union[str, Path], *, vocab_size: int
 
 
 def reason(err: Exception) -> str:
-    """The line of a MindSpore error that says what is wrong; its text is a page long."""
+    """The informative line of a MindSpore error, whose text is a page long."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()]
     return next((line for line in lines if line.startswith("[ERROR]")), lines[0] if lines else type(err).__name__)
 
@@ -154,7 +154,7 @@ def _check_meta(dataset: Path, meta: JsonObject, vocab_size: int, seq_length: in
         raise ConfigError(f"data set {dataset} is padded with id {pad}, the recipe's pad_token_id is {pad_token_id}; "
                           "correct the recipe, or preprocess with the --pad_token of the model")
     written = meta.get("template")
-    if "tool_marker_ids" not in meta:        # made by an earlier version
+    if "tool_marker_ids" not in meta:        # written by an earlier version
         written = _EARLIER.get(str(written), written)
     if template and written and written != template:
         raise ConfigError(f"data set {dataset} is written in the chat template {written!r}, the model is asked in "
@@ -166,7 +166,7 @@ def _check_meta(dataset: Path, meta: JsonObject, vocab_size: int, seq_length: in
 
 
 def _check_unfinished(dataset: Path, meta: Optional[JsonObject]) -> None:
-    """ConfigError where a folder has what a run has not finished: training reads every MindRecord file below it."""
+    """ConfigError if a folder contains an unfinished run: training reads every MindRecord file below it."""
     left = next(_folder(dataset).glob(f"{UNFINISHED}*"), None)
     if left is not None and (meta is None or dataset.is_dir()):
         raise ConfigError(f"data set {dataset}: a run of telechat_preprocess.py writes into this folder, or was killed "
@@ -174,7 +174,7 @@ def _check_unfinished(dataset: Path, meta: Optional[JsonObject]) -> None:
 
 
 def _check_listed(dataset: Path, files: List[Path], meta: JsonObject) -> None:
-    """ConfigError where a folder has MindRecord files that its meta.json does not list."""
+    """ConfigError if a folder has MindRecord files that its meta.json does not list."""
     listed = {dataset / name for name in meta.get("files") or {}}
     other = next((path for path in files if path not in listed), None)
     if dataset.is_dir() and listed and other is not None:
@@ -199,7 +199,7 @@ def _check_files(dataset: Path, meta: JsonObject) -> Optional[str]:
 
 
 def check_length(dataset: Path, found: object, seq_length: int) -> None:
-    """ConfigError where records of `found` tokens are not those of the recipe's seq_length."""
+    """ConfigError if records of `found` tokens do not match the recipe's seq_length."""
     if found != seq_length + 1:
         made = f"--max_length {found - 1}" if isinstance(found, int) else "another length"
         raise ConfigError(f"data set {dataset} has records of {found} tokens, the recipe's seq_length {seq_length} "

@@ -1,7 +1,7 @@
-"""Cutting long conversations and packing short ones, so that records of one exact length lose and pad little.
+"""Splitting long conversations and packing short ones into records of one fixed length, with little loss and padding.
 
-Pure Python and NumPy over token ids: no text, no files. A piece is an int32 array in which an id that carries no loss
-is stored as its bitwise complement (~id, negative): one array holds the tokens and the mask.
+Pure Python and NumPy on token ids: no text, no files. A piece is an int32 array in which an id without loss is stored
+as its bitwise complement (~id, negative): one array holds both tokens and mask.
 """
 import random
 from itertools import chain
@@ -13,24 +13,24 @@ from research.telechat.text.renderer import Rendered
 
 LONG_MODES = ("split", "truncate", "drop")
 IGNORED = -100                               # label without loss
-HELD_TOKENS = 1 << 25                        # in the shuffle buffer, and in the batch that is packed: 128 MiB each
-_CONTEXT_SHARE = 0.5                         # of the length, at most, repeats what an earlier part has trained already
-_LEAST_ANSWER = 16                           # answer tokens for which a question keeps its beginning
+HELD_TOKENS = 1 << 25                        # in the shuffle buffer and in the batch being packed: 128 MiB each
+_CONTEXT_SHARE = 0.5                         # of the length, at most, repeats tokens that an earlier part trained
+_LEAST_ANSWER = 16                           # a question keeps its beginning if it leaves this many answer tokens
 
 
 class Cut(NamedTuple):
-    """What became of one conversation. kept + dropped == len(rendered.ids)."""
+    """The result of splitting one conversation. kept + dropped == len(rendered.ids)."""
 
     pieces: List[np.ndarray]
-    kept: int                                # tokens of the conversation that are in a piece
+    kept: int                                # tokens of the conversation that are in some piece
     dropped: int                             # tokens that are in none
     repeated: int                            # tokens in later pieces that repeat earlier ones, as context without loss
     fate: str                                # "whole", "split", "truncated", or why it was dropped
-    fresh: Sequence[int] = ()                # of each piece: its tokens that are in no earlier one
+    fresh: Sequence[int] = ()                # per piece: tokens that are in no earlier piece
 
 
 def marked_ids(conversations: Sequence[Rendered]) -> List[np.ndarray]:
-    """The ids of each conversation as int32, complemented where they carry no loss. One pass for all: it is faster."""
+    """The ids of each conversation as int32, complemented where they carry no loss. Vectorised over all for speed."""
     sizes = [len(rendered.ids) for rendered in conversations]
     ids = np.fromiter(chain.from_iterable(rendered.ids for rendered in conversations), np.int32, sum(sizes))
     runs = np.array([run for rendered in conversations for run in rendered.loss], np.int32).reshape(-1, 2)
@@ -39,17 +39,17 @@ def marked_ids(conversations: Sequence[Rendered]) -> List[np.ndarray]:
 
 
 def cut(rendered: Rendered, marked: np.ndarray, limit: int, long: str = "split") -> Cut:
-    """A conversation in pieces of at most `limit` tokens.
+    """A conversation split into pieces of at most `limit` tokens.
 
     Args:
         rendered: the conversation.
-        marked: its ids as `marked_ids` gives them.
+        marked: its ids from `marked_ids`.
         limit: tokens of one record.
-        long: what to do with a longer one. "split": parts at the borders between turns. Every part has what stands in
-            front of the first turn (start marker, system prompt), as many new turns as fit, and in front of them, as
-            context without loss, earlier turns: up to half of the length, and what the new turns leave free. A turn
-            that is too long by itself continues in the next part with the tokens before it as context. "truncate": the
-            first part only. "drop": nothing.
+        long: what to do with a longer one. "split": parts at turn boundaries. Every part starts with what precedes the
+            first turn (start marker, system prompt), then earlier turns as context without loss (up to half of the
+            length, and what the new turns leave free), then as many new turns as fit. A single turn that is too long
+            continues in the next part with the preceding tokens as context. "truncate": the first part only. "drop":
+            nothing.
     """
     if not (marked[1:] >= 0).any():
         return Cut([], 0, len(marked), 0, "nothing to train")
@@ -64,7 +64,7 @@ def cut(rendered: Rendered, marked: np.ndarray, limit: int, long: str = "split")
     windows = _windows(spans, marked, limit - head, rendered.opening)
     bodies = [np.concatenate([without_loss(marked[start:end], max(new - start, 0)) for start, end in parts])
               for parts, new in windows]
-    chosen = [number for number, body in enumerate(bodies) if (body >= 0).any()]     # the others would train nothing
+    chosen = [number for number, body in enumerate(bodies) if (body >= 0).any()]     # the others have no loss
     if not chosen:
         return Cut([], 0, len(marked), 0, "nothing to train")
     if long == "truncate":
@@ -83,7 +83,7 @@ def cut(rendered: Rendered, marked: np.ndarray, limit: int, long: str = "split")
 
 
 def without_loss(marked: np.ndarray, count: int) -> np.ndarray:
-    """The same piece, where the first `count` tokens carry no loss."""
+    """The same piece with the loss of the first `count` tokens masked."""
     if count <= 0:
         return marked
     front = marked[:count]
@@ -100,7 +100,7 @@ Window = Tuple[List[Tuple[int, int]], int]       # parts (start, end) to be join
 
 
 def _windows(spans: List[Tuple[int, int]], marked: np.ndarray, room: int, opening: int) -> List[Window]:
-    """Which tokens go into which piece, beside the head; `room`: tokens in a piece beside the head."""
+    """Which tokens go into which piece, not counting the head; `room`: tokens of a piece without the head."""
     windows: List[Window] = []
     starts, ends = zip(*spans)
     number = 0
@@ -123,15 +123,15 @@ def _windows(spans: List[Tuple[int, int]], marked: np.ndarray, room: int, openin
 
 
 def _turn_windows(start: int, end: int, marked: np.ndarray, room: int, opening: int) -> Iterator[Window]:
-    """One turn that is too long by itself: windows over its tokens, each beginning with some tokens of the one before.
+    """A single turn that is too long: windows over its tokens, each beginning with some tokens of the previous one.
 
-    Only where the question alone fills a window does the question lose its beginning behind the marker, as in a chat.
+    Only if the question alone fills a window does it lose its beginning (after the marker), as in a chat.
     """
     answer = start + int(np.argmax(marked[start:end] >= 0))
     least = min(_LEAST_ANSWER, room // 2, end - answer)
     if answer - start + least > room:
         front = min(opening, room // 4)
-        tail = answer - max(room // 2, room - (end - answer)) + front       # half, or what the answer leaves free
+        tail = answer - max(room // 2, room - (end - answer)) + front       # half of it, or what the answer leaves free
         done = min(tail + room - front, end)
         yield [(start, start + front), (tail, done)], start
     else:
@@ -147,7 +147,7 @@ def _turn_windows(start: int, end: int, marked: np.ndarray, room: int, opening: 
 class ShuffleBuffer:
     """Shuffles a stream of pieces within a bounded window, reproducibly.
 
-    What goes out is chosen among `size` pieces, or fewer where these have more than `max_tokens`; 0 keeps the order.
+    The next piece is drawn from `size` pieces, or fewer if these exceed `max_tokens`; 0 keeps the order.
     """
 
     def __init__(self, size: int, seed: int, max_tokens: int = HELD_TOKENS):
@@ -156,7 +156,7 @@ class ShuffleBuffer:
         self._tokens = 0
 
     def add(self, item: np.ndarray) -> Iterator[np.ndarray]:
-        """Put a piece in; yields those that have to leave."""
+        """Add a piece; yields those that leave the buffer."""
         self._items.append(item)
         self._tokens += len(item)
         while len(self._items) > self._size or self._tokens > self._max_tokens:
@@ -166,18 +166,18 @@ class ShuffleBuffer:
             yield self._items.pop()
 
     def flush(self) -> Iterator[np.ndarray]:
-        """What is left, shuffled."""
+        """The remaining pieces, shuffled."""
         self._rng.shuffle(self._items)
         yield from self._items
         self._items, self._tokens = [], 0
 
 
 class FirstFitPacker:
-    """Puts pieces into packs of at most `capacity` tokens: the long ones of a batch first, each into the first pack.
+    """Packs pieces into packs of at most `capacity` tokens: first-fit decreasing per batch.
 
-    Pieces are taken in batches of 4 * `window`, or of `max_tokens`; after a batch the `window` emptiest packs stay open
-    for the next one. So memory is bounded, and padding is small as long as some pieces are short. The packs of a batch
-    leave in shuffled order, which would otherwise go from long to short pieces.
+    Pieces are processed in batches of 4 * `window`, or of `max_tokens`; after a batch the `window` emptiest packs stay
+    open for the next one. So memory is bounded, and padding is small as long as some pieces are short. The packs of a
+    batch are returned in shuffled order, as they would otherwise go from long to short pieces.
     """
 
     def __init__(self, capacity: int, window: int = 256, max_pieces: int = 1 << 30, seed: int = 0,
@@ -192,14 +192,14 @@ class FirstFitPacker:
         self._rng = random.Random(seed)
 
     def add(self, piece: np.ndarray) -> Iterator[List[np.ndarray]]:
-        """Put a piece in; yields the packs that are finished thereby."""
+        """Add a piece; yields the packs that this completes."""
         self._batch.append(piece)
         self._tokens += len(piece)
         if len(self._batch) == self._batch_size or self._tokens >= self._max_tokens:
             yield from self._pack_batch(self._window)
 
     def flush(self) -> Iterator[List[np.ndarray]]:
-        """The packs that are still open: the last ones are written, too."""
+        """The packs that are still open."""
         yield from self._pack_batch(0)
 
     def _pack_batch(self, keep: int) -> List[List[np.ndarray]]:
@@ -238,7 +238,7 @@ def to_record(pack: List[np.ndarray], length: int, pad_id: int, padding_side: st
 
     Returns:
         int32 arrays: input_ids [length]; labels [length], the id where the loss counts, else -100; with `slots`
-        actual_seq_len [slots]: the position behind each piece (padding is one, too) among the N training positions,
+        actual_seq_len [slots]: the end position of each piece (padding counts as one) among the N training positions,
         ascending, the rest filled with N.
     """
     tokens = np.concatenate(pack)
@@ -259,7 +259,7 @@ def to_record(pack: List[np.ndarray], length: int, pad_id: int, padding_side: st
 
 def pack_all(pieces: Iterable[np.ndarray], shuffle: ShuffleBuffer,
              packer: FirstFitPacker) -> Iterator[List[np.ndarray]]:
-    """Packs of a stream of pieces, shuffled; nothing is left behind."""
+    """Packs from a stream of pieces, shuffled; flushes both at the end."""
     for piece in pieces:
         for shuffled in shuffle.add(piece):
             yield from packer.add(shuffled)

@@ -2,7 +2,7 @@
 
 The forms of TRL (prompt, chosen, rejected; with and without a prompt, texts and messages), LLaMA-Factory (Alpaca and
 ShareGPT with chosen and rejected), ms-swift (messages with rejected_response or rejected_messages) and OpenAI (input,
-preferred_output, non_preferred_output). What stands in front of the chosen answer is context: it is not trained.
+preferred_output, non_preferred_output). What precedes the chosen answer is context and is not trained.
 """
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -24,7 +24,7 @@ _DIALOGUE = re.compile(r"\s*Human:.*\n\s*Assistant:", re.DOTALL)
 
 
 class Parts(NamedTuple):
-    """A record of question and answer as messages, the first `context` of them without loss; `rest`: its other keys."""
+    """The messages of a record, the first `context` of them without loss; `rest`: its other keys."""
 
     messages: List[Any]
     context: int
@@ -32,7 +32,7 @@ class Parts(NamedTuple):
 
 
 def is_pair(record: JsonObject) -> bool:
-    """Whether a record holds a chosen or a rejected answer."""
+    """Whether a record has a chosen or a rejected answer."""
     return any(isinstance(record.get(key), (str, list, dict)) and not is_empty(record[key])
                for key in (*CHOSEN, *REJECTED))
 
@@ -40,7 +40,7 @@ def is_pair(record: JsonObject) -> bool:
 def read_pair(record: JsonObject) -> Parts:
     """A preference pair as a conversation of which only the chosen answer is trained.
 
-    Raises RecordError: no question, no chosen answer, or two answers of which none can be told to be the chosen one.
+    Raises RecordError: no question, no chosen answer, or two answers without a way to know which one is chosen.
     """
     chosen, rejected = _one(record, CHOSEN), _one(record, REJECTED)
     rest = {key: value for key, value in record.items() if key not in (*CHOSEN, *REJECTED)}
@@ -52,7 +52,7 @@ def read_pair(record: JsonObject) -> Parts:
             raise RecordError(_KIND, "its answer is the rejected one; expected the chosen answer")
         return Parts(base, end, rest)
     answer = _answer(chosen)
-    if _role(answer[0]) in (USER, SYSTEM):                   # the whole conversation, the question included
+    if _role(answer[0]) in (USER, SYSTEM):                   # the whole conversation, including the question
         if not _begins_with(answer, base):
             raise RecordError(_KIND, "the chosen conversation does not begin with the question beside it")
         return Parts(answer, _common(answer, rejected), rest)
@@ -67,7 +67,7 @@ def read_pair(record: JsonObject) -> Parts:
 
 
 def read_prompt(record: JsonObject) -> Parts:
-    """A record of a prompt and its answer, each a text or a list of messages. RecordError: other kinds of values."""
+    """A record of a prompt and its answer, each a text or a list of messages. RecordError: other types."""
     question, rest = _question(record)
     messages, rest = _answered(question, rest)
     if len(messages) == len(question):
@@ -77,7 +77,7 @@ def read_prompt(record: JsonObject) -> Parts:
 
 
 def _one(record: JsonObject, keys: Tuple[str, ...]) -> Any:
-    """The value under one of the keys. RecordError where two of them differ."""
+    """The value under one of the keys. RecordError if two of them differ."""
     found = [record[key] for key in keys if not is_empty(record.get(key))]
     if any(value != found[0] for value in found):
         names = " and ".join(repr(key) for key in keys if not is_empty(record.get(key)))
@@ -86,7 +86,7 @@ def _one(record: JsonObject, keys: Tuple[str, ...]) -> Any:
 
 
 def _question(record: JsonObject) -> Tuple[List[Any], JsonObject]:
-    """The messages of a record without its chosen answer, and the keys that are not among them."""
+    """The messages of a record without its chosen answer, and the remaining keys."""
     rest: Dict[str, Any] = dict(record)
     inner = rest.get("input")
     if isinstance(inner, dict) and isinstance(inner.get("messages"), list):              # OpenAI
@@ -115,7 +115,7 @@ def _question(record: JsonObject) -> Tuple[List[Any], JsonObject]:
 
 
 def _answered(messages: List[Any], rest: JsonObject) -> Tuple[List[Any], JsonObject]:
-    """The messages with the answer of the record's other keys, and the keys that are left."""
+    """The messages with the answer from the record's other keys, and the remaining keys."""
     keys = (*ANSWERS, "output")
     found = _one(rest, keys)
     if is_empty(found):
@@ -156,7 +156,7 @@ def _role(message: Any) -> Optional[object]:
 
 
 def _last_question(messages: List[Any]) -> int:
-    """The place behind the last message of a user."""
+    """The index after the last user message."""
     return max((place for place, message in enumerate(messages, 1) if _role(message) == USER), default=0)
 
 
@@ -167,8 +167,8 @@ def _begins_with(whole: List[Any], base: List[Any]) -> bool:
 
 
 def _common(chosen: List[Any], rejected: Any) -> int:
-    """Messages of a chosen conversation that are its question: those that the rejected one has as well, the last
-    question at least."""
+    """Number of messages of a chosen conversation that are its question: those shared with the rejected one, at least
+    up to the last question."""
     other = rejected if isinstance(rejected, list) else []
     same = next((place for place, (ours, theirs) in enumerate(zip(chosen, other)) if ours != theirs),
                 min(len(chosen), len(other)))

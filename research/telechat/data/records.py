@@ -1,7 +1,7 @@
 """One record of training data, in any of the usual formats, as messages for the renderer.
 
-Knows the shapes of records, not files (data/sources.py reads those) and not tokens. A record that cannot be used
-raises RecordError with a kind, under which it is counted, and what exactly is wrong with it.
+Handles records, not files (data/sources.py reads those) or tokens. An unusable record raises RecordError with a kind,
+under which it is counted, and what exactly is wrong with it.
 """
 import json
 import re
@@ -22,7 +22,7 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_record(raw: bytes, data_format: str, named: bool = True) -> Conversation:
-    """A record as a conversation: `parse_any` for a format of conversations. RecordError where it is a document."""
+    """A record as a conversation: `parse_any` for a format of conversations. RecordError if it is a document."""
     parsed = parse_any(raw, data_format, named)
     if isinstance(parsed, Document):
         raise RecordError("no conversation", "the record is a text without roles")
@@ -35,11 +35,11 @@ def parse_any(raw: bytes, data_format: str, named: bool = True) -> Union[Convers
     Args:
         raw: its JSON text in UTF-8.
         data_format: one of DATA_FORMATS.
-        named: the user has named the format. If not, the record's own keys go first, where they tell one.
+        named: the user chose the format. If not, the record's own keys take precedence if they identify one.
 
     Raises:
-        RecordError: no UTF-8, no JSON, a key twice, other keys or types, roles that do not alternate, no text,
-            what would change the meaning and cannot be honoured (pictures, two system prompts, odd loss markers).
+        RecordError: invalid UTF-8 or JSON, a duplicate key, other keys or types, roles that do not alternate, no text,
+            anything that matters and is not supported (pictures, two system prompts, odd loss markers).
     """
     record, notes = _parse_json(raw)
     own = None if named else told_format(record) or (TEXT if is_document(record) else None)
@@ -58,7 +58,7 @@ def _conversation(record: object, data_format: str, notes: Tuple[str, ...]) -> C
         raise RecordError("unusable message", str(err)) from None
     messages = list(conversation.messages)
     while messages and messages[-1].role not in (BOT, SYSTEM):
-        messages.pop()                           # a question that nobody answered teaches nothing
+        messages.pop()                           # an unanswered question carries no training signal
         notes = (*notes, "question at the end without answer left out")
     if not any(message.role == BOT for message in messages):
         raise RecordError("no answer", "no message from the bot")
@@ -69,7 +69,7 @@ def _conversation(record: object, data_format: str, notes: Tuple[str, ...]) -> C
 
 
 def detect_format(raw: bytes) -> Optional[str]:
-    """The format of a record by its keys; None if it cannot be told. Raises RecordError where it is no JSON."""
+    """The format of a record, detected by its keys; None if unknown. Raises RecordError for invalid JSON."""
     record = _parse_json(raw)[0]
     return told_format(record) or (TEXT if holds_text(record) else None)
 

@@ -1,4 +1,4 @@
-"""What preprocessing did: totals, the printed report, report.json and the histogram of lengths. No tokens, no files."""
+"""The report of preprocessing: totals, the printed text, report.json and the length histogram. No tokens, no files."""
 from collections import Counter
 from typing import Dict, List, Optional, Tuple
 
@@ -7,9 +7,9 @@ import numpy as np
 from research.telechat.common.files import JsonObject
 from research.telechat.common.picture import ACCENT, DARK, LIGHT, drawing, png
 
-_BINS = 4096                                 # resolution of the lengths that are kept in memory
-SHOWN_ERRORS = 100                           # unusable records that are named one by one
-_KEYS = 50                                   # unused keys that are named per file, and of them on the terminal:
+_BINS = 4096                                 # resolution of the length histogram in memory
+SHOWN_ERRORS = 100                           # unusable records that are listed individually
+_KEYS = 50                                   # unused keys listed per file, and of them on the terminal:
 _SHOWN_KEYS, _SHOWN_FILES = 8, 10
 _CHINESE = {"Lengths of {count} conversations": "{count} 段对话的长度分布",
             "Lengths of {count} documents": "{count} 篇文档的长度分布",
@@ -28,10 +28,10 @@ class Report:
     def __init__(self, limit: int):
         self.limit = limit
         self.counts: Counter[str] = Counter()
-        self.errors: List[str] = []          # the first SHOWN_ERRORS, as they were found
+        self.errors: List[str] = []          # the first SHOWN_ERRORS
         self.unusable = 0                    # records that could not be used
-        self.unused: Dict[str, Counter[str]] = {}            # by file: keys of its records that nobody read
-        self.ignored: List[str] = []         # files of the input folders that are no data
+        self.unused: Dict[str, Counter[str]] = {}            # by file: unused keys of its records
+        self.ignored: List[str] = []         # files of the input folders that are not data
         self._width = max(limit // 256, 1)   # tokens per bin
         self._lengths = np.zeros(_BINS + 1, np.int64)
         self._longest = 0
@@ -48,7 +48,7 @@ class Report:
             self._longest = max(self._longest, int(lengths.max()))
 
     def add_error(self, error: str) -> bool:
-        """Count a record that cannot be used; tells whether it is to be named on the terminal."""
+        """Count an unusable record; returns whether to list it on the terminal."""
         self.unusable += 1
         if self.unusable > SHOWN_ERRORS:
             return False
@@ -56,7 +56,7 @@ class Report:
         return True
 
     def summary(self, records: int, seconds: float) -> JsonObject:
-        """The report as it goes into report.json. `records`: rows written; `seconds`: wall time so far."""
+        """The contents of report.json. `records`: rows written; `seconds`: wall time so far."""
         counts = self.counts
         slots = records * self.limit
         written = counts["tokens kept"] + counts["tokens repeated"]
@@ -94,7 +94,7 @@ class Report:
         }
 
     def _unit(self) -> Tuple[str, str]:
-        """What the records hold: conversations, documents or both, as one of them and all."""
+        """What the records are: conversations, documents or both, in the singular and the plural."""
         documents = self.counts["documents"]
         if not documents:
             return "conversation", "conversations"
@@ -105,7 +105,7 @@ class Report:
         return {name[len(prefix):]: count for name, count in sorted(self.counts.items()) if name.startswith(prefix)}
 
     def _length_summary(self) -> Dict[str, int]:
-        """Mean, quantiles and maximum; quantiles to within the width of a bin."""
+        """Mean, quantiles and maximum; quantiles are accurate to the bin width."""
         total = int(self._lengths.sum())
         if not total:
             return {}
@@ -115,7 +115,7 @@ class Report:
         return {"mean": round(self.counts["tokens"] / total), **quantiles, "max": self._longest}
 
     def histogram_png(self, language: str = "en") -> Optional[bytes]:
-        """The histogram of the lengths as a PNG; None if there are none, or no matplotlib."""
+        """The length histogram as a PNG; None without lengths or matplotlib."""
         unit, units = self._unit()
         used = np.flatnonzero(self._lengths)
         if not len(used):
@@ -174,7 +174,7 @@ def format_report(summary: JsonObject) -> str:
 
 
 def ignored_line(files: List[str]) -> str:
-    """What is said of files of the input folders that are no data."""
+    """The message about files of the input folders that are not data."""
     rest = len(files) - _SHOWN_FILES
     return f"ignored    files that are no data ({len(files):,}): {', '.join(files[:_SHOWN_FILES])}" + (
         f" and {rest} more" if rest > 0 else "")

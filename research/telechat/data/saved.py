@@ -1,6 +1,6 @@
 """Folders saved by the datasets library of Hugging Face (`save_to_disk`): which of their Arrow files are the data.
 
-Beside the data such a folder may hold the library's caches, which are Arrow files, too, and those of an earlier saving.
+Such a folder may also contain the library's caches, which are Arrow files too, and files of an earlier save.
 """
 from pathlib import Path
 from typing import List, Optional
@@ -12,8 +12,8 @@ _STATE, _SPLITS = "state.json", "dataset_dict.json"
 
 
 def saved_files(folder: Path, files: List[Path]) -> List[Path]:
-    """Those of `files`, the tables below `folder`, that are data: of the Arrow files of a saved folder only the ones
-    that its state.json names.
+    """Those of `files`, the tables below `folder`, that are data: of a saved folder's Arrow files only those listed in
+    its state.json.
 
     Raises ConfigError: `folder` was saved with several splits, or a file is missing.
     """
@@ -43,11 +43,11 @@ def _object(path: Path) -> JsonObject:
     try:
         return read_json_object(path, "file")
     except ConfigError:
-        return {}                                # none, or another program's
+        return {}                                # missing, or another program's
 
 
 def _names(folder: Path) -> Optional[List[str]]:
-    """The data files that the folder's state.json names; None without one, or where it is another program's."""
+    """The data files listed in the folder's state.json; None if there is none or it is another program's."""
     files = _object(folder / _STATE).get("_data_files")
     if not isinstance(files, list) or not all(isinstance(file, dict) and "filename" in file for file in files):
         return None

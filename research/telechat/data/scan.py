@@ -1,6 +1,6 @@
-"""Checks a data set before training; without meta.json it is read, so that a wrong token id is named, not met.
+"""Checks a data set before training; without meta.json the data is read, so that an invalid id is reported up front.
 
-What meta.json says of a data set is checked in data/meta.py, without reading it. Starts without MindSpore.
+data/meta.py checks meta.json without reading the data. Importing this file does not import MindSpore.
 """
 import contextlib
 import json
@@ -19,19 +19,19 @@ from research.telechat.data.meta import (
     vocabulary_fault,
 )
 
-MOST_BYTES = 4 << 30                       # of int32 tokens: data sets up to this size are read whole
-_BATCH = 256                               # records looked at together
-_BLOCKS = 16                               # parts of a larger data set that are read, evenly spread
+MOST_BYTES = 4 << 30                       # of int32 tokens: data sets up to this size are read completely
+_BATCH = 256                               # records checked at once
+_BLOCKS = 16                               # evenly spaced parts of a larger data set that are read
 _COLUMNS = ["input_ids", "labels"]
 
 
 def check_dataset(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq_length: int,
                   pad_token_id: Optional[int] = None, document_boundaries: bool = False,
                   template: str = "", remember: Optional[Path] = None) -> Optional[str]:
-    """`check_dataset_meta` and, where there is no meta.json, `check_records`.
+    """`check_dataset_meta` and, without a meta.json, `check_records`.
 
     Args:
-        remember: file in which the result of reading a data set is kept for the next start; None: nowhere.
+        remember: file that caches the result of reading a data set for the next start; None: no cache.
     """
     warning = check_dataset_meta(dataset_dir_or_file, vocab_size=vocab_size, seq_length=seq_length,
                                  pad_token_id=pad_token_id, document_boundaries=document_boundaries,
@@ -47,16 +47,16 @@ def check_records(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq
     """Compare the records of a data set with the recipe. Only rank 0 reads more than the first of each file.
 
     Args:
-        dataset_dir_or_file: what the recipe names as the data set.
+        dataset_dir_or_file: the recipe's data set.
         vocab_size, seq_length: of the model.
-        remember: JSON file with results of earlier reading, by path, size and time of the files; None: none.
-        most_bytes: of larger data sets, evenly spread parts of this size are read.
+        remember: JSON file that caches earlier results, by path, size and time of the files; None: no cache.
+        most_bytes: of larger data sets, evenly spaced parts of this total size are read.
 
     Returns:
         What was read, for the log.
 
     Raises:
-        ConfigError: no file, not readable, a column is missing, records of another length, ids below 0 or beyond the
+        ConfigError: no file, not readable, a missing column, records of another length, ids below 0 or outside the
             vocabulary.
     """
     dataset = Path(dataset_dir_or_file)
@@ -76,7 +76,7 @@ def check_records(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq
     if found["highest"] >= vocab_size:
         raise ConfigError(vocabulary_fault(dataset, found["highest"], vocab_size))
     if remember and key not in known:
-        with contextlib.suppress(OSError):            # then it is read again at the next start
+        with contextlib.suppress(OSError):            # then the data is read again at the next start
             remember.parent.mkdir(parents=True, exist_ok=True)
             write_text(remember, json.dumps({**known, key: found}, indent=1) + "\n")
     part = "All" if found["read"] == found["records"] else f"{found['read']:,} of"
@@ -84,7 +84,7 @@ def check_records(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq
 
 
 def _first_length(file: Path) -> int:
-    """Tokens of the first record of a file. ConfigError where there is none, or it cannot be read."""
+    """Tokens of the first record of a file. ConfigError if there is none or it cannot be read."""
     from mindspore.mindrecord import FileReader
     try:
         reader = FileReader(str(file))
@@ -106,7 +106,7 @@ def _first_length(file: Path) -> int:
 
 
 def _read(files: List[Path], seq_length: int, most_bytes: int) -> Dict[str, int]:
-    """Lowest and highest id of the records of `files`, and how many there are and were read."""
+    """Lowest and highest id of the records of `files`, the number of records, and how many were read."""
     import mindspore.dataset as ds
     from tqdm import tqdm
 
@@ -136,7 +136,7 @@ def _read(files: List[Path], seq_length: int, most_bytes: int) -> Dict[str, int]
 
 
 def _remembered(path: Optional[Path]) -> JsonObject:
-    """Results of earlier reading; a file of another form counts as none."""
+    """Cached results; a file of another form counts as empty."""
     try:
         known = json.loads(path.read_text(encoding="utf-8")) if path else {}
     except (OSError, ValueError, RecursionError):

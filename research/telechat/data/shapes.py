@@ -1,4 +1,4 @@
-"""The messages of a record in the one form that text/messages.py reads, whichever library wrote them.
+"""Normalises the messages of a record to the form that text/messages.py reads, whichever library wrote them.
 
 ShareGPT's `from` and `value`, Anthropic's blocks (thinking, tool_use, tool_result), and results of parallel calls in
 the order of the calls.
@@ -17,12 +17,12 @@ _BLOCKS = (*_THOUGHTS, "tool_use", "tool_result")
 
 
 def canonical(role: object) -> object:
-    """The role as TeleChat names it; what is no known name as it is."""
+    """TeleChat's name of the role; unknown names are returned unchanged."""
     return ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
 
 
 def shaped(sources: List[Any]) -> List[Any]:
-    """The messages with role and content. What is none comes as it is: reading it names it.
+    """The messages with role and content. Invalid ones are returned unchanged: reading them reports the error.
 
     Raises RecordError: two speakers or two texts in one message, blocks that would be lost.
     """
@@ -39,7 +39,7 @@ def shaped(sources: List[Any]) -> List[Any]:
 
 
 def _unnamed(source: JsonObject, number: int) -> JsonObject:
-    """A message whose `from` is its `role` and whose `value` is its `content`."""
+    """A message with `from` and `value` renamed to `role` and `content`."""
     message = dict(source)
     for theirs, ours, what in (("from", "role", "speakers"), ("value", "content", "texts")):
         if theirs not in source:
@@ -54,7 +54,7 @@ def _unnamed(source: JsonObject, number: int) -> JsonObject:
 
 
 def _spread(message: JsonObject, number: int) -> List[JsonObject]:
-    """A message of blocks: thoughts and calls as keys beside the content, results as messages in front of it."""
+    """A message of blocks: thoughts and calls become keys next to the content, results messages before it."""
     role = canonical(message.get("role"))
     rest: List[Any] = []
     found: Dict[str, List[Any]] = {"thoughts": [], "tool_use": [], "tool_result": []}
@@ -90,8 +90,8 @@ def _spread(message: JsonObject, number: int) -> List[JsonObject]:
 def ordered(messages: List[Any]) -> Tuple[List[Any], Tuple[str, ...]]:
     """The messages with the results of each round of calls in the order of the calls, and notes.
 
-    A conversation has no ids of calls: which result is whose is told by the order alone. Raises RecordError where the
-    ids of a round do not fit its calls.
+    Rendered conversations have no call ids: only the order says which result belongs to which call. Raises RecordError
+    if the ids of a round do not match its calls.
     """
     result: List[Any] = []
     notes: Tuple[str, ...] = ()

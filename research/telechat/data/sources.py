@@ -1,6 +1,6 @@
 """Input files of preprocessing: which ones, how often each is read, and their records as raw bytes.
 
-What one file holds is read by data/stream.py, what a record says by data/records.py, in the worker processes.
+data/stream.py reads one file; data/records.py parses records, in the worker processes.
 """
 import heapq
 import itertools
@@ -16,37 +16,37 @@ from research.telechat.data.stream import is_metadata, open_content, read_record
 
 SUFFIXES = (".jsonl", ".json")
 COMPRESSED = (".gz", ".zst")
-# Beside data: what the commands of this project write, and what data hubs and the datasets library do.
+# Files next to data: written by the commands of this project, by data hubs and by the datasets library.
 _OURS = ("meta.json", "report.json", "dataset_checks.json", "training_log.jsonl")
 _HUB = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
-_OPEN = 64                                   # files that are open at the same time
-_SAMPLE_BLOCK = 64                           # records among which a fractional weight chooses
+_OPEN = 64                                   # files open at the same time
+_SAMPLE_BLOCK = 64                           # block of records from which a fractional weight samples
 
 
 class Source(NamedTuple):
-    """One input file; `weight` 2.5 reads it twice and, a third time, every second record of it."""
+    """One input file; `weight` 2.5 reads it twice and, a third time, half of its records."""
 
     path: Path
     weight: float = 1.0
-    lines: bool = False                      # of a text file: each line is a document
+    lines: bool = False                      # for a text file: each line is a document
 
 
 class Chunk(NamedTuple):
     """Consecutive records of one source, the unit of work of a worker process."""
 
     source: int                              # index in the list of sources
-    numbers: List[int]                       # of each record, as `stream.read_records` gives it
-    records: List[bytes]                     # one JSON text each; b"" for one that is too long
-    progress: int                            # bytes of the file read for it, compressed ones where it is compressed
-    notes: Tuple[str, ...] = ()              # what should be said of the file
+    numbers: List[int]                       # of each record, from `stream.read_records`
+    records: List[bytes]                     # one JSON text each; b"" for a record that is too long
+    progress: int                            # bytes of the file read for it, compressed size if it is compressed
+    notes: Tuple[str, ...] = ()              # messages about the file
 
 
 def find_sources(names: Sequence[str], ignored: Optional[List[Path]] = None) -> List[Source]:
-    """The files that the names mean, in a reproducible order.
+    """The files that the names refer to, in a reproducible order.
 
     A name is a file, a folder (all its data files, see `_folder_files`), or a JSON file that lists files: an array of
     names, or an object from name to weight. Names in such a list are relative to the list's folder or, if they do not
-    exist there, to the working directory. Files of folders that are no data are appended to `ignored`. Raises
+    exist there, to the working directory. Files in folders that are not data are appended to `ignored`. Raises
     ConfigError.
     """
     sources: List[Source] = []
@@ -64,11 +64,11 @@ def find_sources(names: Sequence[str], ignored: Optional[List[Path]] = None) -> 
 
 
 def _folder_files(folder: Path, ignored: List[Path]) -> List[Path]:
-    """The data files below a folder, sorted; the others, hidden ones aside, go to `ignored`.
+    """The data files below a folder, sorted; the others, except hidden ones, go to `ignored`.
 
     Data are .jsonl and .json files, also compressed, or else (without any of these) .csv, .tsv, .parquet and .arrow, or
-    else .txt. No data: what this project writes beside a data set, what data hubs put beside data, and JSON objects
-    that neither are records nor hold them.
+    else .txt. Not data: what this project writes next to a data set, what data hubs put next to data, and JSON objects
+    that neither are nor contain records.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file()
                    and not any(part.startswith(".") for part in file.relative_to(folder).parts))
@@ -88,8 +88,8 @@ def _folder_files(folder: Path, ignored: List[Path]) -> List[Path]:
 def read_chunks(sources: Sequence[Source], seed: int = 0, chunk_bytes: int = 1 << 20) -> Iterator[Chunk]:
     """All records of all sources, each source as often as its weight says, in chunks of about `chunk_bytes`.
 
-    Files with a weight above 1 are read in rounds, so that the copies of a record are far apart. Blank lines are left
-    out. Raises ConfigError where a file cannot be read, is cut off, or is a JSON array with a fault between records.
+    Files with a weight above 1 are read in rounds, so that the copies of a record are far apart. Blank lines are
+    skipped. Raises ConfigError if a file cannot be read, is truncated, or is a JSON array broken between records.
     """
     rounds = max([int(source.weight) + 1 for source in sources], default=0)
     for number in range(rounds):
@@ -101,10 +101,10 @@ def read_chunks(sources: Sequence[Source], seed: int = 0, chunk_bytes: int = 1 <
 
 
 def read_evenly(sources: Sequence[Source], seed: int = 0, chunk_bytes: int = 1 << 20) -> Iterator[Chunk]:
-    """The chunks of `read_chunks` in another order: all sources come to their ends together.
+    """The chunks of `read_chunks` interleaved, so that all sources end at about the same time.
 
-    Whatever part of the stream is taken, the shares of the sources in it are those of their sizes times their weights,
-    nearly. More than `_OPEN` sources are divided into so many groups, the sources of which follow each other.
+    Any part of the stream has nearly the same proportions of the sources: their sizes times their weights. More than
+    `_OPEN` sources are divided into `_OPEN` groups, each of which reads its sources one after the other.
     """
     groups = [_Group(range(first, len(sources), _OPEN), sources, seed, chunk_bytes)
               for first in range(min(_OPEN, len(sources)))]
@@ -120,7 +120,7 @@ def read_evenly(sources: Sequence[Source], seed: int = 0, chunk_bytes: int = 1 <
 
 
 class _Group:
-    """Sources that are read one after the other; `done` of their `size` (bytes times weight) have been."""
+    """Sources that are read one after the other; `done` of their `size` (bytes times weight) has been read."""
 
     def __init__(self, members: Sequence[int], sources: Sequence[Source], seed: int, chunk_bytes: int):
         self.size = sum(sources[index].weight * (sources[index].path.stat().st_size or 1) for index in members)
@@ -134,7 +134,7 @@ class _Group:
                 if share <= 0:
                     continue
                 path, before = sources[index].path, self.done
-                exact = path.suffix in (*COMPRESSED, *tables.COLUMNAR)       # else the file is read in larger blocks
+                exact = path.suffix in (*COMPRESSED, *tables.COLUMNAR)       # other files are read in larger blocks
                 for chunk in _round(sources[index], index, number, seed, chunk_bytes):
                     self.done += share * chunk.progress if exact else sum(map(len, chunk.records))
                     yield chunk
@@ -142,7 +142,7 @@ class _Group:
 
 
 def _round(source: Source, index: int, number: int, seed: int, chunk_bytes: int) -> Iterator[Chunk]:
-    """The chunks of one reading of a source, the `number`-th, counted from 0."""
+    """The chunks of one pass over a source, the `number`-th, counted from 0."""
     notes: List[str] = []
     records = read_records(source.path, notes.append, source.lines)
     share = min(source.weight - number, 1.0)
@@ -152,7 +152,7 @@ def _round(source: Source, index: int, number: int, seed: int, chunk_bytes: int)
 
 
 def total_bytes(sources: Sequence[Source]) -> int:
-    """What the `progress` of all chunks adds up to, nearly: the sizes of the files times their weights."""
+    """Approximate sum of the `progress` of all chunks: the sizes of the files times their weights."""
     return int(sum(source.path.stat().st_size * -(-source.weight // 1) for source in sources))
 
 
@@ -167,7 +167,7 @@ def _is_data(path: Path) -> bool:
 
 
 def _listed_files(path: Path, ignored: Optional[List[Path]] = None) -> List[Source]:
-    """The files listed in a .json file, or the file itself where it holds records."""
+    """The files listed in a .json file, or the file itself if it contains records."""
     content, file = open_content(path)
     with file, content:
         head = content.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -177,7 +177,7 @@ def _listed_files(path: Path, ignored: Optional[List[Path]] = None) -> List[Sour
     try:
         listed = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
-        return [Source(path)]                    # JSON lines under the name .json
+        return [Source(path)]                    # JSON lines named .json
     if isinstance(listed, list):
         listed = dict.fromkeys(listed, 1.0) if all(isinstance(name, str) for name in listed) else {}
     if not listed or not all(_is_number(weight) for weight in listed.values()):
@@ -200,7 +200,7 @@ def _is_number(value: object) -> bool:
 
 def _sample(records: Iterator[Tuple[int, bytes, int]], share: float,
             seed: str) -> Iterator[Tuple[int, bytes, int]]:
-    """`share` of the records: of every block of neighbours the same number, chosen at random but reproducibly."""
+    """`share` of the records: the same number from every block of neighbours, chosen at random but reproducibly."""
     block: List[Tuple[int, bytes, int]] = []
     rng = random.Random(seed)
     read = taken = 0

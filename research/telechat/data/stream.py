@@ -1,8 +1,8 @@
-"""The records of one file as raw JSON texts, whatever way the file arranges and encodes them.
+"""The records of one file as raw JSON texts, however the file arranges and encodes them.
 
 JSON values in any arrangement: one per line, over several lines, several in a row, in arrays, or in an array within an
-object. Compressed or not, in UTF-8, UTF-16, UTF-32 or GB18030. Tables are read by data/tables.py. Everything is read as
-a stream: the memory needed does not grow with the file.
+object. Compressed or not, in UTF-8, UTF-16, UTF-32 or GB18030. Tables are read by data/tables.py. Everything is
+streamed: memory does not grow with the file.
 """
 import codecs
 import gzip
@@ -17,12 +17,12 @@ from research.telechat.data import tables, texts
 from research.telechat.data.documents import is_document
 from research.telechat.data.formats import told_format
 
-MAX_RECORD_BYTES = 16 << 20                  # longer ones are counted as unusable: they would break the memory bound
+MAX_RECORD_BYTES = 16 << 20                  # longer ones count as unusable: they would break the memory bound
 _BLOCK = 1 << 20                             # bytes read at once
-_HEAD = 1 << 16                              # bytes by which a file's kind and encoding are told
+_HEAD = 1 << 16                              # bytes used to detect a file's type and encoding
 _SPACE = re.compile("[ \t\r\n\x0b\x0c\x1e\ufeff,]*")         # between values; \x1e as in JSON text sequences
-_VALUE_LINE = re.compile(r"\n(?=[{\[])")     # a line on which a value begins, not one within a value
-_NEAR_END = 16                               # characters; an error that near to the end may be a value that is cut
+_VALUE_LINE = re.compile(r"\n(?=[{\[])")     # a line that begins a value, not one within a value
+_NEAR_END = 16                               # characters; an error this close to the end may be a truncated value
 _scan = json.JSONDecoder().raw_decode
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
@@ -40,9 +40,9 @@ Record = Tuple[int, bytes, int]
 def read_records(path: Path, note: Callable[[str], None] = lambda _: None, lines: bool = False) -> Iterator[Record]:
     """(number, JSON text in UTF-8, position in the file) of each record.
 
-    The number is the line on which the record begins or, in arrays and tables, its place among all of them in the file.
-    A text that is no JSON comes as it is; b"" is one beyond MAX_RECORD_BYTES. `note` is called with what should be said
-    of the file. `lines`: each line of a text file is a record, instead of all of it. Raises ConfigError.
+    The number is the line on which the record begins or, in arrays and tables, its index among all of them in the file.
+    Invalid JSON is passed on unchanged; b"" is a record beyond MAX_RECORD_BYTES. `note` is called with messages about
+    the file. `lines`: each line of a text file is a record, instead of the whole file. Raises ConfigError.
     """
     content, file = open_content(path)
     try:
@@ -59,7 +59,7 @@ def read_records(path: Path, note: Callable[[str], None] = lambda _: None, lines
 
 
 def open_content(path: Path) -> Tuple[io.BufferedReader, io.FileIO]:
-    """The file's content, decompressed, and the file itself, whose position tells how far it has been read."""
+    """The file's content, decompressed, and the file itself, whose position shows how far it has been read."""
     try:
         file = open(path, "rb", buffering=0)      # noqa: SIM115 (the caller closes it)
         magic = file.read(4)
@@ -109,7 +109,7 @@ def _values(path: Path, content: io.BufferedReader, note: Callable[[str], None],
 
 
 def _encoding(head: bytes) -> str:
-    """The encoding of a text by its first bytes: byte order mark, zero bytes, UTF-8, or Chinese in GB18030."""
+    """A text's encoding, detected by its first bytes: byte order mark, zero bytes, UTF-8, or Chinese in GB18030."""
     for mark, name in _BOMS:
         if head.startswith(mark):
             return name
@@ -121,7 +121,7 @@ def _encoding(head: bytes) -> str:
     except UnicodeDecodeError:
         pass
     if any(_is_utf8(line) for line in head.split(b"\n")[:-1] if not line.isascii()):
-        return "utf-8"                           # with faults here and there, which the records' own check names
+        return "utf-8"                           # with occasional errors, which the check of the records reports
     try:
         text = codecs.getincrementaldecoder("gb18030")().decode(head)
     except UnicodeDecodeError:
@@ -132,7 +132,7 @@ def _encoding(head: bytes) -> str:
 
 
 def _is_utf8(line: bytes) -> bool:
-    """Whether a line can only be UTF-8: pairs of bytes may be Chinese in GB 2312, too."""
+    """Whether a line can only be UTF-8: two-byte sequences may be Chinese in GB 2312, too."""
     try:
         return any(char >= "\u0800" for char in line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -140,7 +140,7 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def _is_common(char: str) -> bool:
-    """Whether a character is one of GB 2312, in which nearly all Chinese text is written."""
+    """Whether a character is in GB 2312, which covers nearly all Chinese text."""
     try:
         return bool(char.encode("gb2312"))
     except UnicodeEncodeError:
@@ -152,7 +152,7 @@ def _errors(encoding: str) -> str:
 
 
 class _Text:
-    """A text that is read block by block: `text` from `position` on is what has been read and not used."""
+    """A text read block by block: `text` from `position` on has been read but not consumed."""
 
     def __init__(self, content: BinaryIO, encoding: str):
         self._content = content
@@ -161,7 +161,7 @@ class _Text:
 
     @property
     def rest(self) -> int:
-        """Characters that have been read and not used."""
+        """Number of characters read but not consumed."""
         return len(self.text) - self.position
 
     @property
@@ -170,20 +170,20 @@ class _Text:
         return self.text[self.position:self.position + 1]
 
     def more(self) -> None:
-        """Read another block, as long as what is there, so that a long value is not looked at too often."""
+        """Read another block, as long as what is buffered, so that a long value is not rescanned too often."""
         block = self._content.read(max(_BLOCK, self.rest))
         self.text, self.position = self.text[self.position:] + self._decode(block, not block), 0
         self.ended = not block
 
     def move(self, end: int) -> str:
-        """Go on to `end`; returns the text up to it."""
+        """Advance to `end`; returns the text up to it."""
         part = self.text[self.position:end]
         self.line += part.count("\n")
         self.position = end
         return part
 
     def skip(self) -> bool:
-        """Go on to the next value; False at the end."""
+        """Advance to the next value; False at the end."""
         while True:
             match = _SPACE.match(self.text, self.position)
             self.move(match.end() if match else self.position)
@@ -197,12 +197,12 @@ class _TooLongError(ValueError):
 
 
 class _JsonValues:
-    """The values of a JSON text, (number, bytes) each."""
+    """The values of a JSON text, as (number, bytes)."""
 
     def __init__(self, path: Path, text: _Text, note: Callable[[str], None]):
         self._path, self._text, self._note = path, text, note
         self._places = 0                         # records in arrays so far
-        self._begun = False                      # something stands before the value at hand
+        self._begun = False                      # something precedes the current value
 
     def __iter__(self) -> Iterator[Tuple[int, bytes]]:
         text = self._text
@@ -230,7 +230,7 @@ class _JsonValues:
             yield line, _encode(text.move(end))
 
     def _decode(self) -> Tuple[object, int, Optional[Exception]]:
-        """(value, its end, None) of the value at the position, or (None, place of the error, the error)."""
+        """(value, its end, None) of the value at the position, or (None, position of the error, the error)."""
         text = self._text
         while True:
             try:
@@ -248,7 +248,7 @@ class _JsonValues:
             text.more()
 
     def _broken(self, place: int) -> bytes:
-        """Take a text that is no JSON: its line or, with the fault on a later one, up to a line that begins a value."""
+        """Consume invalid JSON: its line or, if the error is on a later line, up to a line that begins a value."""
         text = self._text
         offset = place - text.position
         while True:
@@ -273,7 +273,7 @@ class _JsonValues:
             text.more()
 
     def _array(self, only_records: bool = False) -> Iterator[Tuple[int, bytes]]:
-        """The records of an array. `only_records`: of one that does not begin with a record nothing."""
+        """The records of an array. `only_records`: nothing if it does not begin with a record."""
         text, line = self._text, self._text.line
         text.move(text.position + 1)
         use: Optional[bool] = None
@@ -300,7 +300,7 @@ class _JsonValues:
                 yield self._places, _encode(record)
 
     def _wrapper(self) -> Iterator[Tuple[int, bytes]]:
-        """The records in the lists of an object."""
+        """The records in an object's lists."""
         text = self._text
         text.move(text.position + 1)
         while True:
@@ -343,7 +343,7 @@ class _JsonValues:
         return value
 
     def _wraps_at_head(self) -> bool:
-        """Whether a very long object has a list of records among its first members."""
+        """Whether a very long object has a list of records among its first members, judging by its beginning."""
         text, place = self._text.text, self._text.position + 1
         blank = re.compile(r"[ \t\r\n,:]*")
         with_key = False
@@ -366,13 +366,13 @@ class _JsonValues:
 
 
 def _wraps(value: object) -> bool:
-    """Whether a value is an object that is no record but has a list of records."""
+    """Whether a value is an object that is not a record but has a list of records."""
     return isinstance(value, dict) and not told_format(value) and any(
         isinstance(item, list) and item and told_format(item[0]) for item in value.values())
 
 
 def is_metadata(path: Path) -> bool:
-    """Whether a file is one JSON object that neither is a record nor has a list of them: it describes others."""
+    """Whether a file is a single JSON object that neither is a record nor has a list of records: it is metadata."""
     if path.stat().st_size > MAX_RECORD_BYTES:
         return False
     try:

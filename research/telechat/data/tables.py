@@ -1,4 +1,4 @@
-"""Records of tables: CSV and TSV with a line of column names, Parquet, and Arrow as the datasets library stores it."""
+"""Records of tables: CSV and TSV with a header line, Parquet, and Arrow as the datasets library stores it."""
 import csv
 import json
 from pathlib import Path
@@ -26,10 +26,10 @@ def is_columnar(path: Path, head: bytes) -> bool:
 
 def columnar_records(path: Path, head: bytes, done: Callable[[float], object],
                      note: Callable[[str], None] = lambda _: None) -> Iterator[Tuple[int, bytes]]:
-    """(row, JSON text) of each row. `done` is called with the share of the file that has been read, `note` with what
-    should be said of it.
+    """(row, JSON text) of each row. `done` is called with the fraction of the file that has been read, `note` with
+    messages about it.
 
-    Objects of a column have the keys of all its rows, those that a row lacks as null: null in objects is left out.
+    Objects of a column have the keys of all its rows, null where a row lacks one: null in objects is left out.
 
     Raises ConfigError: pyarrow is missing, or the file is damaged.
     """
@@ -70,7 +70,7 @@ def columnar_records(path: Path, head: bytes, done: Callable[[float], object],
 
 
 class _Filled:
-    """Rows as JSON, without the null of keys that only other rows have; says once that it left some out."""
+    """Rows as JSON, without nulls of keys that only other rows have; notes once that it left some out."""
 
     def __init__(self, note: Callable[[str], None]):
         self._note, self._noted = note, False
@@ -92,7 +92,7 @@ class _Filled:
 
 
 def separator(path: Path, text: str) -> Optional[str]:
-    """What separates the cells of a file that is a table; None for another one. `text`: how it begins."""
+    """The cell separator of a table file; None for other files. `text`: its beginning."""
     if path.suffixes[-2:-1] == [".tsv"] or path.suffix == ".tsv":
         return "\t"
     if path.suffixes[-2:-1] == [".csv"] or path.suffix == ".csv":
@@ -110,11 +110,11 @@ def separator(path: Path, text: str) -> Optional[str]:
 
 def separated_records(path: Path, reader: TextIO, found: str, most: int,
                       note: Callable[[str], None] = lambda _: None) -> Iterator[Tuple[int, bytes]]:
-    """(row, JSON text) of each row below the column names. A row of another length comes as what it is: unusable.
+    """(row, JSON text) of each row below the header. A row of another length is passed on as an unusable record.
 
-    Cells of lists are JSON, or Python's text of a list, as pandas writes it, which `note` is called with once.
+    Cells with lists are JSON or, as pandas writes them, a Python repr, which `note` reports once.
 
-    Raises ConfigError: no CSV.
+    Raises ConfigError: not a CSV file.
     """
     csv.field_size_limit(most)
     rows = csv.reader(reader, delimiter=found)
@@ -152,4 +152,4 @@ def _cell(name: str, cell: str) -> Tuple[object, bool]:
             return read(cell), read is read_literal
         except ValueError:
             continue
-    return cell, False                           # the record's own check names it
+    return cell, False                           # the check of the record reports it

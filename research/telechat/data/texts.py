@@ -1,4 +1,4 @@
-"""Text files (.txt) as records of documents: the whole file is one document, or each of its lines."""
+"""Text files (.txt) as records of documents: the whole file is one document, or each line is."""
 import io
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ from research.telechat.common.files import JsonObject
 from research.telechat.data.documents import CONTINUES, TEXT_KEYS
 
 SUFFIX = ".txt"
-_PART = 1 << 20                              # characters of a document that are tokenised at once
+_PART = 1 << 20                              # characters of a document tokenised at once
 
 
 def is_text(path: Path) -> bool:
-    """Whether a file is a text by its name, compressed or not."""
+    """Whether a file is a text file by its name, compressed or not."""
     return path.suffix == SUFFIX or path.suffixes[-2:-1] == [SUFFIX]
 
 
@@ -20,12 +20,12 @@ def text_records(content: BinaryIO, encoding: str, errors: str, note: Callable[[
                  lines: bool = False) -> Iterator[Tuple[int, bytes]]:
     """(line on which it begins, JSON text) of each document; line ends become "\\n".
 
-    A document of more than `_PART` characters comes in parts, cut at a line end or, within a line that is longer, at
-    any character; only the last of them ends the document. `lines`: each line that is not blank is a document.
+    A document of more than `_PART` characters is split into parts at line ends or, within a longer line, at any
+    character; only the last part ends the document. `lines`: each non-blank line is a document.
     """
     reader = io.TextIOWrapper(content, "utf-8-sig" if encoding == "utf-8" else encoding, errors)
     number = begin = 1
-    held: List[str] = []                     # the document at hand, or what follows its last part
+    held: List[str] = []                     # the current document, or what follows its last part
     size, in_parts, noted = 0, False, False
     while True:
         line = reader.readline(_PART)
@@ -49,6 +49,6 @@ def text_records(content: BinaryIO, encoding: str, errors: str, note: Callable[[
 
 
 def _record(text: str, continues: Optional[bool]) -> bytes:
-    """continues: None of a document in one piece."""
+    """continues: None for a document in one piece."""
     record: JsonObject = {TEXT_KEYS[0]: text, **({} if continues is None else {CONTINUES: continues})}
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogateescape")

@@ -1,7 +1,7 @@
-"""Runs a function over a stream in several processes, with results in the order of the stream.
+"""Maps a function over a stream in several processes, with results in the order of the stream.
 
-Unlike the pools of the standard library it holds only a bounded part of the stream, notices a worker that was killed,
-and leaves no worker behind when the main process is.
+Unlike the pools of the standard library it buffers only a bounded part of the stream, detects a killed worker, and
+leaves no orphans if the main process is killed.
 """
 import multiprocessing
 import queue
@@ -19,19 +19,19 @@ from research.telechat.common.errors import WorkerError
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _Outcome = Tuple[bool, object]               # whether it failed; the exception, or the result
-_DEPTH = 4                                   # items in the hands of one worker: it must not wait for the main process
+_DEPTH = 4                                   # items queued per worker, so that it never waits for the main process
 
 
 class _End:
-    """Comes behind the last item: the main process is gone."""
+    """Sentinel after the last item: the main process is gone."""
 
 
 def ordered_map(make: Callable[[], Callable[[_Item], _Result]], items: Iterable[_Item], workers: int
                 ) -> Iterator[_Result]:
-    """`make()(item)` of each item, in order. With `workers` below 2 in this process.
+    """`make()(item)` for each item, in order. With `workers` below 2, in this process.
 
-    `make` is called once in each worker. An exception of the function is raised here, in its item's place; a worker
-    that dies raises WorkerError.
+    `make` is called once per worker. An exception of the function is raised here when its item is due; a worker that
+    dies raises WorkerError.
     """
     if workers < 2:
         yield from map(make(), items)
@@ -52,7 +52,7 @@ def ordered_map(make: Callable[[], Callable[[_Item], _Result]], items: Iterable[
         yield from cast(Iterator[_Result], _run(mine, processes, iter(items)))
     finally:
         for process in processes:
-            process.kill()                       # they hold nothing that is worth an orderly end
+            process.kill()                       # they have nothing to clean up
         for process in processes:
             process.join()
         for connection in mine:
@@ -60,7 +60,7 @@ def ordered_map(make: Callable[[], Callable[[_Item], _Result]], items: Iterable[
 
 
 def _run(connections: List[Connection], processes: List[BaseProcess], items: Iterator[_Item]) -> Iterator[object]:
-    waiting: deque[int] = deque()              # the worker of each item that is on its way, in order
+    waiting: deque[int] = deque()              # the worker of each item in flight, in order
     sent = 0
     exhausted = False
     while True:
@@ -87,7 +87,7 @@ def _run(connections: List[Connection], processes: List[BaseProcess], items: Ite
 def _guard(call: Callable[[], _Result], process: BaseProcess) -> _Result:
     try:
         return call()
-    except (EOFError, OSError):                              # OSError too: it died in the middle of a message
+    except (EOFError, OSError):                              # OSError too: it died mid-message
         process.join(5)
         raise WorkerError(f"a worker process has died (exit code {process.exitcode}; -9: it was killed, often for want "
                           "of memory); try again with a smaller --num_workers") from None
@@ -95,10 +95,10 @@ def _guard(call: Callable[[], _Result], process: BaseProcess) -> _Result:
 
 def _work(make: Callable[[], Callable[[_Item], _Result]], connection: Connection, others: List[Connection]) -> None:
     """The worker: one thread receives, one computes, one sends, so that the pipe never blocks the main process."""
-    for number in (signal.SIGINT, signal.SIGHUP):            # the main process decides what an interruption means
+    for number in (signal.SIGINT, signal.SIGHUP):            # the main process handles interrupts
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for other in others:                                     # inherited; would hide the main process's end from us
+    for other in others:                                     # inherited; would hide the end of the main process
         other.close()
     arrived: queue.Queue[Union[_Item, _End]] = queue.Queue()
     finished: queue.Queue[_Outcome] = queue.Queue()

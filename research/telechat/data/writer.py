@@ -1,7 +1,7 @@
-"""Writes a data set of MindRecord files, whole or not at all.
+"""Writes a data set of MindRecord files, all or nothing.
 
-Everything is written into a hidden folder beside the result and moved into place at the end, meta.json last. MindSpore,
-whose import takes seconds, is imported in a thread while the first records are still being made.
+Everything is written into a hidden folder next to the result and moved into place at the end, meta.json last.
+MindSpore, whose import takes seconds, is imported in a thread while the first records are being produced.
 """
 import contextlib
 import os
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 DATASET_NAME = "new_dataset.mindrecord"
 EXTRA_FILES = ("lengths.png",)
 _RECORDS = re.compile(r"new_dataset(_\d+)?\.mindrecord(\.db)?")
-_BATCH_BYTES = 1 << 19                       # of records handed over at once; part of the file's layout
-_HELD_BYTES = 32 << 20                       # held back until the size of a small data set is known
-_PAGE = (1 << 15, 1 << 22)                   # least and usual size of a MindRecord page
+_BATCH_BYTES = 1 << 19                       # of records passed to MindRecord at once; affects the file layout
+_HELD_BYTES = 32 << 20                       # buffered until the size of a small data set is known
+_PAGE = (1 << 15, 1 << 22)                   # minimum and usual size of a MindRecord page
 _MOST_PAGE, _MOST_HEADER = 256 << 20, 128 << 20              # MindRecord's limits
-_ENTRY = 256                                 # bytes in the header for each page and each batch, generously
+_ENTRY = 256                                 # header bytes per page and batch, a generous estimate
 
 
 class DatasetWriter:
     """Writes records of int32 columns as `new_dataset.mindrecord`, `new_dataset_1.mindrecord`, ... in `folder`.
 
-    Use it as a context manager: without `finish`, nothing of what it wrote stays.
+    Use it as a context manager: without `finish`, everything it wrote is removed.
     """
 
     def __init__(self, folder: Path, columns: Dict[str, int], file_bytes: int = 2 << 30, overwrite: bool = False):
         """
         Args:
-            folder: where the data set goes; made if missing.
+            folder: target folder; created if missing.
             columns: name and length of each column.
-            file_bytes: when a file has that many bytes of tokens, another one is begun.
-            overwrite: replace files in the way that are no part of such a data set, which are otherwise an error.
+            file_bytes: bytes of tokens after which a new file is started.
+            overwrite: replace conflicting files that are not part of such a data set; otherwise they are an error.
         """
         self.folder = Path(folder)
         self.columns = dict(columns)
@@ -71,7 +71,7 @@ class DatasetWriter:
         self._hasher = ThreadPoolExecutor(1)             # SHA-256 of a file while the next one is written
 
     def __enter__(self) -> "DatasetWriter":
-        if installed_version("mindspore") is None:         # not only when the first records are written
+        if installed_version("mindspore") is None:         # fail now rather than at the first write
             raise ConfigError(f"mindspore, which writes the data set, is not installed in {sys.executable}; activate "
                               f"the environment that has it, or {install_line()}")
         try:
@@ -79,7 +79,7 @@ class DatasetWriter:
             refuse_foreign(self._in_the_way(), is_part, self._overwrite)
             for left in self.folder.glob(f"{UNFINISHED}*"):
                 if not _alive(left.name[len(UNFINISHED):]):
-                    shutil.rmtree(left, ignore_errors=True)          # of a run that was killed
+                    shutil.rmtree(left, ignore_errors=True)          # left by a killed run
             self._temporary.mkdir()
         except OSError as err:
             self._lock.close()
@@ -91,14 +91,14 @@ class DatasetWriter:
         return self
 
     def _in_the_way(self) -> List[Path]:
-        """What `finish` will replace or delete, by names."""
+        """Files that `finish` will replace or delete, by name."""
         return [path for path in self.folder.iterdir() if path.name in (META_FILE, REPORT_FILE, *EXTRA_FILES)
                 or _RECORDS.fullmatch(path.name)]
 
     def __exit__(self, *exception: object) -> None:
         self._writer = None
         if self._import is not None:
-            self._import.join()                  # an interpreter that ends within an import may crash
+            self._import.join()                  # an interpreter that exits during an import may crash
         self._hasher.shutdown(wait=True, cancel_futures=True)
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._lock.close()
@@ -117,11 +117,11 @@ class DatasetWriter:
             self._write_held(whole_batches=True)
 
     def finish(self, meta: JsonObject, extra: Optional[Dict[str, Optional[bytes]]] = None) -> List[Path]:
-        """Complete the files, put the data set into place, and return the files' paths.
+        """Complete the files, move the data set into place, and return the files' paths.
 
         Args:
             meta: goes into meta.json, together with the columns, the number of records and the sizes of the files.
-            extra: other files beside them, name to content (None: no such file).
+            extra: other files next to them, name to content (None: no such file).
         """
         self._write_held(whole_batches=False)
         self._close_file()
@@ -158,7 +158,7 @@ class DatasetWriter:
                 self._close_file()
 
     def _open_file(self) -> "FileWriter":
-        """Begin the next file; the writer of it."""
+        """Start the next file; returns its writer."""
         if self._import is not None:
             self._import.join()
         try:
@@ -180,8 +180,8 @@ class DatasetWriter:
         return writer
 
     def _page_and_header(self) -> Tuple[int, int]:
-        """Bytes of a page and of the header, the same for all files: MindDataset reads no files that differ in them."""
-        # Each page is written whole, however little is in it: small data sets get small pages.
+        """Bytes of a page and of the header, the same for all files: MindDataset rejects files that differ in them."""
+        # Each page is written in full, however little it contains: small data sets get small pages.
         known = len(self._held) * self._record_bytes
         large = known >= _HELD_BYTES
         page = _power_of_two(max(_PAGE[0], self._record_bytes + 4096, _PAGE[1] if large else known // 16))
@@ -205,8 +205,8 @@ class DatasetWriter:
 
 
 def _import_mindrecord() -> None:
-    os.environ.setdefault("GLOG_v", "4")         # its errors arrive as exceptions
-    with contextlib.suppress(ImportError):       # which is reported where it is needed
+    os.environ.setdefault("GLOG_v", "4")         # its errors are raised as exceptions anyway
+    with contextlib.suppress(ImportError):       # reported when it is needed
         import mindspore.mindrecord  # noqa: F401
 
 
