@@ -1,1 +1,1 @@
-"""One token after the other: the scheduler, sampling, the engine."""
+"""Autoregressive generation: the scheduler, sampling, the engine."""

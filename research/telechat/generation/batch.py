@@ -1,4 +1,4 @@
-"""Growing sequences: prompts as they come in, tokens and length of each, the cache blocks they use. NumPy only."""
+"""Growing sequences: incoming prompts, tokens and length of each, the cache blocks they use. NumPy only."""
 from typing import Any, FrozenSet, Hashable, List, NamedTuple, Optional, Protocol, Sequence
 
 import numpy as np
@@ -8,29 +8,29 @@ from research.telechat.generation.blocks import BlockPool
 from research.telechat.generation.requests import NO_LOGPROBS, OnEvent, Request
 from research.telechat.generation.sampling import Random
 
-PREFILL_TOKENS = 256                   # prompts are read together up to so many tokens: attention is over all pairs
-_MOST_AT_ONCE = 2048                   # tokens of a prompt, where nobody waits meanwhile
-_SCORES = 1 << 25                      # of a layer at the same time, 128 MiB in float32; the mask is as large
+PREFILL_TOKENS = 256                   # limit for prompts that are prefilled together: attention is over all pairs
+_MOST_AT_ONCE = 2048                   # tokens of a prompt, if no other request waits
+_SCORES = 1 << 25                      # attention scores of a layer in memory, 128 MiB in float32; the mask is as large
 
 
 def tokens_at_once(heads: int, length: int) -> int:
-    """Tokens of a prompt that are read at once where nobody else waits, in a model of so many query heads.
+    """Tokens of a prompt that are prefilled at once if no other request waits, in a model with `heads` query heads.
 
-    Large pieces are read faster, and need more memory: heads x tokens x `length` scores, `length` being the most tokens
-    that the sequence may have. PREFILL_TOKENS at least.
+    Large pieces are faster and need more memory: heads x tokens x `length` scores, `length` being the maximum length
+    of the sequence. At least PREFILL_TOKENS.
     """
     return max(min(_SCORES // (heads * length), _MOST_AT_ONCE), PREFILL_TOKENS)
 
 
 def read_prompts(input_ids: Any, pad_token_id: Optional[int], vocab_size: int,
                  bos_token_id: Optional[int] = None) -> List[np.ndarray]:
-    """Prompts as int32 arrays without the padding at either end.
+    """Prompts as int32 arrays without padding on either side.
 
     input_ids: token ids of one prompt, or a list of prompts, of equal length (padded on either side) or not.
-    bos_token_id: where it is pad_token_id, what begins with it is no padding.
+    bos_token_id: if equal to pad_token_id, leading ones are not padding.
 
     Raises:
-        ConfigError: no ids, an empty prompt, or an id that the model's vocabulary does not have.
+        ConfigError: no ids, an empty prompt, or an id outside the model's vocabulary.
     """
     prompts = []
     for number, row in enumerate(_rows(input_ids)):
@@ -49,21 +49,21 @@ def read_prompts(input_ids: Any, pad_token_id: Optional[int], vocab_size: int,
 
 
 def padding_before(input_ids: Any, pad_token_id: Optional[int], bos_token_id: Optional[int] = None) -> List[int]:
-    """Tokens of padding in front of each prompt of `read_prompts`, which the result of a generation keeps."""
+    """Number of padding tokens before each prompt of `read_prompts`; the result of a generation keeps them."""
     if pad_token_id is None or pad_token_id == bos_token_id:
         return [0 for _ in _rows(input_ids)]
     return [int(np.argmax(np.asarray(row) != pad_token_id)) for row in _rows(input_ids)]
 
 
 def _rows(input_ids: Any) -> List[Any]:
-    """One list or array of ids for each prompt."""
+    """One list or array of ids per prompt."""
     if isinstance(input_ids, np.ndarray) or not isinstance(input_ids, (list, tuple)):
         input_ids = np.asarray(input_ids).tolist()
     return list(input_ids) if input_ids and isinstance(input_ids[0], (list, tuple, np.ndarray)) else [input_ids]
 
 
 def check_tokens(ids: np.ndarray, vocab_size: int, what: str) -> None:
-    """Raises ConfigError where one of `ids`, integers, is not in the model's vocabulary."""
+    """Raises ConfigError if one of the integers `ids` is not in the model's vocabulary."""
     if ids.min() < 0 or ids.max() >= vocab_size:
         wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
         raise ConfigError(f"{what} holds token {wrong}, but the model's vocabulary has {vocab_size} "
@@ -71,9 +71,9 @@ def check_tokens(ids: np.ndarray, vocab_size: int, what: str) -> None:
 
 
 def check_room(prompts: Sequence[np.ndarray], limits: Sequence[int], context: int) -> None:
-    """Raises ConfigError where a prompt leaves no room for an answer.
+    """Raises ConfigError if a prompt leaves no room for an answer.
 
-    limits: tokens of prompt and answer together, for each; context: the model's seq_length.
+    limits: tokens of prompt and answer together, per prompt; context: the model's seq_length.
     """
     for number, (prompt, limit) in enumerate(zip(prompts, limits)):
         if len(prompt) >= context:
@@ -87,8 +87,8 @@ def check_room(prompts: Sequence[np.ndarray], limits: Sequence[int], context: in
 class Row:
     """One prompt with its answer so far, a row of the batches that the engine computes.
 
-    Attributes: `tokens` [limit] int32, `length` of them known; `blocks` of the cache, in order; `cached`, so many of
-    the tokens have their keys and values there, rotated as `scaling` says.
+    Attributes: `tokens` [limit] int32, `length` of them known; `blocks` of the cache, in order; `cached`, number of
+    tokens whose keys and values are in the cache, rotated with `scaling`.
     """
 
     def __init__(self, number: int, request: Request, on_event: Optional[OnEvent] = None, rng: Optional[Random] = None,
@@ -96,10 +96,10 @@ class Row:
         """
         Args:
             number: in order of arrival.
-            request: what is asked.
-            on_event: gets the events; None: nobody does.
-            rng: draws the tokens; None: from the request's seed.
-            tokens: array to write them to, [limit or longer] int32.
+            request: the request.
+            on_event: callback for the events; None: none.
+            rng: samples the tokens; None: created from the request's seed.
+            tokens: array to write the tokens to, [limit or longer] int32.
         """
         self.number, self.request, self.on_event = number, request, on_event
         self.prompt_length = self.length = len(request.prompt)
@@ -111,18 +111,18 @@ class Row:
             rng = np.random.RandomState(request.seed)
         self.rng: Random = rng or np.random  # type: ignore[assignment]    # a module with its method; never drawn from
         self.plain = (request.sampling.greedy and request.top_logprobs == NO_LOGPROBS
-                      and request.constraint is None)        # the likeliest token is all that is needed
+                      and request.constraint is None)        # only the most likely token is needed
         self.finished = False
         self.blocks: List[int] = []
         self.table = np.zeros(0, np.int32)
         self.cached = 0
         self.scaling: Hashable = None
-        self.root: Hashable = None                           # under which its blocks are shared; None: not at all
-        self.scores: Any = None                              # of its prompt, as far as that has been read
-        self.started = 0.0                                   # seconds, of the clock that the scheduler reads
+        self.root: Hashable = None                           # key under which its blocks are shared; None: not shared
+        self.scores: Any = None                              # of the part of its prompt read so far
+        self.started = 0.0                                   # seconds, on the scheduler's clock
 
     def use(self, blocks: List[int]) -> None:
-        """These blocks of the cache are its own from now on."""
+        """Assign these cache blocks to the sequence."""
         self.blocks, self.table = blocks, np.array(blocks, np.int32)
 
     @property
@@ -131,40 +131,40 @@ class Row:
         return self.tokens[:self.length]
 
     def slots(self, first: int, end: int, block_size: int) -> np.ndarray:
-        """Slots of the cache for the tokens `first` to `end` - 1, [end - first] int32."""
+        """Cache slots of the tokens `first` to `end` - 1, [end - first] int32."""
         positions = np.arange(first, end, dtype=np.int32)
         return self.table[positions // block_size] * block_size + positions % block_size
 
     def append(self, token: int) -> None:
-        """The newest token; an end token or the limit finishes the sequence."""
+        """Append a token; an end token or the limit finishes the sequence."""
         self.tokens[self.length] = token
         self.length += 1
         self.finished = token in self.ends or self.length >= self.limit
 
 
 class StepLike(Protocol):
-    """What a step of an engine gave."""
+    """The result of an engine's step."""
 
     def tokens(self) -> List[int]:
-        """The likeliest next token of each sequence."""
+        """The most likely next token of each sequence."""
 
     def logits(self) -> np.ndarray:
         """[B, V] float32."""
 
 
 class Reading(NamedTuple):
-    """Sequences that were computed together, and what came out."""
+    """Sequences that were computed together, and the result."""
 
     rows: List[Row]
     step: StepLike
 
 
 class Engine(Protocol):
-    """What the scheduler asks of generation/engine.py.
+    """The interface of generation/engine.py to the scheduler.
 
     Attributes: `vocab_size`, tokens; `context`, tokens of the longest sequence; `pool`, the blocks of the cache, None
-    where there is none; `pieces`, whether it has `read_piece`; `together`, whether all sequences of a batch must begin
-    and end together.
+    without a cache; `pieces`, whether it supports `read_piece`; `together`, whether all sequences of a batch must start
+    and finish together.
     """
 
     vocab_size: int
@@ -174,16 +174,16 @@ class Engine(Protocol):
     together: bool
 
     def scaling(self, length: int) -> Hashable:
-        """How the keys of a sequence of `length` tokens are rotated."""
+        """The rotary scaling of the keys of a sequence of `length` tokens."""
 
     def stale(self, length: int) -> None:
-        """A sequence of `length` tokens is read again, because its keys are rotated otherwise now."""
+        """Report that a sequence of `length` tokens is recomputed because its rotary scaling has changed."""
 
     def read(self, rows: Sequence[Row]) -> List[Reading]:
-        """Read sequences from their beginning."""
+        """Prefill sequences from the beginning."""
 
     def read_piece(self, row: Row, end: int, every: bool) -> StepLike:
-        """Read the tokens from row.cached to `end` - 1 -> logits behind the last or behind every one of them."""
+        """Prefill the tokens from row.cached to `end` - 1 -> logits after the last or `every` one of them."""
 
     def advance(self, rows: Sequence[Row], batch: int) -> StepLike:
-        """Bring the newest token of each sequence; `batch`: size of the graph."""
+        """Decode one step from the newest token of each sequence; `batch`: size of the graph."""

@@ -1,9 +1,9 @@
-"""The blocks of the KV cache: who uses them, and what the unused ones still hold. NumPy only.
+"""The blocks of the KV cache: their users, and the reusable contents of unused ones. NumPy only.
 
-A block that is full can be published under what it holds: its tokens, and all tokens before them. A later sequence that
-begins with the same tokens shares the block instead of reading them again. Such a block is not free when its last user
-leaves: it is kept until its place is needed, the one that was left first going first. Contents are compared token by
-token, not by a hash. (Prefix caching, as in vLLM: Kwon et al., 2023.)
+A full block can be published under its contents: its tokens and all tokens before them. A later sequence that begins
+with the same tokens shares the block instead of recomputing it. When its last user leaves, such a block is not freed at
+once but evicted when space is needed, least recently used first. Contents are compared token by token, not by a hash.
+(Prefix caching, as in vLLM: Kwon et al., 2023.)
 """
 import itertools
 from collections import OrderedDict
@@ -11,38 +11,38 @@ from typing import Dict, Hashable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-_Content = Tuple[Hashable, bytes]          # (name of the content before, or of the beginning; the tokens)
+_Content = Tuple[Hashable, bytes]          # (name of the preceding content, or the root; the tokens)
 
 
 class BlockPool:
-    """Blocks 0 to num_blocks - 1 of `block_size` slots each."""
+    """Blocks 0 to num_blocks - 1, of `block_size` slots each."""
 
     def __init__(self, num_blocks: int, block_size: int):
         self.total, self.block_size = num_blocks, block_size
         self._free = list(range(num_blocks - 1, -1, -1))
         self._users = [0] * num_blocks
-        self._kept: OrderedDict[int, None] = OrderedDict()       # published, without user; the oldest first
+        self._kept: OrderedDict[int, None] = OrderedDict()       # published, without users; the oldest first
         self._found: Dict[_Content, int] = {}
         self._content: Dict[int, _Content] = {}
-        self._names: Dict[int, int] = {}                           # of what a published block and all before it hold
+        self._names: Dict[int, int] = {}                           # of published contents, with all before it
         self._next_name = itertools.count()
 
     @property
     def available(self) -> int:
-        """So many can be taken."""
+        """Number of blocks that can be taken."""
         return len(self._free) + len(self._kept)
 
     @property
     def kept(self) -> int:
-        """So many have no user, but a content that may be asked for."""
+        """Number of blocks without users but with reusable contents."""
         return len(self._kept)
 
     def blocks_for(self, tokens: int) -> int:
-        """So many hold `tokens` tokens."""
+        """Number of blocks needed for `tokens` tokens."""
         return -(-tokens // self.block_size)
 
     def take(self, count: int) -> Optional[List[int]]:
-        """`count` blocks for one user, their contents undefined; None if there are not enough, and nothing happens."""
+        """`count` blocks for one user, with undefined contents; None, without any effect, if there are not enough."""
         if count > self.available:
             return None
         taken = []
@@ -56,7 +56,7 @@ class BlockPool:
         return taken
 
     def give(self, blocks: Sequence[int]) -> None:
-        """Their user does not need them any longer. The end of a sequence is forgotten before its beginning."""
+        """Release a user's blocks. The end of a sequence is evicted before its beginning."""
         for block in reversed(blocks):
             assert self._users[block] > 0, f"block {block} is given back, but nobody has it"
             self._users[block] -= 1
@@ -67,9 +67,9 @@ class BlockPool:
                     self._free.append(block)
 
     def match(self, root: Hashable, tokens: np.ndarray, most: int) -> List[int]:
-        """The published blocks that hold the beginning of `tokens`, at most `most` of them; the caller uses them now.
+        """The published blocks with the beginning of `tokens`, at most `most` tokens; the caller is now a user of them.
 
-        root: what the keys depend on besides the tokens.
+        root: whatever the keys depend on besides the tokens.
         """
         blocks: List[int] = []
         name = root
@@ -85,7 +85,7 @@ class BlockPool:
         return blocks
 
     def publish(self, root: Hashable, tokens: np.ndarray, blocks: Sequence[int]) -> None:
-        """The cache holds all of `tokens`, and `blocks` are theirs: those that are full can be shared from now on."""
+        """Publish `blocks`, which contain `tokens`: the full ones can be shared from now on."""
         name = root
         for number in range(len(tokens) // self.block_size):
             content = (name, self._part(tokens, number))
@@ -96,7 +96,7 @@ class BlockPool:
             name = self._names[block]
 
     def forget(self) -> None:
-        """Share nothing that the cache holds now: the weights have changed, or a step has failed."""
+        """Invalidate all cached contents: the weights have changed, or a step has failed."""
         for block in list(self._content):
             self._withdraw(block)
         self._free.extend(self._kept)

@@ -1,4 +1,4 @@
-"""The next token of one sequence, as its request wants it, and the log-probabilities that it asks for. NumPy only."""
+"""Chooses the next token of one sequence as its request says, with the requested log-probabilities. NumPy only."""
 from typing import List, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -11,13 +11,13 @@ Chosen = Union[Token, Finished]
 
 
 def pick(row: Row, logits: np.ndarray) -> Chosen:
-    """The next token from `logits` [V] float32; Finished("error") where the request's constraint leaves none."""
+    """The next token from `logits` [V] float32; Finished("error") if the request's constraint allows none."""
     request = row.request
     scores = adjust(logits, row.sequence, row.length - row.prompt_length, row.ends, request.sampling)
     if request.constraint is not None:
         try:
             allowed = request.constraint.allowed()
-        except Exception as error:                 # of whoever wrote the constraint: the other requests go on
+        except Exception as error:                 # from the constraint's code: the other requests continue
             return Finished("error", f"the constraint of the answer failed: {type(error).__name__}: {error}")
         scores[~allowed] = -np.inf
         if scores.max() == -np.inf:
@@ -29,7 +29,7 @@ def pick(row: Row, logits: np.ndarray) -> Chosen:
 
 
 def log_probabilities(logits: np.ndarray, token: int, top: int) -> Tuple[float, Alternatives]:
-    """(log-probability of `token`, the `top` likeliest tokens with theirs) under softmax of `logits` [V] float32."""
+    """(log-probability of `token`, the `top` most likely tokens with theirs) under softmax of `logits` [V] float32."""
     highest = float(logits.max())
     total = highest + float(np.log(np.exp(logits - np.float32(highest)).sum(dtype=np.float64)))
     if not top:
@@ -41,7 +41,7 @@ def log_probabilities(logits: np.ndarray, token: int, top: int) -> Tuple[float, 
 
 
 class Scores:
-    """Scores of a prompt that is read piece by piece."""
+    """Scores of a prompt that is prefilled piece by piece."""
 
     def __init__(self, top: int):
         self._top = max(top, 0)
@@ -49,12 +49,12 @@ class Scores:
         self._alternatives: List[Alternatives] = [()]
 
     def add(self, logits: np.ndarray, targets: Sequence[int]) -> None:
-        """logits: [S, V] or more rows; targets: the tokens that come next, S of them."""
+        """logits: [S, V] or more rows; targets: the S next tokens."""
         for row, token in zip(logits, targets):
             logprob, top = log_probabilities(row, int(token), self._top)
             self._logprobs.append(logprob)
             self._alternatives.append(top)
 
     def event(self) -> PromptScores:
-        """Of all tokens of the prompt."""
+        """The scores of all tokens of the prompt."""
         return PromptScores(tuple(self._logprobs), tuple(self._alternatives))

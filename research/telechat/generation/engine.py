@@ -1,9 +1,9 @@
-"""The steps of generation on the device: read prompts, then one token per sequence and step.
+"""The steps of generation on the device: prefill, then one token per sequence and step.
 
-`DirectEngine` runs graphs of its own, made for the composed cache: prompts back to back, a piece of a prompt behind
-what the cache holds of it, attention over the blocks in use only, the likeliest token found in the graph.
-`FrameworkEngine` goes through the `forward` of MindFormers' generator and serves everything else: the fused kernels,
-and models without a cache. Which tokens come out is the same. What is computed when is the scheduler's matter.
+`DirectEngine` runs its own graphs, made for the composed cache: prompts back to back, a piece of a prompt after its
+cached part, attention only over the blocks in use, argmax in the graph. `FrameworkEngine` goes through the `forward` of
+MindFormers' generator and serves everything else: the fused kernels, and models without a cache. Both give the same
+tokens. The scheduler decides what is computed when.
 """
 from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
@@ -20,14 +20,14 @@ from research.telechat.spec.rope import rope_scaling
 
 
 class Step:
-    """What a step gave: `tokens()`, the likeliest next one of each sequence, and `logits()` [B, V] float32. Both are
-    fetched from the device when they are first asked for."""
+    """The result of a step: `tokens()`, the most likely next one of each sequence, and `logits()` [B, V] float32. Both
+    are fetched from the device on first use."""
 
     def __init__(self, logits: Any, tokens: Any):
         self._logits, self._tokens = logits, tokens
 
     def tokens(self) -> List[int]:
-        """One for each sequence."""
+        """One per sequence."""
         if not isinstance(self._tokens, list):
             self._tokens = self._tokens() if callable(self._tokens) else self._tokens.tolist()
         return self._tokens
@@ -40,17 +40,17 @@ class Step:
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    """A copy of `array` as a tensor; from_numpy costs a sixth of what the constructor does."""
+    """A copy of `array` as a tensor; from_numpy takes a sixth of the constructor's time."""
     return Tensor.from_numpy(np.array(array, order="C"))
 
 
 def _without_graphs() -> bool:
-    """Whether nothing is compiled (PyNative mode), so that the flags of the model count at every call."""
+    """Whether nothing is compiled (PyNative mode), so that the model's flags matter at every call."""
     return ms.get_context("mode") == ms.PYNATIVE_MODE
 
 
 class _PromptGraph(nn.Cell):
-    """Reads prompts that stand back to back."""
+    """Prefills prompts packed back to back."""
 
     def __init__(self, model: nn.Cell):
         super().__init__(auto_prefix=False)
@@ -61,13 +61,13 @@ class _PromptGraph(nn.Cell):
         self.phase = "prefill"             # MindSpore runs this phase without checks once compiled
 
     def construct(self, tokens: Tensor, lengths: Tensor, slots: Tensor) -> Tuple[Tensor, Tensor]:
-        """tokens: [1, T], lengths: [P], slots: [T] -> logits [P, V], likeliest tokens [P]."""
+        """tokens: [1, T], lengths: [P], slots: [T] -> logits [P, V], most likely tokens [P]."""
         logits = self.model.next_token(tokens, None, lengths, None, slots)
         return logits, self.model.argmax(logits, -1)
 
 
 class _PieceGraph(nn.Cell):
-    """Reads a piece of one prompt behind what the cache holds of it."""
+    """Prefills a piece of one prompt after its cached part."""
 
     def __init__(self, model: nn.Cell):
         super().__init__(auto_prefix=False)
@@ -82,7 +82,7 @@ class _PieceGraph(nn.Cell):
     def construct(self, tokens: Tensor, first: Tensor, total: Tensor, block_table: Tensor, slots: Tensor,
                   wanted: Tensor) -> Tuple[Tensor, Tensor]:
         """tokens: [1, S], first: [1], position of the first of them; total: [1], tokens of the whole prompt;
-        block_table: [1, K], slots: [S], wanted: [R] indices of tokens -> logits behind these [R, V], likeliest [R]."""
+        block_table: [1, K], slots: [S], wanted: [R] token indices -> logits after these [R, V], most likely [R]."""
         decoder = self.model.model
         rope, mask, cached = decoder.step.piece(tokens, first, total, block_table, slots)
         hidden = decoder.tok_embeddings(decoder.to_rows(tokens))
@@ -93,7 +93,7 @@ class _PieceGraph(nn.Cell):
 
 
 class _TokenGraph(nn.Cell):
-    """Brings one token to each of a fixed number of sequences."""
+    """Decodes one token for each of a fixed number of sequences."""
 
     def __init__(self, model: nn.Cell, batch: int):
         super().__init__(auto_prefix=False)
@@ -104,13 +104,13 @@ class _TokenGraph(nn.Cell):
         self.phase = "increment"
 
     def construct(self, tokens: Tensor, lengths: Tensor, block_tables: Tensor, slots: Tensor) -> Tuple[Tensor, Tensor]:
-        """tokens: [B, 1], lengths and slots: [B], block_tables: [B, K] -> logits [B, V], likeliest tokens [B]."""
+        """tokens: [B, 1], lengths and slots: [B], block_tables: [B, K] -> logits [B, V], argmax tokens [B]."""
         logits = self.model.next_token(tokens, None, lengths, block_tables, slots)
         return logits, self.model.argmax(logits, -1)
 
 
 class _Engine:
-    """What both have in common. `pool`: the blocks of the model's cache, None without one."""
+    """The common part of both engines. `pool`: the blocks of the model's cache, None without one."""
 
     def __init__(self, model: nn.Cell):
         self.model, self.config = model, model.config
@@ -120,12 +120,12 @@ class _Engine:
         self._told_stale = False
 
     def scaling(self, length: int) -> Hashable:
-        """How the keys of a sequence of `length` tokens are rotated: what is cached for one is valid for all that have
-        the same."""
+        """The rotary scaling of a sequence of `length` tokens: cached keys are valid for all sequences with the same
+        scaling."""
         return rope_scaling(self.config.rope_rule, length) if self._by_length else None
 
     def stale(self, length: int) -> None:
-        """A sequence of `length` tokens has to be read again: say so once."""
+        """Log once that a sequence of `length` tokens has to be recomputed."""
         if not self._told_stale:
             self._told_stale = True
             logger.warning("At %s tokens the rotary scaling changes with the length of the text: the KV cache is "
@@ -134,12 +134,11 @@ class _Engine:
 
 
 class DirectEngine(_Engine):
-    """Graphs of a model with the composed cache, compiled once: one for prompts, one for pieces of prompts, one for
-    each batch size.
+    """Graphs of a model with the composed cache, compiled once: one for prompts, one for pieces of prompts, one per
+    batch size.
 
-    Raises TypeError for a model with the fused kernels of the cache: these take the lengths of the sequences from the
-    graph's input of the name `batch_valid_length`, on the host. The graphs here call it `lengths`, and the kernels
-    would find nothing.
+    Raises TypeError for a model with the fused cache kernels: these read the lengths of the sequences on the host from
+    the graph input named `batch_valid_length`. The graphs here call it `lengths`, so the kernels would not find it.
     """
 
     pieces = True
@@ -156,7 +155,7 @@ class DirectEngine(_Engine):
         self._tokens: Dict[int, _TokenGraph] = {}
 
     def read(self, rows: Sequence[Row]) -> List[Reading]:
-        """Read sequences from their beginning, several at once."""
+        """Prefill sequences from the beginning, several at once."""
         flagged = self._prompts is None or _without_graphs()
         if flagged:
             self.model.add_flags_custom(is_first_iteration=True)
@@ -175,8 +174,8 @@ class DirectEngine(_Engine):
         return readings
 
     def read_piece(self, row: Row, end: int, every: bool) -> Step:
-        """Read the tokens of a sequence from those that are cached up to `end`. every: logits behind each of them, not
-        only behind the last."""
+        """Prefill the tokens of a sequence from the cached ones up to `end`. every: logits after each of them, not only
+        after the last."""
         if self._piece is None or _without_graphs():
             self.model.add_flags_custom(is_first_iteration=False)
         if self._piece is None:
@@ -189,8 +188,8 @@ class DirectEngine(_Engine):
         return Step(*self._piece(*map(_tensor, arrays)))
 
     def advance(self, rows: Sequence[Row], batch: int) -> Step:
-        """Bring the newest token of each sequence, in the graph of `batch` sequences; what is missing to that number
-        is made up, and goes nowhere."""
+        """Decode one step for each sequence in the graph for `batch` sequences; the rest of the batch is dummy rows
+        whose results are discarded."""
         graph = self._tokens.get(batch)
         if graph is None or _without_graphs():
             self.model.add_flags_custom(is_first_iteration=False)
@@ -210,7 +209,7 @@ class DirectEngine(_Engine):
 
 
 def _groups(rows: Sequence[Row]) -> List[List[Row]]:
-    """Rows that are read together: of up to PREFILL_TOKENS tokens, or one that is longer."""
+    """Rows that are prefilled together: up to PREFILL_TOKENS tokens, or a single longer one."""
     groups: List[List[Row]] = []
     total = 0
     for row in rows:
@@ -225,7 +224,7 @@ def _groups(rows: Sequence[Row]) -> List[List[Row]]:
 class FrameworkEngine(_Engine):
     """Steps through `forward` of MindFormers' generator, with and without a cache.
 
-    `together`: its shapes are fixed, or everything is read at each step, so that sequences begin and end together.
+    `together`: its shapes are fixed, or everything is recomputed at each step, so sequences start and finish together.
     """
 
     pieces = False
@@ -235,18 +234,18 @@ class FrameworkEngine(_Engine):
         self.together = not (model.use_past and self.config.is_dynamic)
 
     def read(self, rows: Sequence[Row]) -> List[Reading]:
-        """Read all sequences from their beginning."""
+        """Prefill all sequences from the beginning."""
         if self.config.is_dynamic and self.model.use_past:
             self.model.set_dynamic_inputs()
         return [Reading(list(rows), self._forward(rows, prefill=True))]
 
     def advance(self, rows: Sequence[Row], batch: int) -> Step:
-        """Bring the newest token of each sequence; without a cache, read them again. `batch` is only their number: the
-        graphs are dynamic, or there is one for each batch."""
+        """Decode one step for each sequence; without a cache, recompute them. `batch` is only their number: the graphs
+        are dynamic, or there is one per batch size."""
         return self._forward(rows, prefill=False)
 
     def read_piece(self, row: Row, end: int, every: bool) -> Step:
-        """MindFormers' generator reads whole prompts."""
+        """Not supported: MindFormers' generator prefills whole prompts."""
         raise NotImplementedError(f"{type(self).__name__} reads whole prompts")
 
     def _forward(self, rows: Sequence[Row], prefill: bool) -> Step:

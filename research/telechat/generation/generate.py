@@ -1,9 +1,8 @@
-"""Generation for TelechatForCausalLM: `generate` with MindFormers' signature, and what its generator asks of a model.
+"""Generation for TelechatForCausalLM: `generate` with MindFormers' signature, and the methods its generator needs.
 
-Both `generate` and `stream` put their requests into a scheduler of their own (generation/scheduler.py), which runs the
-engine of the model (generation/engine.py) and shares its cache with all others. Tokens are chosen as the official code
-does (generation/sampling.py). Requests that it does not know (adapters per request, parallel decoding) go to
-MindFormers' own loop.
+Both `generate` and `stream` submit their requests to their own scheduler (generation/scheduler.py), which runs the
+model's engine (generation/engine.py) and shares its cache with all others. Tokens are chosen as in the official code
+(generation/sampling.py). Unsupported requests (adapters per request, parallel decoding) go to MindFormers' own loop.
 """
 import contextlib
 import copy
@@ -30,7 +29,7 @@ from research.telechat.generation.scheduler import Exchange, Place, Scheduler, c
 if TYPE_CHECKING:
     from mindformers.generation import LogitsProcessorList
     from mindformers.generation.streamers import BaseStreamer
-    from mindformers.models.modeling_utils import PreTrainedModel as Model  # what it is mixed into
+    from mindformers.models.modeling_utils import PreTrainedModel as Model  # the class it is mixed into
 
     from research.telechat.chat.api import GenerationSource
 else:
@@ -46,19 +45,19 @@ class TelechatGenerationMixin(Model):
         """Answers to prompts.
 
         Args:
-            input_ids: token ids of one prompt or of several, of equal length (padded on either side) or not. Padding
-                behind a prompt is left out of the result, padding in front of it stays there.
+            input_ids: token ids of one prompt or of several, of equal length (padded on either side) or not. The result
+                keeps padding before a prompt and drops padding after it.
             generation_config: settings; None: those of the model's config.
             logits_processor: MindFormers' LogitsProcessorList, applied after the repetition penalty.
             streamer: its `put` gets the prompts, then every new token; then `end` is called.
-            seed: of sampling, 0 to 2^32 - 1; the same seed gives the same text.
-            **kwargs: fields of the generation config that win over it (max_new_tokens, do_sample, ...).
+            seed: for sampling, 0 to 2^32 - 1; the same seed gives the same text.
+            **kwargs: override fields of the generation config (max_new_tokens, do_sample, ...).
 
         Returns:
             list of int32 arrays, prompt and answer; a GenerateOutput with `return_dict_in_generate`.
 
         Raises:
-            ConfigError: prompt too long or of another vocabulary, a cache that is too small, a senseless setting.
+            ConfigError: prompt too long or from another vocabulary, cache too small, invalid setting.
         """
         config = self._generation_config(generation_config, kwargs)
         if self._needs_framework(config, kwargs):
@@ -70,7 +69,7 @@ class TelechatGenerationMixin(Model):
         settings = Settings(slots=len(prompts), buckets=(len(prompts),), reuse=False, together=True,
                             prefill_tokens=tokens_at_once(self.config.num_heads, max(batch.limits)))
         scheduler = Scheduler(self._engine(), settings, choose)
-        rng = _random(seed)                                # of all rows, drawn from in their order
+        rng = _random(seed)                                # shared by all rows, in order
         for row, request in enumerate(batch.requests(_sampling(config), config.eos_token_id)):
             scheduler.submit(request, batch.listener(row), rng, batch.tokens[row])
         if streamer is not None:
@@ -97,9 +96,9 @@ class TelechatGenerationMixin(Model):
                seed: Optional[int] = None, session: object = None, **kwargs: object) -> Generator[int, None, None]:
         """The tokens of the answer to one prompt, one by one; stop iterating to stop the answer. As `generate`.
 
-        Streams of one model may be read in turns. session: prompts of the same one share what the cache holds of their
-        common beginning, so that the next turn of a conversation reads only what is new; None: everything is read. The
-        weights must not change within a session.
+        Streams of one model may be interleaved. session: prompts of the same session share the cache of their common
+        prefix, so the next turn of a conversation prefills only what is new; None: no sharing. The weights must not
+        change within a session.
         """
         config = self._generation_config(generation_config, kwargs)
         prompts = read_prompts(list(input_ids), None, self.config.vocab_size)
@@ -121,9 +120,9 @@ class TelechatGenerationMixin(Model):
                     yield batch.newest[0]
 
     def scheduler(self, settings: Optional[Settings] = None, exchange: Optional[Exchange] = None) -> Scheduler:
-        """A scheduler for many requests at a time, as a server has them; the model stays out of training.
+        """A scheduler for many concurrent requests, as in a server; the model stays in inference mode.
 
-        exchange: of generation/ranks.py, where the model runs in several processes.
+        exchange: from generation/ranks.py, if the model runs in several processes.
         """
         self.set_train(False)
         self._name_phases(settings.slots if settings and settings.together else 1)
@@ -132,8 +131,8 @@ class TelechatGenerationMixin(Model):
     def chat(self, tokenizer: object, question: Optional[str] = None, history: Optional[Sequence[dict]] = None,
              generation_config: "GenerationSource" = None, stream: bool = False, query: Optional[str] = None,
              instruction: str = "", **kwargs: Any) -> Any:
-        """`telechat_predict_utils.chat` as a method, as in the official README. `query` and `instruction` are the
-        question and the system prompt in MindFormers' words."""
+        """`telechat_predict_utils.chat` as a method, as in the official README. `query` and `instruction` are
+        MindFormers' names for the question and the system prompt."""
         from research.telechat.chat.api import chat
         if instruction:
             kwargs.setdefault("system", instruction)
@@ -141,7 +140,7 @@ class TelechatGenerationMixin(Model):
 
     @contextlib.contextmanager
     def _generating(self, scheduler: Scheduler) -> Iterator[None]:
-        """The model out of training, and what is left of the requests cancelled at the end."""
+        """Context with the model in inference mode; unfinished requests are cancelled at the end."""
         phase = self.phase
         self.set_train(False)
         self._schedulers().add(scheduler)
@@ -160,7 +159,7 @@ class TelechatGenerationMixin(Model):
         return scheduler.step()
 
     def _make_room(self, scheduler: Scheduler, limits: Sequence[int]) -> None:
-        """Blocks of the cache for sequences of `limits` tokens; streams that nobody reads just now lose theirs."""
+        """Make room in the cache for sequences of `limits` tokens, preempting other streams if necessary."""
         pool = self._engine().pool
         if pool is None:
             return
@@ -177,19 +176,19 @@ class TelechatGenerationMixin(Model):
                               f"a scheduler of this model, and {needed} are needed: submit the request there")
 
     def _schedulers(self) -> "weakref.WeakSet[Scheduler]":
-        """Those whose requests have not ended."""
+        """Schedulers with unfinished requests."""
         if not hasattr(self, "_open_schedulers"):
             self._open_schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
         return self._open_schedulers
 
     def _forget(self) -> None:
-        """Nothing that the cache holds may be used again."""
+        """Invalidate all cached keys and values."""
         pool = self._engine().pool
         if pool is not None:
             pool.forget()
 
     def _generation_config(self, given: Optional[GenerationConfig], changes: dict) -> GenerationConfig:
-        """A copy of the settings with `changes`; the end tokens as a list."""
+        """A copy of the settings with `changes` applied and the end tokens as a list."""
         config = copy.deepcopy(given) if given is not None else GenerationConfig.from_model_config(self.config)
         config.update(**{key: value for key, value in changes.items() if key != "use_past"})
         config.eos_token_id = end_tokens(config.eos_token_id)
@@ -201,7 +200,7 @@ class TelechatGenerationMixin(Model):
                     or getattr(self.config, "is_sample_acceleration", False))
 
     def _limits(self, prompts: List[np.ndarray], config: GenerationConfig) -> List[int]:
-        """Tokens of prompt and answer together, for each prompt. max_new_tokens wins over max_length."""
+        """Tokens of prompt and answer together, per prompt. max_new_tokens takes precedence over max_length."""
         new = config.max_new_tokens
         if new is not None and new <= 0:
             raise ConfigError(f"max_new_tokens: expected a positive number, found {new}")
@@ -220,7 +219,7 @@ class TelechatGenerationMixin(Model):
         return self._step_engine
 
     def _cache_is_stale(self, lengths: np.ndarray) -> bool:
-        """Whether the newest tokens of sequences of `lengths` tokens change the rotation of all earlier ones."""
+        """Whether the newest tokens of sequences of `lengths` tokens change the rotary scaling of all earlier ones."""
         engine = self._engine()
         stale = [length for length in map(int, np.reshape(lengths, -1))
                  if engine.scaling(length) != engine.scaling(max(length - 1, 1))]
@@ -229,20 +228,20 @@ class TelechatGenerationMixin(Model):
         return bool(stale)
 
     def _name_phases(self, batch: int) -> None:
-        """MindFormers runs its compiled graph whatever the batch is; with static shapes other sizes get their own."""
+        """Give each batch size its own graph with static shapes; MindFormers would run the first one for any batch."""
         if not hasattr(self, "_phase_batch"):
             self._phase_batch = batch
         own = self.use_past and not self.config.is_dynamic and batch != self._phase_batch
         self._set_network_phase(f"batch{batch}" if own else None)
 
-    # What MindFormers' generator and trainer call
+    # Called by MindFormers' generator and trainer
 
     def forward(self, input_ids: np.ndarray, valid_length_each_example: np.ndarray, block_tables: Any = None,
                 slot_mapping: Optional[np.ndarray] = None, prefill: Optional[bool] = None, use_past: bool = False,
                 **kwargs: object) -> Any:
-        """One step of MindFormers' generator; reads everything again where the rotary rule makes the cache stale."""
+        """One step of MindFormers' generator; recomputes everything if the rotary scaling makes the cache stale."""
         if use_past:
-            self._forget()                                     # it takes whatever blocks it likes
+            self._forget()                                     # it allocates blocks on its own
         if use_past and not prefill and self._cache_is_stale(valid_length_each_example):
             positions = np.arange(input_ids.shape[1])
             size = self.config.block_size
@@ -255,20 +254,20 @@ class TelechatGenerationMixin(Model):
                                **kwargs)
 
     def add_flags_custom(self, is_first_iteration: bool) -> None:
-        """Whether the next graph reads prompts (True) or brings one token per sequence."""
+        """Whether the next graph prefills (True) or decodes one token per sequence."""
         self.add_flags(is_first_iteration=is_first_iteration)
         self.model.step.add_flags(is_first_iteration=is_first_iteration)
         for layer in self.model.layers:
             layer.attention.add_flags(is_first_iteration=is_first_iteration)
 
     def set_dynamic_inputs(self, **_kwargs: object) -> None:
-        """Compile for prompts and batches of any size; called where is_dynamic is set."""
+        """Compile for prompts and batches of any size; called if is_dynamic is set."""
         any_2d, any_1d = Tensor(shape=[None, None], dtype=mstype.int32), Tensor(shape=[None], dtype=mstype.int32)
         self.set_inputs(any_2d, None, None, None, None, None, None, any_2d, None, None, any_2d, any_1d, None)
 
     def prepare_inputs_for_predict_layout(self, input_ids: np.ndarray, **_kwargs: object
                                           ) -> Tuple[Optional[Tensor], ...]:
-        """Arguments of `construct` with which MindFormers compiles once to learn how the parameters are cut.
+        """Arguments of `construct` with which MindFormers compiles once to learn how the parameters are sharded.
 
         input_ids: [B, S].
         """
@@ -285,13 +284,13 @@ class TelechatGenerationMixin(Model):
     def prepare_inputs_for_generation(self, input_ids: np.ndarray, **kwargs: object) -> dict:
         """Arguments of `construct` for one step of MindFormers' generator."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if not self.use_past:            # the length decides the rotary tables, and only the last logits are needed
+        if not self.use_past:            # the length determines the rotary tables; only the last logits are needed
             inputs["batch_valid_length"] = Tensor(np.asarray(kwargs["valid_length_each_example"])[None], mstype.int32)
         return inputs
 
 
 class _Record:
-    """Logits and scores of every step, where the caller asked for them."""
+    """Logits and scores of every step, if requested."""
 
     def __init__(self, config: GenerationConfig):
         keep = config.return_dict_in_generate
@@ -306,15 +305,15 @@ class _Record:
 
 
 def _sampling(config: GenerationConfig) -> Sampling:
-    """The settings of `config` that choose tokens; ConfigError where one makes no sense."""
+    """The sampling settings of `config`. Raises ConfigError if one is invalid."""
     least = config.min_new_tokens or 0
     return Sampling(bool(config.do_sample), config.temperature or 1.0 if not config.do_sample else config.temperature,
                     config.top_k, config.top_p, config.repetition_penalty or 1.0, least)
 
 
 def _random(seed: Optional[int]) -> Random:
-    """What draws the tokens: NumPy's own state, which `set_seed` of MindFormers sets, or one of the seed."""
-    return np.random if seed is None else _seeded(seed)  # type: ignore[return-value]    # a module with its method
+    """The random source: NumPy's global state, which MindFormers' `set_seed` sets, or a seeded one."""
+    return np.random if seed is None else _seeded(seed)  # type: ignore[return-value]    # a module with that method
 
 
 def _seeded(seed: int) -> np.random.RandomState:
@@ -326,8 +325,8 @@ def _seeded(seed: int) -> np.random.RandomState:
 class _Batch:
     """Prompts that are answered together.
 
-    Attributes: `tokens` [B, longest limit] int32; `lengths`, `prompt_lengths` [B]; `limits`, tokens, for each;
-    `newest`, the token that each got in this step, the padding for those that have ended.
+    Attributes: `tokens` [B, longest limit] int32; `lengths`, `prompt_lengths` [B]; `limits`, tokens, per prompt;
+    `newest`, the token of each in this step, padding for finished ones.
     """
 
     def __init__(self, prompts: List[np.ndarray], limits: List[int], pad: int):
@@ -341,12 +340,12 @@ class _Batch:
         self.begin_step()
 
     def requests(self, sampling: Sampling, ends: Sequence[int]) -> List[Request]:
-        """One for each prompt."""
+        """One per prompt."""
         return [Request(tuple(prompt.tolist()), sampling, limit - len(prompt), frozenset(ends))
                 for prompt, limit in zip(self.prompts, self.limits)]
 
     def listener(self, row: int) -> Callable[[Event], None]:
-        """What takes the events of a prompt."""
+        """The event callback of a prompt."""
         def on_event(event: Event) -> None:
             if isinstance(event, Token):
                 self.newest[row] = event.id
@@ -354,7 +353,7 @@ class _Batch:
         return on_event
 
     def begin_step(self) -> None:
-        """Nobody has a new token yet."""
+        """Reset the newest tokens."""
         self.newest = [self._pad] * len(self.prompts)
 
     def sequences(self) -> List[np.ndarray]:
@@ -363,13 +362,13 @@ class _Batch:
 
 
 class _ChooseTogether:
-    """Tokens of a whole batch from all its logits: processors see all of them, and they may have to be kept."""
+    """Chooses the tokens of a whole batch: logits processors see all logits, which may also have to be recorded."""
 
     def __init__(self, batch: _Batch, processors: Optional["LogitsProcessorList"], record: "_Record"):
         self._batch, self._processors, self._record = batch, processors, record
 
     def __call__(self, places: List[Place]) -> List[Token]:
-        """The next token of each of `places`, which are numbered as they stand in the batch, from 1."""
+        """The next token of each of `places`, which are numbered by their position in the batch, from 1."""
         rows = [place.row.number - 1 for place in places]
         first = places[0].step.logits()
         logits = np.zeros((len(self._batch.lengths), first.shape[-1]), np.float32)

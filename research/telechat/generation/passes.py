@@ -1,5 +1,5 @@
-"""What is computed in one step: which prompts are read, whole or piece by piece, which sequences get their next token,
-and what of the cache they use and share. Who is among them is the scheduler's matter. No MindSpore here.
+"""The computation of one step: which prompts are prefilled, whole or piece by piece, which sequences decode their next
+token, and which cache blocks they use and share. The scheduler chooses the sequences. No MindSpore here.
 """
 from dataclasses import dataclass
 from typing import List, Tuple
@@ -16,12 +16,12 @@ class Settings:
     """How a scheduler works."""
 
     slots: int = 16                    # sequences at once
-    buckets: Tuple[int, ...] = (1, 4, 16)      # batches that have a graph, ascending; a batch takes the next one
-    prefill_tokens: int = PREFILL_TOKENS       # of prompts, read in one step at most; so long are the pieces
+    buckets: Tuple[int, ...] = (1, 4, 16)      # batch sizes with a graph, ascending; batches are padded to the next one
+    prefill_tokens: int = PREFILL_TOKENS       # prefill limit per step, and size of the pieces
     max_queue: int = 64                # requests that may wait
-    reuse: bool = True                 # share the cache of prompts that begin alike
-    together: bool = False             # those that begin together keep their places until all of them have ended
-    deterministic: bool = False        # compute each sequence by itself
+    reuse: bool = True                 # share the cache of common prefixes
+    together: bool = False             # sequences that start together keep their slots until all have finished
+    deterministic: bool = False        # compute each sequence separately
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.prefill_tokens < 1 or list(self.buckets) != sorted(set(self.buckets)) or (
@@ -30,7 +30,7 @@ class Settings:
                               f"{self.slots}, {self.prefill_tokens} and {self.buckets}")
 
     def bucket(self, count: int) -> int:
-        """The smallest that holds `count` sequences, or the largest."""
+        """The smallest bucket for `count` sequences, or the largest."""
         return next((bucket for bucket in self.buckets if bucket >= count), self.buckets[-1])
 
 
@@ -41,14 +41,14 @@ class Passes:
         self.engine, self.settings = engine, settings
 
     def compute(self, running: List[Row]) -> List[Reading]:
-        """One step: every sequence whose prompt is read gets its next token, the others are read further. -> where the
-        logits are; those of finished sequences mean nothing."""
+        """One step: every prefilled sequence decodes its next token, the others are prefilled further. -> where the
+        logits are; those of finished sequences are undefined."""
         growing = [row for row in running if row.cached and row.cached == row.length - 1]
         readings = self._read([row for row in running if not row.finished and row not in growing])
         return readings + self._advance(growing)
 
     def place(self, row: Row) -> bool:
-        """Give a sequence its blocks, those that hold the beginning of its prompt first; False if there are too few."""
+        """Assign blocks to a sequence, reusing those of a cached prefix; False if there are too few."""
         engine, pool = self.engine, self.engine.pool
         row.scaling = engine.scaling(row.length)
         if pool is None:
@@ -67,7 +67,7 @@ class Passes:
         return True
 
     def _read(self, rows: List[Row]) -> List[Reading]:
-        """Read prompts: short ones together, long ones, and those whose beginning is cached, piece by piece."""
+        """Prefill prompts: short ones together; long ones, and those with a cached prefix, piece by piece."""
         left = self.settings.prefill_tokens
         whole: List[Row] = []
         readings: List[Reading] = []
@@ -76,7 +76,7 @@ class Passes:
             if not self.settings.together:
                 size = min(size, self.settings.prefill_tokens) if self.engine.pieces else size
                 if left < size and left < self.settings.prefill_tokens:
-                    break                                          # the first one is read, however long it is
+                    break                                          # the first one is prefilled, however long it is
             left -= size
             if self._is_read_whole(row):
                 whole.append(row)
@@ -85,7 +85,7 @@ class Passes:
         return readings + self._read_whole(whole)
 
     def _is_read_whole(self, row: Row) -> bool:
-        """Whether a prompt is read by itself or beside others, not behind what the cache holds of it."""
+        """Whether a prompt is prefilled whole, alone or with others, instead of after its cached part."""
         if not self.engine.pieces:
             return True
         return not row.cached and row.length <= self.settings.prefill_tokens and not row.request.prompt_logprobs
@@ -101,7 +101,7 @@ class Passes:
         return readings
 
     def _read_pieces(self, row: Row, end: int) -> List[Reading]:
-        """Read a sequence on to `end`. The reading is the one that gives its next token, if that is reached."""
+        """Prefill a sequence up to `end`. Returns the reading with its next token once the prompt is complete."""
         every = row.request.prompt_logprobs and row.length == row.prompt_length
         if every and row.scores is None:
             row.scores = Scores(row.request.top_logprobs)
@@ -119,12 +119,12 @@ class Passes:
         return readings
 
     def _publish(self, row: Row) -> None:
-        """Let others use what the cache holds of a sequence."""
+        """Share the cached blocks of a sequence."""
         if row.root is not None and self.engine.pool is not None:
             self.engine.pool.publish(row.root, row.tokens[:row.cached], row.blocks)
 
     def _advance(self, rows: List[Row]) -> List[Reading]:
-        """The next token of sequences whose cache lacks only their newest one."""
+        """Decode the next token of sequences with everything but the newest token cached."""
         finished = [row for row in rows if row.finished]
         stale = [row for row in rows if not row.finished and self.engine.scaling(row.length) != row.scaling]
         readings: List[Reading] = []
@@ -145,11 +145,11 @@ class Passes:
             for row in group:
                 row.cached = row.length
         for row in finished:
-            row.cached = row.length - 1                            # while others run, it is computed again and again
+            row.cached = row.length - 1                            # recomputed in every step while others run
         return readings
 
     def leave(self, row: Row) -> None:
-        """A sequence has ended: its blocks are given back. What they hold can be shared."""
+        """Release the blocks of a finished sequence. Their contents can still be shared."""
         if self.engine.pool is not None:
             row.cached = min(row.cached, row.length - 1)
             self._publish(row)
@@ -157,7 +157,7 @@ class Passes:
 
 
 class _LastOf:
-    """A step for its last row only."""
+    """The last row of a step."""
 
     def __init__(self, step: StepLike):
         self._step = step

@@ -1,8 +1,8 @@
-"""One scheduler in several processes, for a model that is cut over cards.
+"""One scheduler in several processes, for a model sharded over cards.
 
-Every rank runs the same scheduler on a model of its own part, and every step of all ranks must compute the same
-sequences. What differs from step to step is only who enters and who leaves: rank 0 takes the requests, and sends both
-to the others before each step; the tokens follow from the seeds. No MindSpore here.
+Every rank runs the same scheduler on its shard of the model, and every step must compute the same sequences on all
+ranks. Only arrivals and cancellations come from outside: rank 0 receives them and sends them to the others before each
+step; the tokens follow from the seeds. No MindSpore here.
 
     rank 0                                                  the others
     with Leader(address, key, ranks - 1) as leader:         with Follower(address, key) as follower:
@@ -22,11 +22,11 @@ _BETWEEN_TRIES = 0.1                           # seconds
 
 
 class Leader:
-    """What rank 0 gives its scheduler as `exchange`. Waits for all others.
+    """The `exchange` of rank 0's scheduler. Waits for all other ranks to connect.
 
     Args:
-        address: where they find it.
-        key: secret that they must have too; objects are read from whoever has it.
+        address: where they connect.
+        key: shared secret; objects are unpickled from whoever has it.
         others: number of other ranks.
     """
 
@@ -47,15 +47,15 @@ class Leader:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        """The others end too."""
+        """Ends the other ranks, too."""
         for connection in self._connections:
-            with contextlib.suppress(OSError):             # it has ended already
+            with contextlib.suppress(OSError):             # already ended
                 connection.send(None)
             connection.close()
 
 
 class Follower:
-    """What the other ranks give theirs. Tries to reach rank 0 for `timeout` seconds; raises WorkerError."""
+    """The `exchange` of the other ranks. Tries to reach rank 0 for `timeout` seconds; raises WorkerError."""
 
     def __init__(self, address: Address, key: bytes, timeout: float = 600.0):
         end = time.monotonic() + timeout
@@ -76,7 +76,7 @@ class Follower:
         return orders
 
     def run(self, scheduler: Scheduler) -> None:
-        """Step whenever rank 0 does, until it ends. Raises WorkerError: it is gone without a word."""
+        """Step whenever rank 0 does, until it ends. Raises WorkerError: rank 0 disappeared without ending properly."""
         while True:
             try:
                 self._orders = self._connection.recv()

@@ -1,13 +1,13 @@
-"""What is asked of the scheduler, what it answers, and how it refuses. NumPy only.
+"""The scheduler's requests, events and errors. NumPy only.
 
-A request is one prompt and how its answer is chosen. `Scheduler.submit` puts it into the queue; from then on the
+A request is one prompt with the settings of its answer. `Scheduler.submit` puts it into the queue; from then on the
 scheduler calls the request's `on_event` from the thread that runs the steps, in this order:
 
     Started, [PromptScores], Token, Token, ..., Finished
 
-`Finished` comes exactly once for every request that was accepted, also when it waits and is cancelled (then it is the
-only event). `on_event` must return at once, as all other answers wait for it; if it raises, the request ends with
-`Finished("error")`, for which it is not called again. The end token of an answer comes as a `Token` like all others.
+`Finished` comes exactly once for every accepted request, even if it is cancelled in the queue (then it is the only
+event). `on_event` must return at once, as all other answers wait for it; if it raises, the request ends with
+`Finished("error")`, without calling it again. The end token of an answer comes as a `Token` like all others.
 """
 import threading
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from research.telechat.common.errors import ConfigError, UserError
 from research.telechat.generation.sampling import Sampling
 
 NO_LOGPROBS = -1
-Alternatives = Tuple[Tuple[int, float], ...]     # (token, natural logarithm of its probability), the likeliest first
+Alternatives = Tuple[Tuple[int, float], ...]     # (token, natural logarithm of its probability), most likely first
 
 
 class TokenConstraint(Protocol):
@@ -38,16 +38,16 @@ class Request:
     """One prompt, and how its answer is chosen.
 
     Raises:
-        ConfigError: a field that makes no sense; the message names it.
+        ConfigError: an invalid field; the message names it.
     """
 
-    prompt: Tuple[int, ...]                      # token ids, one at least
+    prompt: Tuple[int, ...]                      # token ids, at least one
     sampling: Sampling
-    max_new_tokens: int                          # 0 only with prompt_logprobs: the prompt is scored, nothing else
-    end_tokens: FrozenSet[int] = frozenset()     # any of them ends the answer, and is its last token
-    seed: Optional[int] = None                   # of sampling, 0 to 2^32 - 1; None: another one each time
-    top_logprobs: int = NO_LOGPROBS              # alternatives at each token; 0: only the token's own; -1: none at all
-    prompt_logprobs: bool = False                # score the prompt, with as many alternatives
+    max_new_tokens: int                          # 0 only with prompt_logprobs: just score the prompt
+    end_tokens: FrozenSet[int] = frozenset()     # any of them ends the answer and is its last token
+    seed: Optional[int] = None                   # for sampling, 0 to 2^32 - 1; None: a new one each time
+    top_logprobs: int = NO_LOGPROBS              # alternatives per token; 0: only the token's own; -1: none at all
+    prompt_logprobs: bool = False                # score the prompt, with the same number of alternatives
     constraint: Optional[TokenConstraint] = None
 
     def __post_init__(self) -> None:
@@ -69,16 +69,16 @@ def _whole(value: object) -> bool:
 
 
 class Started(NamedTuple):
-    """The request has left the queue, and its prompt is being read."""
+    """The request has left the queue; its prompt is being prefilled."""
 
     prompt_tokens: int
-    cached_tokens: int                           # of these, so many were in the cache already
+    cached_tokens: int                           # of these, tokens that were already cached
 
 
 class PromptScores(NamedTuple):
-    """Natural logarithms of the probabilities of the prompt's tokens, each given all before."""
+    """Natural logarithms of the probabilities of the prompt's tokens, each given all previous ones."""
 
-    logprobs: Tuple[Optional[float], ...]        # one for each token of the prompt; the first has none
+    logprobs: Tuple[Optional[float], ...]        # one per token of the prompt; None for the first
     top: Tuple[Alternatives, ...]                # likewise; the first is empty
 
 
@@ -87,15 +87,15 @@ class Token(NamedTuple):
     penalties, bias and constraint."""
 
     id: int
-    logprob: Optional[float] = None              # None where the request asks for none
+    logprob: Optional[float] = None              # None if not requested
     top: Alternatives = ()
 
 
 class Finished(NamedTuple):
     """The last event of a request.
 
-    reason: stop (an end token), length (max_new_tokens, or the model's context), cancelled, or error, which `message`
-    explains.
+    reason: stop (an end token), length (max_new_tokens or the model's context), cancelled, or error, explained by
+    `message`.
     """
 
     reason: str
@@ -107,7 +107,7 @@ OnEvent = Callable[[Event], None]
 
 
 class RequestTooLong(ConfigError):
-    """A request that this model and cache can never answer. `limit`: tokens of prompt and answer together that fit."""
+    """A request that can never fit this model and cache. `limit`: tokens of prompt and answer together that fit."""
 
     def __init__(self, message: str, limit: int):
         super().__init__(message)
@@ -115,7 +115,7 @@ class RequestTooLong(ConfigError):
 
 
 class QueueFull(UserError, RuntimeError):
-    """Too many requests wait already. `retry_after`: seconds until it is worth another try, estimated."""
+    """Too many requests are waiting. `retry_after`: estimated seconds until a retry makes sense."""
 
     def __init__(self, message: str, retry_after: float):
         super().__init__(message)
@@ -123,54 +123,54 @@ class QueueFull(UserError, RuntimeError):
 
 
 class Draining(UserError, RuntimeError):
-    """No new requests are taken: those under way are finished, then the scheduler ends."""
+    """No new requests are accepted: running ones are finished, then the scheduler ends."""
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """Names an accepted request."""
+    """Identifies an accepted request."""
 
     number: int
 
 
 class Stats(NamedTuple):
-    """The state of a scheduler, and what it has done since it began."""
+    """The state of a scheduler and its totals since the start."""
 
     waiting: int                                 # requests in the queue
-    running: int                                 # requests whose prompt is being read or whose answer grows
+    running: int                                 # requests in prefill or decoding
     blocks_total: int                            # of the KV cache
     blocks_used: int                             # by running requests
-    blocks_cached: int                           # by nobody, but kept: their prompts may come again
+    blocks_cached: int                           # unused, but kept for reuse by later prompts
     steps: int
     submitted: int
     finished: int                                # by stop or length
     cancelled: int
     failed: int
-    prompt_tokens: int                           # of all requests that were started
-    cached_tokens: int                           # of these, so many did not have to be read
+    prompt_tokens: int                           # of all started requests
+    cached_tokens: int                           # of these, tokens that did not have to be prefilled
     generated_tokens: int
 
 
 class SchedulerLike(Protocol):
-    """What a server sees of generation/scheduler.py. `submit`, `cancel`, `drain` and `stats` may be called from any
-    thread, `step` and `run` from one only."""
+    """The interface of generation/scheduler.py to a server. `submit`, `cancel`, `drain` and `stats` may be called from
+    any thread, `step` and `run` from one only."""
 
     def submit(self, request: Request, on_event: OnEvent) -> Ticket:
-        """Put a request into the queue. Raises RequestTooLong, ConfigError (tokens that the model does not have),
-        QueueFull, Draining."""
+        """Put a request into the queue. Raises RequestTooLong, ConfigError (tokens outside the vocabulary), QueueFull,
+        Draining."""
 
     def cancel(self, ticket: Ticket) -> None:
-        """End a request at the next step, with Finished("cancelled"). Nothing happens if it has ended already."""
+        """End a request at the next step, with Finished("cancelled"). No effect if it has already ended."""
 
     def step(self) -> bool:
-        """Read prompts and bring every running answer one token further. -> whether anything is left to do."""
+        """Prefill prompts and decode one token of every running answer. -> whether anything is left to do."""
 
     def run(self, stop: threading.Event) -> None:
-        """Step while there is anything to do, and wait for requests, until `stop` is set (what runs then is
-        cancelled), or until all are finished after `drain`."""
+        """Step while there is anything to do, and wait for requests, until `stop` is set (running requests are then
+        cancelled) or until all are finished after `drain`."""
 
     def drain(self) -> None:
-        """Take no new requests from now on."""
+        """Accept no new requests from now on."""
 
     def stats(self) -> Stats:
-        """The state now."""
+        """The current state."""

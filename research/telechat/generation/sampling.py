@@ -1,9 +1,9 @@
-"""From logits to the next token: penalties, bias, temperature, top-k, top-p, minimal length. NumPy only.
+"""From logits to the next token: penalties, bias, temperature, top-k, top-p, minimum length. NumPy only.
 
-Meaning and order are those of the official code, which uses transformers' processors: repetition penalty over prompt
+Semantics and order are those of the official code, which uses transformers' processors: repetition penalty over prompt
 and answer (Keskar et al., 2019), then, when sampling, temperature, top-k and top-p (Holtzman et al., 2020). Presence
-penalty, frequency penalty and bias, which the official code does not have, come behind the repetition penalty and mean
-what they do in OpenAI's API: logit - frequency * (times in the answer) - presence * (1 if in the answer) + bias.
+penalty, frequency penalty and bias, which the official code does not have, follow the repetition penalty and are
+defined as in OpenAI's API: logit - frequency * (times in the answer) - presence * (1 if in the answer) + bias.
 """
 from dataclasses import dataclass
 from typing import Iterable, Optional, Protocol, Tuple
@@ -12,7 +12,7 @@ import numpy as np
 
 from research.telechat.common.errors import ConfigError
 
-CANDIDATES = 1024            # so many tokens are sorted for top-p before all of them are
+CANDIDATES = 1024            # tokens sorted for top-p before falling back to all of them
 
 
 @dataclass(frozen=True)
@@ -20,21 +20,21 @@ class Sampling:
     """How the next token is chosen.
 
     Raises:
-        ConfigError: a value that makes no sense; the message names it.
+        ConfigError: an invalid value; the message names it.
     """
 
-    do_sample: bool = False              # draw by probability; else the likeliest token
+    do_sample: bool = False              # sample; else greedy
     temperature: float = 1.0             # divides the logits; only when sampling
-    top_k: Optional[int] = None          # only the k likeliest; None, 0: all; only when sampling
-    top_p: Optional[float] = None        # only the likeliest that hold this share of probability; None, 1: all
-    repetition_penalty: float = 1.0      # over 1: tokens seen before become less likely
-    min_new_tokens: int = 0              # so many tokens before an answer may end
-    presence_penalty: float = 0.0        # taken from the logit of each token that the answer has
-    frequency_penalty: float = 0.0       # taken from it once for every time that the answer has it
-    logit_bias: Tuple[Tuple[int, float], ...] = ()     # (token, what is added to its logit)
+    top_k: Optional[int] = None          # only the k most likely; None, 0: all; only when sampling
+    top_p: Optional[float] = None        # only the most likely with this total probability; None, 1: all
+    repetition_penalty: float = 1.0      # over 1: already seen tokens become less likely
+    min_new_tokens: int = 0              # tokens before an answer may end
+    presence_penalty: float = 0.0        # subtracted from the logit of each token in the answer
+    frequency_penalty: float = 0.0       # subtracted once per occurrence in the answer
+    logit_bias: Tuple[Tuple[int, float], ...] = ()     # (token, value added to its logit)
 
     def __post_init__(self) -> None:
-        # Published settings have a temperature of 0 beside do_sample False.
+        # Published settings combine temperature 0 with do_sample False.
         checks = (("temperature", self.temperature, "a number over 0 (for the likeliest token, set do_sample to False)",
                    _number(self.temperature) and self.temperature >= (0 if not self.do_sample else 1e-9)),
                   ("top_k", self.top_k, "a whole number, 0 for all tokens",
@@ -53,7 +53,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token of the untouched logits is the choice."""
+        """Whether the choice is the argmax of the unmodified logits."""
         return (not self.do_sample and self.repetition_penalty == 1.0 and self.min_new_tokens == 0
                 and not self.presence_penalty and not self.frequency_penalty and not self.logit_bias)
 
@@ -63,10 +63,10 @@ def _number(value: object) -> bool:
 
 
 def adjust(logits: np.ndarray, seen: np.ndarray, new_tokens: int, eos: Iterable[int], sampling: Sampling) -> np.ndarray:
-    """Penalties, bias and minimal length, for both greedy and sampled choice.
+    """Apply penalties, bias and minimum length, for both greedy and sampled choice.
 
     logits: [V] float32; seen: ids of prompt and answer so far, `new_tokens` of them the answer's -> new array [V].
-    Raises ConfigError: a token of the bias that is not among the V.
+    Raises ConfigError: a bias for a token outside the vocabulary.
     """
     logits = logits.astype(np.float32)
     if sampling.repetition_penalty != 1.0:
@@ -88,13 +88,13 @@ def adjust(logits: np.ndarray, seen: np.ndarray, new_tokens: int, eos: Iterable[
 
 
 def candidates(logits: np.ndarray, sampling: Sampling) -> Tuple[np.ndarray, np.ndarray]:
-    """Tokens that may be drawn, in order of their id, and their probabilities, which add up to 1.
+    """Tokens that may be sampled, in order of their id, and their probabilities, which sum to 1.
 
-    logits: [V] float32, after `adjust`. The token that crosses top_p still counts; ties at the k-th place all count.
+    logits: [V] float32, after `adjust`. The token that crosses top_p is included; so are all ties at the k-th place.
     """
     ids = np.arange(len(logits))
     if sampling.top_k and sampling.top_k < len(logits):
-        kth = np.partition(logits, -sampling.top_k)[-sampling.top_k]               # before the others cost anything
+        kth = np.partition(logits, -sampling.top_k)[-sampling.top_k]               # first, to save work on the others
         ids = np.flatnonzero(logits >= kth)
         logits = logits[ids]
     scores = logits.astype(np.float64) / sampling.temperature
@@ -108,7 +108,7 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> Tuple[np.ndarray, np.n
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices of the smallest set of the largest weights (which add up to 1) that add up to top_p at least."""
+    """Indices of the smallest set of the largest weights (which sum to 1) with a sum of at least top_p."""
     order = None
     if len(weights) > 2 * CANDIDATES:
         order = np.argpartition(-weights, CANDIDATES)[:CANDIDATES]
@@ -127,7 +127,7 @@ class Random(Protocol):
 
 
 def choose(logits: np.ndarray, sampling: Sampling, rng: Random) -> int:
-    """The next token for logits [V] after `adjust`. rng: has NumPy's `random_sample`; drawn from once when sampling."""
+    """The next token for logits [V] after `adjust`. rng: has NumPy's `random_sample`; called once when sampling."""
     if not sampling.do_sample:
         return int(np.argmax(logits))
     ids, weights = candidates(logits, sampling)

@@ -1,12 +1,12 @@
-"""One loop for all who want answers: sequences enter and leave between steps (continuous batching: Yu et al., 2022).
+"""One loop for all requests: sequences enter and leave between steps (continuous batching: Yu et al., 2022).
 
-A step takes cancellations and new requests, admits requests in order of arrival while there are places and blocks for
-all that they may need (what starts can finish: nothing is ever put aside), reads prompts, up to `prefill_tokens` of
-them so that a long one does not stop the others, brings every growing answer its next token, and hands the tokens out.
+A step takes cancellations and new requests, admits requests in order of arrival while there are slots and blocks for
+their maximum length (so whatever starts can finish without preemption), prefills up to `prefill_tokens` prompt tokens
+so that a long prompt does not stall the others, decodes the next token of every running answer, and emits the tokens.
 
-Answers do not depend on what else is computed, except for rounding: kernels sum in another order in another batch, and
-where two tokens are that close, the other one may be chosen. With `Settings.deterministic` each sequence is computed
-by itself and read anew, so that its answer is that of the request alone, bit by bit. No MindSpore here.
+Answers do not depend on what else is computed, except for rounding: kernels sum in a different order in another batch,
+and if two tokens are that close, the other one may be chosen. With `Settings.deterministic` each sequence is computed
+separately and without cached prefixes, so its answer is that of the request alone, bit by bit. No MindSpore here.
 """
 import pickle
 import threading
@@ -36,14 +36,14 @@ from research.telechat.generation.requests import (
 )
 from research.telechat.generation.sampling import Random, Sampling
 
-_RECENT = 32                           # finished requests over whose time the wait is estimated
-_IDLE = 0.1                            # seconds between two looks at `stop` while there is nothing to do
+_RECENT = 32                           # finished requests used to estimate the waiting time
+_IDLE = 0.1                            # seconds between checks of `stop` while idle
 _GREEDY = Sampling()
 _OUTCOMES = {"stop": "finished", "length": "finished", "cancelled": "cancelled", "error": "failed"}
 
 
 class Order(NamedTuple):
-    """What comes in from outside: a request, or (None) the end of one for a reason."""
+    """An order from outside: a request, or (None) the end of one for a reason."""
 
     number: int
     request: Optional[Request] = None
@@ -64,52 +64,52 @@ Exchange = Callable[[List[Order]], List[Order]]
 
 
 def choose_each(places: List[Place]) -> List[Chosen]:
-    """The next token of each sequence, by its own request."""
+    """The next token of each sequence, with its own request's settings."""
     return [Token(place.step.tokens()[place.at]) if place.row.plain else
             pick(place.row, place.step.logits()[place.at]) for place in places]
 
 
 def _for_all_ranks(request: Request) -> Request:
-    """The request with a seed, so that all draw the same. Raises ConfigError: it cannot be sent to other processes."""
+    """The request with a seed, so that all ranks sample the same. Raises ConfigError: it cannot be pickled."""
     if request.constraint is not None:
         try:
             pickle.dumps(request.constraint)
-        except Exception as error:                                 # whatever its class raises
+        except Exception as error:                                 # anything its class raises
             raise ConfigError(f"constraint: it cannot be sent to the other ranks of the model ({error})") from error
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if request.seed is None else request.seed
     return replace(request, seed=seed)
 
 
 class Scheduler:
-    """See the head of this file, and `SchedulerLike`.
+    """See the module docstring and `SchedulerLike`.
 
     Args:
-        engine: computes the steps; its `pool` holds the blocks of the cache, which several schedulers may share.
-        settings: see there.
+        engine: computes the steps; several schedulers may share the cache blocks of its `pool`.
+        settings: see `Settings`.
         choose: chooses the tokens of a step.
-        exchange: gives the orders that all processes of a model follow in this step, from those that came in here
-            (generation/ranks.py); None: there is one process.
+        exchange: turns the orders received here into those that all processes of a model follow in this step
+            (generation/ranks.py); None: single process.
     """
 
     def __init__(self, engine: Engine, settings: Optional[Settings] = None, choose: Choose = choose_each,
                  exchange: Optional[Exchange] = None):
         settings = settings or Settings()
         if engine.together and not settings.together:
-            settings = replace(settings, slots=1, buckets=(1,))            # others could not enter
+            settings = replace(settings, slots=1, buckets=(1,))            # others could not join
         if settings.deterministic:
             settings = replace(settings, buckets=(1,), reuse=False)
         self.engine, self.settings = engine, settings
         self._passes = Passes(engine, settings)
         self._choose, self._exchange = choose, exchange
-        self._lock = threading.Lock()              # for what all threads touch: _inbox, _number, _listeners, _draining
+        self._lock = threading.Lock()              # for _inbox, _number, _listeners, _draining, which all threads touch
         self._wake = threading.Event()
         self._inbox: List[Order] = []
         self._listeners: Dict[int, Tuple[Optional[OnEvent], Optional[Random], Optional[np.ndarray]]] = {}
         self._number = 0
         self._draining = False
         self._waiting: Deque[Row] = deque()
-        self._running: List[Row] = []              # in order of arrival; with settings.together, the finished ones too
-        self._rows: Dict[int, Row] = {}            # by number, those that have not ended
+        self._running: List[Row] = []              # in order of arrival; with settings.together, finished ones too
+        self._rows: Dict[int, Row] = {}            # unfinished ones by number
         self._counts = dict.fromkeys(("steps", "submitted", "finished", "cancelled", "failed", "prompt_tokens",
                                       "cached_tokens", "generated_tokens"), 0)
         self._seconds: Deque[float] = deque(maxlen=_RECENT)
@@ -121,15 +121,15 @@ class Scheduler:
         """Put a request into the queue.
 
         Args:
-            request: what is asked.
+            request: the request.
             on_event: called with each event, see generation/requests.py.
-            rng: draws the tokens in place of the request's seed; only within one process.
+            rng: samples the tokens instead of the request's seed; single process only.
             tokens: array to write prompt and answer to, int32.
 
         Raises:
-            RequestTooLong: prompt and answer fit neither the context nor the whole cache.
-            ConfigError: a token that the model does not have.
-            QueueFull, Draining: try another time, or somewhere else.
+            RequestTooLong: prompt and answer do not fit the context or the whole cache.
+            ConfigError: a token outside the vocabulary.
+            QueueFull, Draining: retry later or elsewhere.
         """
         self._check(request)
         if self._exchange is not None:
@@ -151,17 +151,17 @@ class Scheduler:
         return Ticket(number)
 
     def cancel(self, ticket: Ticket) -> None:
-        """End a request at the next step; nothing happens if it has ended already."""
+        """End a request at the next step; no effect if it has already ended."""
         self._end(Order(ticket.number))
 
     def drain(self) -> None:
-        """Take no new requests from now on."""
+        """Accept no new requests from now on."""
         with self._lock:
             self._draining = True
         self._wake.set()
 
     def stats(self) -> Stats:
-        """The state now; while a step runs, that of some moment within it."""
+        """The current state; while a step runs, that of some moment within it."""
         pool = self.engine.pool
         with self._lock:
             waiting = len(self._waiting) + sum(order.request is not None for order in self._inbox)
@@ -178,11 +178,11 @@ class Scheduler:
 
     @property
     def running(self) -> bool:
-        """Whether any request has left the queue, and not ended."""
+        """Whether any request has left the queue and not ended."""
         return bool(self._running)
 
     def put_aside(self) -> None:
-        """Give the blocks of all answers back. They go on, with everything read again, as soon as there is room."""
+        """Preempt all answers and release their blocks. They resume, recomputed, as soon as there is room."""
         for row in reversed(self._running):
             self._passes.leave(row)
             row.use([])
@@ -191,7 +191,7 @@ class Scheduler:
         self._running = []
 
     def step(self) -> bool:
-        """Read prompts and bring every growing answer one token further -> whether anything is left to do.
+        """Prefill prompts and decode one token of every running answer -> whether anything is left to do.
 
         An error of the engine ends all requests with Finished("error") and is raised.
         """
@@ -207,8 +207,8 @@ class Scheduler:
         return self.busy
 
     def run(self, stop: threading.Event) -> None:
-        """Step while there is anything to do, and wait for requests, until `stop` is set (what runs then is
-        cancelled), or until all are finished after `drain`."""
+        """Step while there is anything to do, and wait for requests, until `stop` is set (running requests are then
+        cancelled) or until all are finished after `drain`."""
         try:
             while not stop.is_set():
                 if self.busy:
@@ -222,7 +222,7 @@ class Scheduler:
             self.close()
 
     def close(self) -> None:
-        """Cancel what is left."""
+        """Cancel all unfinished requests."""
         with self._lock:
             orders, self._inbox = self._inbox, []
         self._follow(orders)
@@ -231,8 +231,7 @@ class Scheduler:
         self._leave()
 
     def warm_up(self) -> None:
-        """Compile the graphs of all buckets, so that nobody waits for them later: tokens are computed for prompts of
-        one token, which go nowhere."""
+        """Compile the graphs of all buckets up front, by decoding for one-token prompts and discarding the tokens."""
         request = Request((0,), _GREEDY, 2)
         pool = self.engine.pool
         for bucket in self.settings.buckets:
@@ -255,7 +254,7 @@ class Scheduler:
     # Within a step
 
     def _check(self, request: Request) -> None:
-        """Raises what `submit` raises for a request that can never be answered."""
+        """Raises the errors of `submit` for a request that can never be answered."""
         engine = self.engine
         check_tokens(np.asarray(request.prompt), engine.vocab_size, "the prompt")
         for token, _ in request.sampling.logit_bias:
@@ -275,7 +274,7 @@ class Scheduler:
                                  "tokens", limit)
 
     def _estimate(self, waiting: int) -> float:
-        """Seconds until a place in the queue is free, from the time that recent requests took."""
+        """Estimated seconds until a place in the queue is free, from the duration of recent requests."""
         mean = sum(self._seconds) / len(self._seconds) if self._seconds else 1.0
         return max(mean * (waiting + 1) / self.settings.slots, 1.0)
 
@@ -285,14 +284,14 @@ class Scheduler:
         self._wake.set()
 
     def _receive(self) -> None:
-        """Follow the orders that have come in since the last step."""
+        """Follow the orders received since the last step."""
         with self._lock:
             orders, self._inbox = self._inbox, []
         if self._exchange is not None:
             try:
                 orders = self._exchange(orders)
             except BaseException:
-                self._follow(orders)                               # so that they are known, and end with an error
+                self._follow(orders)                               # registers them, so that they end with an error
                 raise
         self._follow(orders)
 
@@ -308,15 +307,15 @@ class Scheduler:
         self._leave()
 
     def _admit(self) -> None:
-        """Let requests in, in order of arrival, while there are places and blocks for all that they may need."""
+        """Admit requests in order of arrival while there are slots and blocks for their maximum length."""
         places = self.settings.slots - len(self._running)
-        if self.settings.together and self._running:               # they end together
+        if self.settings.together and self._running:               # they finish together
             places = 0
         while self._waiting and places > 0 and self._passes.place(self._waiting[0]):
             row = self._waiting.popleft()
             self._running.append(row)
             places -= 1
-            if row.started:                                        # it was put aside
+            if row.started:                                        # it was preempted
                 continue
             row.started = time.monotonic()
             self._counts["prompt_tokens"] += row.prompt_length
@@ -324,7 +323,7 @@ class Scheduler:
             self._emit(row, Started(row.prompt_length, row.cached))
 
     def _hand_out(self, readings: List[Reading]) -> None:
-        """Choose the tokens, in order of arrival, and tell."""
+        """Choose the tokens, in order of arrival, and emit the events."""
         places = [Place(row, step, index) for rows, step in readings for index, row in enumerate(rows)
                   if not row.finished]
         places.sort(key=lambda place: place.row.number)
@@ -353,7 +352,7 @@ class Scheduler:
                 self._finish(row, "stop" if ended else "length")
 
     def _finish(self, row: Row, reason: str, message: str = "") -> None:
-        """End a sequence, whatever its state; its place and blocks are free after `_leave`."""
+        """End a sequence in any state; its slot and blocks are free after `_leave`."""
         if self._rows.pop(row.number, None) is None:
             return
         row.finished = True
@@ -363,18 +362,18 @@ class Scheduler:
         self._emit(row, Finished(reason, message))
 
     def _leave(self) -> None:
-        """Take finished sequences out, and give back their blocks."""
+        """Remove finished sequences and release their blocks."""
         if any(row.finished for row in self._waiting):
             self._waiting = deque(row for row in self._waiting if not row.finished)
         if self.settings.together and not all(row.finished for row in self._running):
-            return                                                 # each keeps its place in the batch
+            return                                                 # each keeps its slot in the batch
         for row in self._running:
             if row.finished:
                 self._passes.leave(row)
         self._running = [row for row in self._running if not row.finished]
 
     def _fail(self, message: str) -> None:
-        """A step has failed: nothing of what the cache holds can be trusted, and no more requests are taken."""
+        """Handle a failed step: the cache contents cannot be trusted, and no more requests are accepted."""
         self.drain()
         if self.engine.pool is not None:
             self.engine.pool.forget()
@@ -388,6 +387,6 @@ class Scheduler:
             return
         try:
             row.on_event(event)
-        except Exception as error:                                 # its request ends, the others go on
+        except Exception as error:                                 # its request ends, the others continue
             row.on_event = None
             self._end(Order(row.number, None, "error", f"{type(error).__name__}: {error}"))
