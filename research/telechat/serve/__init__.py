@@ -1,1 +1,1 @@
-"""Answering over HTTP: the APIs, text out of tokens, limits, metrics, the chat page."""
+"""HTTP server: the APIs, detokenisation, limits, metrics, the chat page."""

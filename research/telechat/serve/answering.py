@@ -1,7 +1,7 @@
 """From a request to the parts of its answers: submits to the scheduler, follows its events in the web server's loop.
 
-The engine's thread only appends to a list; text and everything else is made here. A reader who is slow gets fewer and
-longer parts, and holds up nobody.
+The engine's thread only appends to a list; detokenisation and everything else happens here. A slow reader gets fewer,
+longer parts and blocks nobody else.
 """
 import asyncio
 import time
@@ -34,10 +34,10 @@ _GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Engine:
-    """What answers: the scheduler of a loaded model, and what it takes to ask it.
+    """The scheduler of a loaded model, with what is needed to submit requests.
 
-    `context`: tokens of prompt and answer together; `vocab_size`: of the model; `sampling`, `max_new_tokens`: where a
-    request says nothing; `ends`: tokens that end an answer.
+    `context`: tokens of prompt and answer together; `vocab_size`: of the model; `sampling`, `max_new_tokens`: defaults
+    of a request; `ends`: tokens that end an answer.
     """
 
     scheduler: SchedulerLike
@@ -50,14 +50,14 @@ class Engine:
 
 
 class Choice(NamedTuple):
-    """One answer that is asked for: its request, and how its tokens become text."""
+    """One requested answer: its request, and how its tokens become text."""
 
     request: Request
     text: AnswerText
 
 
 class Update(NamedTuple):
-    """What is new of answer number `answer`. `tokens`: those of `part`, with their log-probabilities; `finish`: empty
+    """New output of answer number `answer`. `tokens`: those of `part`, with their log-probabilities; `finish`: empty
     while it grows, then stop, length or tool_calls."""
 
     answer: int
@@ -69,7 +69,7 @@ class Update(NamedTuple):
 
 @dataclass
 class Usage:
-    """Tokens of all answers to one request. A prompt that is answered several times counts once."""
+    """Token counts of all answers to one request. A prompt with several answers counts once."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -77,17 +77,17 @@ class Usage:
 
 
 class Mailbox:
-    """Events from the engine's thread to the loop in which this is made."""
+    """Passes events from the engine's thread to the event loop in which it is created."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._ready = asyncio.Event()
         self._woken = False
-        self.closed = False                              # nobody reads any more
+        self.closed = False                              # there is no reader any more
         self._events: Deque[Tuple[float, int, Event]] = deque()
 
     def put(self, index: int) -> Callable[[Event], None]:
-        """A function that puts events of answer `index`; may be called in any thread."""
+        """A callback for events of answer `index`; may be called from any thread."""
         def put(event: Event) -> None:
             if self.closed:
                 return
@@ -98,7 +98,7 @@ class Mailbox:
         return put
 
     async def take(self) -> List[Tuple[float, int, Event]]:
-        """All that have come, with their times; waits for the first."""
+        """All pending events with their times; waits for the first one."""
         await self._ready.wait()
         self._ready.clear()
         self._woken = False
@@ -107,7 +107,7 @@ class Mailbox:
 
 @dataclass
 class _State:
-    """One answer on its way."""
+    """An answer in progress."""
 
     text: AnswerText
     started: bool = False
@@ -117,7 +117,7 @@ class _State:
 
 
 class Answers:
-    """The answers to one request. Use as `async with`: what is not finished at the end is cancelled.
+    """The answers to one request. Use as `async with`: unfinished answers are cancelled at the end.
 
     Attributes: `usage`, so far.
     """
@@ -126,11 +126,11 @@ class Answers:
                  prompts: int = 1):
         """
         Args:
-            queue_timeout: seconds that it may wait for its turn; 0: any time.
-            prompts: of how many different prompts they are the answers, each the same number of times.
+            queue_timeout: seconds that it may wait in the queue; 0: no limit.
+            prompts: number of different prompts, each with the same number of answers.
 
         Raises:
-            ApiError: too many wait, a request that never fits, a server that is ending.
+            ApiError: too many requests wait, a request that can never fit, a server that is stopping.
         """
         self.usage = Usage()
         self._scheduler, self._metrics, self._timeout = engine.scheduler, metrics, queue_timeout
@@ -154,12 +154,12 @@ class Answers:
         self.close()
 
     def fail(self, message: str) -> None:
-        """End all with an error; may be called in any thread."""
+        """End all answers with an error; may be called from any thread."""
         for index in range(len(self._states)):
             self._mailbox.put(index)(Finished("error", message))
 
     def close(self) -> None:
-        """Cancel what is not finished."""
+        """Cancel unfinished answers."""
         self._mailbox.closed = True
         for ticket, state in zip(self._tickets, self._states):
             if not state.done:
@@ -167,7 +167,7 @@ class Answers:
                 self._scheduler.cancel(ticket)
 
     async def updates(self) -> AsyncIterator[Update]:
-        """All answers as they grow. Raises ApiError where one cannot be finished."""
+        """All answers as they grow. Raises ApiError if one cannot be finished."""
         while not all(state.done for state in self._states):
             for index, events in _by_index(await self._take()).items():
                 update = self._follow(index, events)
@@ -186,12 +186,12 @@ class Answers:
                            code="queue_timeout", retry_after=self._timeout) from None
 
     def _follow(self, index: int, events: List[Tuple[float, Event]]) -> Optional[Update]:
-        """What `events` make of answer `index`; None where nothing can be shown yet."""
+        """Apply `events` to answer `index`; None if there is nothing to show yet."""
         state = self._states[index]
         part, scores, finish = Part(), None, ""
         for moment, event in events:
             if state.done:
-                break                                    # tokens behind a stop string
+                break                                    # tokens after a stop string
             if isinstance(event, Started):
                 self._start(index, moment, event)
             elif isinstance(event, PromptScores):
@@ -247,7 +247,7 @@ def _joined(one: Part, other: Part) -> Part:
 
 
 def _finish(event: Finished) -> str:
-    """The finish reason of an answer that ended by itself. Raises ApiError for any other."""
+    """The finish reason of an answer that ended normally. Raises ApiError for any other."""
     if event.reason == "error":
         raise ApiError(500, f"the answer could not be finished: {event.message}", code="engine_error")
     if event.reason == "cancelled":
@@ -257,7 +257,7 @@ def _finish(event: Finished) -> str:
 
 
 def _refusal(err: BaseException, context: int) -> BaseException:
-    """What the scheduler's refusal is to a client."""
+    """The scheduler's refusal as an error for the client."""
     if isinstance(err, QueueFull):
         return ApiError(429, str(err), code="queue_full", retry_after=err.retry_after)
     if isinstance(err, Draining):

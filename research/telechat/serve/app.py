@@ -49,7 +49,7 @@ _DONE = b"data: [DONE]\n\n"
 
 
 class Whole:
-    """A response that is there at once."""
+    """A complete response."""
 
     def __init__(self, body: Union[bytes, JsonObject], status: int = 200, media_type: str = "application/json",
                  headers: Optional[Mapping[str, str]] = None):
@@ -61,14 +61,14 @@ class Whole:
 
 
 class Routes:
-    """All routes of one service."""
+    """The routes of one service."""
 
     def __init__(self, service: Service):
         self.service = service
-        self._told: set = set()                                                  # unknown keys that the log has
+        self._told: set = set()                                                  # unknown keys already logged
 
     def routes(self) -> Dict[str, Route]:
-        """By their path."""
+        """The routes by path."""
         gets = {"/": self.page, "/health": self.health, "/ready": self.ready, "/metrics": self.metrics,
                 "/v1/models": self.models, "/v1/models/{model:path}": self.model,
                 "/tokenizer_info": self.tokenizer_info}
@@ -191,7 +191,7 @@ class Routes:
                       "pad_token": names.get(renderer.pad_id), "chat_template": None,
                       "template": renderer.template.name})
 
-    # The earlier APIs
+    # The legacy APIs
 
     async def dialog_stream(self, request: HttpRequest) -> Response:
         try:
@@ -248,7 +248,7 @@ async def _threaded_submit(service: Service, wanted: legacy.Wanted) -> Answers:
 
 
 def _note(note: JsonObject, answers: Answers) -> None:
-    """What the log says of the answers."""
+    """Add the token counts of the answers to the log entry."""
     note.update(prompt=answers.usage.prompt_tokens, completion=answers.usage.completion_tokens)
 
 
@@ -259,7 +259,7 @@ async def _gather(answers: Answers, writer: Union[ChatWriter, CompletionWriter])
 
 async def _events(answers: Answers, writer: Union[ChatWriter, CompletionWriter], asked: Asked,
                   note: JsonObject) -> AsyncIterator[bytes]:
-    """A stream of OpenAI's API. The chunks of one moment are one piece."""
+    """A stream of OpenAI's API. The chunks of one update are sent together."""
     async with answers:
         try:
             yield _data(writer.begin())
@@ -314,14 +314,14 @@ async def _on_fault(_: HttpRequest, __: Exception) -> Response:
 
 
 class _Nothing:
-    """The response to a client who has gone."""
+    """The response to a client that has disconnected."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pass
 
 
 class _Error:
-    """The response of an error."""
+    """An error response."""
 
     def __init__(self, err: ApiError):
         self.err = err

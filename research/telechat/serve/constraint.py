@@ -1,7 +1,7 @@
-"""Answers of a given form, by the library llguidance: JSON objects, JSON of a schema, calls of given tools.
+"""Constrained answers with the library llguidance: JSON objects, JSON of a schema, calls of given tools.
 
-A grammar says which bytes may come next; the library turns it into a mask of the vocabulary. Without the library
-nothing of this is offered (`available`), and the APIs refuse what needs it.
+A grammar says which bytes may come next; the library turns it into a mask over the vocabulary. Without the library
+none of this is available (`available`), and the APIs refuse requests that need it.
 """
 import importlib.util
 import json
@@ -24,9 +24,9 @@ def available() -> bool:
     return importlib.util.find_spec("llguidance") is not None
 
 
-# A space in front may be the encoder's own and is no part of the text: see IncrementalDecoder.
+# A leading space may be the encoder's dummy prefix, which is not part of the text: see IncrementalDecoder.
 _START = 'start: " "? answer\n'
-# Spaces where Python and TeleChat2 write them and no others: a model can otherwise go on with line ends for ever.
+# Only the spaces that Python and TeleChat2 write: otherwise a model can emit newlines forever.
 _SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -52,10 +52,10 @@ def calls_grammar(tools: Sequence[JsonObject], several: bool) -> str:
 
 
 class Grammars:
-    """Makes constraints for one vocabulary."""
+    """Creates constraints for one vocabulary."""
 
     def __init__(self, vocab: Vocab, vocab_size: int, ends: Sequence[int], kept: FrozenSet[int] = frozenset()):
-        """vocab_size: of the model, which may be wider; ends: tokens that end an answer; kept: special tokens that are
+        """vocab_size: of the model, which may be larger; ends: tokens that end an answer; kept: special tokens that are
         part of a text (see IncrementalDecoder)."""
         self._vocab, self._size, self._ends, self._kept = vocab, vocab_size, sorted(set(ends)), kept
 
@@ -65,7 +65,7 @@ class Grammars:
         return LLTokenizer(TokenizerWrapper(_Table(self._vocab, self._ends, self._kept)), n_vocab=self._vocab.size)
 
     def constraint(self, grammar: str, param: str) -> "Grammar":
-        """A constraint of one answer. Raises ApiError: the library is missing, or cannot use the schema."""
+        """A constraint for one answer. Raises ApiError: the library is missing or does not support the schema."""
         if not available():
             raise ApiError(400, f"{param}: this server cannot constrain answers; its environment lacks the library "
                                 "llguidance (pip install 'telechat-mindspore[constrained]')", param)
@@ -78,8 +78,8 @@ class Grammars:
 
 
 class _Table:
-    """The vocabulary as llguidance reads it. Markers that are written into texts, such as <tool_call>, count as their
-    bytes; those that are skipped in texts never come."""
+    """The vocabulary in llguidance's form. Markers that are part of texts, such as <tool_call>, count as their bytes;
+    those that are skipped in texts are never allowed."""
 
     bos_token_id = None
 
@@ -95,7 +95,7 @@ class _Table:
         self._behind = len(line_end) if vocab.encode("\n<")[:len(line_end)] == line_end else 0
 
     def __call__(self, text: str) -> List[int]:
-        """Ids of a text that continues another one: without the dummy prefix of SentencePiece."""
+        """Ids of a text that continues another one: without SentencePiece's dummy prefix."""
         return self._vocab.encode("\n" + text)[self._behind:] if self._behind else self._vocab.encode(text)
 
 

@@ -1,4 +1,4 @@
-"""Errors of a request, in the form in which OpenAI's clients read them."""
+"""Errors of a request, in the format that OpenAI's clients expect."""
 from typing import Dict, Optional
 
 from research.telechat.common.errors import UserError
@@ -8,9 +8,9 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 
 class ApiError(UserError):
-    """A request that is not answered: HTTP status, message, and what OpenAI's form says beside it.
+    """A failed request: HTTP status, message, and the other fields of OpenAI's error format.
 
-    `param`: the key of the body that is wrong; `code`: a word for programs; `retry_after`: seconds after which the same
+    `param`: the invalid key of the body; `code`: machine-readable code; `retry_after`: seconds after which the same
     request may succeed.
     """
 
@@ -33,7 +33,7 @@ class ApiError(UserError):
 
 
 def too_long(found: int, asked: int, context: int) -> ApiError:
-    """The prompt has `found` tokens and the answer may have `asked`, together more than the context."""
+    """The error for a prompt of `found` tokens and an answer of up to `asked`, together more than the context."""
     return ApiError(400, f"the prompt has {found} tokens and the answer may have {asked}, but the model's context is "
                          f"{context} tokens: shorten the prompt, or ask for a shorter answer", "messages",
                     "context_length_exceeded")

@@ -1,4 +1,4 @@
-"""Values out of the JSON body of a request, each checked for its type and bounds. A value null counts as missing."""
+"""Values from the JSON body of a request, checked for type and bounds. null counts as missing."""
 import json
 import math
 from typing import Any, List, Optional
@@ -28,23 +28,23 @@ def _kind(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as an error message quotes it."""
+    """A value as quoted in an error message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 class Fields:
-    """The keys of one body. Every method raises ApiError with `param` for a value that cannot be used."""
+    """The keys of one body. Every method raises ApiError with `param` for an invalid value."""
 
     def __init__(self, body: JsonObject):
         self.body = body
 
     def get(self, key: str) -> Any:
-        """As it is; None where it is missing."""
+        """The raw value; None if missing."""
         return self.body.get(key)
 
     def wrong(self, key: str, expected: str) -> ApiError:
-        """The error that the value of `key` is not what was expected."""
+        """The error for an unexpected value of `key`."""
         return ApiError(400, f"{key}: expected {expected}, found {shown(self.body.get(key))}", key)
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -68,7 +68,7 @@ class Fields:
         return value
 
     def number(self, key: str, low: float, high: float, open_low: bool = False) -> Optional[float]:
-        """A number; with open_low it must be over `low`."""
+        """A number; with open_low it must be greater than `low`."""
         value = self.body.get(key)
         if value is None:
             return None

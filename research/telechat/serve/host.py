@@ -1,7 +1,7 @@
-"""The process of a server: the web server in a thread, the engine in the main one, signals in a third.
+"""The server process: the web server in a thread, the engine in the main thread, signals in a third.
 
-MindSpore ends the process on SIGINT while a graph runs, so that signals are blocked in all threads and waited for in
-one. The first asks for an orderly end: what runs is finished, within limits. The second ends at once.
+MindSpore ends the process on SIGINT while a graph runs, so signals are blocked in all threads and waited for in one.
+The first signal is a graceful shutdown: running requests are finished, within limits. The second ends at once.
 """
 import asyncio
 import logging
@@ -26,7 +26,7 @@ from research.telechat.serve.service import BROKEN, DRAINING, Service
 
 log = logging.getLogger("telechat.serve")
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-_AT_ONCE = 2.0                           # seconds that a second signal leaves for telling the clients
+_AT_ONCE = 2.0                           # seconds after a second signal to notify the clients
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Times:
     """Seconds."""
 
     grace: float = 30.0                  # for running requests after the first signal
-    headers: float = 10.0                # for the headers of a request to come
-    send: float = 30.0                   # for a client to take what is sent
-    idle: float = 75.0                   # between two requests of a connection
+    headers: float = 10.0                # to receive the headers of a request
+    send: float = 30.0                   # for a client to accept sent data
+    idle: float = 75.0                   # between two requests on a connection
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections. Raises ConfigError."""
+    """A listening socket. Raises ConfigError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -54,7 +54,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_protocol(times: Times) -> type:
-    """uvicorn's protocol, which ends connections whose headers do not come, or that take nothing of what is sent."""
+    """uvicorn's protocol with timeouts for connections that send no headers or do not read what is sent."""
     class Protocol(H11Protocol):
         _late: Optional[asyncio.TimerHandle] = None
         _stuck: Optional[asyncio.TimerHandle] = None
@@ -96,14 +96,14 @@ def make_protocol(times: Times) -> type:
 
 
 def _cancel(timer: Optional[asyncio.TimerHandle]) -> Optional[asyncio.TimerHandle]:
-    """None, in the place of a timer that is needed no more."""
+    """Cancel a timer, if any; returns None."""
     if timer is not None:
         timer.cancel()
     return None
 
 
 class Web:
-    """uvicorn in a thread of its own."""
+    """uvicorn in its own thread."""
 
     def __init__(self, app: Response, listener: socket.socket, times: Times, connections: int = 1024):
         config = uvicorn.Config(
@@ -115,19 +115,19 @@ class Web:
                                         daemon=True)
 
     def start(self) -> None:
-        """Returns when requests are answered."""
+        """Start; returns when requests are served."""
         self._thread.start()
         while not self._server.started and self._thread.is_alive():
             time.sleep(0.01)
 
     def stop(self) -> None:
-        """Close what is open once its answer is out, within some seconds."""
+        """Close open connections once their answers are sent, within some seconds."""
         self._server.should_exit = True
         self._thread.join(8)
 
 
 class Host:
-    """Runs one service until a signal, or until its engine fails."""
+    """Runs one service until a signal or an engine failure."""
 
     def __init__(self, service: Service, web: Web, times: Times):
         self._service, self._web, self._times = service, web, times
@@ -135,7 +135,7 @@ class Host:
         self._signals = 0
 
     def run(self, load: Callable[[], Engine], ready: Callable[[], None]) -> int:
-        """Load the model while the web server answers 503 already, then serve. -> exit code.
+        """Load the model while the web server already answers 503, then serve. -> exit code.
 
         Call with `SIGNALS` blocked, before other threads exist.
         """

@@ -1,6 +1,6 @@
-"""What holds for every request: ids, key, origins, rate, size, the log. Plain ASGI.
+"""Common to all requests: ids, key, origins, rate limit, size limit, the log. Plain ASGI.
 
-The log has who asked for which route, how it ended and how many tokens it took, never a word of its contents.
+The log has the client, route, outcome and token counts of each request, never its contents.
 """
 import asyncio
 import hmac
@@ -20,15 +20,15 @@ from research.telechat.serve.metrics import Metrics
 Scope = JsonObject
 Receive = Callable[[], Awaitable[JsonObject]]
 Send = Callable[[JsonObject], Awaitable[None]]
-Response = Callable[[Scope, Receive, Send], Awaitable[None]]     # or an application: ASGI makes no difference
+Response = Callable[[Scope, Receive, Send], Awaitable[None]]     # or an application: the same in ASGI
 log = logging.getLogger("telechat.serve")
 _Result = TypeVar("_Result")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _LOCAL = {"localhost", "127.0.0.1", "::1", ""}
 _OPEN = {"/", "/health", "/ready"}
 PING_SECONDS = 15.0
-_PROBES = {"/health", "/ready", "/metrics"}      # asked for every few seconds, and not worth a line each
-_CLIENTS = 10_000                        # addresses whose rate is remembered
+_PROBES = {"/health", "/ready", "/metrics"}      # polled every few seconds; logged at level DEBUG
+_CLIENTS = 10_000                        # addresses whose rate is tracked
 
 
 class ClientGone(Exception):
@@ -37,24 +37,24 @@ class ClientGone(Exception):
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask. `keys`: any of them, none needed where empty; `local`: the server is bound to loopback."""
+    """Access control. `keys`: accepted keys, none needed if empty; `local`: the server is bound to loopback."""
 
     keys: Tuple[str, ...] = ()
     local: bool = True
-    origins: Tuple[str, ...] = ()        # web pages of other servers that may ask; "*" for all
+    origins: Tuple[str, ...] = ()        # allowed origins of web pages; "*" for all
     open_metrics: bool = False
-    per_minute: int = 0                  # requests of one address; 0: any number
+    per_minute: int = 0                  # requests per address; 0: no limit
 
 
 @dataclass
 class Rate:
-    """Requests of each address, as a bucket that fills again within a minute."""
+    """Rate limit per address, a token bucket that refills within a minute."""
 
     per_minute: int
     left: Dict[str, Tuple[float, float]] = field(default_factory=dict)
 
     def take(self, client: str) -> None:
-        """Raises ApiError where it is empty."""
+        """Raises ApiError if the bucket is empty."""
         if not self.per_minute:
             return
         now = time.monotonic()
@@ -69,7 +69,7 @@ class Rate:
 
 
 class Guard:
-    """Stands before the routes."""
+    """Middleware in front of the routes."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], access: Access, metrics: Metrics,
                  routes: List[str]):
@@ -120,7 +120,7 @@ class Guard:
                     "".join(f" {key}={value}" for key, value in note.items()))
 
     def _admit(self, scope: Scope, headers: Mapping[str, str]) -> None:
-        """Raises ApiError for who may not ask."""
+        """Raises ApiError if the client is not allowed."""
         host = _host(headers.get("host", ""))
         if self.access.local and not self.access.keys and host not in _LOCAL:
             raise ApiError(403, "a server without a key answers to names of this machine only; ask for localhost")
@@ -159,7 +159,7 @@ class Guard:
 
 
 def _host(header: str) -> str:
-    """A host without its port."""
+    """The host without its port."""
     try:
         return (urlsplit(f"//{header}").hostname or "").lower()
     except ValueError:
@@ -167,12 +167,12 @@ def _host(header: str) -> str:
 
 
 def _path(scope: Scope) -> str:
-    """A path as the log shows it: one word, not too long."""
+    """The path for the log: one word of limited length."""
     return re.sub(r"[^!-~]", "?", scope["path"])[:100]
 
 
 async def answer(send: Send, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-    """A whole answer."""
+    """Send a complete response."""
     pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     if status != 204:
         pairs.append((b"content-length", str(len(body)).encode()))
@@ -181,7 +181,7 @@ async def answer(send: Send, status: int, body: bytes, headers: Mapping[str, str
 
 
 async def send_error(send: Send, err: ApiError) -> None:
-    """An error in OpenAI's form."""
+    """Send an error in OpenAI's format."""
     headers = {"content-type": "application/json", **err.headers}
     if err.status in (408, 413):
         headers["connection"] = "close"                  # the rest of the body is not read
@@ -189,12 +189,12 @@ async def send_error(send: Send, err: ApiError) -> None:
 
 
 def encoded(value: object) -> bytes:
-    """JSON in UTF-8, without spaces; lone surrogates, which UTF-8 cannot hold, as ?."""
+    """Compact JSON in UTF-8; lone surrogates, which UTF-8 cannot encode, become ?."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 async def read_bytes(scope: Scope, receive: Receive, limit: int, seconds: float) -> bytes:
-    """The body of a request. Raises ApiError where it is too large or does not come, ClientGone."""
+    """The body of a request. Raises ApiError if it is too large or times out, ClientGone."""
     length = dict(scope["headers"]).get(b"content-length", b"0")
     too_large = ApiError(413, f"the body is too large; at most {limit} bytes are read", code="body_too_large")
     if length.isdigit() and int(length) > limit:
@@ -216,7 +216,7 @@ async def read_bytes(scope: Scope, receive: Receive, limit: int, seconds: float)
 
 
 async def until_gone(receive: Receive, work: Awaitable[_Result]) -> _Result:
-    """The result of `work`, which is cancelled when the client goes. Raises ClientGone."""
+    """The result of `work`, which is cancelled if the client disconnects. Raises ClientGone."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(receive))
     try:
@@ -236,10 +236,10 @@ async def _gone(receive: Receive) -> None:
 
 
 class Stream:
-    """A response that comes in pieces; `ping` is sent where nothing else comes for PING_SECONDS."""
+    """A streamed response; `ping` is sent after PING_SECONDS without other data."""
 
     def __init__(self, pieces: AsyncIterator[bytes], media_type: str, close: Callable[[], None], ping: bytes = b""):
-        """close: called at the end, whether the client stayed or not."""
+        """close: called at the end, even if the client has disconnected."""
         self.pieces, self.media_type, self.close, self.ping = pieces, media_type, close, ping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -255,7 +255,7 @@ class Stream:
             self.close()
 
     async def _pump(self, send: Send) -> bool:
-        """Whether all pieces came; without, the connection is closed with the answer incomplete."""
+        """Whether all pieces were sent; if not, the connection is closed with the answer incomplete."""
         waiting: Optional[asyncio.Future] = None
         try:
             while True:

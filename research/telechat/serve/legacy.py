@@ -1,6 +1,6 @@
-"""The two APIs that users of TeleChat had before: that of the official service (/telechat/gptDialog/v2 and /v4, port
-8070) and that of MindFormers' chat_web (/generate, port 11111). Bodies, bounds, error codes and forms are theirs; the
-history is that of the request alone.
+"""The two legacy APIs of TeleChat: that of the official service (/telechat/gptDialog/v2 and /v4, port 8070) and that of
+MindFormers' chat_web (/generate, port 11111). Bodies, bounds, error codes and formats are theirs; the history comes
+only from the request.
 """
 import time
 from typing import AsyncIterator, List, NamedTuple, Optional, Tuple
@@ -25,21 +25,21 @@ _WORDS = {MISSING: "服务必填参数缺失", ROLES: "服务请求参数dialog�
 
 
 class Wanted(NamedTuple):
-    """A conversation, and how it is to be answered."""
+    """A conversation and the settings of its answer."""
 
     messages: List[JsonObject]
     settings: JsonObject
 
 
 class DialogError(Exception):
-    """An error of the official service, by its code; `detail` says more."""
+    """An error of the official service, by its code; `detail` has more."""
 
     def __init__(self, code: str, detail: str = ""):
         super().__init__(code)
         self.code, self.detail = code, detail
 
     def body(self) -> JsonObject:
-        """As the service answers it, with HTTP status 200."""
+        """The response body of the service, sent with HTTP status 200."""
         message = _WORDS[self.code] + (f": {self.detail}" if self.detail else "")
         return {"seqid": "", "code": self.code, "message": message, "flag": "0", "data": "执行失败"}
 
@@ -97,8 +97,8 @@ def read_chat_web(body: JsonObject) -> Tuple[Wanted, bool]:
 
 
 def choice(service: Service, wanted: Wanted) -> Choice:
-    """The answer to a conversation, whose oldest turns are left out where it is too long. `max_length` is that of
-    prompt and answer together. Raises ApiError."""
+    """The answer to a conversation, without its oldest turns if it is too long. `max_length` covers prompt and answer.
+    Raises ApiError."""
     engine = service.ready()
     settings = dict(wanted.settings)
     ids, longest = _fit(engine, wanted.messages, settings.pop("max_length"))
@@ -142,7 +142,7 @@ async def chat_web_chunks(answers: Answers) -> AsyncIterator[JsonObject]:
 
 
 def failed(err: ApiError) -> Optional[JsonObject]:
-    """The answer of /generate to a request that failed; None where the client should see the HTTP status."""
+    """The response of /generate to a failed request; None if the client should see the HTTP status."""
     if err.status >= 500 or err.status == 429:
         return None
     return chat_web_answer(err.message, "error")

@@ -1,4 +1,4 @@
-"""What is counted and timed, in Prometheus' form."""
+"""Counters and timings in Prometheus format."""
 from typing import Callable, Iterator, Optional, Sequence, Union
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -12,7 +12,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """The figures of one server. `stats` gives those of the scheduler; None while there is none."""
+    """The metrics of one server. `stats` returns those of the scheduler; None while there is none."""
 
     def __init__(self, stats: Callable[[], Optional[Stats]]):
         self.registry = CollectorRegistry()
@@ -30,7 +30,7 @@ class Metrics:
         self.registry.register(self)
 
     def collect(self) -> Iterator[Union[CounterMetricFamily, GaugeMetricFamily]]:
-        """The scheduler's figures at this moment."""
+        """The scheduler's current metrics."""
         stats = self._stats()
         if stats is None:
             return
@@ -54,6 +54,6 @@ class Metrics:
         yield answers
 
     def page(self) -> bytes:
-        """All of them as text."""
+        """All metrics as text."""
         page: bytes = generate_latest(self.registry)
         return page

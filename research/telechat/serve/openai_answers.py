@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: whole, or as the chunks of a stream."""
+"""Answers in OpenAI's format: complete, or as chunks of a stream."""
 import time
 import uuid
 from typing import Dict, List, Optional, Sequence, Tuple
@@ -10,14 +10,14 @@ from research.telechat.text.vocab import IncrementalDecoder, Vocab
 
 
 def usage_object(usage: Usage) -> JsonObject:
-    """Tokens of a request."""
+    """The token counts of a request."""
     return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": usage.cached_tokens}}
 
 
 def token_text(vocab: Vocab, token: int) -> str:
-    """A token as text; bytes that are no whole character as OpenAI writes them, bytes:\\xe4\\xb8."""
+    """A token as text; incomplete characters as OpenAI writes them, bytes:\\xe4\\xb8."""
     data = vocab.token_bytes(token)
     try:
         return data.decode("utf-8")
@@ -26,7 +26,7 @@ def token_text(vocab: Vocab, token: int) -> str:
 
 
 class Writer:
-    """What chunks and answers of one request have in common."""
+    """The common part of chunks and complete answers of one request."""
 
     kind = ""
     prefix = ""
@@ -41,7 +41,7 @@ class Writer:
         return {**self._head, "object": kind, "choices": choices, **more}
 
     def usage_chunk(self, usage: Usage) -> JsonObject:
-        """The last chunk of a stream that was asked for its usage."""
+        """The last chunk of a stream with include_usage."""
         return self._object(self._chunk_kind, [], usage=usage_object(usage))
 
     @property
@@ -65,7 +65,7 @@ class ChatWriter(Writer):
         return "chat.completion.chunk"
 
     def begin(self) -> List[JsonObject]:
-        """The first chunks: whose message it is."""
+        """The first chunks: the role of the message."""
         return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.choices)]
 
     def chunks(self, update: Update) -> List[JsonObject]:
@@ -129,14 +129,14 @@ def _call(call: JsonObject) -> JsonObject:
 
 
 class CompletionWriter(Writer):
-    """/v1/completions. `echoes`: the text and tokens of each choice's prompt that stand before its answer; empty
-    without echo."""
+    """/v1/completions. `echoes`: the text and tokens of each choice's prompt, echoed before its answer; empty without
+    echo."""
 
     kind, prefix = "text_completion", "cmpl"
 
     def __init__(self, model: str, vocab: Vocab, choices: int, logprobs: bool,
                  echoes: Sequence[Tuple[str, Sequence[int]]] = (), nothing_more: bool = False):
-        """nothing_more: no answer is wanted, the prompt's echo alone."""
+        """nothing_more: no answer, only the prompt's echo."""
         super().__init__(model, vocab, choices, logprobs)
         self._echoes, self._nothing_more = list(echoes), nothing_more
         self._texts, self._finish = [""] * choices, [""] * choices
@@ -148,7 +148,7 @@ class CompletionWriter(Writer):
         self._behind = [False] * choices                 # the prompt, in an echo
 
     def begin(self) -> List[JsonObject]:
-        """A stream of completions has no first chunk of its own."""
+        """A stream of completions has no opening chunk."""
         return []
 
     def chunks(self, update: Update) -> List[JsonObject]:
@@ -190,7 +190,7 @@ class CompletionWriter(Writer):
         return self._object(self.kind, choices, usage=usage_object(usage))
 
     def _logprobs(self, index: int, tokens: Sequence[Token], scores: Optional[PromptScores]) -> JsonObject:
-        """Of the prompt's tokens, with scores, and those of the answer."""
+        """Log-probabilities of the prompt's tokens, if there are scores, and of the answer's."""
         rows: List[Tuple[int, Optional[float], Alternatives]] = []
         if scores is not None:
             rows += zip(self._echoes[index][1], scores.logprobs, scores.top)
@@ -209,7 +209,7 @@ class CompletionWriter(Writer):
         return dict(found)
 
     def _top(self, token: int, logprob: float, top: Alternatives) -> Dict[str, float]:
-        """The likeliest tokens and this one; of two that are written alike, the likelier."""
+        """The most likely tokens and this one; of tokens with the same text, the most likely one."""
         written: Dict[str, float] = {}
         for other, value in (*top, (token, logprob)):
             written.setdefault(token_text(self.vocab, other), value)

@@ -1,5 +1,5 @@
-"""Bodies of /v1/chat/completions and /v1/completions, checked. What is not supported is refused, never ignored, where
-it would change the answer; keys that nobody knows are named once in the log.
+"""Validates bodies of /v1/chat/completions and /v1/completions. Unsupported options that would change the answer are
+refused, never ignored; unknown keys are logged once.
 """
 from dataclasses import dataclass
 from typing import AbstractSet, Dict, List, Optional, Tuple, Union
@@ -8,12 +8,12 @@ from research.telechat.common.files import JsonObject
 from research.telechat.serve.errors import ApiError
 from research.telechat.serve.fields import Fields, shown
 
-MAX_TOKENS = 10_000_000                     # bound of numbers that the context bounds anyway
+MAX_TOKENS = 10_000_000                     # upper bound for numbers that the context limits anyway
 _STOPS, _STOP_LENGTH, _TOP, _BIASES = 16, 512, 20, 1024
 _SHARED = {"model", "stream", "stream_options", "n", "temperature", "top_p", "top_k", "repetition_penalty",
            "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "ignore_eos", "stop", "seed",
            "max_tokens", "logprobs", "user"}
-# Of OpenAI's own platform: they say nothing about the answer.
+# Accepted without effect, except parallel_tool_calls in a chat.
 _WITHOUT_MEANING = {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity",
                     "prompt_cache_retention", "skip_special_tokens", "spaces_between_special_tokens",
                     "add_generation_prompt", "reasoning_effort", "parallel_tool_calls"}
@@ -25,7 +25,7 @@ COMPLETION_KEYS = _SHARED | _WITHOUT_MEANING | {"prompt", "echo", "best_of", "su
 
 @dataclass(frozen=True)
 class Asked:
-    """What both APIs have in common. `sampling`: fields of Sampling that are set; `top_logprobs`: -1 for none."""
+    """The common part of both APIs. `sampling`: fields of Sampling that are set; `top_logprobs`: -1 for none."""
 
     n: int
     stream: bool
@@ -40,8 +40,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class ChatBody:
-    """A body of /v1/chat/completions. `tools`: as they are rendered, none with tool_choice none; `called`: those of
-    which one must be called; `schema`: of the JSON that the answer must be."""
+    """A body of /v1/chat/completions. `tools`: those to render, none with tool_choice none; `called`: tools of which
+    one must be called; `schema`: JSON schema of the answer."""
 
     asked: Asked
     messages: List[JsonObject]
@@ -53,7 +53,7 @@ class ChatBody:
 
 @dataclass(frozen=True)
 class CompletionBody:
-    """A body of /v1/completions. `prompts`: each text, or token ids."""
+    """A body of /v1/completions. `prompts`: texts or token ids."""
 
     asked: Asked
     prompts: List[Union[str, List[int]]]
@@ -179,7 +179,7 @@ def _read_bias(fields: Fields) -> Tuple[Tuple[int, float], ...]:
 
 
 def _read_tools(fields: Fields) -> Tuple[List[JsonObject], List[JsonObject]]:
-    """(tools to be shown to the model, functions of which one must be called)."""
+    """(tools to show to the model, functions of which one must be called)."""
     tools = fields.items("tools") or []
     functions: Dict[str, JsonObject] = {}
     for number, tool in enumerate(tools):
@@ -222,5 +222,5 @@ def _read_schema(fields: Fields) -> Optional[JsonObject]:
 
 
 def unknown_keys(body: JsonObject, known: AbstractSet[str]) -> List[str]:
-    """Keys that have no meaning here."""
+    """Keys of the body that are not in `known`."""
     return sorted(key for key in body if key not in known)

@@ -1,4 +1,4 @@
-"""The chat page, page.html beside this file, and what its browser may do with it."""
+"""The chat page, page.html next to this file, and its Content-Security-Policy."""
 import base64
 import hashlib
 import re
@@ -11,8 +11,8 @@ PAGE = Path(__file__).with_name("page.html")
 
 @lru_cache(maxsize=1)
 def read_page() -> Tuple[bytes, str]:
-    """(the page, its Content-Security-Policy). It loads nothing from anywhere, asks its own server alone, and runs only
-    the script and the style that it holds, which the policy names by their hashes."""
+    """(the page, its Content-Security-Policy). The page loads no external resources, connects only to its own server,
+    and uses only its inline script and style, which the policy allows by hash."""
     page = PAGE.read_bytes()
 
     def hashes(tag: str) -> str:

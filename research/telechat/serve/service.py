@@ -1,4 +1,4 @@
-"""One served model: its state, its limits, and requests of all APIs as what the scheduler is asked."""
+"""One served model: its state, its limits, and the requests of all APIs translated for the scheduler."""
 import asyncio
 import time
 import weakref
@@ -22,17 +22,17 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request."""
+    """The limits of one request."""
 
     body_bytes: int = 1 << 20
     messages: int = 1024
     choices: int = 8                         # n
     answers: int = 128                       # prompts of /v1/completions times n
-    queue_timeout: float = 0.0               # seconds without its turn; 0: any time
+    queue_timeout: float = 0.0               # seconds in the queue; 0: no limit
 
 
 class Service:
-    """What the routes work with. `engine` is None until the model is loaded."""
+    """The model behind the routes. `engine` is None until it is loaded."""
 
     def __init__(self, name: str, limits: Optional[Limits] = None):
         self.name, self.limits = name, limits or Limits()
@@ -44,7 +44,7 @@ class Service:
         self._open: weakref.WeakSet[Answers] = weakref.WeakSet()
 
     def open(self, engine: Engine) -> None:
-        """The model is loaded: requests are taken from now on."""
+        """The model is loaded: accept requests from now on."""
         ends = engine.ends or {engine.renderer.end_id}
         self._grammars = Grammars(engine.renderer.vocab, engine.vocab_size, [engine.renderer.end_id, *ends],
                                   engine.renderer.kept_ids)
@@ -52,17 +52,17 @@ class Service:
         self.state = READY
 
     def fail(self, message: str) -> None:
-        """The engine is gone: all requests end with an error, new ones are refused."""
+        """The engine has failed: end all requests with an error and refuse new ones."""
         self.state = BROKEN
         for answers in list(self._open):
             answers.fail(message)
 
     def stats(self) -> Optional[Stats]:
-        """Those of the scheduler, if there is one yet."""
+        """The scheduler's stats, if there is one yet."""
         return self.engine.scheduler.stats() if self.engine else None
 
     def ready(self) -> Engine:
-        """The engine. Raises ApiError unless requests are taken."""
+        """The engine. Raises ApiError unless requests are accepted."""
         if self.engine is None or self.state != READY:
             what = {STARTING: "is loading its model", DRAINING: "is stopping and takes no new requests",
                     BROKEN: "has failed and is ending"}.get(self.state, "is not ready")
@@ -70,12 +70,12 @@ class Service:
         return self.engine
 
     def check_model(self, name: object) -> None:
-        """Raises ApiError for another model than the one that is served."""
+        """Raises ApiError if `name` is not the served model."""
         if name is not None and name != self.name:
             raise ApiError(404, f"the model {str(name)[:80]!r} is not served here; it is {self.name!r}", "model",
                            "model_not_found")
 
-    # What the APIs ask
+    # Called by the APIs
 
     async def chat(self, body: ChatBody) -> Answers:
         """The answers to a body of /v1/chat/completions."""
@@ -96,7 +96,7 @@ class Service:
         return self.submit(choices)
 
     async def completion(self, body: CompletionBody) -> Tuple[Answers, List[Tuple[str, Sequence[int]]]]:
-        """The answers to a body of /v1/completions, and of each the text and ids of its prompt."""
+        """The answers to a body of /v1/completions, with the text and ids of each one's prompt."""
         engine = self.ready()
         asked, vocab = body.asked, engine.renderer.vocab
 
@@ -117,14 +117,14 @@ class Service:
         return self.submit(choices, len(body.prompts)), echoes
 
     def submit(self, choices: Sequence[Choice], prompts: int = 1) -> Answers:
-        """Ask the scheduler. Raises ApiError."""
+        """Submit to the scheduler. Raises ApiError."""
         answers = Answers(self.ready(), choices, self.metrics, self.limits.queue_timeout, prompts)
         self._open.add(answers)
         return answers
 
     def choice(self, engine: Engine, ids: Sequence[int], longest: int, sampling: JsonObject, text: AnswerText,
                **more: Any) -> Choice:
-        """One answer. `sampling`: fields that win over the server's own; `more`: fields of the request."""
+        """One answer. `sampling`: overrides the server's defaults; `more`: fields of the request."""
         try:
             ends = self._ends(engine)
             request = Request(tuple(ids), replace(engine.sampling, **sampling), longest,
@@ -142,7 +142,7 @@ class Service:
         if longest > room or (room < 1 and not (scores and longest == 0)):
             raise too_long(len(ids), max(longest, 1), engine.context)
         if longest == 0 and not scores:
-            longest = 1                              # an echo alone: the token is not shown
+            longest = 1                              # echo only: the token is not shown
         for token, _ in asked.sampling.get("logit_bias", ()):
             if token >= engine.vocab_size:
                 raise ApiError(400, f"logit_bias: token {token} is not among the {engine.vocab_size} of the model",
@@ -184,7 +184,7 @@ class Service:
 
 
 def prompt_of(engine: Engine, messages: Sequence[JsonObject], tools: Sequence[JsonObject] = ()) -> List[int]:
-    """Token ids of a conversation, whole. Raises ApiError."""
+    """Token ids of a conversation, not truncated. Raises ApiError."""
     try:
         return engine.renderer.prompt(messages, tools or None)
     except (ConversationError, ConfigError) as err:
@@ -192,7 +192,7 @@ def prompt_of(engine: Engine, messages: Sequence[JsonObject], tools: Sequence[Js
 
 
 async def _in_thread(work: Callable[[], _Result]) -> _Result:
-    """Work of some milliseconds, not in the loop."""
+    """Run work of some milliseconds outside the event loop."""
     return await asyncio.get_running_loop().run_in_executor(None, work)
 
 

@@ -1,4 +1,4 @@
-"""Text of an answer out of its tokens, as it grows: whole characters, stop strings, reasoning, tool calls."""
+"""Incremental detokenisation of an answer: whole characters, stop strings, reasoning, tool calls."""
 import json
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
@@ -14,7 +14,7 @@ CALL, CALLED = "<tool_call>", "</tool_call>"
 
 
 class Part(NamedTuple):
-    """What has come since the last part. `calls`: complete tool calls, {name, arguments (JSON text)}."""
+    """New output since the last part. `calls`: complete tool calls, {name, arguments (JSON text)}."""
 
     content: str = ""
     reasoning: str = ""
@@ -30,17 +30,17 @@ def _held_back(text: str, tag: str) -> int:
 
 
 class ReasoningFilter:
-    """Divides an answer into its reasoning and the rest, where it begins with <think>. Any other passes unchanged.
+    """Splits an answer that begins with <think> into its reasoning and the rest. Any other answer passes unchanged.
 
-    opened: the prompt ends with <think>, so that the answer begins within the reasoning.
+    opened: the prompt ends with <think>, so the answer begins inside the reasoning.
     """
 
     def __init__(self, opened: bool = False):
         self._divided = ThinkFilter(True) if opened else None
-        self._held: Optional[str] = ""                   # what could become <think>; None: it did not
+        self._held: Optional[str] = ""                   # possible beginning of <think>; None: it was not
 
     def feed(self, text: str, last: bool = False) -> Tuple[str, str]:
-        """(reasoning, content) that are certain after `text`; all that was held back if it is the last."""
+        """(reasoning, content) that are certain after `text`, including everything held back if it is the last."""
         if self._divided is None:
             if self._held is None:
                 return "", text
@@ -58,9 +58,9 @@ class ReasoningFilter:
 
 
 class CallFilter:
-    """Takes tool calls out of an answer: held back from <tool_call> on until they are complete.
+    """Extracts tool calls from an answer: text from <tool_call> on is held back until the call is complete.
 
-    tools: descriptions of the tools, by which parameters written one by one are typed (text/calls.py).
+    tools: descriptions of the tools, which give the types of parameters written one by one (text/calls.py).
     """
 
     def __init__(self, tools: Tools = None) -> None:
@@ -69,7 +69,7 @@ class CallFilter:
         self._called = False
 
     def feed(self, text: str, last: bool = False) -> Tuple[str, List[JsonObject]]:
-        """(content, calls) that are certain after `text`. What is no call after all comes as content."""
+        """(content, calls) that are certain after `text`. What turns out not to be a call is content."""
         self._held += text
         content = ""
         calls: List[JsonObject] = []
@@ -82,7 +82,7 @@ class CallFilter:
             if end < 0 and not last:
                 if begin < 0:
                     begin = len(self._held) - _held_back(self._held, CALL)
-                shown = self._held[:begin].rstrip()          # spaces before a call are no part of the text
+                shown = self._held[:begin].rstrip()          # spaces before a call are not part of the text
                 self._held = self._held[len(shown):]
                 return content + shown, calls
             end = len(self._held) if end < 0 else end + len(CALLED)
@@ -90,7 +90,7 @@ class CallFilter:
             self._held = self._held[end:]
             found = parse_tool_calls(written, tools=self._tools)
             if found.faults or not found.calls:
-                content += before + written                  # as the model wrote it, rather than half of it
+                content += before + written                  # as the model wrote it, not a part of it
                 continue
             content += before.rstrip()
             self._called = True
@@ -99,17 +99,17 @@ class CallFilter:
 
 
 class AnswerText:
-    """The text of one answer. Attributes: `stopped`, whether a stop string has ended it; `called`, whether it holds
+    """The text of one answer. Attributes: `stopped`, whether a stop string has ended it; `called`, whether it contains
     tool calls."""
 
     def __init__(self, renderer: Renderer, stop: Sequence[str] = (), tools: Tools = None, thinking: bool = False,
                  turn: bool = True):
         """
         Args:
-            renderer: has written the prompt.
-            stop: texts that end the answer and are not part of it; in the reasoning they end nothing.
-            tools: descriptions of the tools that it may call; where there are any, calls are taken out of it.
-            thinking: take the reasoning out of it.
+            renderer: the renderer of the prompt.
+            stop: stop strings, not part of the answer; ignored in the reasoning.
+            tools: descriptions of the tools that it may call; with any, calls are extracted from the text.
+            thinking: separate the reasoning.
             turn: it is an answer in a conversation, not the continuation of a text.
         """
         self._decoder = IncrementalDecoder(renderer.vocab, skip_special_tokens=True, kept=renderer.kept_ids)
@@ -126,11 +126,11 @@ class AnswerText:
         return self._stops.stopped
 
     def feed(self, token: int) -> Part:
-        """What the next token, which is no end token, makes certain."""
+        """New certain output after the next token, which is not an end token."""
         return self._divide(self._decoder.feed(token), False)
 
     def end(self) -> Part:
-        """What was held back, when no more tokens come."""
+        """Everything held back, once no more tokens come."""
         return self._divide(self._decoder.flush(), True)
 
     def _divide(self, text: str, last: bool) -> Part:
