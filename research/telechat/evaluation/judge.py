@@ -1,6 +1,6 @@
 """Asking a judge: any server with OpenAI's chat API, using the standard library; earlier answers come from a file.
 
-No MindSpore here. evaluation/judged.py holds the benchmarks.
+No MindSpore here. evaluation/judged.py has the benchmarks.
 """
 import hashlib
 import json

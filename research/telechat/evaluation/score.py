@@ -34,7 +34,7 @@ class _ScoreGraph(nn.Cell):
         self.set_train(False)
 
     def construct(self, tokens: Tensor, lengths: Tensor, rows: Tensor, targets: Tensor) -> Tuple[Tensor, Tensor]:
-        """tokens: [B, S], lengths: [B], rows and targets: [C, K] -> log-likelihoods [C K] float32, likeliest ids."""
+        """tokens: [B, S], lengths: [B], rows and targets: [C, K] -> log-likelihoods [C K] float32, argmax ids."""
         hidden = self.hidden(tokens, lengths)                                      # [B S, H]
         losses: Tuple[Tensor, ...] = ()
         likeliest: Tuple[Tensor, ...] = ()
