@@ -18,7 +18,16 @@ from research.telechat.data.markers import (
     trains_last_only,
     unused_keys,
 )
-from research.telechat.data.preferences import ANSWERS, LISTS, PAIR, QUESTIONS, is_pair, read_pair, read_prompt
+from research.telechat.data.preferences import (
+    ANSWERS,
+    LISTS,
+    PAIR,
+    QUESTIONS,
+    earlier_turns,
+    is_pair,
+    read_pair,
+    read_prompt,
+)
 from research.telechat.data.shapes import ordered, shaped, texts_of
 from research.telechat.text.literals import read_json, read_literal
 from research.telechat.text.messages import REASONING, TOOL, Tools, join_calls
@@ -70,11 +79,14 @@ def told_format(record: object) -> Optional[str]:
         return None
     if is_pair(record):
         return "messages"
+    given = {key for key, value in record.items() if value is not None and not (key in LISTS and is_empty(value))}
+    told = next((name for name, keys in _SIGNATURES.items() if given.issuperset(keys)), None)
+    if told:
+        return told
     if any(not is_empty(record.get(key)) for key in QUESTIONS) and any(
-            not is_empty(record.get(key)) for key in ANSWERS) and not any(key in record for key in (*LISTS, "output")):
+            not is_empty(record.get(key)) for key in ANSWERS) and is_empty(record.get("output")):
         return "prompt"
-    return next((name for name, keys in _SIGNATURES.items()
-                 if all(record.get(key) is not None or (key in record and len(keys) == 1) for key in keys)), None)
+    return next((key for key in _SIGNATURES if _SIGNATURES[key][0] in record and len(_SIGNATURES[key]) == 1), None)
 
 
 def _get(record: JsonObject, key: str, kinds: Union[type, Tuple[type, ...]], required: bool = True) -> Any:
@@ -95,50 +107,49 @@ def _system(record: JsonObject, messages: Tuple[Message, ...] = ()) -> List[Mess
     texts = [text for text in (_get(record, key, str, required=False) for key in _SYSTEMS) if text is not None]
     given = messages[0].content if messages and messages[0].role == SYSTEM else None
     if given is not None:
-        texts = [text for text in texts if text.strip()]
-        texts.append(given)
+        texts = [text for text in (*texts, given) if text.strip()]
     if any(text != texts[0] for text in texts):
         raise RecordError("two system prompts", f"{texts[0][:30]!r} and {texts[-1][:30]!r}; a conversation has one, "
                                                 "leave out the other")
-    return [Message(SYSTEM, texts[0])] if texts and given is None else []
+    return [Message(SYSTEM, texts[0])] if texts and (given is None or not given.strip()) else []
 
 
-def _tools(record: JsonObject, messages: Tuple[object, ...] = ()) -> Tools:
+def _tools(record: JsonObject, notes: List[str], messages: Tuple[object, ...] = ()) -> Tools:
     """The tools of a record: under `tools`, the older `functions`, or in its system message."""
-    found = [_tool_list(record, "tools"), _functions(record)]
-    found += [_tool_list(message, "tools") for message in messages if isinstance(message, dict)]
+    found = [_tool_list(record, "tools", notes), _functions(record, notes)]
+    found += [_tool_list(message, "tools", notes) for message in messages if isinstance(message, dict)]
     lists = [tools for tools in found if tools]
     if any(tools != lists[0] for tools in lists):
         raise RecordError("two lists of tools", "tools are listed in more than one place, and differ; leave one list")
     return lists[0] if lists else None
 
 
-def _functions(record: JsonObject) -> Optional[List[Any]]:
-    functions = _tool_list(record, "functions")
+def _functions(record: JsonObject, notes: List[str]) -> Optional[List[Any]]:
+    functions = _tool_list(record, "functions", notes)
     return functions and [function if isinstance(function.get("function"), dict) else
                           {"type": "function", "function": function} for function in functions]
 
 
-def _tool_list(record: JsonObject, key: str) -> Optional[List[Any]]:
+def _tool_list(record: JsonObject, key: str, notes: List[str]) -> Optional[List[Any]]:
     """The descriptions under a key: a list, one object, or either as JSON text."""
-    tools = _tool_value(_get(record, key, (list, dict, str), required=False), key)
+    tools = _tool_value(_get(record, key, (list, dict, str), required=False), key, notes)
     tools = [tools] if isinstance(tools, dict) and tools else tools
     if tools is None or tools == "" or tools == [] or tools == {}:
         return None
     if not isinstance(tools, list):
         raise RecordError("wrong shape", f"key {key!r} holds {type(tools).__name__}; expected a list of tools")
-    tools = [_tool_value(tool, key) for tool in tools]
+    tools = [_tool_value(tool, key, notes) for tool in tools]
     for number, tool in enumerate(tools, 1):
         if not isinstance(tool, dict):
-            raise RecordError("wrong shape", f"entry {number} of {key!r} is {str(tool)[:40]!r}; expected an object "
+            raise RecordError("wrong shape", f"entry {number} of {key!r} is {type(tool).__name__}; expected an object "
                                              "that describes a tool")
     return tools
 
 
-def _tool_value(value: Any, key: str) -> Any:
+def _tool_value(value: Any, key: str, notes: List[str]) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value.strip() if isinstance(value, str) else value
-    for read in (read_json, read_literal):
+    for read in (lambda text: read_json(text, notes), read_literal):
         try:
             return read(value)
         except ValueError:
@@ -146,13 +157,14 @@ def _tool_value(value: Any, key: str) -> Any:
     raise RecordError("wrong shape", f"key {key!r} is a text, but not JSON; expected a list of tools")
 
 
-_CARRIES = ("instruction", "input", "output", "history", "context", "chosen", *LISTS, *QUESTIONS, *ANSWERS)
+# Keys that bring turns. A templated or gold text of another key is counted as not used.
+_CARRIES = ("instruction", "input", "output", "history", "chosen", *LISTS)
 
 
 def _refuse(record: JsonObject, used: Tuple[str, ...], messages: List[Message], data_format: str) -> None:
     """RecordError if a key of another format has texts that the messages lack: they would be lost."""
     contents = [message.content for message in messages]
-    for key in _CARRIES:
+    for key in (*_CARRIES, "context") if data_format == "prompt" else _CARRIES:
         if key not in used and not all(any(text in content for content in contents)
                                        for text in texts_of(record.get(key))):
             raise RecordError("key of another format", f"key {key!r} in a record of the format {data_format!r} has a "
@@ -180,7 +192,9 @@ def _of_keys(record: JsonObject, used: Tuple[str, ...], messages: List[Message],
         notes += (NO_REASONING,)
         messages = [*messages[:-1], messages[-1]._replace(reasoning=reasoning)]
         used += REASONING
-    return Conversation(messages, _tools(record), notes, unused_keys(record, used, [], ""))
+    repairs: List[str] = []
+    tools = _tools(record, repairs)
+    return Conversation(messages, tools, (*notes, *repairs), unused_keys(record, used, [], ""))
 
 
 def split_inline(text: str) -> Tuple[List[Message], bool]:
@@ -209,7 +223,7 @@ def split_inline(text: str) -> Tuple[List[Message], bool]:
     return [Message(BOT if index % 2 else USER, part) for index, part in enumerate(parts)], whole
 
 
-def _message_list(record: JsonObject, key: str, context: int = 0) -> Conversation:
+def _message_list(record: JsonObject, key: str, context: int = 0, data_format: str = "") -> Conversation:
     """A conversation from the list of messages under `key`, the first `context` of which are not trained."""
     given = _get(record, key, list)
     before = len(shaped(given[:context]))
@@ -222,9 +236,12 @@ def _message_list(record: JsonObject, key: str, context: int = 0) -> Conversatio
     if _uncalled(messages):
         repairs.append("result of a tool without a call in front of it")
     used = (key, "tools", "functions", *_SYSTEMS)
-    _refuse(record, used, messages, key)
-    return Conversation([*_system(record, tuple(messages)), *messages], _tools(record, tuple(sources)),
-                        (*notes, *marked, *repairs), unused_keys(record, used, sources, key))
+    _refuse(record, used, messages, data_format or key)
+    tools = _tools(record, repairs, tuple(sources))
+    system = _system(record, tuple(messages))
+    blank = system and messages and messages[0].role == SYSTEM           # the record has the text that it lacks
+    return Conversation([*system, *(messages[1:] if blank else messages)], tools, (*notes, *marked, *repairs),
+                        unused_keys(record, used, sources, key))
 
 
 def _uncalled(messages: List[Message]) -> bool:
@@ -253,17 +270,12 @@ def _prompt(record: JsonObject) -> Conversation:
         last = {"reasoning_content": record_reasoning(parts.rest), **parts.messages[-1]}
         rest = {key: value for key, value in parts.rest.items() if key not in REASONING}
         parts = parts._replace(messages=[*parts.messages[:-1], last], rest=rest)
-    return _message_list({**parts.rest, "messages": parts.messages}, "messages", parts.context)
+    return _message_list({**parts.rest, "messages": parts.messages}, "messages", parts.context, "prompt")
 
 
 def _alpaca(record: JsonObject) -> Conversation:
     """`instruction` with an optional `input` below it, `output`; `history` is a list of question and answer."""
-    messages = _system(record)
-    for number, pair in enumerate(_get(record, "history", list, required=False) or [], 1):
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise RecordError("wrong shape", f"entry {number} of 'history' is {str(pair)[:60]}; expected "
-                                             "[question, answer]")
-        messages += [Message(USER, pair[0]), Message(BOT, pair[1])]
+    messages = [*_system(record), *(to_message(turn, 0) for turn in earlier_turns(record.get("history")))]
     question = "\n".join(filter(None, (_get(record, "instruction", str), _get(record, "input", str, required=False))))
     messages += [Message(USER, question), Message(BOT, _get(record, "output", str))]
     return _of_keys(record, ("instruction", "input", "output", "history"), messages, "alpaca")

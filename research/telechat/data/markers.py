@@ -15,6 +15,7 @@ TRAINED = ("weight", "loss", "loss_weight", "loss_scale", "train", "training", "
 MASKED = ("mask", "masked")                  # true excludes it
 _PARTIAL = ("train_detail", "training_detail", "train_on_spans")         # parts of a text: not supported
 _READ = frozenset(("role", "content", "tool_calls", "function_call", "tools", *TRAINED, *MASKED, *_PARTIAL, *MEDIA))
+_OF_PART = ("type", "text")                  # keys of a part of a content
 _BOT_KEYS = frozenset(("refusal", *REASONING))
 # Per record: KTO marks bad answers by `label` or `kto_tag`, LLaMA-Factory's option masks all answers but the last.
 _RECORD_FLAGS = (*TRAINED, "kto_tag", "label")
@@ -89,9 +90,10 @@ def reasoned(message: Message, source: JsonObject, number: int) -> Message:
         value = source.get(key)
         if not isinstance(value, (str, bool)) and not is_empty(value):
             raise RecordError("reasoning", f"message {number}: {key!r} holds {type(value).__name__}; expected text")
-    within = divided(message._replace(reasoning=""))
-    if message.reasoning and within.reasoning:
-        if within.reasoning.strip() != message.reasoning.strip():
+    alone = message._replace(reasoning="")
+    within = divided(alone)
+    if message.reasoning and within is not alone:            # an empty block says nothing and is left out
+        if within.reasoning.strip() not in ("", message.reasoning.strip()):
             raise RecordError("reasoning", f"message {number}: one reasoning beside the answer and another in front of "
                                            "it, up to </think>; leave one of them")
         return message._replace(content=within.content)
@@ -147,6 +149,9 @@ def unused_keys(record: JsonObject, used: Tuple[str, ...], messages: List[object
         flag(value) is not None if key in (_LAST_ONLY, *_ALL_TRAINED) else key in MEDIA)]
     inner = {key for message in messages if isinstance(message, dict) for key, value in message.items()
              if not is_empty(value) and not _is_read(message, key)}
+    inner |= {f"content[].{key}" for message in messages if isinstance(message, dict)
+              for part in (message["content"] if isinstance(message.get("content"), list) else [])
+              if isinstance(part, dict) for key, value in part.items() if key not in _OF_PART and not is_empty(value)}
     return (*names, *(f"{where}[].{key}" for key in sorted(inner)))
 
 

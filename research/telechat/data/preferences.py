@@ -2,14 +2,15 @@
 
 The forms of TRL (prompt, chosen, rejected; with and without a prompt, texts and messages), LLaMA-Factory (Alpaca and
 ShareGPT with chosen and rejected), ms-swift (messages with rejected_response or rejected_messages) and OpenAI (input,
-preferred_output, non_preferred_output). What precedes the chosen answer is context and is not trained.
+preferred_output, non_preferred_output). The prompt, and whatever precedes the last message of a user, is context and is
+not trained.
 """
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from research.telechat.common.errors import RecordError
 from research.telechat.common.files import JsonObject
-from research.telechat.data.markers import is_empty
+from research.telechat.data.markers import flag, is_empty
 from research.telechat.data.shapes import canonical, texts_of
 from research.telechat.text.messages import BOT, SYSTEM, USER
 
@@ -32,9 +33,17 @@ class Parts(NamedTuple):
 
 
 def is_pair(record: JsonObject) -> bool:
-    """Whether a record has a chosen or a rejected answer."""
-    return any(isinstance(record.get(key), (str, list, dict)) and not is_empty(record[key])
-               for key in (*CHOSEN, *REJECTED))
+    """Whether a record has a chosen or a rejected answer.
+
+    A text such as "False" or "no" alone under `chosen` or `rejected` is a label; two of them may be answers if the
+    record has no other one.
+    """
+    given = [(key, record[key]) for key in (*CHOSEN, *REJECTED)
+             if isinstance(record.get(key), (str, list, dict)) and not is_empty(record[key])]
+    labels = [key for key, value in given if key in ("chosen", "rejected") and isinstance(value, str) and (
+        flag(value) is not None or value.strip().lower() in ("yes", "no"))]
+    answered = any(not is_empty(record.get(key)) for key in (*ANSWERS, "output"))
+    return len(given) > len(labels) or (len(labels) == 2 and not answered)
 
 
 def read_pair(record: JsonObject) -> Parts:
@@ -53,17 +62,36 @@ def read_pair(record: JsonObject) -> Parts:
         return Parts(base, end, rest)
     answer = _answer(chosen)
     if _role(answer[0]) in (USER, SYSTEM):                   # the whole conversation, including the question
-        if not _begins_with(answer, base):
-            raise RecordError(_KIND, "the chosen conversation does not begin with the question beside it")
-        return Parts(answer, _common(answer, rejected), rest)
+        return _whole(base, answer, rest)
     if not base:
         raise RecordError(_KIND, "the chosen answer has no question; expected a prompt, an instruction or messages")
     if _role(base[-1]) == BOT:
         end = _last_question(base)
-        if texts_of(base[end:]) != texts_of(answer):
+        if texts_of(base[end:]) != texts_of(answer) or not _holds(base[end:], answer):
             raise RecordError(_KIND, "the conversation ends with another answer than the chosen one; leave that out")
         return Parts(base, end, rest)
-    return Parts([*base, *answer], len(base), rest)
+    return Parts([*base, *answer], max(len(base), _last_question([*base, *answer])), rest)
+
+
+def _whole(base: List[Any], answer: List[Any], rest: JsonObject) -> Parts:
+    """A pair whose chosen conversation brings its question, or `base` does as well."""
+    lead, own = ([message for message in messages if _role(message) == SYSTEM] for messages in (base, answer))
+    if lead and own and not (texts_of(lead) == texts_of(own) and _holds(own, lead)):
+        raise RecordError("two system prompts", "those of the prompt and of the chosen conversation differ; leave one")
+    turns = [message for message in base if _role(message) != SYSTEM]
+    same = [message for message in answer if _role(message) != SYSTEM][:len(turns)]
+    if not _begins_with(answer, base) or not _holds(same, turns):
+        raise RecordError(_KIND, "the chosen conversation does not begin with the question beside it")
+    messages = answer if own else [*lead, *answer]
+    return Parts(messages, max(len(messages) - len(answer) + len(turns), _last_question(messages)), rest)
+
+
+def _holds(kept: List[Any], left: List[Any]) -> bool:
+    """Whether messages `kept` have all keys of the messages `left` that say the same and are not read."""
+    return len(kept) >= len(left) and all(
+        isinstance(ours, dict) and isinstance(theirs, dict) and all(
+            is_empty(value) or ours.get(key) == value for key, value in theirs.items()
+            if key not in ("role", "from", "content", "value")) for ours, theirs in zip(kept, left))
 
 
 def read_prompt(record: JsonObject) -> Parts:
@@ -93,13 +121,14 @@ def _question(record: JsonObject) -> Tuple[List[Any], JsonObject]:
         del rest["input"]
         return list(inner["messages"]), {**{key: value for key, value in inner.items() if key != "messages"}, **rest}
     for key in LISTS:
-        if isinstance(rest.get(key), list):
+        if isinstance(rest.get(key), list) and rest[key]:
             return list(rest.pop(key)), rest
     prompt = _one(rest, QUESTIONS)
     if isinstance(prompt, list):
         return list(prompt), {key: value for key, value in rest.items() if key not in QUESTIONS}
-    if is_empty(prompt) and "instruction" not in rest and "input" not in rest:
+    if is_empty(prompt) and is_empty(rest.get("instruction")) and is_empty(rest.get("input")):
         return [], rest
+    inline = is_empty(prompt) and is_empty(rest.get("instruction"))      # `input` alone: it may have turns within
     if is_empty(prompt):
         texts = [rest.pop("instruction", None), rest.pop("input", None)]
     else:
@@ -109,9 +138,9 @@ def _question(record: JsonObject) -> Tuple[List[Any], JsonObject]:
         kind = next(type(text).__name__ for text in texts if not (text is None or isinstance(text, str)))
         raise RecordError("wrong shape", f"the question is {kind}; expected text or a list of messages")
     text = "\n".join(filter(None, texts))
-    if "instruction" not in record and ("<_user>" in text or "<_bot>" in text):
+    if inline and ("<_user>" in text or "<_bot>" in text):
         raise RecordError(_KIND, "the question has markers of turns in its text; write it as a list of messages")
-    return [*_history(rest.pop("history", None)), {"role": USER, "content": text}], rest
+    return [*earlier_turns(rest.pop("history", None)), {"role": USER, "content": text}], rest
 
 
 def _answered(messages: List[Any], rest: JsonObject) -> Tuple[List[Any], JsonObject]:
@@ -123,8 +152,8 @@ def _answered(messages: List[Any], rest: JsonObject) -> Tuple[List[Any], JsonObj
     return [*messages, *_answer(found)], {key: value for key, value in rest.items() if key not in keys}
 
 
-def _history(history: Any) -> List[JsonObject]:
-    """Earlier questions and answers, pairs of texts."""
+def earlier_turns(history: Any) -> List[JsonObject]:
+    """The messages of a `history`: earlier questions and answers, pairs of texts. RecordError: anything else."""
     messages: List[JsonObject] = []
     for number, pair in enumerate([] if is_empty(history) else history if isinstance(history, list) else [history], 1):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
@@ -166,15 +195,5 @@ def _begins_with(whole: List[Any], base: List[Any]) -> bool:
     return texts(whole)[:len(texts(base))] == texts(base)
 
 
-def _common(chosen: List[Any], rejected: Any) -> int:
-    """Number of messages of a chosen conversation that are its question: those shared with the rejected one, at least
-    up to the last question."""
-    other = rejected if isinstance(rejected, list) else []
-    same = next((place for place, (ours, theirs) in enumerate(zip(chosen, other)) if ours != theirs),
-                min(len(chosen), len(other)))
-    last = _last_question(chosen)
-    return min(same, last) if other and same else last
-
-
-__all__ = ["ANSWERS", "CHOSEN", "LISTS", "PAIR", "QUESTIONS", "REJECTED", "Parts", "is_pair", "read_pair",
-           "read_prompt"]
+__all__ = ["ANSWERS", "CHOSEN", "LISTS", "PAIR", "QUESTIONS", "REJECTED", "Parts", "earlier_turns", "is_pair",
+           "read_pair", "read_prompt"]

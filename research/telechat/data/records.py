@@ -5,12 +5,13 @@ under which it is counted, and what exactly is wrong with it.
 """
 import json
 import re
-from typing import Optional, Tuple, Union
+from typing import List, Optional, Tuple, Union
 
 from research.telechat.common.errors import ConversationError, RecordError
 from research.telechat.common.files import DuplicateKeyError, unique_keys
 from research.telechat.data.documents import TEXT, Document, holds_text, is_document, read_document
 from research.telechat.data.formats import FORMATS, Conversation, read_format, split_inline, told_format
+from research.telechat.text.literals import clean
 from research.telechat.text.renderer import BOT, SYSTEM
 
 __all__ = ["DATA_FORMATS", "FORMATS", "Conversation", "Document", "detect_format", "parse_any", "parse_record",
@@ -83,24 +84,13 @@ def _parse_json(raw: bytes) -> Tuple[object, Tuple[str, ...]]:
         raise RecordError("not UTF-8", f"byte 0x{raw[err.start]:02x} at position {err.start + 1}") from None
     try:
         record = json.loads(text, object_pairs_hook=unique_keys)
+        notes: List[str] = []
+        if _SURROGATE_ESCAPE.search(raw):
+            record = clean(record, notes)
     except DuplicateKeyError as err:
         raise RecordError("key twice", repr(err.key)) from None
     except json.JSONDecodeError as err:
         raise RecordError("not JSON", f"{err.msg} at character {err.pos + 1}") from None
     except (ValueError, RecursionError) as err:
         raise RecordError("not JSON", str(err)) from None
-    if _SURROGATE_ESCAPE.search(raw):
-        cleaned = _clean(record)
-        if cleaned != record:
-            return cleaned, ("lone surrogates replaced by U+FFFD",)
-    return record, ()
-
-
-def _clean(value: object) -> object:
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, list):
-        return [_clean(item) for item in value]
-    if isinstance(value, dict):
-        return {_clean(key): _clean(item) for key, item in value.items()}
-    return value
+    return record, tuple(notes)

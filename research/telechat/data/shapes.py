@@ -33,9 +33,15 @@ def shaped(sources: List[Any]) -> List[Any]:
             continue
         message = _unnamed(source, number)
         content = message.get("content")
-        kinds = {part.get("type") for part in content if isinstance(part, dict)} if isinstance(content, list) else set()
-        messages += _spread(message, number) if kinds & set(_BLOCKS) else [message]
+        blocks = isinstance(content, list) and any(_kind(part) in _BLOCKS for part in content)
+        messages += _spread(message, number) if blocks else [message]
     return messages
+
+
+def _kind(part: Any) -> Optional[str]:
+    """The type of a part of a content; None if it has none."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def _unnamed(source: JsonObject, number: int) -> JsonObject:
@@ -57,9 +63,10 @@ def _spread(message: JsonObject, number: int) -> List[JsonObject]:
     """A message of blocks: thoughts and calls become keys next to the content, results messages before it."""
     role = canonical(message.get("role"))
     rest: List[Any] = []
+    lost: JsonObject = {}
     found: Dict[str, List[Any]] = {"thoughts": [], "tool_use": [], "tool_result": []}
     for part in message["content"]:
-        kind = part.get("type") if isinstance(part, dict) else None
+        kind = _kind(part)
         if kind not in _BLOCKS:
             rest.append(part)
             continue
@@ -67,17 +74,18 @@ def _spread(message: JsonObject, number: int) -> List[JsonObject]:
             raise RecordError("unusable message", f"message {number}: a part of type {kind!r} in a message from "
                                                   f"{message.get('role')!r}")
         if kind in _THOUGHTS:
-            text = next((part[key] for key in (*_THOUGHTS, "text") if isinstance(part.get(key), str)), None)
-            if text is None:
+            read = next((key for key in (*_THOUGHTS, "text") if isinstance(part.get(key), str)), None)
+            if read is None:
                 raise RecordError("unusable message", f"message {number}: a part of type {kind!r} without a text")
-            found["thoughts"].append(text)
+            found["thoughts"].append(part[read])
+            lost.update(_others(part, ("type", read)))
         else:
             found[str(kind)].append(part)
-    results = [{"role": TOOL, "content": part.get("content", ""), "tool_call_id": part.get("tool_use_id")}
-               for part in found["tool_result"]]
-    if results and not rest:
-        return results
-    main = {**message, "content": rest}
+    results = [{"role": TOOL, "content": part.get("content", ""), "tool_call_id": part.get("tool_use_id"),
+                **_others(part, ("type", "content", "tool_use_id"))} for part in found["tool_result"]]
+    if results and not rest:                                 # the first result has the other keys of the message
+        return [{**message, **results[0]}, *results[1:]]
+    main = {**message, **lost, "content": rest}
     for key, parts in (("reasoning_content", ["\n".join(found["thoughts"])] if found["thoughts"] else []),
                        ("tool_calls", found["tool_use"])):
         if parts and not is_empty(message.get(key)):
@@ -85,6 +93,11 @@ def _spread(message: JsonObject, number: int) -> List[JsonObject]:
         if parts:
             main[key] = parts[0] if key == "reasoning_content" else parts
     return [*results, main]
+
+
+def _others(part: JsonObject, read: Tuple[str, ...]) -> JsonObject:
+    """The keys of a block that are not read, named as keys of its message, so that they are counted."""
+    return {f"content[].{key}": value for key, value in part.items() if key not in read}
 
 
 def ordered(messages: List[Any]) -> Tuple[List[Any], Tuple[str, ...]]:

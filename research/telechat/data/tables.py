@@ -2,7 +2,7 @@
 import csv
 import json
 from pathlib import Path
-from typing import Callable, Iterator, Optional, TextIO, Tuple
+from typing import Any, Callable, Iterator, List, Optional, TextIO, Tuple
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
@@ -13,7 +13,7 @@ from research.telechat.text.literals import read_json, read_literal
 COLUMNAR = (".parquet", ".arrow")
 SUFFIXES = (".csv", ".tsv", *COLUMNAR)
 _LISTS = (*LISTS, "history", "tools", "functions", "rejected_messages")                  # JSON in a cell
-_ANSWERS = (*CHOSEN, *REJECTED, "prompt", "completion")              # a text or messages
+_ANSWERS = (*CHOSEN, *REJECTED, "prompt", "completion")              # JSON where it is messages, else a text
 FILLED = "file with null within its objects: keys that only other rows have, left out"
 REPAIRED = "file with cells written as Python objects, read as JSON"
 _ROWS = 256                                  # rows of a columnar file in memory
@@ -112,14 +112,15 @@ def separated_records(path: Path, reader: TextIO, found: str, most: int,
                       note: Callable[[str], None] = lambda _: None) -> Iterator[Tuple[int, bytes]]:
     """(row, JSON text) of each row below the header. A row of another length is passed on as an unusable record.
 
-    Cells with lists are JSON or, as pandas writes them, a Python repr, which `note` reports once.
+    Cells with lists are JSON or, as pandas writes them, a Python repr, which `note` reports once. A prompt or an answer
+    is read as JSON only if it is messages: any other JSON is its text.
 
     Raises ConfigError: not a CSV file.
     """
     csv.field_size_limit(most)
     rows = csv.reader(reader, delimiter=found)
     number = 0
-    repaired = False
+    noted: List[str] = []
     try:
         names = next(rows, [])
         for row in rows:
@@ -130,26 +131,41 @@ def separated_records(path: Path, reader: TextIO, found: str, most: int,
                 fault = f"a row of {len(row)} cells, {len(names)} columns have a name"
                 yield number, fault.encode()
                 continue
-            read = {name.strip(): _cell(name.strip(), cell) for name, cell in zip(names, row)}
-            if not repaired and any(by_python for _, by_python in read.values()):
-                note(REPAIRED)
-                repaired = True
-            cells = {name: cell for name, (cell, _) in read.items()}
+            notes: List[str] = []
+            cells = {name.strip(): _cell(name.strip(), cell, notes) for name, cell in zip(names, row)}
+            for said in dict.fromkeys(notes):
+                if said not in noted:
+                    note(said)
+                    noted.append(said)
             yield number, json.dumps(cells, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except csv.Error as err:
         raise ConfigError(f"input file {path} is no readable CSV behind row {number}: {err}; correct it there, or "
                           "save it as JSON lines") from err
 
 
-def _cell(name: str, cell: str) -> Tuple[object, bool]:
-    """The value of a cell, and whether it was written as a Python object."""
-    if name not in _LISTS and not (name in _ANSWERS and cell.lstrip()[:2] in ("[{", "{'", '{"')):
-        return cell, False
+def _cell(name: str, cell: str, notes: List[str]) -> object:
+    """The value of a cell; what was repaired is appended to `notes`."""
+    if name not in _LISTS and not (name in _ANSWERS and cell.lstrip()[:1] in ("[", "{")):
+        return cell
     if not cell.strip():
-        return None, False
-    for read in (read_json, read_literal):
+        return None
+    repairs: List[str] = []
+    try:
+        cell.encode("utf-8")                     # bytes that are no UTF-8: the check of the record reports them
+        value = read_json(cell, repairs)
+    except ValueError:
         try:
-            return read(cell), read is read_literal
+            value = read_literal(cell)
+            repairs = [REPAIRED]
         except ValueError:
-            continue
-    return cell, False                           # the check of the record reports it
+            return cell                          # the check of the record reports it
+    if name not in _LISTS and not _is_messages(value):
+        return cell
+    notes += repairs
+    return value
+
+
+def _is_messages(value: Any) -> bool:
+    messages = value if isinstance(value, list) else [value]
+    return bool(messages) and all(isinstance(message, dict) and ("role" in message or "from" in message)
+                                  for message in messages)

@@ -10,7 +10,7 @@ from typing import Any, List, Optional, Tuple
 
 from research.telechat.common.errors import ConversationError
 from research.telechat.common.files import unique_keys
-from research.telechat.text.literals import read_json, read_literal
+from research.telechat.text.literals import clean, read_json, read_literal
 
 CALL_ROLES = ("function_call", "tool_call")          # a bot's message that is nothing but calls, as JSON
 REPAIRED = "tool call written as a Python object, read as JSON"
@@ -40,7 +40,7 @@ def calls_of(value: object, number: int, notes: Notes = None) -> Tuple[str, ...]
     values: List[object] = [value]
     if isinstance(value, str):
         try:
-            values = _values(value.strip())
+            values = _values(value.strip(), notes)
         except (ValueError, RecursionError):
             values = [_literal(value, notes)]
             if values == [None]:
@@ -88,13 +88,13 @@ def call_ids(calls: object) -> List[str]:
     return [name for name in ids if isinstance(name, str) and name] if whole and all(ids) else []
 
 
-def _values(text: str) -> List[Any]:
+def _values(text: str, notes: Notes) -> List[Any]:
     """The JSON values that follow each other in a text."""
     decoder, values = json.JSONDecoder(object_pairs_hook=unique_keys), []
     position = _after(text, 0)
     while position < len(text):
         value, end = decoder.raw_decode(text, position)
-        values.append(value)
+        values.append(clean(value, notes))
         position = _after(text, end)
     return values
 
@@ -124,11 +124,14 @@ def _arguments(value: object, name: str, number: int, notes: Notes) -> str:
     if value is None or text == "":
         return "{}"
     try:
-        read = value if text is None else read_json(text)
+        repairs: List[str] = []
+        read = value if text is None else read_json(text, repairs)
         if isinstance(read, str) and read.strip():           # exported twice: a JSON text within a JSON text
-            text, read = read.strip(), read_json(read)
+            text, read = read.strip(), read_json(read, repairs)
+        if notes is not None:
+            notes.extend(repairs)
         if isinstance(read, dict):
-            return text if text is not None else json.dumps(read, ensure_ascii=False, allow_nan=False)
+            return text if text is not None and not repairs else json.dumps(read, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError):
         read = _literal(text or "", notes)
         if isinstance(read, dict):

@@ -4,21 +4,49 @@ import io
 import json
 import math
 import tokenize
-from typing import Any, List, Tuple
+import warnings
+from typing import Any, List, Optional, Tuple
 
 from research.telechat.common.files import unique_keys
 
 _LONGEST = 1 << 20                       # characters of a text that is looked at
+SURROGATES = "lone surrogates replaced by U+FFFD"
 _DEEPEST = 60                            # brackets within brackets
+_LONGEST_INTEGER = 10_000               # bits; Python refuses to print those of about 14,000
 _PLAIN = (tokenize.NEWLINE, tokenize.NL, tokenize.ENDMARKER, tokenize.INDENT, tokenize.DEDENT)
 
 
-def read_json(text: str) -> Any:
-    """The value of a JSON text. ValueError: it is none, has NaN or Infinity, or a key twice."""
+def read_json(text: str, notes: Optional[List[str]] = None) -> Any:
+    """The value of a JSON text, lone surrogates replaced, which is appended to `notes`.
+
+    ValueError: it is no JSON, has NaN or Infinity, or a key twice.
+    """
     try:
-        return json.loads(text, parse_constant=_no_json, object_pairs_hook=unique_keys)
+        return clean(json.loads(text, parse_constant=_no_json, object_pairs_hook=unique_keys), notes)
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def clean(value: Any, notes: Optional[List[str]] = None) -> Any:
+    """A JSON value with U+FFFD for every surrogate without its other half, which no vocabulary can encode.
+
+    Raises DuplicateKeyError: two keys of an object become the same. `SURROGATES` is appended to `notes` if there are
+    any.
+    """
+    cleaned = _clean(value)
+    if notes is not None and cleaned != value:
+        notes.append(SURROGATES)
+    return cleaned
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    if isinstance(value, dict):
+        return unique_keys([(_clean(key), _clean(item)) for key, item in value.items()])
+    return value
 
 
 def read_literal(text: str) -> Any:
@@ -31,7 +59,10 @@ def read_literal(text: str) -> Any:
         raise ValueError(f"longer than {_LONGEST} characters")
     try:
         _look_at_tokens(text)
-        return _value(ast.parse(text.strip(), mode="eval").body)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # a SyntaxWarning would print the data
+            tree = ast.parse(text.strip(), mode="eval")
+        return _value(tree.body)
     except (SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as err:
         raise ValueError(f"no Python literal: {err}") from None
 
@@ -67,6 +98,8 @@ def _value(node: ast.AST) -> Any:
     if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, (bool, int, float, str))):
         if isinstance(node.value, float) and not math.isfinite(node.value):
             raise ValueError("a number that is not finite")
+        if isinstance(node.value, int) and node.value.bit_length() > _LONGEST_INTEGER:
+            raise ValueError("a number that is too long")
         if isinstance(node.value, str):
             node.value.encode("utf-8")           # UnicodeEncodeError, a ValueError, where half a character stands alone
         return node.value

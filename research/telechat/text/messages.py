@@ -62,7 +62,8 @@ def to_message(message: object, number: int, notes: Notes = None) -> Message:
         return Message(BOT, "", calls_of(message.get("content"), number, notes), reasoning=_reasoning(message, number))
     role = ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
     if role not in (SYSTEM, USER, BOT, TOOL):
-        raise ConversationError(f"message {number}: role {role!r} is unknown; expected system, user, bot or tool")
+        raise ConversationError(f"message {number}: role {str(role)[:40]!r} is unknown; expected system, user, bot "
+                                "or tool")
     calls = _message_calls(message, role, number, notes)
     content = _content(message, number)
     if content is None and calls:
