@@ -268,7 +268,9 @@ def test_a_second_conversation_is_the_same_or_unusable(key, text):
     record = {"messages": [ASK, ANSWER], key: value}
     if key == "dialog":
         record = {"dialog": [ASK, ANSWER], "messages": value}
-    if text == "other" or (key == "chosen" and text == "q"):
+    if key in ("prompt", "query"):
+        assert parsed(record).unused == (key,)
+    elif text == "other" or (key == "chosen" and text == "q"):
         assert refused(record) in ("key of another format", "preference pair")
     else:
         assert parsed(record).messages[-1].content == "a"
@@ -281,6 +283,9 @@ def test_two_system_prompts_are_one_or_unusable(key, beside, within):
     if within and beside == "t":
         assert refused(record) == "two system prompts"
         return
+    if beside and within is None:
+        blank = {"role": "system", "content": " "}
+        assert parsed({"messages": [blank, ASK, ANSWER], key: beside}).messages == parsed(record).messages
     expected = within or beside
     assert [message.content for message in parsed(record).messages if message.role == SYSTEM] == (
         [expected] if expected else [])
@@ -296,6 +301,20 @@ def test_each_record_is_read_in_its_own_format(records, of_file):
         assert [message.content for message in parsed(record, of_file).messages] == [question, "a"]
 
 
+@pytest.mark.parametrize("record", [
+    {"instruction": "q", "input": "", "output": "a", "prompt": "### Instruction: q"},
+    {"messages": [ASK, ANSWER], "answer": "1/2"}, {"messages": [ASK, ANSWER], "context": "c"},
+    {"input": "q", "output": "a", "answer": "b"}])
+def test_texts_beside_a_whole_conversation_are_counted(record):
+    conversation = parsed(record, "input_output")
+    assert [message.content for message in conversation.messages] == ["q", "a"]
+    assert conversation.unused == (list(record)[-1],)
+
+
+def test_a_context_of_a_question_is_not_left_out():
+    assert refused({"question": "q", "context": "c", "answer": "a"}) == "key of another format"
+
+
 def test_keys_of_other_formats_are_not_lost():
     record = {"instruction": "Translate:", "input": "q", "output": "a"}
     with pytest.raises(RecordError, match="key 'instruction' in a record of the format 'input_output'"):
@@ -309,6 +328,7 @@ VALUES = st.one_of(st.integers(), st.text(min_size=1, max_size=3).filter(str.str
 
 @given(st.dictionaries(KEYS, VALUES, max_size=3), st.dictionaries(KEYS, VALUES, max_size=3), st.dictionaries(
     KEYS, st.sampled_from([None, "", [], {}]), max_size=2))
+@settings(deadline=None)
 def test_unused_keys_are_named(extra, inner, empty):
     for data_format, record in (
             ("messages", {"messages": [ASK, {**ANSWER, **inner}]}), ("alpaca", {"instruction": "q", "output": "a"}),
@@ -318,6 +338,24 @@ def test_unused_keys_are_named(extra, inner, empty):
         if data_format in ("messages", "sharegpt"):
             expected |= {f"{next(iter(record))}[].{key}" for key in inner}
         assert set(parsed({**empty, **record, **extra}, data_format).unused) == expected
+
+
+@pytest.mark.parametrize("message,unused", [
+    ({"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "r", "is_error": True}],
+      "note": "n"}, ("messages[].content[].is_error", "messages[].note")),
+    ({"role": "assistant", "content": [{"type": "thinking", "thinking": "t", "signature": "s"},
+                                       {"type": "text", "text": "b", "citations": ["c"], "note": ""}]},
+     ("messages[].content[].citations", "messages[].content[].signature")),
+    ({"role": "user", "content": [{"type": "text", "text": "q", "note": "n"}]}, ("messages[].content[].note",)),
+    ({"role": "user", "content": [{"type": ["x"], "text": "q", "type_of": 3}]}, None)])
+def test_unused_keys_of_parts_are_named(message, unused):
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "id": "1"}]}
+    before = [ASK, call] if "tool_result" in str(message) else [ASK] if message["role"] == "assistant" else []
+    record = {"messages": [*before, message, *([] if message["role"] == "assistant" else [ANSWER])]}
+    if unused is None:
+        assert refused(record) == "unusable message"
+    else:
+        assert parsed(record).unused == unused
 
 
 def test_unused_keys_are_reported_per_file_in_bounded_memory():
@@ -362,6 +400,13 @@ def test_reasoning_is_kept_wherever_it_stands(key, place):
     last = divided(conversation.messages[-1])
     assert (last.content, last.reasoning) == ("" if place == "call" else "a", "because") and not conversation.unused
     assert (NO_REASONING in conversation.notes) == (place != "think")
+
+
+@given(st.sampled_from(["<think></think>a", "<think>\n\n</think>\n\na", "<think>because</think>a", "</think>a"]))
+@settings(max_examples=8, deadline=None)
+def test_an_empty_block_beside_the_reasoning_is_left_out(content):
+    message = parsed({"messages": [ASK, {"role": "assistant", "content": content, "reasoning": "because"}]}).messages[1]
+    assert (message.content, message.reasoning) == ("a", "because")
 
 
 def test_reasoning_that_would_be_lost():

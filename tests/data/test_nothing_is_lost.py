@@ -74,7 +74,31 @@ def texts(value, place=()):
 @given(records(), st.sampled_from(DATA_FORMATS))
 @settings(max_examples=300, deadline=None)
 def test_no_text_is_lost_in_silence(record, data_format):
-    record = numbered(record, itertools.count())
+    nothing_is_lost(numbered(record, itertools.count()), data_format)
+
+
+LEAD = st.lists(st.fixed_dictionaries({"role": st.just("system"), "content": TEXT}, optional={
+    "tools": st.lists(st.fixed_dictionaries({"name": TEXT}), min_size=1, max_size=1)}), max_size=1)
+
+
+@given(LEAD, LEAD, SOUND, st.sampled_from(["question", "same", "answer"]), st.sets(st.sampled_from(
+    ["thinking", "reasoning", "tool_calls", "tools"])))
+@settings(max_examples=60, deadline=None)
+def test_no_text_of_a_pair_is_lost_where_its_parts_say_the_same(lead, own, turn, form, left_out):
+    """The chosen conversation repeats the question, or the conversation the chosen answer, without some of the keys."""
+    counter = itertools.count()
+    lead, own, (question, answer) = (numbered(value, counter) for value in (lead, own, turn))
+    repeated = [{key: value for key, value in message.items() if key not in left_out}
+                for message in (*lead, question, answer)]
+    if form == "answer":
+        record = {"messages": [*lead, question, repeated[-1]], "chosen": answer}
+    else:
+        record = {"prompt": [*lead, question], "chosen": [*(own if form == "question" else repeated[:-2]),
+                                                          repeated[-2], answer]}
+    nothing_is_lost({**record, "rejected": "t-t"}, "messages")
+
+
+def nothing_is_lost(record, data_format):
     try:
         read = parse_any(json.dumps(record).encode(), data_format, named=False)
     except RecordError as err:

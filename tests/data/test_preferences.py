@@ -108,6 +108,58 @@ def test_pairs_without_a_clear_answer_are_unusable(record, words):
     assert "\n" not in str(caught.value)
 
 
+def trained(record):
+    """(text, whether it is trained) of each answer."""
+    messages = parse_record(json.dumps(record).encode(), "messages", named=False).messages
+    return [("".join(message.calls) or message.content, message.train) for message in messages if message.role == BOT]
+
+
+@given(st.sampled_from(["prompt", "common", "other", "text"]), st.booleans())
+@settings(max_examples=16, deadline=None)
+def test_the_last_message_of_a_user_is_the_border(form, with_call):
+    """Earlier answers are context even where the rejected conversation has others, calls after it are trained."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    round_of = [call, {"role": "tool", "content": "r"}] if with_call else []
+    before = [message("user", "q"), message("assistant", "a1"), message("user", "q2")]
+    ours, theirs = [*before, *round_of, message("assistant", "a2")], [*before, *round_of, message("assistant", "b2")]
+    if form == "other":
+        theirs[1] = message("assistant", "b1")
+    record = ({"messages": ours, "rejected_response": "b2"} if form == "text" else
+              {"prompt": ours[:-1], "chosen": ours[-1:], "rejected": theirs[-1:]} if form == "prompt" else
+              {"chosen": ours, "rejected": theirs})
+    assert [train for _, train in trained(record)] == [False, *([form != "prompt"] if with_call else []), True]
+
+
+def test_a_prompt_may_name_markers():
+    for record in ({"prompt": "what is <_user>?", "completion": "a"}, {"prompt": "<_bot>?", "chosen": "a",
+                                                                      "rejected": "b"}):
+        assert trained(record) == [("a", True)]
+
+
+@given(st.sampled_from(["False", "no", "Yes", "true", "1", "0"]), st.sampled_from(["False", "no", "Yes", "true", "0"]))
+@settings(max_examples=20, deadline=None)
+def test_labels_are_no_answers(ours, theirs):
+    messages = [message("user", "q"), message("assistant", "a")]
+    for record in ({"messages": messages, "rejected": theirs}, {"prompt": "q", "response": "a", "rejected": theirs},
+                   {"prompt": "q", "response": "a", "chosen": ours, "rejected": theirs + " "}):
+        with pytest.raises(RecordError, match="preference pair"):
+            trained(record)
+    assert trained({"prompt": "q", "chosen": ours, "rejected": theirs}) == [(ours, True)]
+    assert trained({"messages": messages, "rejected_response": theirs}) == [("a", True)]
+
+
+def test_a_pair_keeps_its_system_prompt_and_reasoning():
+    system, question, answer = {"role": "system", "content": "s"}, message("user", "q"), message("assistant", "a")
+    record = {"prompt": [system, question], "chosen": [question, answer], "rejected": [question]}
+    messages = parse_record(json.dumps(record).encode(), "messages").messages
+    assert [message.content for message in messages] == ["s", "q", "a"]
+    record["chosen"] = [{**system, "content": "other"}, question, answer]
+    with pytest.raises(RecordError, match="two system prompts"):
+        trained(record)
+    with pytest.raises(RecordError, match="another answer"):
+        trained({"messages": [question, answer], "chosen": {**answer, "reasoning_content": "t"}, "rejected": "b"})
+
+
 @given(st.sampled_from(["prompt", "query", "question"]), st.sampled_from(["completion", "response", "answer"]),
        st.booleans(), TURNS, WORDS, WORDS)
 @settings(max_examples=60, deadline=None)

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from research.telechat.common.errors import ConfigError, RecordError
 from research.telechat.data import stream as data_stream
 from research.telechat.data.encoding import source_formats
+from research.telechat.data.preferences import LISTS
 from research.telechat.data.records import FORMATS, detect_format, parse_record, split_inline
 from research.telechat.data.sources import Source, find_sources, peek_records, read_chunks, total_bytes
+from research.telechat.text.literals import read_literal
 from research.telechat.text.renderer import BOT, SYSTEM, TOOL, USER
 
 
@@ -148,6 +150,47 @@ def test_lone_surrogates_are_replaced_and_said():
     conversation = parse_record(b'{"input": "a\\ud800b", "output": "\\ud83d\\ude00"}', "input_output")
     assert [message.content for message in conversation.messages] == ["a\ufffdb", "\U0001f600"]
     assert conversation.notes == ("lone surrogates replaced by U+FFFD",)
+
+
+@pytest.mark.parametrize("record", [
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+     "tools": r'[{"name": "f", "description": "\ud83d"}]'},
+    {"conversations": [{"from": "human", "value": "q"},
+                       {"from": "function_call", "value": r'{"name": "f", "arguments": {"a": "\ud83d"}}'}]},
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [
+        {"function": {"name": "f", "arguments": r'{"a": "\ud83d"}'}}]}]}])
+def test_lone_surrogates_in_a_json_text_are_replaced_and_said(record):
+    conversation = parse_record(raw(record), "messages", named=False)
+    shown = json.dumps([conversation.tools, [message.calls for message in conversation.messages]], ensure_ascii=False)
+    assert "\ufffd" in shown and "ud83d" not in shown and shown.encode()
+    assert conversation.notes[0] == "lone surrogates replaced by U+FFFD"
+
+
+def test_python_literals_print_nothing(recwarn):
+    assert read_literal(r"{'a': '\d'}") == {"a": r"\d"} and not recwarn.list
+    with pytest.raises(ValueError, match="too long"):
+        read_literal("{'a': 0x" + "f" * 4000 + "}")
+
+
+TEXTS = {"instruction": "q", "output": "a", "prompt": "q", "completion": "a", "messages": [
+    {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "conversations": [
+    {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "input": "q"}
+
+
+@given(st.sampled_from([("instruction", "output"), ("prompt", "completion"), ("messages",), ("conversations",),
+                        ("input", "output")]),
+       st.sets(st.sampled_from(["dialog", "messages", "conversations", "instruction", "output", "input", "prompt"])),
+       st.sampled_from([None, []]))
+@settings(max_examples=50, deadline=None)
+def test_columns_without_a_value_do_not_choose_the_format(keys, others, empty):
+    record = {key: TEXTS[key] if key in keys else empty if key in LISTS else None
+              for key in (*sorted(others), *keys)}
+    assert [message[:2] for message in parse_record(raw(record), "dialog", named=False).messages] == ONE
+
+
+def test_an_empty_list_of_messages_is_still_named():
+    for record in ({"messages": []}, {"messages": None}):
+        assert detect_format(raw(record)) == "messages"
 
 
 def test_odd_texts_come_through_unchanged():

@@ -172,6 +172,28 @@ def test_csv_with_messages_in_a_cell_and_a_short_row(tmp_path):
     assert second == b"a row of 1 cells, 2 columns have a name"
 
 
+@pytest.mark.parametrize("column", ["prompt", "completion", "chosen", "rejected"])
+def test_csv_with_json_as_a_text_or_as_messages(tmp_path, column):
+    """A prompt or an answer that is JSON itself stays a text; messages are read."""
+    said = [{"role": "assistant", "content": "a"}]
+    texts = ['{"intent": "greet"}', '[{"a": 1}]', "{'a': 1}", "[]", "[1]", "[x", '{"x": 1}', "x"]
+    cells = [*texts, json.dumps(said), json.dumps(said, indent=1), str(said)]
+    path = tmp_path / "d.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([(column, "id"), *((cell, "1") for cell in cells)])
+    read_cells = [record[column] for record in read(path)]
+    assert read_cells == [*texts, said, said, said]
+
+
+def test_csv_with_half_a_character_in_a_cell(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_bytes(b'tools;id\n"[""\\ud83d""]";1\n"[""\xff""]";2\n')
+    chunks = list(read_chunks([Source(path)]))
+    first, second = (record for chunk in chunks for record in chunk.records)
+    assert json.loads(first)["tools"] == ["\ufffd"] and b"\xff" in second
+    assert [note for chunk in chunks for note in chunk.notes] == ["lone surrogates replaced by U+FFFD"]
+
+
 def test_parquet_and_arrow(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.parquet")

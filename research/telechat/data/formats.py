@@ -158,7 +158,7 @@ def _tool_value(value: Any, key: str, notes: List[str]) -> Any:
 
 
 # Keys that bring turns. A templated or gold text of another key is counted as not used.
-_CARRIES = ("instruction", "input", "output", "history", "chosen", *LISTS)
+_CARRIES = ("instruction", "input", "output", "history", *LISTS)
 
 
 def _refuse(record: JsonObject, used: Tuple[str, ...], messages: List[Message], data_format: str) -> None:
