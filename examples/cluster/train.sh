@@ -22,7 +22,7 @@ die() {
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
     MACHINES=${MACHINES:-$SLURM_JOB_NUM_NODES}
     NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
-    MASTER=${MASTER_IP:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    MASTER=${MASTER_IP:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
 elif [ -n "${VC_WORKER_HOSTS:-}" ]; then
     MACHINES=${MACHINES:-$VC_WORKER_NUM}
     NODE_RANK=${NODE_RANK:-$VC_TASK_INDEX}
