@@ -172,6 +172,39 @@ print(done.stdout.decode())
     assert outcome == {"result": "passed"}, done.stderr
 
 
+def test_mounts_below_what_is_shown(tmp_path):
+    """A file system mounted below a shown folder is read-only too, and a strict umask of the caller closes nothing."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount")
+    below = tmp_path / "shown" / "a place"
+    below.mkdir(parents=True)
+    program = f"import os\nassert os.path.exists({str(below / 'here')!r})\nopen({str(below / 'x')!r}, 'w')"
+    script = f"""
+import os
+from research.telechat.evaluation import confined, sandbox
+os.umask(0o077)
+confined.call("unshare", confined.CLONE_NEWNS)
+confined.call("mount", "none", "/", None, confined.MS_REC | confined.MS_PRIVATE, None)
+confined.call("mount", "tmpfs", {str(below)!r}, "tmpfs", 0, "size=1m,mode=777")
+open({str(below / "here")!r}, "w").close()
+sandbox._SHOWN += ({str(below.parent)!r},)
+print(sandbox.run_program({program!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.startswith("failed: OSError: [Errno 30] Read-only file system"), done.stdout + done.stderr
+
+
+def test_environment_behind_links(tmp_path, monkeypatch):
+    """The folder of an environment may be a link to a link: what it leads to is shown as well."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "here").touch()
+    (tmp_path / "real").chmod(0o755)
+    (tmp_path / "second").symlink_to("real")
+    (tmp_path / "first").symlink_to(tmp_path / "second")
+    monkeypatch.setattr(sys, "exec_prefix", str(tmp_path / "first"))
+    assert run_program(f"open({str(tmp_path / 'first' / 'here')!r})") == "passed"
+
+
 def test_calls_that_are_refused_have_numbers_on_both_machines():
     for machine, numbers in REFUSED.items():
         assert len(set(numbers.values())) == len(numbers)

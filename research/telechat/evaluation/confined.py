@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import resource
 import select
 import signal
@@ -102,6 +103,7 @@ def become_isolated() -> Optional[int]:
 def build_root(root: str, paths: Sequence[str], size: int) -> None:
     """Replace the file system by one built in the empty folder `root`: `paths`, read-only, and an empty folder BOX of
     `size` bytes."""
+    os.umask(0o022)                                        # the program's user must get through the folders made here
     call("mount", "none", "/", None, MS_REC | MS_PRIVATE, None)
     call("mount", "tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path in paths:
@@ -130,9 +132,20 @@ def bind(path: str, root: str) -> None:
         with open(target, "a", encoding="ascii"):
             pass
     call("mount", path, target, None, MS_BIND | MS_REC, None)
-    flags = os.statvfs(target).f_flag                      # those that a user namespace may not remove
-    kept = flags & (MS_NOSUID | MS_NODEV | 8 | 1024 | 2048) | (MS_RELATIME if flags & ST_RELATIME else 0)
-    call("mount", "none", target, None, MS_BIND | MS_REMOUNT | MS_RDONLY | kept, None)
+    for place in [target, *mounts_below(target)]:          # a remount changes one mount, and none below it
+        try:
+            flags = os.statvfs(place).f_flag               # those that a user namespace may not remove
+        except (FileNotFoundError, NotADirectoryError):
+            continue                                       # hidden by a mount above it: no path leads there
+        kept = flags & (MS_NOSUID | MS_NODEV | 8 | 1024 | 2048) | (MS_RELATIME if flags & ST_RELATIME else 0)
+        call("mount", "none", place, None, MS_BIND | MS_REMOUNT | MS_RDONLY | kept, None)
+
+
+def mounts_below(path: str) -> List[str]:
+    """Mount points below `path`, from field 5 of /proc/self/mountinfo (man 5 proc), where blanks are octal."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        points = [re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), line.split()[4]) for line in file]
+    return [point for point in map(os.fsdecode, points) if point.startswith(path + "/")]
 
 
 def filter_program(machine: str) -> List[Tuple[int, int, int, int]]:
@@ -196,9 +209,11 @@ def become_program(order: Dict[str, Any], user: Optional[int], report: int, fail
 def ended_by_limit(child: int) -> bool:
     """Whether a program that reported nothing was killed by the limit on its processor time."""
     for _ in range(100):                                   # it has closed its report and is about to exit
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
+        # WNOWAIT: its number must not become another process's before `main` kills it.
+        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is not None:
+            return (ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+                    and ended.si_status in (signal.SIGXCPU, signal.SIGKILL))
         time.sleep(0.01)
     return False
 

@@ -73,13 +73,14 @@ def _paths() -> List[str]:
     own = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, *filter(None, [_libraries()])}
     for link in _links(sys.executable):
         own.add(os.path.dirname(link))
+    own |= {link for path in own for link in (*_links(path), os.path.realpath(path))}
     paths = [*_SHOWN, *sorted(own)]
     paths = [path for path in dict.fromkeys(paths) if path != "/" and os.path.exists(path)]
     return [path for path in paths if not any(path.startswith(other + "/") for other in paths)]
 
 
 def _links(path: str) -> List[str]:
-    """A file and every symbolic link on the path to it."""
+    """A file or folder and every symbolic link on the path to it."""
     found = [os.path.abspath(path)]
     while os.path.islink(found[-1]):
         found.append(os.path.normpath(os.path.join(os.path.dirname(found[-1]), os.readlink(found[-1]))))
