@@ -34,7 +34,7 @@ def served():
         started.append(FakeJudge(reply))
         return started[-1]
     yield start
-    for each in started:
+    for each in reversed(started):
         each.close()
 
 
@@ -113,7 +113,10 @@ def test_judge_on_the_loopback(data, tmp_path, served, monkeypatch):
 
 
 @pytest.mark.parametrize(("reply", "attempts", "message"), [
-    (lambda body: 401, 1, "HTTP 401: busy; no key is set"), (lambda body: 500, 5, "HTTP 500")])
+    (lambda body: 401, 1, "HTTP 401: busy; no key is set"), (lambda body: 500, 5, "HTTP 500"),
+    (lambda body: (200, {"Content-Length": "99"}, b"{"), 5, "IncompleteRead"),
+    (lambda body: (302, {"Location": "http://127.0.0.1:9/v1"}, b""), 1, "HTTP 302: it redirects to http://127.0.0.1:9/v1"
+     )])
 def test_judge_that_refuses(served, tmp_path, monkeypatch, reply, attempts, message):
     for name in judging.KEYS:
         monkeypatch.delenv(name, raising=False)
@@ -123,9 +126,51 @@ def test_judge_that_refuses(served, tmp_path, monkeypatch, reply, attempts, mess
     assert len(fake.requests) == attempts
 
 
+def test_keys(served, tmp_path, monkeypatch):
+    """The line end of a file that holds the key is not part of it; what no header can carry is refused, not shown."""
+    monkeypatch.delenv("TELECHAT_JUDGE_KEY", raising=False)
+    fake = served(lambda body: "[[1]]")
+    monkeypatch.setenv("OPENAI_API_KEY", "abc\r\n")
+    assert Judge(fake.url, "x").ask([]) == "[[1]]" and fake.requests[0][1] == "Bearer abc"
+    for key in ("ab\nc", "ab\u00e9"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(ConfigError, match="OPENAI_API_KEY: expected a key of printable ASCII") as caught:
+            Judge(fake.url, "x")
+        assert "ab" not in str(caught.value).replace("printable", "")
+
+
+def test_other_files_stay_as_they_are(tmp_path):
+    """A file of something else is refused, with or without a line end; half a record goes when the next one comes."""
+    path = tmp_path / "answers.jsonl"
+    for text in ("{}\n", "my notes", '{"question": 1}'):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="line 1: expected one of the answers"):
+            Store(path, "answers")
+        assert path.read_text() == text
+    half = '{"key": "a", "text": "b"}\n{"key": "c", "te'
+    for text in (half, half[:-10], half[:-13]):
+        path.write_text(text)
+        store = Store(path, "answers")
+        assert store.texts == {"a": "b"} and path.read_text() == text
+        store.add("d", "e", {})
+        assert Store(path, "answers").texts == {"a": "b", "d": "e"}
+
+
+def test_other_judges_are_asked(served, tmp_path):
+    first, second = served(lambda body: "[[1]]"), served(lambda body: "[[2]]")
+    store = Store(tmp_path / "j.jsonl", "judgments")
+    for fake, said in ((first, "[[1]]"), (second, "[[2]]"), (first, "[[1]]")):
+        assert judge_all(Judge(fake.url, "x"), store, [([], {})], 1) == [said]
+    assert len(first.requests) == len(second.requests) == 1
+
+
 def test_mistakes(data, tmp_path):
-    with pytest.raises(ConfigError, match="expected http"):
-        Judge("host:80", "x")
+    for url, message in (("host:80", "expected http"), ("http://", "expected http"), ("http://a b/v1", "expected http"),
+                         ("http://[::1/v1", "is no address"), ("http://a:99999/v1", "is no address"),
+                         ("https://me:secret@a/v1", "no user and password in the address")):
+        with pytest.raises(ConfigError, match=message) as caught:
+            Judge(url, "x")
+        assert "secret" not in str(caught.value)
     for name, folder, message in (("other", data, "expected alignbench or"), ("mt_bench", None, "needs --data"),
                                   ("alignbench", tmp_path / "none", "has no folder AlignBench")):
         with pytest.raises(ConfigError, match=message):

@@ -3,6 +3,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
 from card_fixtures import write_lines
 
 PROMPT = "类型{category}\n{dimensions}问：{question}\n参考：{reference}\n答：{answer}\n如{{'综合得分': 7}}"
@@ -37,28 +38,39 @@ def write_judged_sets(folder):
 
 
 class FakeJudge:
-    """A judge on the loopback; `replies`: what it says, from the request, or an HTTP status."""
+    """A judge on the loopback, past any proxy.
+
+    reply: from the request: what it says, or an HTTP status, or (status, headers, bytes)."""
 
     def __init__(self, reply):
         outer, self.requests, self.reply = self, [], reply
+        self._environment = pytest.MonkeyPatch()
+        self._environment.setenv("no_proxy", "127.0.0.1")
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append((self.path, self.headers.get("Authorization"), body))
                 said = outer.reply(body)
-                data = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
-                self.send_response(said if isinstance(said, int) else 200)
+                if isinstance(said, int):
+                    said = (said, {}, b"busy")
+                elif isinstance(said, str):
+                    said = (200, {}, json.dumps({"choices": [{"message": {"content": said}}]}).encode())
+                status, headers, data = said
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(b"busy" if isinstance(said, int) else data)
+                self.wfile.write(data)
 
             def log_message(self, *_):
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self):
         self.server.shutdown()
         self.server.server_close()
+        self._environment.undo()
