@@ -1,5 +1,7 @@
 """The table of the model card: rows from results, published figures, what is missing; and the whole command."""
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 from card_fixtures import write_card_sets
@@ -8,7 +10,12 @@ from evaluation_fixtures import RECIPE, needs_harness, run, write_published
 from judged_fixtures import FakeJudge, write_judged_sets
 from vocab_fixtures import train_sentencepiece
 
+from research.telechat.commands import evaluate_card
+from research.telechat.common.errors import ConfigError
+from research.telechat.common.lock import output_lock
+from research.telechat.evaluation import judge
 from research.telechat.evaluation.card import BENCHMARKS, PUBLISHED, card_rows, card_table, draw_card, published_for
+from research.telechat.evaluation.judged import read_bench
 
 RESULT = {"results": {
     "ceval-valid": {"acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.9, "alias": "ceval-valid"},
@@ -36,6 +43,7 @@ def test_rows(tmp_path):
 @pytest.mark.parametrize(("recipe", "figure"), [
     ("research/telechat/predict_telechat2_7b.yaml", 82), ("my_telechat_7b_lora.yaml", 64.6),
     ("predict_telechat2_35b.yaml", 85), ("predict_telechat2_5_35b.yaml", None), ("telechat2_35b_32k.yaml", None),
+    ("telechat2_7b_128k.yaml", None),
     ("predict_telechat_12b_v2.yaml", None), ("predict_telechat_t1_35b.yaml", None), ("tiny.yaml", None)])
 def test_figures_are_those_of_the_recipes_model(recipe, figure):
     assert published_for(recipe).get("C-Eval") == figure
@@ -46,28 +54,62 @@ def test_published_figures_are_of_benchmarks_on_the_card():
     assert all(names >= figures.keys() for figures in PUBLISHED.values())
 
 
+def test_judge_that_is_away_costs_no_report(tmp_path, monkeypatch):
+    """With --card what cannot be judged is missing, with the reason; without it the command ends with the error."""
+    write_judged_sets(tmp_path)
+    benches = evaluate_card.limited([read_bench("alignbench", str(tmp_path)), read_bench("mt_bench", str(tmp_path))],
+                                    0.5)
+    assert [len(bench.questions) for bench in benches] == [2, 1]
+    assert [len(bench.questions) for bench in evaluate_card.limited(benches, 1)] == [1, 1]
+    monkeypatch.setattr(judge, "ATTEMPTS", 1)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    found = evaluate_card.AtHand({}, benches)
+    given = [{question.number: ["a", "b"] for question in bench.questions} for bench in benches]
+    args = SimpleNamespace(card=True, judge_url="http://127.0.0.1:9/v1", judge_model="x", judge_parallel=1)
+    store = judge.Store(tmp_path / "j.jsonl", "judgments")
+    assert evaluate_card.judge_benches(found, given, store, args) == {}
+    assert all("does not answer" in found.missing[name] for name in ("AlignBench", "MT-bench"))
+    args.card = False
+    with pytest.raises(ConfigError, match="does not answer"):
+        evaluate_card.judge_benches(found, given, store, args)
+
+
+def test_weights_are_told_apart(tmp_path):
+    """Other weights at the path of earlier ones have another identity; a process elsewhere is refused."""
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(b"1" * 40)
+    first = evaluate_card.weights_of(path)
+    os.utime(path, ns=(1, 1))
+    assert evaluate_card.weights_of(path) != first == [("model.ckpt", 40, first[0][2])]
+    assert [name for name, *_ in evaluate_card.weights_of(tmp_path)] == [f"{tmp_path.name}/model.ckpt"]
+    with output_lock(tmp_path / "card.json"):
+        evaluate_card.check_shared(tmp_path / "card.json")
+    with pytest.raises(ConfigError, match="process 0 does not see the folder"):
+        evaluate_card.check_shared(tmp_path / "card.json")
+
+
 @needs_harness
 @pytest.mark.slow
 def test_command(tmp_path, capfd):
-    """Everything at hand is run, the rest is named with the reason; a second run asks neither model nor judge anew."""
+    """Everything at hand is run, the rest is named with the reason; the limit holds for judged questions, too."""
     write_card_sets(tmp_path)
     write_published(tmp_path)
     write_judged_sets(tmp_path)
     checkpoint = tmp_path / "tiny.ckpt"
-    judge = FakeJudge(lambda body: "[[6]] {'综合得分': 8}")
+    fake = FakeJudge(lambda body: "[[6]] {'综合得分': 8}")
     options = ["--config", RECIPE, "--load_checkpoint", checkpoint, "--tokenizer",
                train_sentencepiece(tmp_path / "tokenizer.model"), *save_tiny(checkpoint), "--card", "--data", tmp_path,
-               "--limit", 1, "--judge_url", judge.url, "--output_dir", tmp_path / "logs",
+               "--limit", 1, "--judge_url", fake.url, "--output_dir", tmp_path / "logs",
                "--output", tmp_path / "card.json"]
     try:
         assert run(capfd, *options, "--allow_code_execution") == (0, [])
     finally:
-        judge.close()
+        fake.close()
     report = json.loads((tmp_path / "card.json").read_text(encoding="utf-8"))
     rows = {row["benchmark"]: row for row in report["card"]}
     assert {name for name, row in rows.items() if not row["missing"]} >= {
         "GSM8K", "HumanEval", "MBPP", "AlignBench", "MT-bench"}
     assert rows["GSM8K"]["shots"] == 4 and (rows["AlignBench"]["ours"], rows["MT-bench"]["ours"]) == (8, 6)
     assert "ceval-exam" in rows["C-Eval"]["missing"] and "cmmlu" in rows["CMMLU"]["missing"]
-    assert len(judge.requests) == 3 + 4 and (tmp_path / "card.png").is_file()
-    assert len((tmp_path / "card.answers.jsonl").read_text(encoding="utf-8").splitlines()) == 3 + 4
+    assert len(fake.requests) == 1 + 2 and (tmp_path / "card.png").is_file()
+    assert len((tmp_path / "card.answers.jsonl").read_text(encoding="utf-8").splitlines()) == 1 + 2

@@ -164,6 +164,24 @@ def test_other_judges_are_asked(served, tmp_path):
     assert len(first.requests) == len(second.requests) == 1
 
 
+def test_files_that_differ(data):
+    """A line separator of Unicode within a text is no line end; what has another form is named."""
+    path = data / "mt_bench" / "question.jsonl"
+    good = path.read_text(encoding="utf-8")
+    path.write_text(good.replace("Write.", "Write\u2028on."), encoding="utf-8")
+    assert read_bench("mt_bench", str(data)).questions[0].turns[0] == "Write\u2028on."
+    path.write_text(good.replace('["Write.", "Again."]', "[]"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"question 81: expected turns to be texts, found \[\]"):
+        read_bench("mt_bench", str(data))
+    path.write_bytes("问题".encode("gbk"))
+    with pytest.raises(ConfigError, match=r"question\.jsonl cannot be read as UTF-8"):
+        read_bench("mt_bench", str(data))
+    path.write_text(good, encoding="utf-8")
+    (data / "mt_bench" / "reference_answer" / "gpt-4.jsonl").write_text('{"question_id": 111, "choices": []}')
+    with pytest.raises(ConfigError, match=r"gpt-4\.jsonl: question 111: expected choices\[0\].turns to be texts"):
+        read_bench("mt_bench", str(data))
+
+
 def test_mistakes(data, tmp_path):
     for url, message in (("host:80", "expected http"), ("http://", "expected http"), ("http://a b/v1", "expected http"),
                          ("http://[::1/v1", "is no address"), ("http://a:99999/v1", "is no address"),

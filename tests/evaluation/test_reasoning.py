@@ -119,6 +119,17 @@ class TestReasoning:
         begun = lm.apply_chat_template([*ASKED, {"role": "assistant", "content": "the end"}], False)
         assert ask(lm, begun, max_gen_toks=30).strip() == "of the world"
 
+    def test_turn_that_ends_within_its_reasoning(self, setting):
+        """The end marker does not come into the prompt that goes on with the answer."""
+        lm, renderer, write, texts = setting
+        texts.clear()
+        write(f"{THOUGHT}{renderer.template.think_end}", "the end", " of the world")
+        write(THOUGHT)
+        texts.insert(0, [*texts.pop(), renderer.end_id])   # the model ends its turn there
+        begun = lm.apply_chat_template([*ASKED, {"role": "assistant", "content": "the end"}], False)
+        assert ask(lm, begun, max_gen_toks=30).strip() == "of the world"
+        lm.counts.clear()
+
     def test_no_log_likelihoods_behind_it(self, setting):
         lm = setting[0]
         with pytest.raises(ConfigError, match="reasoning, behind which no log-likelihood can be scored"):

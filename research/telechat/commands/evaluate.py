@@ -8,22 +8,34 @@ model is loaded. On several cards: scripts/msrun_launcher.sh, with --use_paralle
 requests, the first one writes. See docs/evaluation.md.
 """
 import argparse
+import contextlib
 import os
 import random
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
-from research.telechat.commands.evaluate_card import AtHand, at_hand, leave_out_scored, run_judged, stores
+from research.telechat.commands.evaluate_card import (
+    AtHand,
+    answer_benches,
+    at_hand,
+    check_shared,
+    judge_benches,
+    leave_out_scored,
+    limited,
+    stores,
+    weights_of,
+)
 from research.telechat.common.command import run_command
-from research.telechat.common.environment import rank
+from research.telechat.common.environment import rank, writes
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import JsonObject, prepare_log, read_json_object, refuse_foreign
+from research.telechat.common.files import JsonObject, json_text, prepare_log, read_json_object, refuse_foreign
 from research.telechat.common.lock import output_lock
-from research.telechat.common.printable import printable
+from research.telechat.common.printable import one_line, printable
 from research.telechat.common.versions import fitting_versions
 from research.telechat.evaluation.answers import DEFAULT_THINKING
 from research.telechat.evaluation.card import CardRow, card_rows, card_table, draw_card, published_for
+from research.telechat.evaluation.judge import Judge, digest
 from research.telechat.evaluation.judged import read_bench
 from research.telechat.evaluation.needs import check_programs, check_reasoning
 from research.telechat.evaluation.report import (
@@ -92,12 +104,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> List[str]:
     """The names of the tasks. Raises ConfigError for what can be told from the command line alone."""
-    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    names = task_names(args)
     if sum(map(bool, (names, args.perplexity, args.card, args.judge))) != 1:
         raise ConfigError("give either --tasks NAME,NAME or --perplexity FILE or --card or --judge NAME"
                           + ("" if names else "; tasks are, for example, ceval-valid, cmmlu, mmlu, gsm8k and bbh"))
     if args.judge and not args.judge_url:
         raise ConfigError("--judge needs --judge_url, the server of the model that rates the answers")
+    if args.judge_url:
+        Judge(args.judge_url, args.judge_model)              # a wrong address or key is told now, not after the answers
     if args.judge_parallel < 1:
         raise ConfigError(f"--judge_parallel: expected a whole number over 0, found {args.judge_parallel}")
     if args.card and args.num_fewshot is not None:
@@ -134,6 +148,11 @@ def check(args: argparse.Namespace) -> List[str]:
     return names
 
 
+def task_names(args: argparse.Namespace) -> List[str]:
+    """The names in --tasks."""
+    return [name.strip() for name in args.tasks.split(",") if name.strip()]
+
+
 def is_report(path: Path) -> bool:
     """Whether a file is a report of this command."""
     try:
@@ -151,6 +170,8 @@ def open_model(args: argparse.Namespace, rest: List[str], found: AtHand) -> Any:
     with fitting_versions():
         from research.telechat.run.load import load_model, prepare_prediction, quieten
     config, tokenizer = prepare_prediction(args.config, overrides, args.tokenizer)
+    if found.benches:
+        found.weights = weights_of(Path(config.load_checkpoint))      # loading may name another place
     quieten()
     from research.telechat.run.preflight import model_config
     template = choose_template(tokenizer.vocab, model_config(config).chat_template)
@@ -169,8 +190,8 @@ def run_tasks(lm: "TelechatLM", loaded: JsonObject, args: argparse.Namespace, fi
     from lm_eval.evaluator import evaluate
     kept = set_shots(loaded, args.num_fewshot, args.seed)
     if kept and first:
-        print(f"--num_fewshot does not apply to {len(kept)} tasks that bring their own examples: {', '.join(kept[:5])}"
-              + (", ..." if len(kept) > 5 else ""), flush=True)
+        print(one_line(f"--num_fewshot does not apply to {len(kept)} tasks that bring their own examples: "
+                       + ", ".join(kept[:5]) + (", ..." if len(kept) > 5 else "")), flush=True)
     random.seed(args.seed)
     np.random.seed(args.seed)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")      # bootstrapping in forked processes would hang beside MindSpore
@@ -202,10 +223,12 @@ def prepare(args: argparse.Namespace, names: List[str]) -> AtHand:
         print(f"loading the benchmarks of the model card with lm-evaluation-harness {harness_version()}", flush=True)
         return at_hand(args)
     if args.judge:
+        if not args.data_only:
+            harness_version()                                # which answers are generated through
         return AtHand({}, [read_bench(name.strip(), args.data) for name in args.judge.split(",")])
     if not names:
         return AtHand({}, [])
-    print(f"loading {', '.join(names)} with lm-evaluation-harness {harness_version()}", flush=True)
+    print(one_line(f"loading {', '.join(names)} with lm-evaluation-harness {harness_version()}"), flush=True)
     loaded = load_tasks(names, args.include_path, args.data)
     return AtHand(loaded, [], programs=not args.data_only and check_programs(loaded, args.allow_code_execution))
 
@@ -218,10 +241,23 @@ def measure(args: argparse.Namespace, found: AtHand, kept: Any, opened: Any, rep
     model, tokenizer, _ = opened
     lm = TelechatLM(model, tokenizer, args.batch_size, args.seed, first, args.thinking_tokens)
     result = run_tasks(lm, found.loaded, args, first, found.programs) if found.loaded else {}
-    identity = {key: report[key] for key in ("checkpoint", "tokenizer_sha256", "seq_length", "seed", "thinking_tokens")}
-    judged = run_judged(lm, found.benches, kept, args, identity, first) if found.benches else {}
+    judged: Dict[str, JsonObject] = {}
+    if found.benches:
+        answers, judgments = kept
+        if not first:
+            check_shared(Path(args.output))
+        given = answer_benches(lm, found.benches, answers, args, identity_of(args, found, report), first)
+        if first:                                            # nothing that the other processes would wait for
+            judged = judge_benches(found, given, judgments, args)
     report["notes"] = dict(lm.counts)
     return result, judged
+
+
+def identity_of(args: argparse.Namespace, found: AtHand, report: JsonObject) -> JsonObject:
+    """What the answers to judged benchmarks depend on: answers of another model or recipe are not reused."""
+    names = ("changes", "checkpoint", "tokenizer_sha256", "seq_length", "compute_dtype", "seed", "thinking_tokens")
+    return {**{key: report[key] for key in names}, "weights": found.weights,
+            "recipe": digest(json_text(read_recipe(resolve_config(args.config))))}
 
 
 def run(args: argparse.Namespace, rest: List[str]) -> int:
@@ -232,8 +268,18 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     if args.data_only:
         for name, count in [*count_documents(found.loaded).items(),
                             *((bench.name, len(bench.questions)) for bench in found.benches)]:
-            print(f"{name}: {count} questions")
+            print(one_line(f"{name}: {count} questions"))
         return 0
+    found.benches = limited(found.benches, args.limit)
+    with contextlib.ExitStack() as held:
+        if writes():
+            held.enter_context(output_lock(output))          # answers and judgments are written meanwhile
+        return evaluate(args, rest, found, records)
+
+
+def evaluate(args: argparse.Namespace, rest: List[str], found: AtHand, records: List[Record]) -> int:
+    """Measure what was found, print it, and write it; the exit code. The lock of the output is held."""
+    names, output = task_names(args), Path(args.output)
     kept = stores(output) if found.benches else None
     started = time.time()
     model, tokenizer, config = opened = open_model(args, rest, found)
@@ -270,9 +316,8 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     report["seconds"] = round(time.time() - started, 1)
     print(printable("\n\n".join(shown)), flush=True)
     for note, count in report.get("notes", {}).items():
-        print(f"note: {count} {note}")
-    with output_lock(output):
-        written = write(output, report, rows, samples, cards)
+        print(one_line(f"note: {count} {note}"))
+    written = write(output, report, rows, samples, cards)
     print("written: " + ", ".join(map(str, written)), flush=True)
     return 0
 

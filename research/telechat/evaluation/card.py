@@ -62,7 +62,7 @@ def _published() -> Dict[str, Dict[str, float]]:
 
 
 PUBLISHED = _published()
-_OTHERS = ("_v2", "_32k")            # of a name: other weights, which the card has no figures for
+_OTHERS = ("_v2", "_32k", "_128k")   # of a name: other weights, which the card has no figures for
 _FILTERS = ("flexible-extract", "get-answer", "create_test", "extract_code", "none")
 
 

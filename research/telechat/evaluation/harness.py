@@ -209,7 +209,7 @@ class TelechatLM(TemplateLM):
         found, line = list(prompts), len(self.vocab.encode("\n"))
         for number, listener in zip(places, thoughts):
             ids, rest = begun[number]
-            reasoning = self.vocab.decode(listener.tokens).partition("</think>")[0].rstrip("\n")
+            reasoning = self.vocab.decode(listener.thoughts).partition("</think>")[0].rstrip("\n")
             thought = f"\n{reasoning}{self.renderer.template.think_end}"          # the prompt ends with this newline
             found[number] = prompts[number]._replace(
                 ids=[*ids, *self.vocab.encode_with_specials(thought)[line:], *self.vocab.encode(rest)])
@@ -308,15 +308,17 @@ class _Listener:
     def __init__(self, scheduler: Scheduler, answer: Answer, bar: tqdm, asked: _Asked):
         self.answer, self.finished = answer, False
         self.ticket: Optional[Ticket] = None
-        self.tokens: List[int] = []                        # of the reasoning, where the model reasons
+        self.thoughts: List[int] = []                      # tokens of the reasoning, where the model reasons
         self._scheduler, self._bar, self._asked = scheduler, bar, asked
-        self._answered = 0
+        self._reasoned = self._answered = 0                # tokens, end tokens included
 
     def __call__(self, event: Event) -> None:
         """Called by the scheduler."""
         if isinstance(event, Token):
             if self.answer.reasoning:
-                self.tokens.append(event.id)
+                self._reasoned += 1
+                if event.id not in self._asked.request.end_tokens:       # a turn may end within its reasoning
+                    self.thoughts.append(event.id)
             else:
                 self._answered += 1
             self.answer.add(event.id)
@@ -329,5 +331,5 @@ class _Listener:
 
     def _is_enough(self) -> bool:
         if self.answer.reasoning:
-            return len(self.tokens) >= self._asked.limits[1]
+            return self._reasoned >= self._asked.limits[1]
         return self.answer.stopped or self._answered >= self._asked.limits[0] or self._asked.thoughts_only

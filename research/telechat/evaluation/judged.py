@@ -65,10 +65,18 @@ def _file(folder: Path, *names: str) -> Path:
     return found
 
 
+def _text(path: Path) -> str:
+    """A file's text. Raises ConfigError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"--data: {path} cannot be read as UTF-8: {err}") from err
+
+
 def _json(path: Path) -> JsonObject:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as err:
+        found = json.loads(_text(path))
+    except ValueError as err:
         raise ConfigError(f"--data: {path}: not valid JSON ({err})") from err
     if not isinstance(found, dict):
         raise ConfigError(f"--data: {path}: expected an object, found {type(found).__name__}")
@@ -78,7 +86,7 @@ def _json(path: Path) -> JsonObject:
 def _lines(path: Path, needed: Sequence[str]) -> List[JsonObject]:
     """The records of a .jsonl file, each with the fields `needed`. Raises ConfigError."""
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):       # U+2028 may stand in a text
         if not line.strip():
             continue
         try:
@@ -123,7 +131,7 @@ def _read_align(folder: Path) -> Bench:
 def _align_prompt(folder: Path) -> str:
     """The prompt of AlignBench's judge: judge_prompt.txt, or the text base_prompt in judge.py."""
     path = _file(folder, "judge_prompt.txt", "judge.py")
-    source = path.read_text(encoding="utf-8")
+    source = _text(path)
     if path.suffix == ".txt":
         return source
     try:
@@ -172,14 +180,18 @@ def _read_mt(folder: Path) -> Bench:
     references: Dict[str, List[str]] = {}
     for path in sorted([*folder.glob("reference_answer/*.jsonl"), *folder.glob("mt_bench/reference_answer/*.jsonl")]):
         for record in _lines(path, ("question_id", "choices")):
-            references.setdefault(str(record["question_id"]), list(record["choices"][0]["turns"]))
+            try:
+                answers = record["choices"][0]["turns"]
+            except (KeyError, IndexError, TypeError):
+                answers = None
+            references.setdefault(str(record["question_id"]), _turns(answers, path, record, "choices[0].turns"))
     wanted = [name + end for name in ("single-v1", "single-math-v1") for end in ("", "-multi-turn")]
     lacking = [name for name in wanted if name not in prompts]
     if lacking:
         raise ConfigError(f"--data: {folder}/judge_prompts.jsonl has no prompt named {', '.join(lacking)}")
     found = []
     for record in questions:
-        number, turns = str(record["question_id"]), list(map(str, record["turns"]))
+        number, turns = str(record["question_id"]), _turns(record["turns"], folder, record, "turns")
         reference = references.get(number) if record["category"] in MT_REFERENCED else None
         if record["category"] in MT_REFERENCED and (reference is None or len(reference) < len(turns)):
             raise ConfigError(f"--data: {folder}: question {number} ({record['category']}) has no reference answer in "
@@ -197,6 +209,13 @@ def _read_mt(folder: Path) -> Bench:
         found.append(Question(number, str(record["category"]), tuple(turns),
                               MT_TEMPERATURES.get(str(record["category"]), 0.0), judge))
     return Bench("mt_bench", found, mt_rating, mean_score)
+
+
+def _turns(found: object, path: Path, record: JsonObject, name: str) -> List[str]:
+    if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
+        raise ConfigError(f"--data: {path}: question {record['question_id']}: expected {name} to be texts, found "
+                          f"{str(found)[:80]}")
+    return found
 
 
 def mt_rating(text: str) -> Optional[float]:
