@@ -7,6 +7,7 @@ import pytest
 from card_fixtures import write_card_sets
 from chat_fixtures import save_tiny
 from evaluation_fixtures import RECIPE, needs_harness, run, write_published
+from isolation import require_isolation
 from judged_fixtures import FakeJudge, write_judged_sets
 from vocab_fixtures import train_sentencepiece
 
@@ -92,6 +93,7 @@ def test_weights_are_told_apart(tmp_path):
 @pytest.mark.slow
 def test_command(tmp_path, capfd):
     """Everything at hand is run, the rest is named with the reason; the limit holds for judged questions, too."""
+    require_isolation()
     write_card_sets(tmp_path)
     write_published(tmp_path)
     write_judged_sets(tmp_path)

@@ -5,6 +5,7 @@ import re
 import pytest
 from card_fixtures import MATH_SUBJECTS, canned, write_card_sets, write_lines
 from evaluation_fixtures import RECIPE, needs_harness, run
+from isolation import require_isolation
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.evaluation import needs, tasks
@@ -43,6 +44,8 @@ class TestPrograms:
     def test_right_and_wrong_programs(self, data):
         """Of the two questions of each set one is answered by a program that passes: the first of HumanEval (its tests
         differ), and of MBPP the one whose function is asked for."""
+        require_isolation()
+
         def answer(prompt):
             if "double" in prompt:
                 names = re.findall(r"double_(\d+)\(1\)", prompt)
