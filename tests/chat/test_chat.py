@@ -320,7 +320,7 @@ def test_tokenizer_of_another_model(model, vocab_file):
     from research.telechat.chat.api import chat
     with pytest.raises(ConfigError, match="did you mean max_new_tokens"):
         chat(model, Vocab.load(vocab_file), "a", max_new_token=3)
-    with pytest.raises(ConfigError, match="there is no tokenizer"):
+    with pytest.raises(ConfigError, match="no tokenizer is set"):
         chat(model, None, "a")
     with pytest.raises(ConfigError, match=r"another model.*600 tokens, the model 500"):
         chat(SimpleNamespace(config=SimpleNamespace(vocab_size=500)), Vocab.load(vocab_file), "a")

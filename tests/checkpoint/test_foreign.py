@@ -190,7 +190,7 @@ def test_nested_bin_files_are_read_or_say_what_they_hold(model, tmp_path, capfd)
         "['model']; left out: optimizer, step": {"model": weights, "optimizer": moments, "step": 3},
         "['a']['module']": {"a": {"module": weights}},
         "['model']; left out: ema": {"model": weights, "ema": {"shadow": {"x": torch.ones(2)}}},
-        "as they are no tensors: step": {**weights, "step": 3},
+        "as they are not tensors: step": {**weights, "step": 3},
         "names count without": {"state_dict": {f"module.{name}": value for name, value in weights.items()}},
     }
     for number, (words, content) in enumerate(read.items()):

@@ -66,8 +66,8 @@ class Saves:
 
 
 def named(folder):
-    """Files in a folder, but for manifests."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".manifest.json"))
+    """Files in a folder, but for manifests and those that are being written."""
+    return sorted(path.name for path in folder.iterdir() if ".manifest.json" not in path.name)
 
 
 def ckpt(step):

@@ -69,6 +69,9 @@ def shrink(recipe: JsonObject, ranks: int, sizes: Sizes) -> JsonObject:
     if parallel.get("context_parallel_algo") == "hybrid_cp":
         parallel["ulysses_degree_in_cp"] = min(plan.ulysses, max(1, degrees["cp"] // 2))
     parallel["micro_batch_num"] = max(2, degrees["pp"]) if plan.training and degrees["pp"] > 1 else 1
+    if degrees["pp"] == 1:
+        small["model"]["model_config"].pop("pp_interleave_num", None)
+        small.get("parallel", {}).pop("pipeline_config", None)
     runner = small.setdefault("runner_config", {})
     runner["gradient_accumulation_steps"] = min(2, runner.get("gradient_accumulation_steps") or 1)
     recompute = small.setdefault("recompute_config", {})

@@ -1,7 +1,7 @@
 """Speed of generated answers in an evaluation: through the scheduler, and in batches that wait for the longest.
 
-    python benchmarks/evaluate.py                       the quick start's model with random weights, 64 requests, CPU
-    python benchmarks/evaluate.py --requests 16 --json figures.json
+    python benchmarks/evaluation.py                       the quick start's model with random weights, 64 requests, CPU
+    python benchmarks/evaluation.py --requests 16 --json figures.json
 
 Prompts and answers have mixed lengths, as those of a benchmark have: most are short, a few take the whole limit. The
 same requests go once through `TelechatLM`, as `telechat evaluate` sends them, and once through `model.generate` in
