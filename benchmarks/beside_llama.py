@@ -28,6 +28,7 @@ sys.path[:1] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ.setdefault("GLOG_v", "3")
 
 import numpy as np
+from generate import Clock
 
 from research.telechat.spec.variants import Variant, get_variant
 
@@ -120,20 +121,6 @@ class Transformers:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         self._optimizer.step()
         return float(loss)
-
-
-class Clock:
-    """A streamer that notes when each token comes. The first call brings the prompts."""
-
-    def __init__(self) -> None:
-        self.times: List[float] = []
-
-    def put(self, _value: Any) -> None:
-        """Called by `generate`."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Called by `generate`."""
 
 
 class _Watching:

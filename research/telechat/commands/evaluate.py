@@ -71,8 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", default="", help="tokenizer.model, tokenizer.json or the folder that holds it; default: that "
                                         "of the recipe")
     add("--tasks", default="", help="names of tasks, separated by commas, e.g. ceval-valid,cmmlu,mmlu,gsm8k,bbh")
-    add("--card", action="store_true", help="instead of tasks: the benchmarks of the model card that are at hand, "
-                                            "beside the published figures of the recipe's model")
+    add("--card", action="store_true", help="instead of tasks: the benchmarks of the model card whose data is present, "
+                                            "next to the published figures of the recipe's model")
     add("--judge", default="", help="instead of tasks: alignbench, mt_bench or both, rated by the model at --judge_url")
     add("--judge_url", default="", help="of a server with OpenAI's chat API, e.g. http://host:8000/v1; its key comes "
                                         "from TELECHAT_JUDGE_KEY or OPENAI_API_KEY")
@@ -111,7 +111,7 @@ def check(args: argparse.Namespace) -> List[str]:
     if args.judge and not args.judge_url:
         raise ConfigError("--judge needs --judge_url, the server of the model that rates the answers")
     if args.judge_url:
-        Judge(args.judge_url, args.judge_model)              # a wrong address or key is told now, not after the answers
+        Judge(args.judge_url, args.judge_model)              # rejects a bad address or key before any answer is made
     if args.judge_parallel < 1:
         raise ConfigError(f"--judge_parallel: expected a whole number over 0, found {args.judge_parallel}")
     if args.card and args.num_fewshot is not None:

@@ -1,4 +1,4 @@
-"""The parts of the command `evaluate` for --card and --judge: what is at hand, answers, judgments. See evaluate.py."""
+"""The parts of the command `evaluate` for --card and --judge: benchmarks, answers, judgments. See evaluate.py."""
 import argparse
 from dataclasses import dataclass, field
 from math import ceil
@@ -56,7 +56,7 @@ def at_hand(args: argparse.Namespace) -> AtHand:
         except ConfigError as err:
             found.missing[bench.name] = str(err)
     if not found.parts and not found.benches:
-        raise ConfigError("--card: no benchmark is at hand; "
+        raise ConfigError("--card: no benchmark can be run; "
                           + "; ".join(f"{name}: {why}" for name, why in found.missing.items()))
     CODE_EVAL.allowed = found.programs
     _merge(found)
@@ -88,7 +88,7 @@ def stores(output: Path) -> Tuple[Store, Store]:
 
 
 def limited(benches: Sequence[Bench], limit: Optional[float]) -> List[Bench]:
-    """Benchmarks with the first questions only, as the harness limits its tasks: so many, or under 1 a share."""
+    """Benchmarks with the first questions only, as the harness limits its tasks: a number, or a share below 1."""
     return [bench if limit is None else bench._replace(
         questions=bench.questions[:ceil(len(bench.questions) * limit) if limit < 1 else int(limit)])
             for bench in benches]

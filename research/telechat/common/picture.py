@@ -8,6 +8,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Iterator, Optional, Tuple
 
+from research.telechat.common.files import whole
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -71,6 +73,12 @@ def png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": MADE_BY})
     return buffer.getvalue()
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write the figure as a PNG file, whole or not at all. Raises OSError."""
+    with whole(path) as beside:
+        beside.write_bytes(png(figure))
 
 
 def is_ours(path: Path) -> bool:

@@ -89,7 +89,7 @@ def _spread(message: JsonObject, number: int) -> List[JsonObject]:
     for key, parts in (("reasoning_content", ["\n".join(found["thoughts"])] if found["thoughts"] else []),
                        ("tool_calls", found["tool_use"])):
         if parts and not is_empty(message.get(key)):
-            raise RecordError("unusable message", f"message {number}: {key!r} stands beside parts of the same kind")
+            raise RecordError("unusable message", f"message {number}: {key!r} accompanies parts of the same kind")
         if parts:
             main[key] = parts[0] if key == "reasoning_content" else parts
     return [*results, main]

@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
-from research.telechat.common.files import JsonObject, whole
+from research.telechat.common.files import JsonObject
+from research.telechat.common.picture import drawing, save
 from research.telechat.common.table import table
 from research.telechat.evaluation.report import leaves
 
@@ -139,30 +140,25 @@ def draw_card(rows: Sequence[CardRow], path: Path) -> bool:
 
     Raises ImportError without matplotlib.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     shown = [row for row in rows if row.ours is not None or row.published is not None][::-1]
     if not shown:
         return False
-    figure, axis = pyplot.subplots(figsize=(8, 1.4 + 0.5 * len(shown)), dpi=110)
-    scales = [10 if row.metric == "rating" else 1 for row in shown]
-    for shift, label, color, hatch, values in (
-            (0.19, "measured here", "#1f5aa6", "", [row.ours for row in shown]),
-            (-0.19, "published", "#c9c9c9", "//", [row.published for row in shown])):
-        sizes = [math.nan if value is None else value * scale for value, scale in zip(values, scales)]
-        bars = axis.barh([place + shift for place in range(len(shown))], sizes, 0.36, label=label, color=color,
-                         hatch=hatch, edgecolor="#555555", linewidth=0.5)
-        axis.bar_label(bars, labels=["" if value is None else f"{value:.4g}" for value in values], padding=3,
-                       fontsize=8)
-    axis.set_yticks(range(len(shown)), [row.benchmark + (f" ({row.questions})" if row.questions else "")
-                                        for row in shown], fontsize=8)
-    axis.set_xlim(0, 108)
-    axis.set_xlabel("correct, %; ratings of a judge times ten")
-    axis.legend(fontsize=8, loc="lower right")
-    axis.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    with whole(path) as beside:
-        figure.savefig(beside, format="png")
-    pyplot.close(figure)
+    with drawing((8, 1.4 + 0.5 * len(shown)), {}) as (figure, _):
+        axis = figure.subplots()
+        scales = [10 if row.metric == "rating" else 1 for row in shown]
+        for shift, label, color, hatch, values in (
+                (0.19, "measured here", "#1f5aa6", "", [row.ours for row in shown]),
+                (-0.19, "published", "#c9c9c9", "//", [row.published for row in shown])):
+            sizes = [math.nan if value is None else value * scale for value, scale in zip(values, scales)]
+            bars = axis.barh([place + shift for place in range(len(shown))], sizes, 0.36, label=label, color=color,
+                             hatch=hatch, edgecolor="#555555", linewidth=0.5)
+            axis.bar_label(bars, labels=["" if value is None else f"{value:.4g}" for value in values], padding=3,
+                           fontsize=8)
+        axis.set_yticks(range(len(shown)), [row.benchmark + (f" ({row.questions})" if row.questions else "")
+                                            for row in shown], fontsize=8)
+        axis.set_xlim(0, 108)
+        axis.set_xlabel("correct, %; ratings of a judge times ten")
+        axis.legend(fontsize=8, loc="lower right")
+        axis.grid(visible=False, axis="y")
+        save(figure, path)
     return True

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from research.telechat.common.files import JsonObject, whole, write_json
+from research.telechat.common.picture import drawing, save
 from research.telechat.common.table import table
 
 ACCURACIES = ("acc", "acc_norm", "exact_match")          # what the chart shows; the rest is in table and report
@@ -105,25 +106,20 @@ def draw_bars(rows: Sequence[Row], path: Path) -> bool:
 
     Raises ImportError without matplotlib.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     shown = [row for row in rows if row.metric in ACCURACIES][::-1]
     if not shown:
         return False
-    figure, axis = pyplot.subplots(figsize=(8, 1.2 + 0.35 * len(shown)), dpi=110)
-    names = [f"{row.task}  {row.metric}" + (f" ({row.filter})" if row.filter else "")
-             + ("" if row.shots is None else f", {row.shots}-shot") for row in shown]
-    errors = [0.0 if row.error is None or math.isnan(row.error) else 100 * row.error for row in shown]
-    bars = axis.barh(range(len(shown)), [100 * row.value for row in shown], xerr=errors, color="#1f5aa6",
-                     error_kw={"ecolor": "#555555", "capsize": 2})
-    axis.bar_label(bars, labels=[f"{100 * row.value:.1f}" for row in shown], padding=4, fontsize=8)
-    axis.set_yticks(range(len(shown)), names, fontsize=8)
-    axis.set_xlim(0, 108)
-    axis.set_xlabel("correct, %")
-    axis.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    with whole(path) as beside:
-        figure.savefig(beside, format="png")
-    pyplot.close(figure)
+    with drawing((8, 1.2 + 0.35 * len(shown)), {}) as (figure, _):
+        axis = figure.subplots()
+        names = [f"{row.task}  {row.metric}" + (f" ({row.filter})" if row.filter else "")
+                 + ("" if row.shots is None else f", {row.shots}-shot") for row in shown]
+        errors = [0.0 if row.error is None or math.isnan(row.error) else 100 * row.error for row in shown]
+        bars = axis.barh(range(len(shown)), [100 * row.value for row in shown], xerr=errors, color="#1f5aa6",
+                         error_kw={"ecolor": "#555555", "capsize": 2})
+        axis.bar_label(bars, labels=[f"{100 * row.value:.1f}" for row in shown], padding=4, fontsize=8)
+        axis.set_yticks(range(len(shown)), names, fontsize=8)
+        axis.set_xlim(0, 108)
+        axis.set_xlabel("correct, %")
+        axis.grid(visible=False, axis="y")
+        save(figure, path)
     return True

@@ -2,8 +2,8 @@
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
-from research.telechat.common.files import JsonObject, whole
-from research.telechat.common.picture import png
+from research.telechat.common.files import JsonObject
+from research.telechat.common.picture import save
 from research.telechat.common.table import table
 from research.telechat.plan import checkpoints, hccl
 from research.telechat.plan.cost import (
@@ -153,8 +153,7 @@ def draw(plan: Plan, path: Path) -> None:
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     figure.set_dpi(130)
-    with whole(path) as beside:
-        beside.write_bytes(png(figure))
+    save(figure, path)
     pyplot.close(figure)
 
 

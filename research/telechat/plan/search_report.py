@@ -8,8 +8,8 @@ from typing import List, Sequence
 import yaml
 
 from research.telechat.common.errors import ConfigError
-from research.telechat.common.files import JsonObject, whole, write_text
-from research.telechat.common.picture import LIGHT, drawing, png
+from research.telechat.common.files import JsonObject, write_text
+from research.telechat.common.picture import LIGHT, drawing, save
 from research.telechat.common.table import table
 from research.telechat.plan.plan import PLANNED_FOR, Plan, read_plan
 from research.telechat.plan.search import Found, Served
@@ -90,8 +90,7 @@ def draw_search(found: Sequence[Found], path: Path) -> None:
         right.axvline(found[0].plan.limit_gb, color="black", linestyle="--", label="max_device_memory")
         right.set_title("GB of the fullest card")
         right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
-        with whole(path) as beside:
-            beside.write_bytes(png(figure))
+        save(figure, path)
 
 
 def differing(recipe: JsonObject, changes: JsonObject) -> JsonObject:
