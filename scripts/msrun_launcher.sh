@@ -11,7 +11,8 @@
 # COMMAND is read by the shell, so arguments with markers need quotes inside it: --predict_data '<_user>hello<_bot>'.
 # It may begin with `VAR=value`, and with the path of an interpreter; without a program, `python` is put before it.
 # JOIN True waits, shows the output, and names the first error of the first failing rank; JOIN False (the default)
-# returns at once and leaves the workers running. CLUSTER_TIME_OUT: seconds to wait for all workers to turn up.
+# returns at once and leaves the workers running. With JOIN True, SIGTERM ends the workers; those of a server finish their
+# answers first, unless a second one comes. CLUSTER_TIME_OUT: seconds to wait for all workers to turn up.
 #
 # Environment: MF_LOG_SUFFIX=x appends _x to the names of the log folders. LOG_MF_PATH is where MindFormers logs
 # (default: output/log). PLOG_REDIRECT_TO_OUTPUT=True (or PLOG_REDICT_TO_OUTPUT, an earlier spelling) puts Ascend's own
@@ -151,7 +152,11 @@ if [ "$JOIN" = False ]; then
 fi
 
 # One worker's output is enough on the screen; the others say the same, or their errors are reported at the end.
-MSRUN="msrun --tail_worker_log=$LAST_RANK ${MSRUN#msrun }"
+SERVES=False SHOWN_RANK=$LAST_RANK
+if [[ $COMMAND =~ (^|[[:space:]./])(serve\.py|telechat[[:space:]]+serve)([[:space:]]|$) ]]; then
+    SERVES=True SHOWN_RANK=$FIRST_RANK
+fi
+MSRUN="msrun --tail_worker_log=$SHOWN_RANK ${MSRUN#msrun }"
 (eval "${PARTS[0]} exec $MSRUN $BECOME ${PARTS[1]}") &
 child=$!
 rm -f "$LOG_PATH/exits.json"
@@ -171,9 +176,22 @@ stop() {
     kill -KILL "$child" $(job_pids) 2>/dev/null
     exit 130
 }
+finish() {
+    local pid
+    trap stop INT TERM
+    say "the server finishes the answers under way; a second signal ends it at once"
+    for pid in $(job_pids); do
+        if grep -qzxs "MS_ROLE=MS_WORKER" "/proc/$pid/environ"; then kill -TERM "$pid" 2>/dev/null; fi
+    done
+}
 trap stop INT TERM
+if [ "$SERVES" = True ]; then trap finish TERM; fi
 wait "$child"
 status=$?
+while kill -0 "$child" 2>/dev/null; do   # `finish` has interrupted it
+    wait "$child"
+    status=$?
+done
 wait "$watcher"
 if [ "$status" -ne 0 ]; then
     python "$SCRIPTS/launcher_report.py" "$LOG_PATH" --since "$STARTED" --workers "$WORKER_NUM"

@@ -3,35 +3,46 @@
     telechat serve --config research/telechat/predict_telechat_12b.yaml \
         --load_checkpoint telechat_12b.ckpt --tokenizer tokenizer.model
     telechat serve --demo                                              the model of the quick start
+    bash scripts/msrun_launcher.sh "scripts/serve.py --config ... --use_parallel True" 8
+                                          a model sharded over cards: rank 0 serves, the others compute what it orders
 
 Needs the packages of the extra `serve`. docs/server.md has the routes, the limits and the differences from OpenAI's.
 
 What begins threads when it is imported, as NumPy does, is imported in functions: signals are blocked before.
 """
 import argparse
+import contextlib
 import ipaddress
 import logging
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, List, Optional, Tuple, Union
 
-from research.telechat.common.command import run_command
+from research.telechat.common.command import INTERRUPTED, run_command
+from research.telechat.common.environment import rank, workers, writes
 from research.telechat.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from research.telechat.common.files import JsonObject
+    from research.telechat.generation.ranks import Follower, Leader
+    from research.telechat.generation.scheduler import Ranks
     from research.telechat.serve.answering import Engine
+    from research.telechat.serve.host import Host
 
 KEY_VARIABLE = "TELECHAT_API_KEY"
 _DEMO_RECIPE = "predict_telechat_tiny_cpu.yaml"
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+_STUCK = 10.0                            # seconds after which a rank that waits for rank 0 on the device is ended
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "min_new_tokens")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All options."""
-    from research.telechat.recipe.options import add_sampling_options
+    from research.telechat.recipe.options import add_sampling_options, str2bool
     parser = argparse.ArgumentParser(description="Serve a TeleChat model over HTTP.",
                                      epilog="Keys of the recipe can be set as in run_mindformer.py: "
                                             "--model.model_config.seq_length 4096.")
@@ -43,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="serve the model that the quick start has trained (FOLDER: its results, default quickstart_output)")
     add("--generation_config", default="", help="generation_config.json, or the folder that holds it: how answers are "
                                                 "chosen where a request says nothing; default: the recipe")
+    add("--use_parallel", type=str2bool, help="run as one of several processes (msrun)")
+    add("--auto_trans_ckpt", type=str2bool, help="shard a complete checkpoint for the parallel plan")
     add("--output_dir", help="folder of logs")
     add("--host", default="127.0.0.1", help="address to listen on; others than this machine need a key")
     add("--port", type=int, default=8000, help="port to listen on (8070: as the official service)")
@@ -124,8 +137,9 @@ def complete(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name}: expected a number from {low} to {high}, found {getattr(args, name)}")
 
 
-def load_engine(args: argparse.Namespace, overrides: "JsonObject") -> "Engine":
-    """The model of the options, its graphs compiled. Raises ConfigError."""
+def load_engine(args: argparse.Namespace, overrides: "JsonObject", join: "Callable[[], Ranks]") -> "Engine":
+    """The model of the options, its graphs compiled. join: called among several ranks, once the model is loaded. Raises
+    ConfigError."""
     from research.telechat.common.tokens import end_tokens
     from research.telechat.common.versions import fitting_versions
     with fitting_versions():
@@ -139,8 +153,12 @@ def load_engine(args: argparse.Namespace, overrides: "JsonObject") -> "Engine":
         from research.telechat.text.renderer import Renderer
         from research.telechat.text.templates import choose_template
     config, tokenizer = prepare_prediction(args.config, overrides, args.tokenizer)
-    if config.use_parallel:
-        raise ConfigError("use_parallel: the server runs in a single process; set --use_parallel False")
+    if config.use_parallel and workers() == 1:
+        raise ConfigError("use_parallel: the model is sharded over several cards, but this is a single process; start "
+                          "it with scripts/msrun_launcher.sh, or set --use_parallel False")
+    if workers() > 1 and not config.use_parallel:
+        raise ConfigError(f"use_parallel: {workers()} processes were started for one model; set --use_parallel True, "
+                          "or start one process for each model, on a --port of its own")
     quieten()
     model = load_model(config)
     chosen = (read_generation_config(args.generation_config) if args.generation_config else
@@ -151,12 +169,63 @@ def load_engine(args: argparse.Namespace, overrides: "JsonObject") -> "Engine":
     sampling = Sampling(**{key: value for key, value in settings.items() if value is not None})
     buckets = (*(size for size in (1, 4, 16, 64) if size < args.slots), args.slots)
     scheduler = model.scheduler(Settings(slots=args.slots, buckets=buckets, max_queue=args.max_queue,
-                                         deterministic=args.deterministic))
+                                         deterministic=args.deterministic), join() if workers() > 1 else None)
     _say("compiling ...")
     scheduler.warm_up()
     renderer = Renderer(choose_template(tokenizer.vocab, model.config.chat_template), tokenizer.vocab)
     return Engine(scheduler, renderer, model.config.seq_length, model.config.vocab_size, sampling, longest,
                   frozenset(end_tokens(chosen.eos_token_id)))
+
+
+def lead(host: "Host", stack: contextlib.ExitStack) -> "Leader":
+    """Rank 0 of several: the others follow its scheduler, until `stack` ends."""
+    from research.telechat.generation.ranks import DRAIN, Leader
+    from research.telechat.run.meeting import invite
+    leader = Leader(invite(), workers() - 1, on_word=lambda word: host.drain() if word == DRAIN else None,
+                    on_loss=host.lose)
+    return stack.enter_context(leader)
+
+
+def follow(args: argparse.Namespace, overrides: "JsonObject") -> int:
+    """A rank other than 0: computes what rank 0 orders. Returns the exit code; raises ConfigError, WorkerError."""
+    from research.telechat.generation.ranks import DRAIN, Follower
+    followers: List[Follower] = []
+
+    def join() -> Follower:
+        from research.telechat.run.meeting import accept_invitation
+        followers.append(Follower(*accept_invitation(), on_loss=_end_if_stuck))
+        return followers[0]
+
+    def pass_on_signals() -> None:
+        while True:
+            signal.sigwait(_SIGNALS)
+            if not followers:
+                os._exit(INTERRUPTED)
+            followers[0].say(DRAIN)
+    if os.environ.get("MS_ROLE") == "MS_SCHED":              # it waits in MindSpore until the ranks have ended
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    else:
+        threading.Thread(target=pass_on_signals, name="signals", daemon=True).start()
+    engine = load_engine(args, overrides, join)
+    with followers[0] as follower:
+        _say(f"ready: rank {rank()} computes what rank 0 orders")
+        follower.run(engine.scheduler)  # type: ignore[arg-type]    # a Scheduler, see load_engine
+        _say_launches(follower)
+    return 0
+
+
+def _end_if_stuck() -> None:
+    """Called when rank 0 is gone. The main thread ends the process, unless it waits on the device for rank 0."""
+    time.sleep(_STUCK)
+    print("error: rank 0 is gone; its own log says why", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _say_launches(ranks: "Union[Leader, Follower]") -> None:
+    """The same on all ranks, or they have not computed the same."""
+    count, digest = ranks.noted()
+    _say(f"rank {rank()}: {count} launches, digest {digest:08x}")
 
 
 def run(args: argparse.Namespace, rest: List[str]) -> int:
@@ -169,9 +238,12 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
     keys = read_keys(args)
     recipe = read_recipe(resolve_config(args.config))
     name = args.served_model_name or str((recipe.get("trainer") or {}).get("model_name") or Path(args.config).stem)
-    overrides = {**overrides_of(args, ["load_checkpoint", "output_dir"]), **parse_further(rest)}
+    overrides = {**overrides_of(args, ["load_checkpoint", "use_parallel", "auto_trans_ckpt", "output_dir"]),
+                 **parse_further(rest)}
     prepare_log(overrides.get("output_dir"))
     only_own_warnings()
+    if workers() > 1 and not writes():
+        return follow(args, overrides)
     try:
         from research.telechat.serve.app import make_app
         from research.telechat.serve.host import Host, Times, Web, listen
@@ -193,8 +265,18 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
         _say(f"ready: {name}\n  chat in a browser: {where}/\n  OpenAI's API:      {where}/v1\n"
              "Ctrl-C or SIGTERM ends the server when running answers are finished, a second one at once.")
     _say(f"loading {name}; {where}/ready says when it answers")
-    return Host(service, Web(app, listener, times, args.max_connections), times).run(
-        lambda: load_engine(args, overrides), ready)
+    host = Host(service, Web(app, listener, times, args.max_connections), times)
+    with contextlib.ExitStack() as stack:
+        leaders: List[Leader] = []
+
+        def join() -> "Ranks":
+            leaders.append(lead(host, stack))
+            return leaders[0]
+        code = host.run(lambda: load_engine(args, overrides, join), ready)
+        for leader in leaders:
+            leader.close(code != 1)
+            _say_launches(leader)
+    return code
 
 
 def _say(text: str) -> None:
@@ -215,7 +297,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run; returns the exit code (common/command.py)."""
     def body() -> int:
         # Before any other thread begins, so that none of them ever gets one (serve/host.py waits for them).
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             args, rest = build_parser().parse_known_args(argv)
             os.environ.setdefault("GLOG_v", "3")             # of MindSpore's messages, errors only

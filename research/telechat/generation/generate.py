@@ -24,7 +24,7 @@ from research.telechat.generation.engine import DirectEngine, FrameworkEngine
 from research.telechat.generation.passes import Settings
 from research.telechat.generation.requests import Event, Request, Token
 from research.telechat.generation.sampling import Random, Sampling, adjust, choose
-from research.telechat.generation.scheduler import Exchange, Place, Scheduler, choose_each
+from research.telechat.generation.scheduler import Place, Ranks, Scheduler, choose_each
 
 if TYPE_CHECKING:
     from mindformers.generation import LogitsProcessorList
@@ -119,14 +119,14 @@ class TelechatGenerationMixin(Model):
                 if batch.lengths[0] > length:                  # a long prompt takes several steps
                     yield batch.newest[0]
 
-    def scheduler(self, settings: Optional[Settings] = None, exchange: Optional[Exchange] = None) -> Scheduler:
+    def scheduler(self, settings: Optional[Settings] = None, ranks: Optional[Ranks] = None) -> Scheduler:
         """A scheduler for many concurrent requests, as in a server; the model stays in inference mode.
 
-        exchange: from generation/ranks.py, if the model runs in several processes.
+        ranks: from generation/ranks.py, if the model runs in several processes.
         """
         self.set_train(False)
         self._name_phases(settings.slots if settings and settings.together else 1)
-        return Scheduler(self._engine(), settings, exchange=exchange)
+        return Scheduler(self._engine(), settings, ranks=ranks)
 
     def chat(self, tokenizer: object, question: Optional[str] = None, history: Optional[Sequence[dict]] = None,
              generation_config: "GenerationSource" = None, stream: bool = False, query: Optional[str] = None,

@@ -8,12 +8,11 @@ Answers do not depend on what else is computed, except for rounding: kernels sum
 and if two tokens are that close, the other one may be chosen. With `Settings.deterministic` each sequence is computed
 separately and without cached prefixes, so its answer is that of the request alone, bit by bit. No MindSpore here.
 """
-import pickle
 import threading
 import time
 from collections import deque
 from dataclasses import replace
-from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Deque, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import numpy as np
 
@@ -60,24 +59,25 @@ class Place(NamedTuple):
 
 
 Choose = Callable[[List[Place]], Sequence[Chosen]]
-Exchange = Callable[[List[Order]], List[Order]]
+
+
+class Ranks(Protocol):
+    """The other processes of a sharded model, generation/ranks.py."""
+
+    def watch(self, engine: Engine) -> Engine:
+        """The engine, its launches compared with those of the other ranks."""
+
+    def orders(self, orders: List[Order]) -> List[Order]:
+        """Those that all ranks follow in this step. `orders`: received by this one."""
+
+    def chosen(self, places: List[Place], choose: Choose) -> Sequence[Chosen]:
+        """The tokens of this step on all ranks."""
 
 
 def choose_each(places: List[Place]) -> List[Chosen]:
     """The next token of each sequence, with its own request's settings."""
     return [Token(place.step.tokens()[place.at]) if place.row.plain else
             pick(place.row, place.step.logits()[place.at]) for place in places]
-
-
-def _for_all_ranks(request: Request) -> Request:
-    """The request with a seed, so that all ranks sample the same. Raises ConfigError: it cannot be pickled."""
-    if request.constraint is not None:
-        try:
-            pickle.dumps(request.constraint)
-        except Exception as error:                                 # anything its class raises
-            raise ConfigError(f"constraint: it cannot be sent to the other ranks of the model ({error})") from error
-    seed = int(np.random.SeedSequence().generate_state(1)[0]) if request.seed is None else request.seed
-    return replace(request, seed=seed)
 
 
 class Scheduler:
@@ -87,20 +87,19 @@ class Scheduler:
         engine: computes the steps; several schedulers may share the cache blocks of its `pool`.
         settings: see `Settings`.
         choose: chooses the tokens of a step.
-        exchange: turns the orders received here into those that all processes of a model follow in this step
-            (generation/ranks.py); None: single process.
+        ranks: the other processes of a sharded model; None: single process.
     """
 
     def __init__(self, engine: Engine, settings: Optional[Settings] = None, choose: Choose = choose_each,
-                 exchange: Optional[Exchange] = None):
+                 ranks: Optional[Ranks] = None):
         settings = settings or Settings()
         if engine.together and not settings.together:
             settings = replace(settings, slots=1, buckets=(1,))            # others could not join
         if settings.deterministic:
             settings = replace(settings, buckets=(1,), reuse=False)
-        self.engine, self.settings = engine, settings
-        self._passes = Passes(engine, settings)
-        self._choose, self._exchange = choose, exchange
+        self.engine, self.settings = ranks.watch(engine) if ranks is not None else engine, settings
+        self._passes = Passes(self.engine, settings)
+        self._choose, self._ranks = choose, ranks
         self._lock = threading.Lock()              # for _inbox, _number, _listeners, _draining, which all threads touch
         self._wake = threading.Event()
         self._inbox: List[Order] = []
@@ -123,7 +122,7 @@ class Scheduler:
         Args:
             request: the request.
             on_event: called with each event, see generation/requests.py.
-            rng: samples the tokens instead of the request's seed; single process only.
+            rng: samples the tokens instead of the request's seed.
             tokens: array to write prompt and answer to, int32.
 
         Raises:
@@ -132,8 +131,6 @@ class Scheduler:
             QueueFull, Draining: retry later or elsewhere.
         """
         self._check(request)
-        if self._exchange is not None:
-            request = _for_all_ranks(request)
         with self._lock:
             if self._draining:
                 raise Draining("no new requests are taken: those under way are finished, then the service ends")
@@ -287,9 +284,9 @@ class Scheduler:
         """Follow the orders received since the last step."""
         with self._lock:
             orders, self._inbox = self._inbox, []
-        if self._exchange is not None:
+        if self._ranks is not None:
             try:
-                orders = self._exchange(orders)
+                orders = self._ranks.orders(orders)
             except BaseException:
                 self._follow(orders)                               # registers them, so that they end with an error
                 raise
@@ -337,7 +334,8 @@ class Scheduler:
         places = [place for place in places if not place.row.finished]
         if not places:
             return
-        for place, chosen in zip(places, self._choose(places)):
+        choices = self._ranks.chosen(places, self._choose) if self._ranks is not None else self._choose(places)
+        for place, chosen in zip(places, choices):
             row = place.row
             if isinstance(chosen, Finished):
                 self._finish(row, *chosen)

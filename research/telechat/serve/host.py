@@ -26,6 +26,7 @@ from research.telechat.serve.service import BROKEN, DRAINING, Service
 
 log = logging.getLogger("telechat.serve")
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+_FAILED = "the engine has failed; the server's log has the reason"
 _AT_ONCE = 2.0                           # seconds after a second signal to notify the clients
 
 
@@ -133,6 +134,7 @@ class Host:
         self._service, self._web, self._times = service, web, times
         self._stop = threading.Event()
         self._signals = 0
+        self._draining = threading.Lock()      # held from the first reason to stop on
 
     def run(self, load: Callable[[], Engine], ready: Callable[[], None]) -> int:
         """Load the model while the web server already answers 503, then serve. -> exit code.
@@ -151,7 +153,7 @@ class Host:
         try:
             engine.scheduler.run(self._stop)
         except Exception:
-            self._service.fail("the engine has failed; the server's log has the reason")
+            self._service.fail(_FAILED)
             log.exception("the engine has failed; the server ends")
             self._web.stop()
             return 1
@@ -160,20 +162,33 @@ class Host:
             return INTERRUPTED
         return 0
 
+    def drain(self) -> None:
+        """Stop gracefully, as after a first signal. No effect if that is under way; may be called from any thread."""
+        if not self._draining.acquire(blocking=False):
+            return
+        engine = self._service.engine
+        if engine is None:
+            print("interrupted", file=sys.stderr, flush=True)
+            os._exit(INTERRUPTED)
+        log.warning("stopping: no new requests, those under way have %g s; a second signal ends at once",
+                    self._times.grace)
+        self._service.state = DRAINING
+        engine.scheduler.drain()
+        self._after(self._times.grace, self._stop.set)
+
+    def lose(self, reason: str) -> None:
+        """End the process, all requests told: the engine will never finish its step. From another thread than it."""
+        log.error("the engine has failed; the server ends: %s", reason)
+        self._service.fail(_FAILED)
+        self._web.stop()
+        os._exit(1)
+
     def _watch(self) -> None:
         while True:
             signal.sigwait(SIGNALS)
             self._signals += 1
-            engine = self._service.engine
-            if engine is None:
-                print("interrupted", file=sys.stderr, flush=True)
-                os._exit(INTERRUPTED)
             if self._signals == 1:
-                log.warning("stopping: no new requests, those under way have %g s; a second signal ends at once",
-                            self._times.grace)
-                self._service.state = DRAINING
-                engine.scheduler.drain()
-                self._after(self._times.grace, self._stop.set)
+                self.drain()
             else:
                 self._stop.set()
                 self._after(_AT_ONCE, lambda: os._exit(INTERRUPTED))
