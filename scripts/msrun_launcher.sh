@@ -176,8 +176,10 @@ stop() {
     kill -KILL "$child" $(job_pids) 2>/dev/null
     exit 130
 }
+FINISHING=False
 finish() {
     local pid
+    FINISHING=True
     trap stop INT TERM
     say "the server finishes the answers under way; a second signal ends it at once"
     for pid in $(job_pids); do
@@ -188,7 +190,8 @@ trap stop INT TERM
 if [ "$SERVES" = True ]; then trap finish TERM; fi
 wait "$child"
 status=$?
-while kill -0 "$child" 2>/dev/null; do   # `finish` has interrupted it
+while [ "$FINISHING" = True ]; do       # it has interrupted `wait`
+    FINISHING=False
     wait "$child"
     status=$?
 done

@@ -133,6 +133,18 @@ def test_a_failing_engine_tells_all_and_ends_the_process(start):
 
 
 @pytest.mark.slow
+def test_a_rank_that_dies_ends_a_step_that_waits_for_it(start):
+    code, rest = start("lost").end()
+    assert code == 1 and '"error":{' in rest and "the engine has failed" in rest
+
+
+@pytest.mark.slow
+def test_another_rank_may_drain_the_server(start):
+    code, rest = start("word").end()
+    assert code == 0 and "server_stopping" in rest
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_what_is_not_finished_within_the_grace_gets_an_error(start, number):
     process = start()

@@ -35,23 +35,45 @@ def package(name):
 
 
 class Running:
-    """A server process. Attributes: `url`, `vocab`, `renderer`, `process`."""
+    """A server process. Attributes: `url`, `vocab`, `renderer`, `process`; `others`, of the same model: rank 1, and the
+    process that msrun has beside the ranks."""
 
-    def __init__(self, folder):
-        self.vocab_file = train_sentencepiece(folder / "tokenizer.model")
+    def __init__(self, folder, ranks=1, model=None):
+        """model: a server of the same one."""
+        self.vocab_file = model.vocab_file if model else train_sentencepiece(folder / "tokenizer.model")
         self.vocab = Vocab.load(self.vocab_file)
         self.renderer = Renderer(detect_template(self.vocab), self.vocab)
-        sizes = save_tiny(folder / "tiny.ckpt")
-        self.log = folder / "stdout"
-        self.process = prepared.start(
-            ["scripts/serve.py", "--config", "research/telechat/predict_telechat_tiny_cpu.yaml",
-             "--load_checkpoint", str(folder / "tiny.ckpt"), "--tokenizer", str(self.vocab_file), "--port", "0",
-             "--output_dir", str(folder), "--slots", str(SLOTS), "--max_queue", str(STREAMS), *sizes],
-            ROOT, dict(os.environ), str(self.log), str(folder / "stderr"))
-        self.errors = folder / "stderr"
+        self.words = model.words if model else [
+            "--config", "research/telechat/predict_telechat_tiny_cpu.yaml", "--load_checkpoint",
+            str(folder / "tiny.ckpt"), "--tokenizer", str(self.vocab_file), "--slots", str(SLOTS), "--max_queue",
+            str(STREAMS), *save_tiny(folder / "tiny.ckpt")]
+        self.folder, self.log, self.errors = folder, folder / "stdout", folder / "stderr"
+        self.others = []
+        if ranks > 1:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                cluster = {"MS_WORKER_NUM": str(ranks), "MS_SCHED_HOST": "127.0.0.1",
+                           "MS_SCHED_PORT": str(probe.getsockname()[1])}
+            self.others = [self._start("scheduler", MS_ROLE="MS_SCHED", **cluster)]
+            self.others += [self._start(f"rank{rank}", MS_ROLE="MS_WORKER", RANK_ID=str(rank), MS_NODE_ID=str(rank),
+                                        **cluster) for rank in range(1, ranks)]
+            self.process = self._start("", MS_ROLE="MS_WORKER", RANK_ID="0", MS_NODE_ID="0", **cluster)
+        else:
+            self.process = self._start("")
         self._wait(lambda: "ready: " in self.text())
         self.url = re.search(r"http://localhost:\d+", self.text()).group()
         self.port = int(self.url.rpartition(":")[2])
+
+    def _start(self, name, **env):
+        words = [*self.words, "--port", "0", "--output_dir", str(self.folder)]
+        log, errors = (self.folder / f"{name}.{end}" if name else found for end, found in (
+            ("stdout", self.log), ("stderr", self.errors)))
+        return prepared.start(["scripts/serve.py", *words, *(["--use_parallel", "True"] if env else [])], ROOT,
+                              {**os.environ, **env}, str(log), str(errors))
+
+    def kill(self):
+        for process in (self.process, *self.others):
+            process.kill()
 
     def text(self):
         return self.log.read_text() if self.log.exists() else ""
@@ -72,11 +94,24 @@ class Running:
             return json.loads(answer.read())
 
 
+    def stream(self, **body):
+        """The text of each choice of a streamed chat."""
+        request = urllib.request.Request(f"{self.url}/v1/chat/completions",
+                                         json.dumps({**body, "stream": True}).encode())
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            chunks = events(answer.read().decode())
+        texts = [""] * body.get("n", 1)
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                texts[choice["index"]] += choice["delta"].get("content") or ""
+        return texts
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     running = Running(tmp_path_factory.mktemp("served"))
     yield running
-    running.process.kill()
+    running.kill()
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +261,29 @@ def test_many_streams_and_clients_who_leave(server):
     assert change['telechat_answers_total{outcome="cancelled"}'] > 0
     assert after["telechat_kv_blocks_used"] == 0
     assert process.memory_info().rss - memory < 100 << 20
+
+
+def test_two_ranks_answer_like_one_process(server, tmp_path):
+    """Only rank 0 serves; rank 1 launches the same, and ends well with it. On a CPU each has the whole model."""
+    two = Running(tmp_path, 2, server)
+    try:
+        asked = [{"temperature": 0}, {"temperature": 1, "seed": 3, "n": 2}]
+        if importlib.util.find_spec("llguidance"):                # which only rank 0 has
+            asked.append({"seed": 4, "temperature": 1, "response_format": {"type": "json_object"}})
+        for how in asked:
+            found = [one.stream(messages=ASKED, max_tokens=12, **how) for one in (server, two)]
+            assert found[0] == found[1] and all(found[0])
+        ended = asyncio.run(asyncio.wait_for(serve_streams.streams(two.port, 12, 1), 60))
+        assert all(one.whole for one in ended if one.text is not None) and not all(one.text for one in ended)
+        assert serve_streams.settled(two.port)["telechat_kv_blocks_used"] == 0
+        os.kill(two.others[1].pid, signal.SIGTERM)                # it asks rank 0
+        assert two.process.wait(60) == two.others[1].wait(60) == two.others[0].wait(60) == 0
+    finally:
+        two.kill()
+    ranks = [re.search(r"rank (\d): (\d+ launches, digest \w+)", log.read_text()) for log in (
+        two.log, tmp_path / "rank1.stdout")]
+    assert [rank.group(1) for rank in ranks] == ["0", "1"] and ranks[0].group(2) == ranks[1].group(2)
+    assert "http://" not in (tmp_path / "rank1.stdout").read_text()
 
 
 def test_sigterm_finishes_what_runs_and_takes_nothing_new(server):
