@@ -8,6 +8,7 @@ from serve_fixtures import Served
 
 from research.telechat.generation.sampling import Sampling
 from research.telechat.serve import constraint
+from research.telechat.serve.openai_requests import CHAT_KEYS, COMPLETION_KEYS
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {
     "type": "object", "properties": {"city": {"enum": ["北京", "上海"]}}, "required": ["city"],
@@ -255,7 +256,10 @@ FAULTS = [
     ({"tool_choice": "required"}, "tool_choice", "needs tools"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "no"}}}, "tool_choice", None),
     ({"response_format": {"type": "xml"}}, "response_format", None), ({"functions": [{}]}, "functions", "use tools"),
-    ({"modalities": ["audio"]}, "modalities", None),
+    ({"modalities": ["audio"]}, "modalities", None), ({"reasoning_effort": "high"}, "reasoning_effort", "medium"),
+    ({"skip_special_tokens": False}, "skip_special_tokens", "only value"),
+    ({"add_generation_prompt": False}, "add_generation_prompt", "only value"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": []}}}, "tool_choice", None),
 ]
 
 
@@ -278,7 +282,53 @@ def test_a_fault_of_a_completion_is_named(served, changes, param):
     assert refused.status == 400 and refused.json()["error"]["param"] == param, refused.text
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe", b'{"messages": NaN}', b"[" * 50000, b'"x"'])
+# JSON that is not what any key expects.
+ODD = ["null", "true", "0", "-1", "3", "1.5", "1e400", "9" * 400, "-" + "9" * 4200, '""', '"x"', '"\\u0000"', "[]",
+       "{}", "[null]", '["a"]', "[[1]]", "[{}]", '{"1": 1e400}', '{"type": []}', "[" * 300 + "]" * 300,
+       '[{"type": "function", "function": {"name": {}}}]', '[{"role": ["user"], "content": [{"type": {}}]}]',
+       '[{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [5]}, {"role": "user", "content": 5}]']
+
+
+@pytest.mark.parametrize(("path", "rest", "keys"), [
+    ("/v1/chat/completions", '"messages": [{"role": "user", "content": "x"}], "stream": true', CHAT_KEYS - {"stream"}),
+    ("/v1/completions", '"prompt": "x"', COMPLETION_KEYS), ("/generate", '"stream": false', {
+        "messages", "top_p", "top_k", "temperature", "max_length", "do_sample"})])
+def test_odd_values_are_taken_or_named_in_one_line(served, path, rest, keys):
+    """The key comes last, so it wins over the rest of the body."""
+    for key in sorted(keys):
+        for value in ODD:
+            answer = served.ask("POST", path, f'{{"max_tokens": 1, {rest}, "{key}": {value}}}'.encode())
+            assert answer.status in (200, 400, 404), (key, value[:60], answer.text[:200])
+            if answer.status != 200:
+                error = answer.json()["error"]
+                assert "\n" not in error["message"] and len(error["message"]) < 500, (key, value[:60], error)
+
+
+@pytest.mark.parametrize(("schema", "word"), [
+    ({"type": "string", "enum": ["\ud800"]}, "surrogates"), ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+    ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "no value fits"),
+    ({"type": "object", "properties": {str(number): {"type": "string"} for number in range(3000)}}, "2000")])
+def test_what_the_library_cannot_do_is_refused(served, constrained, schema, word):
+    """Never answered with what does not fit, even where it is found at the second token."""
+    served.answer = '{"1": "x"}'
+    refused = served.post("/v1/chat/completions", messages=[{"role": "user", "content": "x"}],
+                          response_format={"type": "json_schema", "json_schema": {"schema": schema}})
+    error = refused.json()["error"]
+    assert refused.status == 400 and word in error["message"] and "start:" not in error["message"], error
+
+
+def test_only_one_call_where_calls_are_not_parallel(served):
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
+    served.answer = f"查。\n{call}\n{call}\n好"
+    choice = served.chat(tools=[TOOL], parallel_tool_calls=False)["choices"][0]
+    assert len(choice["message"]["tool_calls"]) == 1 and choice["message"]["content"] == "查。"
+    deltas = [chunk["choices"][0] for chunk in served.stream(tools=[TOOL], parallel_tool_calls=False)]
+    assert sum(len(choice["delta"].get("tool_calls", ())) for choice in deltas) == 1
+    assert choice["finish_reason"] == deltas[-1]["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe", b'{"messages": NaN}', b"[" * 50000, b'"x"',
+                                  b'{"user": "\\ud83d"}'])
 def test_garbage_is_refused(served, body):
     refused = served.ask("POST", "/v1/chat/completions", body)
     assert refused.status == 400 and "body" in refused.json()["error"]["message"]

@@ -16,6 +16,7 @@ if MISSING and os.environ.get("CI", "").lower() != "true":
     pytest.skip(f"needs {', '.join(MISSING)} (the extra `serve`)", allow_module_level=True)
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.generation.choice import CONSTRAINT
 from research.telechat.generation.requests import (
     Draining,
     Finished,
@@ -100,7 +101,11 @@ class FakeScheduler:
             return
         token = tokens.popleft() if tokens else min(request.end_tokens, default=0)
         if request.constraint is not None:
-            allowed = request.constraint.allowed()
+            try:
+                allowed = request.constraint.allowed()
+            except ValueError as error:
+                self._end(job, Finished("error", f"{CONSTRAINT} failed: {error}"), "failed")
+                return
             if not allowed[token]:
                 token = int(allowed.argmax())
         made.append(token)

@@ -8,6 +8,7 @@ from research.telechat.generation.requests import NO_LOGPROBS, Alternatives, Fin
 from research.telechat.generation.sampling import adjust, choose
 
 Chosen = Union[Token, Finished]
+CONSTRAINT = "the constraint of the answer"     # begins the message of an error that is the request's
 
 
 def pick(row: Row, logits: np.ndarray) -> Chosen:
@@ -18,10 +19,10 @@ def pick(row: Row, logits: np.ndarray) -> Chosen:
         try:
             allowed = request.constraint.allowed()
         except Exception as error:                 # from the constraint's code: the other requests continue
-            return Finished("error", f"the constraint of the answer failed: {type(error).__name__}: {error}")
+            return Finished("error", f"{CONSTRAINT} failed: {type(error).__name__}: {error}")
         scores[~allowed] = -np.inf
         if scores.max() == -np.inf:
-            return Finished("error", "the constraint of the answer allows no token")
+            return Finished("error", f"{CONSTRAINT} allows no token")
     token = choose(scores, request.sampling, row.rng)
     if request.top_logprobs == NO_LOGPROBS:
         return Token(token)

@@ -237,6 +237,7 @@ class Follower(_Rank):
             orders = self._next()
             if orders is None:
                 return
+            assert not isinstance(orders, Tokens)
             self._orders = orders
             scheduler.step()
 
@@ -244,7 +245,8 @@ class Follower(_Rank):
         found = self._arrived.get()
         if isinstance(found, Finished):
             raise WorkerError(found.message)
-        return found  # type: ignore[no-any-return]    # what Leader sends
+        what: Union[List[Order], Tokens, None] = found
+        return what
 
     def _listen(self) -> None:
         try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import AsyncIterator, Callable, Deque, Dict, FrozenSet, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat.common.errors import ConfigError
+from research.telechat.generation.choice import CONSTRAINT
 from research.telechat.generation.requests import (
     Draining,
     Event,
@@ -248,6 +249,8 @@ def _joined(one: Part, other: Part) -> Part:
 
 def _finish(event: Finished) -> str:
     """The finish reason of an answer that ended normally. Raises ApiError for any other."""
+    if event.reason == "error" and event.message.startswith(CONSTRAINT):
+        raise ApiError(400, f"the schema cannot be used for this answer: {event.message}", code="constraint_failed")
     if event.reason == "error":
         raise ApiError(500, f"the answer could not be finished: {event.message}", code="engine_error")
     if event.reason == "cancelled":

@@ -72,9 +72,24 @@ class Grammars:
         from llguidance import LLMatcher
         matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0)
         if matcher.is_error():
-            reason = " ".join(matcher.get_error().split())
-            raise ApiError(400, f"{param}: the schema cannot be used: {reason[:300]}", param)
-        return Grammar(matcher, self._vocab.size, self._size, self._ends)
+            raise _useless(param, matcher.get_error())
+        found = Grammar(matcher, self._vocab.size, self._size, self._ends)
+        try:
+            found.allowed()                      # some schemas fail at the first token; the mask is kept
+        except ValueError as err:
+            raise _useless(param, str(err)) from err
+        return found
+
+
+def _useless(param: str, reason: str) -> ApiError:
+    """The error for a schema that the library does not take."""
+    return ApiError(400, f"{param}: the schema cannot be used: {_words(reason)}", param)
+
+
+def _words(reason: str) -> str:
+    """The library's reason, without what follows it: our grammar, the state of its parser."""
+    reason = " ".join(reason.split()).partition(" 1 | ")[0].partition(" <state>")[0]
+    return "no value fits it" if reason == "NoExtensionBias" else reason[:300]
 
 
 class _Table:
@@ -109,13 +124,18 @@ class Grammar:
         self._mask = np.zeros(vocab_size, bool)
 
     def allowed(self) -> np.ndarray:
-        """[V] bool, see `TokenConstraint`."""
+        """[V] bool, see `TokenConstraint`. Raises ValueError: the schema is beyond the library's limits, or it allows
+        nothing here."""
         if not self._matcher.is_stopped():
             self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
             bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[:self._tokens]
             self._mask[:self._tokens] = bits[:len(self._mask)]
             self._mask[self._ends] = self._matcher.is_accepting()
+        if self._matcher.is_error():
+            raise ValueError(_words(self._matcher.get_error()))
         if self._matcher.is_stopped() or not self._mask.any():
+            if not self._matcher.is_accepting():
+                raise ValueError("no value fits it")
             self._mask[:] = False
             self._mask[self._ends] = True
         return self._mask

@@ -11,6 +11,8 @@ def read_body(data: bytes) -> JsonObject:
     """The body as a JSON object. Raises ApiError."""
     try:
         body = json.loads(data.decode("utf-8"), parse_constant=_no_json)
+        if b"\\u" in data:
+            json.dumps(body, ensure_ascii=False).encode("utf-8")          # half of a surrogate pair is no character
     except (UnicodeDecodeError, ValueError, RecursionError) as err:
         raise ApiError(400, f"the body is no JSON: {str(err)[:120]}; expected a JSON object") from err
     if not isinstance(body, dict):
@@ -72,7 +74,8 @@ class Fields:
         value = self.body.get(key)
         if value is None:
             return None
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and not (
+            isinstance(value, float) and not math.isfinite(value))         # an int may be too large for a float
         if not good or not low <= value <= high or (open_low and value == low):
             raise self.wrong(key, f"a number {f'over {low:g}, at most' if open_low else f'from {low:g} to'} {high:g}")
         return float(value)

@@ -15,12 +15,14 @@ _SHARED = {"model", "stream", "stream_options", "n", "temperature", "top_p", "to
            "max_tokens", "logprobs", "user"}
 # Accepted without effect, except parallel_tool_calls in a chat.
 _WITHOUT_MEANING = {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity",
-                    "prompt_cache_retention", "skip_special_tokens", "spaces_between_special_tokens",
-                    "add_generation_prompt", "reasoning_effort", "parallel_tool_calls"}
-CHAT_KEYS = _SHARED | _WITHOUT_MEANING | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
+                    "prompt_cache_retention", "parallel_tool_calls"}
+# What other servers can change and this one does not: only as it is here.
+_AS_IT_IS = {"skip_special_tokens": True, "spaces_between_special_tokens": True, "add_generation_prompt": True,
+             "continue_final_message": False, "reasoning_effort": "medium"}
+CHAT_KEYS = _SHARED | _WITHOUT_MEANING | set(_AS_IT_IS) | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
                                           "response_format", "functions", "function_call", "modalities", "audio",
                                           "prediction"}
-COMPLETION_KEYS = _SHARED | _WITHOUT_MEANING | {"prompt", "echo", "best_of", "suffix"}
+COMPLETION_KEYS = _SHARED | _WITHOUT_MEANING | set(_AS_IT_IS) | {"prompt", "echo", "best_of", "suffix"}
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,9 @@ def _are_tokens(values: List[object]) -> bool:
 
 
 def _read_asked(fields: Fields, max_choices: int, longest: Optional[int], top: int) -> Asked:
+    for key, only in _AS_IT_IS.items():
+        if fields.get(key) not in (None, only):
+            raise fields.wrong(key, f"{shown(only)}, the only value that this server has")
     sampling: JsonObject = {}
     temperature = fields.number("temperature", 0, 2)
     if temperature is not None:
@@ -202,7 +207,7 @@ def _read_tools(fields: Fields) -> Tuple[List[JsonObject], List[JsonObject]]:
         return tools, list(functions.values())
     name = choice.get("function", {}).get("name") if isinstance(choice, dict) and isinstance(
         choice.get("function", {}), dict) else None
-    if name not in functions:
+    if not isinstance(name, str) or name not in functions:
         raise fields.wrong("tool_choice", "none, auto, required, or the function of one of tools")
     return tools, [functions[name]]
 

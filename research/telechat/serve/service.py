@@ -88,7 +88,8 @@ class Service:
         param = "response_format" if body.schema is not None else "tool_choice"
 
         def text() -> AnswerText:
-            return AnswerText(engine.renderer, self._stops(engine, asked.stop), tools=body.tools, thinking=not grammar)
+            return AnswerText(engine.renderer, self._stops(engine, asked.stop), tools=body.tools, thinking=not grammar,
+                              one_call=not body.several_calls)
         constraint: Optional[Callable[[], TokenConstraint]] = None
         if grammar:
             constraint = self._constraint(grammar, param)

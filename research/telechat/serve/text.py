@@ -63,8 +63,9 @@ class CallFilter:
     tools: descriptions of the tools, which give the types of parameters written one by one (text/calls.py).
     """
 
-    def __init__(self, tools: Tools = None) -> None:
-        self._tools = tools
+    def __init__(self, tools: Tools = None, one: bool = False) -> None:
+        """one: nothing comes after the first call."""
+        self._tools, self._one = tools, one
         self._held = ""
         self._called = False
 
@@ -96,14 +97,16 @@ class CallFilter:
             self._called = True
             calls += [{"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
                       for call in found.calls]
+            if self._one:
+                return content, calls[:1]
 
 
 class AnswerText:
-    """The text of one answer. Attributes: `stopped`, whether a stop string has ended it; `called`, whether it contains
-    tool calls."""
+    """The text of one answer. Attributes: `stopped`, whether a stop string, or the only call, has ended it; `called`,
+    whether it contains tool calls."""
 
     def __init__(self, renderer: Renderer, stop: Sequence[str] = (), tools: Tools = None, thinking: bool = False,
-                 turn: bool = True):
+                 turn: bool = True, one_call: bool = False):
         """
         Args:
             renderer: the renderer of the prompt.
@@ -111,6 +114,7 @@ class AnswerText:
             tools: descriptions of the tools that it may call; with any, calls are extracted from the text.
             thinking: separate the reasoning.
             turn: it is an answer in a conversation, not the continuation of a text.
+            one_call: it ends with its first call.
         """
         self._decoder = IncrementalDecoder(renderer.vocab, skip_special_tokens=True, kept=renderer.kept_ids)
         opened = turn and renderer.thinks
@@ -118,12 +122,12 @@ class AnswerText:
             self._decoder.feed(renderer.opening_ids)
         self._reasoning = ReasoningFilter(opened) if thinking else None
         self._stops = StopFilter(stop)
-        self._calls = CallFilter(tools) if tools else None
-        self.called = False
+        self._calls = CallFilter(tools, one_call) if tools else None
+        self._one_call, self.called = one_call, False
 
     @property
     def stopped(self) -> bool:
-        return self._stops.stopped
+        return self._stops.stopped or (self._one_call and self.called)
 
     def feed(self, token: int) -> Part:
         """New certain output after the next token, which is not an end token."""
