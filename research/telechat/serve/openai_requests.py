@@ -19,9 +19,9 @@ _WITHOUT_MEANING = {"metadata", "store", "service_tier", "safety_identifier", "p
 # What other servers can change and this one does not: only as it is here.
 _AS_IT_IS = {"skip_special_tokens": True, "spaces_between_special_tokens": True, "add_generation_prompt": True,
              "continue_final_message": False, "reasoning_effort": "medium"}
-CHAT_KEYS = _SHARED | _WITHOUT_MEANING | set(_AS_IT_IS) | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
-                                          "response_format", "functions", "function_call", "modalities", "audio",
-                                          "prediction"}
+CHAT_KEYS = _SHARED | _WITHOUT_MEANING | set(_AS_IT_IS) | {
+    "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "response_format", "functions",
+    "function_call", "modalities", "audio", "prediction"}
 COMPLETION_KEYS = _SHARED | _WITHOUT_MEANING | set(_AS_IT_IS) | {"prompt", "echo", "best_of", "suffix"}
 
 
