@@ -5,19 +5,23 @@ the plan is from one rank.
     python scripts/execute_recipes.py 'finetune_telechat2_*' --write   # some; the table keeps the rows of the others
     python scripts/execute_recipes.py --further --write                # kinds of plans that no recipe is of
 
-A recipe takes minutes: each of its ranks is compiled (research/telechat/interpret/graphs.py keeps the graphs). The exit
-code is 1 if a plan computes something else than one rank, or cannot be executed.
+A recipe takes minutes: each of its ranks is compiled, in a process forked from one that has imported MindSpore.
+research/telechat/interpret/graphs.py keeps the graphs, and recipes whose small models are equal are executed once. The
+exit code is 1 if a plan computes something else than one rank, or cannot be executed.
 """
 import argparse
 import copy
 import fnmatch
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple
+from typing import Dict, List, NamedTuple, Tuple, Union
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+for folder in (ROOT, ROOT / "tests/support"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import prepared
 
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import UserError
@@ -25,7 +29,7 @@ from research.telechat.common.files import JsonObject, write_text
 from research.telechat.common.table import markdown
 from research.telechat.interpret import prediction, training
 from research.telechat.interpret.features import features
-from research.telechat.interpret.graphs import compiled
+from research.telechat.interpret.graphs import compiled, content
 from research.telechat.interpret.shrink import shrink, uncut
 from research.telechat.plan.plan import read_plan
 from research.telechat.recipe.legacy import translate
@@ -81,27 +85,42 @@ def recipes(pattern: str) -> List[Path]:
     return found
 
 
-def execute(path: Path, ranks: int, layers: int, jobs: int, name: str = "") -> List[str]:
-    """The row of a recipe, or of the further plan `name`. Raises UserError: it cannot be executed, or computes
-    something else than one rank."""
+def small_recipe(path: Path, ranks: int, layers: int, name: str = "") -> JsonObject:
+    """The recipe, or the further plan `name` made of it, shrunk. Raises ConfigError."""
     recipe = copy.deepcopy(read_recipe(path))
     for key, value in FURTHER[name].keys.items() if name else ():
         set_key(recipe, key, value)
     translate(recipe)
-    small = shrink(recipe, min(ranks, read_plan(recipe).ranks), {"num_layers": layers} if layers else {})
-    plan, whole = compiled(small, jobs), compiled(uncut(small), jobs)
-    its = plan.plan
+    return shrink(recipe, min(ranks, read_plan(recipe).ranks), {"num_layers": layers} if layers else {})
+
+
+def start(words: List[str], folder: Path, env: Dict[str, str], log: Path) -> prepared.Started:
+    """What compiles a rank, forked from a process that has imported MindSpore already."""
+    log.write_bytes(b"")
+    return prepared.start(words, folder, env, str(log), ascend=True)
+
+
+def execute(small: JsonObject, jobs: int) -> Tuple[str, str]:
+    """The largest differences to one rank: of loss and norm, or logits; of parameters and moments. Raises UserError: it
+    cannot be executed, or computes something else than one rank."""
+    plan, whole = compiled(small, jobs, start=start), compiled(uncut(small), jobs, start=start)
     first, others = "", "-"
-    if its.training:
+    if plan.plan.training:
         steps = training.compare(plan, whole)
         fault, first, others = steps.fault(), f"{steps.loss_gap:.1e}", f"{max(steps.differences.values()):.1e}"
     else:
         tokens = prediction.compare(plan, whole)
         fault, first = tokens.fault(), f"{tokens.worst:.1e}"
     if fault:
-        raise UserError(f"{name or path.stem}: {fault}")
-    return [f"{path.stem}, {name}" if name else path.stem, str(its.ranks), str(its.model.num_layers),
-            f"{its.dp} x {its.mp} x {its.pp} x {its.cp}", ", ".join(sorted(features(its) - _DEGREES)), first, others]
+        raise UserError(fault)
+    return first, others
+
+
+def row_of(name: str, small: JsonObject, found: Tuple[str, str]) -> List[str]:
+    """The row of the table."""
+    its = read_plan(small)
+    return [name, str(its.ranks), str(its.model.num_layers), f"{its.dp} x {its.mp} x {its.pp} x {its.cp}",
+            ", ".join(sorted(features(its) - _DEGREES)), *found]
 
 
 def known_rows(text: str) -> Dict[str, List[str]]:
@@ -122,18 +141,29 @@ def run() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="ranks compiled at the same time")
     parser.add_argument("--write", action="store_true", help="write the rows into docs/parallel.md")
     args = parser.parse_args()
-    failed = 0
     tasks = [(path, args.ranks, args.layers, "") for path in recipes(args.recipes)]
     if args.further:
         tasks = [(ROOT / f"research/telechat/{one.recipe}.yaml", one.ranks, one.layers, name)
                  for name, one in FURTHER.items() if fnmatch.fnmatch(name, args.recipes)]
+    failed = 0
+    results: Dict[str, Union[Tuple[str, str], UserError]] = {}
     for path, ranks, layers, name in tasks:
         try:
-            row = execute(path, ranks, layers, args.jobs, name)
+            small = small_recipe(path, ranks, layers, name)
+            key = content(small)
+            if key not in results:
+                try:
+                    results[key] = execute(small, args.jobs)
+                except UserError as err:
+                    results[key] = err
+            found = results[key]
+            if isinstance(found, UserError):
+                raise found
         except UserError as err:
-            print(f"error: {err}", file=sys.stderr, flush=True)
+            print(f"error: {name or path.stem}: {err}", file=sys.stderr, flush=True)
             failed += 1
             continue
+        row = row_of(f"{path.stem}, {name}" if name else path.stem, small, found)
         print(" | ".join(row), flush=True)
         if args.write:
             text = DOCUMENT.read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from research.telechat.ascend_sim import runtime
 from research.telechat.ascend_sim.account import Mesh, account, load
 from research.telechat.common.files import JsonObject
 
-_SLOW_DOWN = 1.0                                # seconds of processor after which a thread counts as polling
+_SLOW_DOWN = 0.2                                # seconds of processor after which a thread counts as polling
 
 
 def quieten(process: int) -> None:

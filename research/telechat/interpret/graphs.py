@@ -1,8 +1,10 @@
 """Compiles all ranks of a plan with the simulated runtime and caches the graphs.
 
-The cache key is a digest of the recipe, the versions of MindSpore and MindFormers, and the sources that a graph depends
-on. The graphs are cached next to the stubs of the simulated runtime (TELECHAT_SIM_CACHE).
+The cache key is a digest of the recipe without its names, of the versions of MindSpore and MindFormers, and of the
+sources that a graph depends on: recipes whose small models are equal share their graphs, which are cached next to the
+stubs of the simulated runtime (TELECHAT_SIM_CACHE).
 """
+import copy
 import gzip
 import hashlib
 import json
@@ -10,6 +12,7 @@ import pickle
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -23,9 +26,12 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, whole
 from research.telechat.interpret.ir import Program, read_program
 from research.telechat.plan.plan import Plan, read_plan
+from research.telechat.recipe.fields import FRAMEWORK
+from research.telechat.recipe.settings import resolve
 
 _FORM = 1                                    # raise it when the cached format changes
 _IN_A_GRAPH = ("ascend_sim", "bridge", "model", "recipe", "run", "spec", "training")     # rooms; and files at the top
+_NOT_IN_A_GRAPH = ("net_name", "chat_template", "do_sample", "repetition_penalty", "temperature", "top_k", "top_p")
 Starter = Callable[..., Any]
 
 
@@ -50,10 +56,21 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
+def content(recipe: JsonObject) -> str:
+    """What the graphs of a recipe depend on, as text: equal for recipes that differ in names only."""
+    kept = copy.deepcopy(recipe)
+    kept.get("trainer", {}).pop("model_name", None)
+    kept.get("runner_config", {}).pop("epochs", None)
+    model = kept["model"]["model_config"]
+    settings = {key: value for key, value in asdict(resolve(model)).items() if key not in _NOT_IN_A_GRAPH}
+    kept["model"]["model_config"] = {key: value for key, value in model.items() if key in FRAMEWORK}
+    return json.dumps([kept, settings], sort_keys=True, default=str)
+
+
 def _key(recipe: JsonObject) -> str:
     versions = [runtime.mindspore_version(), metadata.version("mindformers")]
-    content = json.dumps([_FORM, recipe, versions, _sources()], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    content_of_graphs = json.dumps([_FORM, content(recipe), versions, _sources()])
+    return hashlib.sha256(content_of_graphs.encode()).hexdigest()[:16]
 
 
 def _compile_rank(recipe: JsonObject, plan: Plan, rank: int, target: Path, timeout: float, start: Starter) -> float:

@@ -14,6 +14,7 @@ from research.telechat.plan.plan import Plan, find_faults, read_plan
 HEAD_DIM = 8
 VOCABULARY = 96
 MAX_GRAD_NORM = 0.01                         # small enough to clip all gradients
+VIRTUAL_STAGES = 2                           # per stage, if there are any
 SEQUENCES = 4                                # per step, if the plan allows so few
 BLOCK_SIZE, BLOCKS = 16, 8                   # of the KV cache
 _DEGREES = {"dp": "data_parallel", "pp": "pipeline_stage", "mp": "model_parallel", "cp": "context_parallel"}
@@ -72,6 +73,8 @@ def shrink(recipe: JsonObject, ranks: int, sizes: Sizes) -> JsonObject:
     if degrees["pp"] == 1:
         small["model"]["model_config"].pop("pp_interleave_num", None)
         small.get("parallel", {}).pop("pipeline_config", None)
+    elif plan.virtual_stages > 1:
+        small["model"]["model_config"]["pp_interleave_num"] = VIRTUAL_STAGES
     runner = small.setdefault("runner_config", {})
     runner["gradient_accumulation_steps"] = min(2, runner.get("gradient_accumulation_steps") or 1)
     recompute = small.setdefault("recompute_config", {})
