@@ -239,6 +239,20 @@ class CausalFlashAttention(nn.Cell):
         return self.reshape(self.to_tokens(x, (0, 2, 1, 3)), (-1, heads, dim))
 
 
+class _NarrowBand(nn.Cell):
+    """Flash attention by sparse mode 4 with both windows 0, compiled as in a model."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.kernel = FlashAttentionScore(head_num=1, keep_prob=1.0, scale_value=1.0, pre_tokens=0, next_tokens=0,
+                                          inner_precise=0, input_layout="BNSD", sparse_mode=4)
+
+    def construct(self, x: Tensor, triangle: Tensor) -> Tuple[Tensor, Tensor]:
+        """x: query, key and value [1, 1, S, D] -> largest score and sum of exponentials of each query."""
+        found = self.kernel(x, x, x, None, None, None, triangle, None, None, None)
+        return found[0], found[1]
+
+
 def narrow_band_sees_keys() -> bool:
     """Whether flash attention by sparse mode 4 with both windows 0 sees any key; asks the device's kernel, once.
 
@@ -246,11 +260,9 @@ def narrow_band_sees_keys() -> bool:
     documentation says "the diagonal". A query that sees nothing has no exponentials to sum, or a largest score like
     the least number of float32.
     """
-    kernel = FlashAttentionScore(head_num=1, keep_prob=1.0, scale_value=1.0, pre_tokens=0, next_tokens=0,
-                                 inner_precise=0, input_layout="BNSD", sparse_mode=4)
     ones = Tensor(np.ones((1, 1, 128, 128), np.float32), mstype.bfloat16)
     triangle = Tensor(np.triu(np.ones((2048, 2048), np.uint8), 1))
-    top, total = kernel(ones, ones, ones, None, None, None, triangle, None, None, None)[:2]
+    top, total = _NarrowBand()(ones, triangle)
     return bool(np.any((top.asnumpy() > NOTHING) & (total.asnumpy() > 0)))
 
 
