@@ -4,6 +4,7 @@
     runtime.py     what MindSpore's Ascend plug-in asks of CANN, the stubs for it, and the environment to load them
     compile.py     compiles one plan for one rank in a process of its own
     worker.py      that process
+    mind_ir.py     types of the messages in which MindSpore stores a compiled graph
     account.py     operators, communication and memory of the compiled graph
 
 Nothing can be executed: every stub does nothing and returns "success". What MindSpore's compiler does up to the graph

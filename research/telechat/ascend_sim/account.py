@@ -12,8 +12,9 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
+from research.telechat.ascend_sim import mind_ir
 from research.telechat.common.files import JsonObject
 from research.telechat.spec.precision import REMAINDER_PREFIX
 
@@ -55,7 +56,7 @@ class Mesh(NamedTuple):
         return "+".join(varying)
 
 
-def load(path: Path, mindspore: Path) -> Any:
+def load(path: Path, mindspore: Path) -> mind_ir.Model:
     """The MindIR in `path`, as MindSpore's protobuf classes have it. mindspore: its folder."""
     os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")   # the classes are of an older protobuf
     sys.path.insert(0, str(mindspore / "train"))
@@ -63,12 +64,13 @@ def load(path: Path, mindspore: Path) -> Any:
         import mind_ir_pb2  # type: ignore[import-not-found]    # in MindSpore's folder
     finally:
         sys.path.pop(0)
-    model = mind_ir_pb2.ModelProto()
-    model.ParseFromString(path.read_bytes())
+    message = mind_ir_pb2.ModelProto()
+    message.ParseFromString(path.read_bytes())
+    model: mind_ir.Model = message
     return model
 
 
-def _value(attribute: Any) -> Any:
+def _value(attribute: mind_ir.Attribute) -> object:
     """An attribute as int, text or list of these."""
     if attribute.values:
         return [_value(value) for value in attribute.values]
@@ -79,18 +81,18 @@ def _value(attribute: Any) -> Any:
     return attribute.f if attribute.type == _FLOAT else attribute.i
 
 
-def _text(value: Any) -> str:
+def _text(value: Union[str, bytes]) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
-def _tensors(abstract: Any) -> List[Any]:
+def _tensors(abstract: mind_ir.Attribute) -> List[mind_ir.Tensor]:
     found = list(abstract.tensors)
     for value in abstract.values:
         found += _tensors(value)
     return found
 
 
-def _size(tensors: Sequence[Any]) -> int:
+def _size(tensors: Sequence[mind_ir.Tensor]) -> int:
     """Bytes; a dynamic axis counts as 1."""
     total = 0
     for tensor in tensors:
@@ -108,12 +110,12 @@ class Program:
     switch count as called; that of the optimizer is the step without overflow.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: mind_ir.Model):
         self.graphs = {graph.name: graph for graph in [model.graph, *model.functions]}
         self.entry = model.graph.name
         self.parameters = model.graph.parameter
         self.primitives = {primitive.name: primitive for primitive in model.primitives}
-        self._values: Dict[str, List[Any]] = {}
+        self._values: Dict[str, List[mind_ir.Tensor]] = {}
         self.constants: JsonObject = {}
         self._closures: Dict[str, Set[str]] = {}
         partial = {node.output[0]: node.input[0] for graph in self.graphs.values() for node in graph.node
@@ -133,13 +135,14 @@ class Program:
         self.unresolved = 0
         self.calls = self._count_calls()
 
-    def _note(self, keys: Sequence[str], tensors: List[Any], abstract: Any, partial: Dict[str, str]) -> None:
+    def _note(self, keys: Sequence[str], tensors: List[mind_ir.Tensor], abstract: mind_ir.Attribute,
+              partial: Dict[str, str]) -> None:
         closures = self._closures_in(abstract, partial)
         for key in keys:
             self._values[key] = tensors
             self._closures.setdefault(key, set()).update(closures)
 
-    def _closures_in(self, abstract: Any, partial: Dict[str, str]) -> Set[str]:
+    def _closures_in(self, abstract: mind_ir.Attribute, partial: Dict[str, str]) -> Set[str]:
         names = [_text(name) for name in (abstract.s, *abstract.strings)]
         found = {partial.get(name, name) for name in names} & self.graphs.keys()
         for value in abstract.values:
@@ -147,14 +150,14 @@ class Program:
         return found
 
     @staticmethod
-    def _target(node: Any) -> str:
+    def _target(node: mind_ir.Node) -> str:
         return node.op_type[5:] if node.op_type.startswith("REF::") else node.op_type
 
-    def primitive(self, node: Any) -> Optional[Any]:
+    def primitive(self, node: mind_ir.Node) -> Optional[mind_ir.Primitive]:
         """The primitive that a node applies; None for a call."""
         return self.primitives.get(self._target(node))
 
-    def operator(self, node: Any) -> str:
+    def operator(self, node: mind_ir.Node) -> str:
         """Name of the operator of a node; '' for a call or a constant."""
         primitive = self.primitive(node)
         return re.sub("^(InnerComm|Inner)(?=[A-Z])", "", primitive.op_type) if primitive is not None else ""
@@ -163,7 +166,7 @@ class Program:
         """Bytes of the value called `key`."""
         return _size(self._values.get(key, []))
 
-    def form(self, key: str) -> Optional[List[Any]]:
+    def form(self, key: str) -> Optional[List[object]]:
         """[dtype, shape] of the tensor called `key`; None where there is none."""
         tensors = self._values.get(key)
         return [_TYPES.get(tensors[0].data_type, "other"), list(tensors[0].dims)] if tensors else None
@@ -208,7 +211,7 @@ class Transfer(NamedTuple):
     place: str                 # cell of the model
 
 
-def _phase(node: Any, primitive: Any, trains: bool) -> str:
+def _phase(node: mind_ir.Node, primitive: Optional[mind_ir.Primitive], trains: bool) -> str:
     if not trains:
         return "forward"
     if any(attribute.name == "duplicated" and attribute.i for attribute in node.node_attr):
@@ -231,7 +234,7 @@ def _place(domain: str) -> str:
     return ".".join(names)
 
 
-def _purpose(operator: str, node: Any, attributes: JsonObject, instance: str, phase: str) -> str:
+def _purpose(operator: str, node: mind_ir.Node, attributes: JsonObject, instance: str, phase: str) -> str:
     if operator == "Send":
         return "attention" if "RING_ATTENTION_INDEX" in attributes else "pipeline"
     if "parallel_optimizer" in instance:
@@ -264,7 +267,7 @@ def _transfers(program: Program, mesh: Mesh, rank: int, trains: bool) -> Dict[Tr
             primitive = program.primitive(node)
             if not times or primitive is None or operator not in _COLLECTIVES | _SENDS:
                 continue
-            attributes = {attribute.name: _value(attribute) for attribute in primitive.attribute}
+            attributes: JsonObject = {attribute.name: _value(attribute) for attribute in primitive.attribute}
             group = attributes.get("group_rank_ids") or attributes.get("rank_list") or world
             group = group if isinstance(group, list) else [group]
             ranks = len(group)
@@ -333,7 +336,7 @@ def _sum_by(transfers: Dict[Transfer, Counter], field: str) -> Dict[str, int]:
     return dict(sums.most_common())
 
 
-def account(model: Any, mesh: Mesh, rank: int, places: int = 20) -> JsonObject:
+def account(model: mind_ir.Model, mesh: Mesh, rank: int, places: int = 20) -> JsonObject:
     """Count one rank's step. places: how many of the costliest places of communication to list.
 
     Returns {"communication": {"bytes", "calls", "by_phase", "by_purpose", "by_axes", "by_operator", "places"},

@@ -14,7 +14,7 @@ import os
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from research.telechat.checkpoint.foreign import or_else
 from research.telechat.common.errors import CheckpointError
@@ -165,7 +165,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _safetensors_entry(path: Path, name: str, entry: Any) -> Tuple[str, Tuple[int, ...], int, int]:
+def _safetensors_entry(path: Path, name: str, entry: JsonObject) -> Tuple[str, Tuple[int, ...], int, int]:
     """(dtype, shape, begin, end) of one header entry, checked against each other."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]

@@ -1,10 +1,11 @@
 """Attention in every form that recipes use: layouts, masks, grouped heads, dropout, and the band of ring attention."""
 from functools import lru_cache, partial
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
 from research.telechat.common.bfloat16 import round_bfloat16
+from research.telechat.common.files import JsonObject
 from research.telechat.doctor.checks import LIMITS, Check, Outcome, within
 from research.telechat.doctor.device import Array, AttentionForm, Device
 from research.telechat.interpret import attention
@@ -31,10 +32,10 @@ def rounded(x: Array, dtype: str) -> Array:
 
 def forms(dtypes: Sequence[str], sizes: Sizes) -> List[Tuple[AttentionForm, str]]:
     """(form, what to avoid) of all recipes."""
-    compressed: Dict[str, Any] = {"use_attn_mask_compression": True}
+    compressed: JsonObject = {"use_attn_mask_compression": True}
     main = dtypes[0]
 
-    def form(name: str, keys: Dict[str, Any], dtype: str = main, kv_heads: int = 4, batch: int = 2,
+    def form(name: str, keys: JsonObject, dtype: str = main, kv_heads: int = 4, batch: int = 2,
              seq: int = sizes.seq) -> AttentionForm:
         return AttentionForm(name, dtype, batch, 4 if batch > 1 else 2, kv_heads if batch > 1 else 2, seq, sizes.dim,
                              keys)

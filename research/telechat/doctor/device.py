@@ -2,9 +2,11 @@
 
 hardware.py implements it with MindSpore, the tests with NumPy and injected errors.
 """
-from typing import Any, Dict, List, NamedTuple, Protocol, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Protocol, Sequence, Tuple
 
 import numpy as np
+
+from research.telechat.common.files import JsonObject
 
 Array = np.ndarray
 
@@ -19,7 +21,7 @@ class AttentionForm(NamedTuple):
     kv_heads: int
     seq: int
     dim: int
-    keys: Dict[str, Any]
+    keys: JsonObject
 
 
 class Cache(NamedTuple):
@@ -42,9 +44,9 @@ class ModelJob(NamedTuple):
     """What a small model is to compute. config: official config.json; weights: official; keys: model_config keys;
     ids, labels: [B, S + 1]; prompt: for the greedy answer of `new` tokens."""
 
-    config: Dict[str, Any]
+    config: JsonObject
     weights: Dict[str, Array]
-    keys: Dict[str, Any]
+    keys: JsonObject
     ids: Array
     labels: Array
     prompt: List[int]
@@ -109,10 +111,10 @@ class Device(Protocol):
     def collective(self, name: str, dtype: str, x: Array) -> Array:
         """A collective of all ranks on this rank's x. Raises Skip if the device does not have it."""
 
-    def train(self, recipe: Dict[str, Any], batches: Sequence[Sequence[Array]], seed: int, broken: bool = False
+    def train(self, recipe: JsonObject, batches: Sequence[Sequence[Array]], seed: int, broken: bool = False
               ) -> TrainRun:
         """One step per batch, with weights from `seed`; broken: one weight is infinite."""
 
-    def resume(self, recipe: Dict[str, Any], records: Array) -> Tuple[Dict[str, Array], Dict[str, Array]]:
+    def resume(self, recipe: JsonObject, records: Array) -> Tuple[Dict[str, Array], Dict[str, Array]]:
         """Weights and moments after one step for each of `records` [steps, S + 1]: in one run, and resumed from the
         checkpoint in the middle."""

@@ -2,7 +2,7 @@
 
 As in a model, model/kernels.py chooses the kernels for the device.
 """
-from typing import Any, Dict, Sequence, Tuple
+from typing import Dict, Sequence, Tuple
 
 import mindspore as ms
 import mindspore.common.dtype as mstype
@@ -13,6 +13,7 @@ from mindspore.ops import operations as P
 
 from research.telechat.bridge.compat import chip_name, prepare_cpu
 from research.telechat.common.environment import rank, workers
+from research.telechat.common.files import JsonObject
 from research.telechat.doctor.device import Array, AttentionForm, Cache, ModelJob, ModelRun, TrainRun
 from research.telechat.doctor.hardware_models import run_model
 from research.telechat.model import kernels
@@ -34,7 +35,7 @@ def to_array(x: Tensor) -> Array:
     return (x.astype(mstype.float32) if x.dtype in (mstype.bfloat16, mstype.float16) else x).asnumpy()
 
 
-def small_config(heads: int, kv_heads: int, dim: int, seq: int, dtype: str, **keys: Any) -> TelechatConfig:
+def small_config(heads: int, kv_heads: int, dim: int, seq: int, dtype: str, **keys: object) -> TelechatConfig:
     """The config of a one-layer model."""
     return TelechatConfig(**{
         "net_name": "telechat_12b", "num_layers": 1, "hidden_size": heads * dim, "num_heads": heads,
@@ -221,12 +222,12 @@ class Hardware:
         from research.telechat.doctor.collectives import run_collective
         return run_collective(name, to_tensor(x, dtype), self.rank, self.ranks)
 
-    def train(self, recipe: Dict[str, Any], batches: Sequence[Sequence[Array]], seed: int, broken: bool = False
+    def train(self, recipe: JsonObject, batches: Sequence[Sequence[Array]], seed: int, broken: bool = False
               ) -> TrainRun:
         from research.telechat.doctor.steps import train
         return train(recipe, batches, seed, broken)
 
-    def resume(self, recipe: Dict[str, Any], records: Array) -> Tuple[Dict[str, Array], Dict[str, Array]]:
+    def resume(self, recipe: JsonObject, records: Array) -> Tuple[Dict[str, Array], Dict[str, Array]]:
         from research.telechat.doctor.steps import resume
         return resume(recipe, records)
 

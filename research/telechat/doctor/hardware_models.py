@@ -1,5 +1,5 @@
 """A small model on the device: logits, loss and gradients as in training, and a greedy answer through the cache."""
-from typing import Any, Dict
+from typing import Dict, Tuple
 
 import mindspore as ms
 import mindspore.common.dtype as mstype
@@ -14,7 +14,7 @@ from research.telechat.telechat_config import TelechatConfig
 _CONTEXT = 64                                # tokens
 
 
-def build(job: ModelJob, **keys: Any) -> TelechatForCausalLM:
+def build(job: ModelJob, **keys: object) -> TelechatForCausalLM:
     """The model with the job's weights."""
     config = TelechatConfig.from_hf_config(job.config, **{"seq_length": _CONTEXT, **job.keys, **keys})
     model = TelechatForCausalLM(config)
@@ -34,7 +34,7 @@ class _Training(nn.Cell):
         super().__init__(auto_prefix=False)
         self.model = model
 
-    def construct(self, ids: Tensor, labels: Tensor) -> Any:
+    def construct(self, ids: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor]:
         tokens, targets, _ = self.model.shifted(ids, labels, None)
         hidden = self.model.model(tokens)
         total, count = self.model.loss_of(hidden, targets)

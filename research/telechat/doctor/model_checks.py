@@ -1,9 +1,10 @@
 """Small models of every architecture against the NumPy forward pass: logits, loss, gradients, greedy tokens."""
 from functools import lru_cache
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple, Union
+from typing import Dict, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
+from research.telechat.common.files import JsonObject
 from research.telechat.doctor.checks import Check, Outcome, gap, within
 from research.telechat.doctor.device import Array, Device, ModelJob, ModelRun
 from research.telechat.doctor.reference import cross_entropy, forward
@@ -20,7 +21,7 @@ class Precision(NamedTuple):
     """Settings of a recipe and their tolerances against float64, for logits, loss and gradients."""
 
     name: str
-    keys: Dict[str, Any]
+    keys: JsonObject
     logits: float
     loss: float
     gradients: float
@@ -55,7 +56,7 @@ def job_of(family: str, sizes: Sizes) -> ModelJob:
     return ModelJob(config, weights, {}, ids, labels, [int(token) for token in ids[0, :10]], _NEW)
 
 
-def _index(config: Dict[str, Any], weights: Weights) -> Dict[str, Tuple[List[str], Array]]:
+def _index(config: JsonObject, weights: Weights) -> Dict[str, Tuple[List[str], Array]]:
     """For each MindSpore parameter its official names, and the index of each element in their concatenation."""
     variant = variant_from_hf(config)
     layout = official_layout(variant)

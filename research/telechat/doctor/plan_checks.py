@@ -2,7 +2,7 @@
 import copy
 import zlib
 from functools import lru_cache, partial
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -39,12 +39,12 @@ class Kind(NamedTuple):
 
     name: str
     recipe: str
-    keys: Dict[str, Any]
+    keys: JsonObject
     avoid: str
     cards: Sequence[int] = (2, 4, 8)
 
 
-def _degrees(**degrees: Any) -> Dict[str, Any]:
+def _degrees(**degrees: object) -> JsonObject:
     every = {"data_parallel": 1, "model_parallel": 1, "pipeline_stage": 1, "context_parallel": 1}
     return {f"parallel_config.{key}": value for key, value in {**every, **degrees}.items()}
 

@@ -4,12 +4,14 @@ Shares nothing with the plugin but the table of variants (sizes): it has its own
 mask, so that a bug in the plugin shows as a difference. Slow and simple.
 """
 import math
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 
+from research.telechat.common.files import JsonObject
 
-def rotary_tables(hf: Dict[str, Any], seq: int, half: bool) -> Tuple[np.ndarray, np.ndarray]:
+
+def rotary_tables(hf: JsonObject, seq: int, half: bool) -> Tuple[np.ndarray, np.ndarray]:
     """cos and sin [S, D] in float64; `half`: rounded to float16 where the official code rounds."""
     if "num_hidden_layers" in hf:
         return _yarn_tables(hf, seq)
@@ -36,7 +38,7 @@ def rotary_tables(hf: Dict[str, Any], seq: int, half: bool) -> Tuple[np.ndarray,
     return fp16(grow * fp16(tables[0])), fp16(grow * fp16(tables[1]))
 
 
-def _yarn_tables(hf: Dict[str, Any], seq: int) -> Tuple[np.ndarray, np.ndarray]:
+def _yarn_tables(hf: JsonObject, seq: int) -> Tuple[np.ndarray, np.ndarray]:
     """cos and sin of TeleChat3 (YaRN; Peng et al., 2023), whose official code keeps them in float32."""
     dim, rope, base = hf["hidden_size"] // hf["num_attention_heads"], hf["rope_scaling"], hf["rope_theta"]
     length = rope["original_max_position_embeddings"]
@@ -54,7 +56,7 @@ def _yarn_tables(hf: Dict[str, Any], seq: int) -> Tuple[np.ndarray, np.ndarray]:
     return np.tile(np.cos(angles), 2) * grow, np.tile(np.sin(angles), 2) * grow
 
 
-def _as_telechat2(hf: Dict[str, Any], w: Dict[str, np.ndarray]) -> Tuple[Dict[str, Any], Dict[str, np.ndarray]]:
+def _as_telechat2(hf: JsonObject, w: Dict[str, np.ndarray]) -> Tuple[JsonObject, Dict[str, np.ndarray]]:
     """Config and weights of TeleChat3, which uses Llama's names and has no bias, under TeleChat2's names."""
     hidden, kv_heads = hf["hidden_size"], hf["num_key_value_heads"]
     dim = hidden // hf["num_attention_heads"]
@@ -90,7 +92,7 @@ def _softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def forward(hf: Dict[str, Any], weights: Dict[str, np.ndarray], ids: np.ndarray, half: bool = True,
+def forward(hf: JsonObject, weights: Dict[str, np.ndarray], ids: np.ndarray, half: bool = True,
             attention_mask: Optional[np.ndarray] = None, documents: Optional[List[int]] = None
             ) -> Tuple[np.ndarray, List[np.ndarray]]:
     """Logits [B, S, V] and hidden states (embedding, output of every layer but the last, final norm), float64.

@@ -3,7 +3,7 @@ import json
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import List, Sequence
 
 from research.telechat import __version__
 from research.telechat.common.errors import ConfigError
@@ -47,7 +47,7 @@ def as_json(findings: Sequence[Finding], device: Device, complete: bool) -> Json
 def is_ours(path: Path) -> bool:
     """Whether an earlier run of this command wrote the file."""
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        found: object = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and found.get("form") == FORM
@@ -61,7 +61,7 @@ def check_target(path: Path, overwrite: bool) -> None:
     refuse_foreign([path], is_ours, overwrite)
 
 
-def save(path: Path, report: Dict[str, Any]) -> None:
+def save(path: Path, report: JsonObject) -> None:
     """Write the file."""
     write_json(path, report)
 

@@ -1,8 +1,9 @@
 """Small models of every architecture of the family: official configs, random weights, and their MindSpore layout."""
-from typing import Any, Dict
+from typing import Dict
 
 import numpy as np
 
+from research.telechat.common.files import JsonObject
 from research.telechat.spec.parameters import (
     LLAMA,
     MINDSPORE,
@@ -17,7 +18,7 @@ from research.telechat.spec.variants import variant_from_hf
 Weights = Dict[str, np.ndarray]
 
 
-def official_configs(hidden: int, inner: int, vocabulary: int) -> Dict[str, Dict[str, Any]]:
+def official_configs(hidden: int, inner: int, vocabulary: int) -> Dict[str, JsonObject]:
     """Keys of config.json for two layers with four heads, by what is special about the architecture.
 
     base_seqlen < training_seqlen makes alpha > 1 for TeleChat2; within 16 tokens the first frequencies of TeleChat3
@@ -44,7 +45,7 @@ def official_configs(hidden: int, inner: int, vocabulary: int) -> Dict[str, Dict
                              "original_max_position_embeddings": 16}}}
 
 
-def random_official(hf_config: Dict[str, Any], seed: int = 0, std: float = 0.3) -> Weights:
+def random_official(hf_config: JsonObject, seed: int = 0, std: float = 0.3) -> Weights:
     """Random float32 weights with the official names and shapes; std: of all but the norms."""
     rng = np.random.default_rng(seed)
     weights = {}
@@ -58,7 +59,7 @@ def random_official(hf_config: Dict[str, Any], seed: int = 0, std: float = 0.3) 
     return weights
 
 
-def to_mindspore(hf_config: Dict[str, Any], weights: Weights) -> Weights:
+def to_mindspore(hf_config: JsonObject, weights: Weights) -> Weights:
     """Official weights under MindSpore names, in MindSpore's layout, float32."""
     variant = variant_from_hf(hf_config)
     params, layout = parameters(variant), official_layout(variant)

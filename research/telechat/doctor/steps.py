@@ -8,7 +8,7 @@ import io
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import mindspore as ms
 import numpy as np
@@ -50,7 +50,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _instead_of_training(loop: Any) -> Iterator[None]:
+def _instead_of_training(loop: Callable[..., None]) -> Iterator[None]:
     kept = Model.train
     Model.train = loop
     try:
@@ -62,7 +62,7 @@ def _instead_of_training(loop: Any) -> Iterator[None]:
         Model.train = kept
 
 
-def _strategy(folder: Path) -> Any:
+def _strategy(folder: Path) -> Optional[Strategy]:
     """The sharding of the compiled step; None if it is not sharded, or only into stages."""
     try:
         return read_strategy(strategy_files(folder / "output" / "strategy")[0])
@@ -70,13 +70,13 @@ def _strategy(folder: Path) -> Any:
         return None
 
 
-def _place(strategy: Any, name: str, shape: Sequence[int]) -> Tuple[Tuple[slice, ...], Tuple[int, ...]]:
+def _place(strategy: Optional[Strategy], name: str, shape: Sequence[int]) -> Tuple[Tuple[slice, ...], Tuple[int, ...]]:
     """Where a parameter's slice of `shape` lies, and the shape of the whole parameter."""
     if strategy is None or name not in strategy.layouts:
         return tuple(slice(0, size) for size in shape), tuple(shape)
-    cut: Strategy = strategy
-    whole = full_shape(cut.layouts[name], shape)
-    return tuple(slice(*ends) for ends in region(cut.layouts[name], rank() % cut.stage_ranks, whole)), whole
+    layout = strategy.layouts[name]
+    whole = full_shape(layout, shape)
+    return tuple(slice(*ends) for ends in region(layout, rank() % strategy.stage_ranks, whole)), whole
 
 
 def train(recipe: JsonObject, batches: Sequence[Sequence[Array]], seed: int, broken: bool) -> TrainRun:
@@ -88,7 +88,7 @@ def train(recipe: JsonObject, batches: Sequence[Sequence[Array]], seed: int, bro
     held: Dict[str, Array] = {}
     places: Dict[str, Tuple[slice, ...]] = {}
     with _folder() as folder:
-        def given_steps(model: Any, *_args: object, **_kwargs: object) -> None:
+        def given_steps(model: Model, *_args: object, **_kwargs: object) -> None:
             network = model._train_network
             network.set_train()
             cut = ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")

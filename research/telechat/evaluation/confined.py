@@ -74,7 +74,7 @@ class Refused(Exception):
     """The isolation cannot be set up."""
 
 
-def call(name: str, *args: Any) -> None:
+def call(name: str, *args: object) -> None:
     """Call a function of the C library that returns 0 on success. Raises Refused."""
     encoded = [arg.encode() if isinstance(arg, str) else arg for arg in args]
     if getattr(libc, name)(*(ctypes.c_ulong(arg) if isinstance(arg, int) else arg for arg in encoded)) != 0:

@@ -7,7 +7,7 @@ import gzip
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Callable, Dict, Iterator, List, Optional
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
@@ -57,7 +57,7 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
 
 
-def _read(files: Dict[str, List[str]], original: Any) -> Any:
+def _read(files: Dict[str, List[str]], original: Callable[..., object]) -> object:
     """A DatasetDict of the files of each split."""
     import datasets  # type: ignore[import-untyped]    # of Hugging Face, comes with lm-evaluation-harness
     first = Path(next(iter(files.values()))[0])

@@ -13,7 +13,7 @@ import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
@@ -76,7 +76,7 @@ class Store:
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Redirects are errors: the key must not go to another server."""
 
-    def redirect_request(self, *_args: Any) -> None:
+    def redirect_request(self, *_args: object) -> None:
         """None: not followed."""
 
 

@@ -22,7 +22,7 @@ def tokens_at_once(heads: int, length: int) -> int:
     return max(min(_SCORES // (heads * length), _MOST_AT_ONCE), PREFILL_TOKENS)
 
 
-def read_prompts(input_ids: Any, pad_token_id: Optional[int], vocab_size: int,
+def read_prompts(input_ids: object, pad_token_id: Optional[int], vocab_size: int,
                  bos_token_id: Optional[int] = None) -> List[np.ndarray]:
     """Prompts as int32 arrays without padding on either side.
 
@@ -48,18 +48,17 @@ def read_prompts(input_ids: Any, pad_token_id: Optional[int], vocab_size: int,
     return prompts
 
 
-def padding_before(input_ids: Any, pad_token_id: Optional[int], bos_token_id: Optional[int] = None) -> List[int]:
+def padding_before(input_ids: object, pad_token_id: Optional[int], bos_token_id: Optional[int] = None) -> List[int]:
     """Number of padding tokens before each prompt of `read_prompts`; the result of a generation keeps them."""
     if pad_token_id is None or pad_token_id == bos_token_id:
         return [0 for _ in _rows(input_ids)]
     return [int(np.argmax(np.asarray(row) != pad_token_id)) for row in _rows(input_ids)]
 
 
-def _rows(input_ids: Any) -> List[Any]:
+def _rows(input_ids: object) -> List[object]:
     """One list or array of ids per prompt."""
-    if isinstance(input_ids, np.ndarray) or not isinstance(input_ids, (list, tuple)):
-        input_ids = np.asarray(input_ids).tolist()
-    return list(input_ids) if input_ids and isinstance(input_ids[0], (list, tuple, np.ndarray)) else [input_ids]
+    ids = input_ids if isinstance(input_ids, (list, tuple)) else np.asarray(input_ids).tolist()
+    return list(ids) if ids and isinstance(ids[0], (list, tuple, np.ndarray)) else [ids]
 
 
 def check_tokens(ids: np.ndarray, vocab_size: int, what: str) -> None:

@@ -5,7 +5,7 @@ cached part, attention only over the blocks in use, argmax in the graph. `Framew
 MindFormers' generator and serves everything else: the fused kernels, and models without a cache. Both give the same
 tokens. The scheduler decides what is computed when.
 """
-from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Hashable, List, Optional, Sequence, Tuple, Union
 
 import mindspore as ms
 import mindspore.common.dtype as mstype
@@ -23,7 +23,8 @@ class Step:
     """The result of a step: `tokens()`, the most likely next one of each sequence, and `logits()` [B, V] float32. Both
     are fetched from the device on first use."""
 
-    def __init__(self, logits: Any, tokens: Any):
+    def __init__(self, logits: Union[np.ndarray, Tensor],
+                 tokens: Union[List[int], Tensor, Callable[[], List[int]]]):
         self._logits, self._tokens = logits, tokens
 
     def tokens(self) -> List[int]:

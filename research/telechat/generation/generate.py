@@ -8,7 +8,7 @@ import contextlib
 import copy
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Callable, Generator, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Generator, Iterator, List, Optional, Sequence, Tuple, Union
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -212,7 +212,7 @@ class TelechatGenerationMixin(Model):
                            max(wanted), context)
         return [min(limit, context) for limit in wanted]
 
-    def _engine(self) -> Any:
+    def _engine(self) -> Union[DirectEngine, FrameworkEngine]:
         if not hasattr(self, "_step_engine"):
             direct = self.use_past and not self.model.step.paged
             self._step_engine = DirectEngine(self) if direct else FrameworkEngine(self)

@@ -8,7 +8,7 @@ right corner; 4 a band, aligned to the lower right corner. Modes 2 to 4 need the
 Layouts: BNSD, BSH, SBH, BSND, and TND and TH for sequences packed back to back, TND with their ends.
 """
 from functools import lru_cache, partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ COMPRESSED = 2048
 _LOWEST = float(np.finfo(np.float32).min)                    # the maximum for a query without visible keys
 _COPIES = 8                                                  # the kernel returns maximum and sum eight times
 Array = np.ndarray
+Given = Optional[Array]              # an input that may be left out
 
 
 @lru_cache(maxsize=1)
@@ -83,7 +84,7 @@ def _from_heads(x: Array, layout: str) -> Array:
     return np.swapaxes(x, 0, 1) if layout == "SBH" else x
 
 
-def _kept(drop: Optional[Array], keep: float, shape: Tuple[int, ...]) -> Optional[Array]:
+def _kept(drop: Given, keep: float, shape: Tuple[int, ...]) -> Given:
     """Dropout factors of the probabilities, from one bit each (lowest bit first): 1 / keep where it is set."""
     if drop is None or keep == 1:
         return None
@@ -103,7 +104,7 @@ def _narrow(x: Array, heads: int) -> Array:
     return x.reshape(x.shape[0], heads, -1, *x.shape[2:]).sum(2)
 
 
-def forward(q: Array, k: Array, v: Array, hidden: Array, scale: float, kept: Optional[Array] = None
+def forward(q: Array, k: Array, v: Array, hidden: Array, scale: float, kept: Given = None
             ) -> Tuple[Array, Array, Array]:
     """q: [B, N, S, D]; k, v: [B, N_kv, T, D] -> row maximum and sum of exponentials [B, N, S, 1], result like q."""
     heads = q.shape[1]
@@ -120,7 +121,7 @@ def forward(q: Array, k: Array, v: Array, hidden: Array, scale: float, kept: Opt
 
 
 def backward(q: Array, k: Array, v: Array, dy: Array, hidden: Array, scale: float, top: Array, total: Array,
-             result: Array, kept: Optional[Array] = None) -> Tuple[Array, Array, Array]:
+             result: Array, kept: Given = None) -> Tuple[Array, Array, Array]:
     """Gradients of q, k and v from that of the result and the saved values of the forward pass."""
     heads, kv_heads = q.shape[1], k.shape[1]
     scores = np.matmul(q, np.swapaxes(_wide(k, heads), -1, -2)) * scale
@@ -136,7 +137,7 @@ def backward(q: Array, k: Array, v: Array, dy: Array, hidden: Array, scale: floa
             _narrow(np.matmul(np.swapaxes(used, -1, -2), dy), kv_heads))
 
 
-def _pieces(layout: str, ends: Any, lengths_of: str) -> List[slice]:
+def _pieces(layout: str, ends: Given, lengths_of: str) -> List[slice]:
     """The sequences of TND (`ends`: where each ends) and TH (their lengths)."""
     if ends is None:
         raise ExecutionError(f"FlashAttentionScore: layout {layout} needs {lengths_of}")
@@ -148,7 +149,7 @@ def _pieces(layout: str, ends: Any, lengths_of: str) -> List[slice]:
 class _Call:
     """The kernel inputs that forward and backward share."""
 
-    def __init__(self, node: Node, shift: Any, padding: Any, prefix: Any, heads: int, keep: float, scale: float,
+    def __init__(self, node: Node, shift: Given, padding: Given, prefix: Given, heads: int, keep: float, scale: float,
                  before: int, behind: int, layout: int, mode: int, empty_band: bool):
         for value, name in ((shift, "pse_shift"), (padding, "padding_mask"), (prefix, "prefix")):
             if value is not None:
@@ -157,7 +158,7 @@ class _Call:
         self.heads, self.keep, self.scale, self.mode = heads, keep, scale, mode
         self.before, self.behind, self.empty_band = before, behind, empty_band
 
-    def hidden(self, queries: int, keys: int, mask: Optional[Array]) -> Array:
+    def hidden(self, queries: int, keys: int, mask: Given) -> Array:
         return forbidden(queries, keys, mask, self.before, self.behind, self.mode, self.empty_band)
 
     def check(self, q: Array, k: Array, v: Array) -> None:
@@ -173,9 +174,9 @@ class _Call:
         return _to_heads(x, self.layout, self.heads)
 
 
-def flash_attention(node: Node, q: Array, k: Array, v: Array, shift: Any, drop: Any, padding: Any, mask: Any,
-                    prefix: Any, q_ends: Any, kv_ends: Any, heads: int, keep: float, scale: float, before: int,
-                    behind: int, _inner: int, layout: int, mode: int, empty_band: bool = False) -> Tuple[Any, ...]:
+def flash_attention(node: Node, q: Array, k: Array, v: Array, shift: Given, drop: Given, padding: Given, mask: Given,
+                    prefix: Given, q_ends: Given, kv_ends: Given, heads: int, keep: float, scale: float, before: int,
+                    behind: int, _inner: int, layout: int, mode: int, empty_band: bool = False) -> Tuple[Array, ...]:
     """(row maxima, sums, [], result); in TH only the result is meaningful."""
     call = _Call(node, shift, padding, prefix, heads, keep, scale, before, behind, layout, mode, empty_band)
     empty = np.zeros(1, q.dtype)
@@ -208,10 +209,11 @@ def flash_attention(node: Node, q: Array, k: Array, v: Array, shift: Any, drop: 
         empty, result
 
 
-def flash_attention_grad(node: Node, q: Array, k: Array, v: Array, dy: Array, shift: Any, drop: Any, padding: Any,
-                         mask: Any, top: Array, total: Array, _softmax: Any, result: Array, prefix: Any, q_ends: Any,
-                         kv_ends: Any, heads: int, keep: float, scale: float, before: int, behind: int, _inner: int,
-                         layout: int, mode: int, empty_band: bool = False) -> Tuple[Any, ...]:
+def flash_attention_grad(node: Node, q: Array, k: Array, v: Array, dy: Array, shift: Given, drop: Given, padding: Given,
+                         mask: Given, top: Array, total: Array, _softmax: object, result: Array, prefix: Given,
+                         q_ends: Given, kv_ends: Given, heads: int, keep: float, scale: float, before: int,
+                         behind: int, _inner: int, layout: int, mode: int, empty_band: bool = False
+                         ) -> Tuple[Array, ...]:
     """Gradients of query, key, value, and an empty one of pse_shift."""
     call = _Call(node, shift, padding, prefix, heads, keep, scale, before, behind, layout, mode, empty_band)
     empty = np.zeros(0, q.dtype)
@@ -234,7 +236,7 @@ def flash_attention_grad(node: Node, q: Array, k: Array, v: Array, dy: Array, sh
     return dq, dk, dv, empty
 
 
-def operators(empty_band: bool = False) -> Dict[str, Callable[..., Sequence[Any]]]:
+def operators(empty_band: bool = False) -> Dict[str, Callable[..., Sequence[Array]]]:
     """The kernels by name. empty_band: see `forbidden`."""
     return {"FlashAttentionScore": partial(flash_attention, empty_band=empty_band),
             "FlashAttentionScoreGrad": partial(flash_attention_grad, empty_band=empty_band)}

@@ -48,4 +48,4 @@ def paged_attention(node: Node, query: np.ndarray, keys: np.ndarray, values: np.
     return result.reshape(query.shape)
 
 
-OPERATORS: Dict[str, Callable[..., Any]] = {"PagedAttention": paged_attention}
+OPERATORS: Dict[str, Callable[..., np.ndarray]] = {"PagedAttention": paged_attention}

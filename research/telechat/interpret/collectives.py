@@ -12,8 +12,8 @@ from research.telechat.common.errors import ExecutionError
 
 COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "Broadcast", "AlltoAll", "AllToAll", "AlltoAllV",
                "AllToAllv", "NeighborExchange")
-_REDUCTIONS: Dict[str, Callable[[Any, Any], Any]] = {"sum": np.add, "max": np.maximum, "min": np.minimum,
-                                                     "prod": np.multiply}
+_REDUCTIONS: Dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multiply}
 
 
 class Arrival(NamedTuple):

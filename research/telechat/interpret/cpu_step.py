@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 
@@ -90,7 +90,7 @@ def _steps(job: JsonObject) -> None:
     from research.telechat.run.job import run
     folder = Path(job["folder"])
 
-    def given_steps(model: Any, *_args: object, **_kwargs: object) -> None:
+    def given_steps(model: Model, *_args: object, **_kwargs: object) -> None:
         network = model._train_network
         network.set_train()
         parameters = {parameter.name: parameter for parameter in network.get_parameters()}

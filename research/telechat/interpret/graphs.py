@@ -94,7 +94,7 @@ def _compile_rank(recipe: JsonObject, plan: Plan, rank: int, target: Path, timeo
 
 
 def compiled(recipe: JsonObject, jobs: int = 1, timeout: float = 3600, start: Starter = start_worker,
-             progress: Callable[[], Any] = lambda: None) -> Compiled:
+             progress: Callable[[], object] = lambda: None) -> Compiled:
     """The graphs of all ranks of `recipe`, compiled unless cached.
 
     Args:

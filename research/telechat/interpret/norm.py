@@ -1,5 +1,5 @@
 """RmsNorm and its gradient, from the documentation of aclnnRmsNorm and aclnnRmsNormGrad (CANN)."""
-from typing import Any, Callable, Dict, Tuple
+from typing import Callable, Dict, Tuple
 
 import numpy as np
 
@@ -20,4 +20,4 @@ def rms_norm_grad(_node: Node, dy: np.ndarray, x: np.ndarray, inverse: np.ndarra
     return dx, np.sum(dy * normed, tuple(range(x.ndim - weight.ndim)))
 
 
-OPERATORS: Dict[str, Callable[..., Any]] = {"RmsNorm": rms_norm, "RmsNormGrad": rms_norm_grad}
+OPERATORS: Dict[str, Callable[..., object]] = {"RmsNorm": rms_norm, "RmsNormGrad": rms_norm_grad}

@@ -3,7 +3,7 @@
 Inputs are arrays, numbers, strings and tuples of these. Precision is not handled here: rank.py casts every result to
 the required type and compares its shape with the one inferred by the compiler. Fused kernels have their own modules.
 """
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -12,32 +12,33 @@ from research.telechat.interpret import attention, cache, norm
 from research.telechat.interpret.ir import Node
 
 Array = np.ndarray
-Operator = Callable[..., Any]
+Axis = Union[None, int, Tuple[int, ...]]
+Operator = Callable[..., object]
 
 
-def _axes(axis: Any, dimensions: int) -> Optional[Tuple[int, ...]]:
+def _axes(axis: Axis, dimensions: int) -> Optional[Tuple[int, ...]]:
     """Axes to reduce; None for all, if axis is None or ()."""
     if axis is None or axis == ():
         return None
     return tuple(int(one) % dimensions for one in (axis if isinstance(axis, tuple) else (axis,)))
 
 
-def _reduce(function: Callable[..., Any]) -> Operator:
-    def reduce(_node: Node, x: Array, axis: Any = None, keep: Any = False, *_rest: Any) -> Any:
+def _reduce(function: Callable[..., Array]) -> Operator:
+    def reduce(_node: Node, x: Array, axis: Axis = None, keep: bool = False, *_rest: object) -> Array:
         return function(x, axis=_axes(axis, np.ndim(x)), keepdims=bool(keep))
     return reduce
 
 
-def _reduce_sum(_node: Node, x: Array, axis: Any = (), keep: bool = False, skip: bool = False) -> Array:
+def _reduce_sum(_node: Node, x: Array, axis: Axis = (), keep: bool = False, skip: bool = False) -> Array:
     """skip: without axes, return x itself."""
     return x if axis == () and skip else np.sum(x, axis=_axes(axis, np.ndim(x)), keepdims=bool(keep))
 
 
-def _plain(function: Callable[..., Any]) -> Operator:
+def _plain(function: Callable[..., object]) -> Operator:
     return lambda _node, *values: function(*values)
 
 
-def _matmul(node: Node, x: Array, y: Array, transpose_x: Any = False, transpose_y: Any = False) -> Array:
+def _matmul(node: Node, x: Array, y: Array, transpose_x: bool = False, transpose_y: bool = False) -> Array:
     x = np.swapaxes(x, -1, -2) if transpose_x else x
     y = np.swapaxes(y, -1, -2) if transpose_y else y
     if node.op == "BatchMatMul" and x.shape[:-2] != y.shape[:-2] and 1 not in (*x.shape[:-2], *y.shape[:-2]):
@@ -53,26 +54,26 @@ def _silu_grad(_node: Node, dy: Array, x: Array) -> Array:
     return dy * _sigmoid(x) * (1 + x * (1 - _sigmoid(x)))
 
 
-def _softmax(node: Node, x: Array, axis: Any = None) -> Array:
+def _softmax(node: Node, x: Array, axis: Axis = None) -> Array:
     where = _axes(node.attrs.get("axis", -1) if axis is None else axis, x.ndim)
     weights = np.exp(x - x.max(where, keepdims=True))
     return weights / weights.sum(where, keepdims=True)
 
 
-def _attribute(node: Node, name: str, given: Any, default: Any = None) -> Any:
+def _attribute(node: Node, name: str, given: object, default: object = None) -> Any:
     """An argument that is an input in one version and an attribute in another."""
     return node.attrs.get(name, default) if given is None else given
 
 
-def _concat(node: Node, parts: Sequence[Array], axis: Any = None) -> Array:
+def _concat(node: Node, parts: Sequence[Array], axis: Axis = None) -> Array:
     return np.concatenate(parts, int(_attribute(node, "axis", axis, 0)))
 
 
-def _stack(node: Node, parts: Sequence[Array], axis: Any = None) -> Array:
+def _stack(node: Node, parts: Sequence[Array], axis: Axis = None) -> Array:
     return np.stack(parts, int(_attribute(node, "axis", axis, 0)))
 
 
-def _split(node: Node, x: Array, axis: Any = None, count: Any = None) -> Tuple[Array, ...]:
+def _split(node: Node, x: Array, axis: Axis = None, count: Optional[int] = None) -> Tuple[Array, ...]:
     return tuple(np.split(x, int(_attribute(node, "output_num", count)), int(_attribute(node, "axis", axis, 0))))
 
 
@@ -95,7 +96,7 @@ def _gather(node: Node, x: Array, index: Array, axis: int, batch_dims: int = 0) 
     return np.take(x, index, int(axis))
 
 
-def _gather_d(node: Node, x: Array, axis: int, index: Array, *_rest: Any) -> Array:
+def _gather_d(node: Node, x: Array, axis: int, index: Array, *_rest: object) -> Array:
     _in_range(node, index, x.shape[axis])
     return np.take_along_axis(x, index, axis)
 
@@ -114,8 +115,9 @@ def _segment_sum(_node: Node, x: Array, index: Array, count: int) -> Array:
     return result
 
 
-def _places(node: Node, begin: Any, end: Any, strides: Any, begin_mask: int = 0, end_mask: int = 0,
-            ellipsis_mask: int = 0, new_axis_mask: int = 0, shrink_axis_mask: int = 0) -> Tuple[Any, ...]:
+def _places(node: Node, begin: Sequence[int], end: Sequence[int], strides: Sequence[int], begin_mask: int = 0,
+            end_mask: int = 0, ellipsis_mask: int = 0, new_axis_mask: int = 0, shrink_axis_mask: int = 0
+            ) -> Tuple[Union[int, slice], ...]:
     if ellipsis_mask or new_axis_mask:
         raise ExecutionError(f"{node}: ellipsis_mask and new_axis_mask are not known to the interpreter")
     places: list = []
@@ -147,11 +149,11 @@ def _broadcast_to(_node: Node, x: Array, shape: Sequence[int]) -> Array:
     return np.broadcast_to(x, [size if wanted == -1 else wanted for wanted, size in zip(shape, sizes)])
 
 
-def _pad(node: Node, x: Array, paddings: Any = None, *_rest: Any) -> Array:
+def _pad(node: Node, x: Array, paddings: Optional[Sequence[Sequence[int]]] = None, *_rest: object) -> Array:
     return np.pad(x, _attribute(node, "paddings", paddings))
 
 
-def _squeeze(node: Node, x: Array, axis: Any = None) -> Array:
+def _squeeze(node: Node, x: Array, axis: Axis = None) -> Array:
     return np.squeeze(x, _axes(_attribute(node, "axis", axis), np.ndim(x)))
 
 
@@ -164,24 +166,24 @@ def _filled(value: float) -> Operator:
     return lambda _node, shape, *_rest: np.full(shape, value)
 
 
-def _arg_max_with_value(node: Node, x: Array, axis: Any = None, keep: Any = None) -> Tuple[Array, Array]:
+def _arg_max_with_value(node: Node, x: Array, axis: Axis = None, keep: Optional[bool] = None) -> Tuple[Array, Array]:
     axis, keep = int(_attribute(node, "axis", axis, 0)), bool(_attribute(node, "keep_dims", keep, False))
     return np.expand_dims(x.argmax(axis), axis) if keep else x.argmax(axis), x.max(axis, keepdims=keep)
 
 
-def _zeros_of_status(_node: Node, *_inputs: Any) -> Array:
+def _zeros_of_status(_node: Node, *_inputs: object) -> Array:
     return np.zeros(8, np.int32)                               # no overflow
 
 
-def _switch(_node: Node, condition: Any, yes: Any, no: Any) -> Any:
+def _switch(_node: Node, condition: Array, yes: object, no: object) -> object:
     return yes if bool(np.all(condition)) else no
 
 
-def _item(_node: Node, values: Tuple[Any, ...], index: int) -> Any:
+def _item(_node: Node, values: Tuple[object, ...], index: int) -> object:
     return values[int(index)]
 
 
-_FUNCTIONS: Dict[str, Callable[..., Any]] = {
+_FUNCTIONS: Dict[str, Callable[..., object]] = {
     "Add": np.add, "Adds": np.add, "Sub": np.subtract, "Subs": np.subtract, "Mul": np.multiply,
     "Muls": np.multiply, "Div": np.divide, "Divs": np.divide, "RealDiv": np.divide, "FloorDiv": np.floor_divide,
     "FloorMod": np.mod, "Mod": np.mod, "Maximum": np.maximum, "Minimum": np.minimum, "Pow": np.power,

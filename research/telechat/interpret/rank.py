@@ -20,7 +20,7 @@ Watch = Callable[[Node, Any], None]          # called with each node and its res
 # Operators that take parameters, not their values.
 _BY_REFERENCE = {"ReshapeAndCache", "Load", "Assign", "AssignAdd", "AssignSub", "InplaceCopy", "Partial", "MakeTuple",
                  "TupleGetItem", "Depend", "UpdateState", "Switch"}
-_ASSIGNMENTS: Dict[str, Callable[[Any, Any], Any]] = {
+_ASSIGNMENTS: Dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "Assign": lambda _old, value: value, "InplaceCopy": lambda _old, value: value, "AssignAdd": np.add,
     "AssignSub": np.subtract}
 

@@ -5,7 +5,7 @@ grouped heads, tied tables, types and optimizer are the recipe's. Dropout is off
 be compared with those of one. Gradients are clipped in every step, and weight decay is on.
 """
 import copy
-from typing import Any, Dict, Tuple
+from typing import Dict, Optional, Tuple
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
@@ -103,7 +103,7 @@ def _shrink_training(small: JsonObject) -> None:
     small["optimizer"]["weight_decay"] = 0.1
     small.setdefault("runner_wrapper", {}).update(use_clip_grad=True, max_grad_norm=MAX_GRAD_NORM)
     small.setdefault("parallel", {}).setdefault("parallel_optimizer_config", {})["parallel_optimizer_threshold"] = 0
-    pet: Any = small["model"]["model_config"].get("pet_config")
+    pet: Optional[JsonObject] = small["model"]["model_config"].get("pet_config")
     if pet:
         pet["lora_dropout"] = 0.0
     small["do_eval"] = False

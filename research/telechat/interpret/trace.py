@@ -6,7 +6,7 @@ Partial sums fail this test, but what is computed from them does not; so an oper
 successors do too. Gradients cannot be traced like this: the compiler does not record which cell they belong to.
 """
 import re
-from typing import Any, Dict, List, NamedTuple, Optional, Set
+from typing import Dict, List, NamedTuple, Optional, Set
 
 import numpy as np
 
@@ -48,7 +48,7 @@ class Trace:
         self.made: Dict[Key, None] = {}                        # all operators of the forward pass
         self._maker: Dict[str, Key] = {}                       # by the name of the result
 
-    def __call__(self, node: Node, result: Any) -> None:
+    def __call__(self, node: Node, result: object) -> None:
         key = key_of(node)
         if key is None:
             return

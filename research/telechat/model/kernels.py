@@ -2,7 +2,7 @@
 
 The only module that asks for the device. Each factory or cell below hides one such choice; the layers do not know it.
 """
-from typing import Any, Tuple, Union
+from typing import Tuple, Union
 
 import mindspore as ms
 import mindspore.common.dtype as mstype
@@ -213,7 +213,8 @@ class CausalFlashAttention(nn.Cell):
         self.reshape = P.Reshape()
         sharding.flash_attention(self, sharding.Mesh(config))
 
-    def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Union[Tensor, Tuple[Tensor, Tensor]]
+                  ) -> Tensor:
         """query: [B, N, S, D]; key, value: [B, N_kv, T, D]; mask: uint8, 1 where a query may not look, or that and ends
         [K] int64 -> as query."""
         if self.back_to_back:

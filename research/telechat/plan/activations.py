@@ -10,9 +10,9 @@ Not counted: the gradient of a matrix on its way to the buffer in which micro-ba
 kernel; both are small compared with a layer.
 """
 import re
-from typing import Any, List, NamedTuple, Tuple
+from typing import List, NamedTuple, Sequence, Tuple
 
-from research.telechat.plan.plan import BYTES, Plan, ends_of, layers_of
+from research.telechat.plan.plan import BYTES, PerStage, Plan, Selected, ends_of, layers_of
 from research.telechat.spec.attention_form import documents_back_to_back
 from research.telechat.spec.loss_chunks import rows_at_once
 
@@ -90,14 +90,16 @@ def layer_bytes(plan: Plan) -> LayerBytes:
                       2 * stream * hidden * residual + max(2 * inner + gathered, 2 * gathered - 2 * inner), masks)
 
 
-def _layers_meant(setting: Any, stage: int, layers: int) -> int:
+def _layers_meant(setting: PerStage, stage: int, layers: int) -> int:
     """Layers of a stage that a setting of recomputation means: True for all, or a number per stage, for each virtual
     stage or for all of them together."""
     if not setting or isinstance(setting, bool):
         return layers if setting else 0
-    if not isinstance(setting, (list, tuple)):
+    if isinstance(setting, (int, float, str)):
         return min(int(setting), layers)
-    rows = setting if isinstance(setting[0], (list, tuple)) else [setting]
+    rows: Sequence[object] = setting
+    if not isinstance(setting[0], (list, tuple)):
+        rows = [setting]
     counts = [row[stage] if isinstance(row, (list, tuple)) and stage < len(row) else 0 for row in rows]
     return min(sum(int(count) if not isinstance(count, bool) else (layers if count else 0) for count in counts), layers)
 
@@ -113,7 +115,7 @@ def _meets(pattern: str, name: str) -> bool:
     return len(parts) == len(names) and all(re.fullmatch(part, word) for part, word in zip(parts, names))
 
 
-def _selected(setting: Any, names: Tuple[str, ...], plan: Plan, stage: int) -> List[int]:
+def _selected(setting: Selected, names: Tuple[str, ...], plan: Plan, stage: int) -> List[int]:
     """Layers of a stage, of those not recomputed as a whole, in which each of `names` is repeated.
 
     setting: patterns, or patterns with the layers they are for.

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject
@@ -19,6 +19,9 @@ from research.telechat.spec.parameters import Param, parameters
 from research.telechat.spec.variants import Variant, shape_faults
 
 CUT_BY_INPUT = ("wo", "w2")    # linear layers; model parallelism shards the others by their output
+# Recomputed layers: all or none, their number, numbers per stage, or those for each virtual stage.
+PerStage = Union[bool, int, Sequence[Union[int, Sequence[int]]]]
+Selected = Union[bool, Sequence[str], Dict[str, PerStage]]       # operators by pattern, with the layers or in all
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 PLANNED_FOR = "planned_for"    # of a recipe while it is planned, never in a file: one of spec/flops.DEVICES
 
@@ -55,9 +58,9 @@ class Plan:
     optimizer_sharded: bool
     remainder: bool              # of 16-bit parameters, in the optimizer
     threshold: int               # bytes; optimizer parallelism does not shard smaller parameters
-    recompute: Any               # True, False, or layers per stage
-    select_recompute: Any        # operators by pattern, with layers per stage or True
-    select_comm_recompute: Any   # the same for the communication behind operators
+    recompute: PerStage
+    select_recompute: Selected
+    select_comm_recompute: Selected          # of the communication behind operators
     recompute_comm: bool         # mp_comm_recompute
     slice_activation: bool
     aggregation_groups: int

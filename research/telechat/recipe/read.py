@@ -18,7 +18,7 @@ from research.telechat.recipe.values import conform, load
 BASES = "configs/telechat"                 # below ROOT; in a wheel they are in the plugin's folder `base` (setup.py)
 
 
-def parse_value(text: str) -> Any:
+def parse_value(text: str) -> object:
     """A value from the command line, read as YAML: numbers, True, False, lists; anything else is text."""
     try:
         return load(text)

@@ -69,7 +69,7 @@ def _check_key(key: str, value: Any, field: Field) -> Any:
     return value
 
 
-def _read_number(value: Any, wanted: type) -> Any:
+def _read_number(value: object, wanted: type) -> object:
     """`value` as `wanted` where it is a number written in another way, else as it is."""
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

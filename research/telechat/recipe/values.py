@@ -60,7 +60,7 @@ def _count(value: object, known: Dict[int, int]) -> int:
     return known[id(value)]
 
 
-def conform(value: Any, over: object, key: str) -> Any:
+def conform(value: object, over: object, key: str) -> object:
     """`value` for a key that holds `over` so far: a number or a switch written as text becomes one.
 
     A whole number written with an exponent becomes an integer where one was. Everything else stays as it is.
@@ -79,7 +79,7 @@ def conform(value: Any, over: object, key: str) -> Any:
     return value
 
 
-def _number(text: str, key: str, over: object) -> Any:
+def _number(text: str, key: str, over: object) -> float:
     plain = text.strip().replace("_", "")
     for read in (int, float):
         try:

@@ -27,7 +27,7 @@ def read_json(text: str, notes: Optional[List[str]] = None) -> Any:
         raise ValueError("nested too deep") from None
 
 
-def clean(value: Any, notes: Optional[List[str]] = None) -> Any:
+def clean(value: object, notes: Optional[List[str]] = None) -> Any:
     """A JSON value with U+FFFD for every surrogate without its other half, which no vocabulary can encode.
 
     Raises DuplicateKeyError: two keys of an object become the same. `SURROGATES` is appended to `notes` if there are
@@ -39,7 +39,7 @@ def clean(value: Any, notes: Optional[List[str]] = None) -> Any:
     return cleaned
 
 
-def _clean(value: Any) -> Any:
+def _clean(value: object) -> Any:
     if isinstance(value, str):
         return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, list):
@@ -80,7 +80,7 @@ def _look_at_tokens(text: str) -> None:
         before = before if token.type in _PLAIN else token.type
 
 
-def _value(node: ast.AST) -> Any:
+def _value(node: ast.AST) -> object:
     if isinstance(node, ast.Dict):
         pairs: List[Tuple[str, object]] = []
         for key, value in zip(node.keys, node.values):
@@ -93,7 +93,7 @@ def _value(node: ast.AST) -> Any:
         return [_value(item) for item in node.elts]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         number = _value(node.operand)
-        if type(number) in (int, float):
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
             return -number
     if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, (bool, int, float, str))):
         if isinstance(node.value, float) and not math.isfinite(node.value):
