@@ -183,10 +183,10 @@ def test_tool_calls_and_their_results(tmp_path):
 
 
 @pytest.mark.parametrize(("answer", "fault"), [
-    ("<tool_call>{broken}</tool_call>", "call 1 is no JSON object"), ("<tool_call>[1]</tool_call>", "no JSON object"),
+    ("<tool_call>{broken}</tool_call>", "call 1 is not a JSON"), ("<tool_call>[1]</tool_call>", "not a JSON object"),
     ('<tool_call>{"arguments": {}}</tool_call>', "call 1 has no name"), ('<tool_call>{"name": "a"', "was truncated"),
     ('<tool_call>{"name": "a", "arguments": "{"}</tool_call>', "arguments"),
-    ("<tool_call>__import__('os')</tool_call>", "no JSON object")])
+    ("<tool_call>__import__('os')</tool_call>", "not a JSON object")])
 def test_broken_tool_calls_are_told(answer, fault):
     parsed = parse_tool_calls(answer)
     assert not parsed.calls and fault in parsed.faults[0]
@@ -248,7 +248,7 @@ def test_terminal_commands(renderer, tmp_path):
     assert json.loads(file.read_text(encoding="utf-8")) == {"dialog": []}
     terminal(session, [f"/save --overwrite {mine}"])
     assert json.loads(mine.read_text(encoding="utf-8")) == {"dialog": []}
-    for fault in ("unknown command /nonsense", "/save needs the name", "there is no question to answer again"):
+    for fault in ("unknown command /nonsense", "/save needs a file name", "there is no question to retry"):
         assert f"error: {fault}" in text
     assert [message["content"] for message in chat.history] == ["again", "我是一个语言模型。"]
 

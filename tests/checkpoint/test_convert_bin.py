@@ -101,7 +101,7 @@ def test_code_in_a_bin_is_not_run(model, tmp_path, capfd, monkeypatch):
         assert "pytorch_model.bin" in error_of(capfd, to_ms(model[2], tmp_path / "x.ckpt"))
     import torch
     torch.save([1, 2], file)
-    assert "no dictionary of tensors" in error_of(capfd, to_ms(model[2], tmp_path / "x.ckpt"))
+    assert "not a dictionary of tensors" in error_of(capfd, to_ms(model[2], tmp_path / "x.ckpt"))
     assert not (tmp_path / "executed").exists()
 
 

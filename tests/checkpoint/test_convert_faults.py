@@ -51,7 +51,7 @@ def _first_tensor(header):
 
 
 FAULTS = {
-    "shard missing": (lambda d: (d / SHARD).unlink(), [INDEX, "1 of which are not there", SHARD]),
+    "shard missing": (lambda d: (d / SHARD).unlink(), [INDEX, "1 of which are missing", SHARD]),
     "shard missing, no index": (lambda d: ((d / SHARD).unlink(), (d / INDEX).unlink()), ["number 2 is missing"]),
     "shard truncated": (lambda d: os.truncate(d / SHARD, 2000), [SHARD, "truncated", "download it again"]),
     "shard cut in its header": (lambda d: os.truncate(d / SHARD, 40), [SHARD, "truncated"]),

@@ -68,7 +68,7 @@ def test_wrapped_checkpoints_convert(model, tmp_path, prefix, capfd):
     folder = write_official(tmp_path / "hf", model[0], {prefix + name: raw for name, raw in model[1].items()}, 2)
     assert to_ms(folder, tmp_path / "x.ckpt") == 0
     assert_same(read_ckpt(tmp_path / "x.ckpt"), mindspore_tensors(*model))
-    assert f"names count without what a wrapper has added: {prefix}" in capfd.readouterr().out
+    assert f"prefixes added by a wrapper are ignored: {prefix}" in capfd.readouterr().out
 
 
 def test_two_tensors_of_one_name_are_an_error(model, tmp_path, capfd):
@@ -88,7 +88,7 @@ def of_zip(*names):
 STRANGERS = {
     b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 17750000\n":
         "a pointer of Git LFS for 17,750,000 bytes",
-    b"/annex/objects/SHA256E-s123--abc.safetensors\n": "a pointer of git-annex",
+    b"/annex/objects/SHA256E-s123--abc.safetensors\n": "a git-annex or Xet pointer",
     b"\n <!DOCTYPE html><html><body>Sign in</body></html>": "a web page",
     b"<html>404</html>": "a web page",
     b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>': "an XML text",
@@ -191,7 +191,7 @@ def test_nested_bin_files_are_read_or_say_what_they_hold(model, tmp_path, capfd)
         "['a']['module']": {"a": {"module": weights}},
         "['model']; left out: ema": {"model": weights, "ema": {"shadow": {"x": torch.ones(2)}}},
         "as they are not tensors: step": {**weights, "step": 3},
-        "names count without": {"state_dict": {f"module.{name}": value for name, value in weights.items()}},
+        "prefixes added by a wrapper": {"state_dict": {f"module.{name}": value for name, value in weights.items()}},
     }
     for number, (words, content) in enumerate(read.items()):
         torch.save(content, folder / "pytorch_model.bin")

@@ -188,7 +188,7 @@ def test_numbers_that_the_scale_rounds_are_counted(tmp_path, capfd):
     official["lm_head.weight"].bits[0, :3] = [1, 0x0400 + 1, 0x3C01]           # least number, 2^-14 + ..., 1 + 2^-10
     folder = write_official(tmp_path / "hf", variant, official)
     assert convert(["--from", str(folder), "--to", "llama", str(tmp_path / "a")]) == 0
-    assert "lm_head.weight: 2 numbers were rounded" in capfd.readouterr().out
+    assert "lm_head.weight: 2 values were rounded" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("name, theta, length", [
@@ -292,7 +292,7 @@ Q = "model.layers.0.self_attn.q_proj"
     ([Q + ".weight"], {}, f"1 parameters are missing: {Q}.weight"),
     ([Q + ".weight"], {Q + ".qweight": "weight", Q + ".scales": "bias"}, "are quantised"),
     ([], {Q + ".base_layer.weight": "weight"}, "merge LoRA adapters first"),
-    ([], {Q + ".bias": "ones"}, "has values other than zero"),
+    ([], {Q + ".bias": "ones"}, "has nonzero values"),
     ([Q + ".bias"], {}, None),
 ])
 def test_foreign_weights_are_one_line(small, tmp_path, capfd, drop, add, fault):

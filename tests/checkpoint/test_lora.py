@@ -151,7 +151,7 @@ def test_mistakes_are_one_line_and_leave_nothing(capsys, tmp_path):
     line = command_error(capsys, merge_lora, ["--base", tmp_path / "base.ckpt", "--adapter", tmp_path / "a.ckpt", *out])
     assert "model.layers.0.attention.wq.weight" in line and "lacks" in line
     line = command_error(capsys, merge_lora, ["--base", tmp_path / "a.ckpt", "--adapter", tmp_path / "base.ckpt", *out])
-    assert "holds no LoRA adapter" in line
+    assert "has no LoRA adapter" in line
     (tmp_path / "adapter_config.json").unlink()
     line = command_error(capsys, merge_lora, ["--base", tmp_path / "base.ckpt", "--adapter", tmp_path / "a.ckpt", *out])
     assert "--lora_alpha" in line

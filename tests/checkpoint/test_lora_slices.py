@@ -172,7 +172,7 @@ def test_what_is_missing_is_named_in_one_line(fault, run_folder, tmp_path, capsy
     else:
         ranks = slices(adapter, *PLANS["dp2 mp2"])
         write_ranks(folder, {1: {name: part[:-1] for name, part in ranks[1].items()}})
-        expected = ["rank 1 has shape [", "the strategy says ["]
+        expected = ["rank 1 has shape [", "the strategy expects ["]
     arguments = ["--adapter", given, *more]
     line = command_error(capsys, merge_lora, ["--base", base, *arguments, "--output", tmp_path / "out.ckpt"])
     assert all(part in line for part in expected), line

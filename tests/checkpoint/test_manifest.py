@@ -88,7 +88,7 @@ def test_a_manifest_that_cannot_be_used_is_named(official, tmp_path, capfd):
     assert to_ms(official[2], tmp_path / "x.ckpt") == 0
     path = tmp_path / "x.ckpt.manifest.json"
     good = json.loads(path.read_text())
-    for change, words in (({"format_version": 2}, "has format version 2"), ({"format": "other"}, "not the manifest"),
+    for change, words in (({"format_version": 2}, "has format version 2"), ({"format": "other"}, "not a checkpoint"),
                           ({"files": {"x.ckpt": {}}}, "is damaged (KeyError"),
                           ({"model": {"variant": 3}}, "is damaged"),
                           ({"model": {"variant": {}}}, "lacks sizes")):

@@ -48,7 +48,7 @@ def trained(request, tmp_path_factory):
 def test_conversion_takes_the_master_values(trained, tmp_path, capsys):
     folder, official = trained
     assert to_torch(folder / "x.ckpt", tmp_path) == 0
-    assert "with a remainder: their float32 values are taken" in capsys.readouterr().out
+    assert "plus a remainder: their float32 values are used" in capsys.readouterr().out
     found = read_safetensors(tmp_path / "model.safetensors")
     for name, value in official.items():
         assert found[name].dtype == "F32"
@@ -77,9 +77,9 @@ def test_precision_of_a_checkpoint_with_remainders(dtype, remainder, words, trai
 
 @pytest.mark.parametrize(("stored", "dtype", "remainder", "words"), [
     ("F32", "float32", False, None), ("BF16", "bfloat16", False, None),
-    ("F32", "bfloat16", True, "the parameters are rounded once, remainders begin at zero"),
-    ("BF16", "bfloat16", True, "the parameters are taken as they are, remainders begin at zero"),
-    ("BF16", "float32", False, "the parameters are taken as they are")])
+    ("F32", "bfloat16", True, "the parameters are rounded once, remainders start at zero"),
+    ("BF16", "bfloat16", True, "the parameters are used as they are, remainders start at zero"),
+    ("BF16", "float32", False, "the parameters are used as they are")])
 def test_precision_of_a_checkpoint_without(stored, dtype, remainder, words, tmp_path):
     bits = np.zeros((2, 3), np.uint32 if stored == "F32" else np.uint16)
     write_ckpt(tmp_path / "x.ckpt", {"model.layers.0.attention.wq.weight": (stored, bits)})

@@ -55,7 +55,7 @@ def test_newest_complete_checkpoint_is_chosen(tmp_path):
     for size in (0, 5, len(whole) // 2, len(whole) - 1):
         newest.write_bytes(whole[:size])
         choice = resume.choose(tmp_path, 1)
-        assert choice.step == 9 and "t_rank_0-1_10.ckpt: not chosen" in choice.notes[0]
+        assert choice.step == 9 and "t_rank_0-1_10.ckpt: skipped" in choice.notes[0]
     newest.write_bytes(bytes(len(whole)))
     assert resume.choose(tmp_path, 1).step == 9
     ms.save_checkpoint([{"name": "w", "data": ms.Tensor(np.ones(3, np.float32))}], str(newest))
@@ -133,7 +133,7 @@ def test_ten_kills_at_random_moments_change_nothing(data, unbroken, tmp_path):
         value, other = (getattr(v, "asnumpy", lambda v=v: v)() for v in (value, two[key]))
         assert np.array_equal(value, other), key
     again = run(shuffled(data, tmp_path / "out", "--resume_training", "True"))
-    assert "complete already" in again.stdout + again.stderr
+    assert "already complete" in again.stdout + again.stderr
     assert read_log(tmp_path / "out") == found
 
 

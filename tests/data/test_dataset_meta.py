@@ -35,9 +35,9 @@ def test_data_set_that_fits(tmp_path):
 
 
 @pytest.mark.parametrize("recipe,changes,words", [
-    ({"vocab_size": 99}, {}, "holds token id 99, the recipe's vocab_size is 99"),
-    ({"seq_length": 128}, {}, "records of 65 tokens, the recipe's seq_length 128 needs 129; it was made with --max"),
-    ({"pad_token_id": 0}, {}, "padded with id 3, the recipe's pad_token_id is 0"),
+    ({"vocab_size": 99}, {}, "contains token id 99, but the recipe's vocab_size is 99"),
+    ({"seq_length": 128}, {}, "records of 65 tokens, but the recipe's seq_length 128 needs 129; it was created with"),
+    ({"pad_token_id": 0}, {}, "padded with 3, but the recipe's pad_token_id is 0"),
     ({}, {"records": 0}, "is empty"),
     ({}, {"format_version": 99}, "format version 99"),
     ({"document_boundaries": True}, {}, "no column actual_seq_len"),
@@ -59,7 +59,7 @@ def test_data_set_without_meta(tmp_path):
         writer.finish({})
     (out / "meta.json").unlink()
     assert "has no meta.json" in check_dataset(out, vocab_size=600, seq_length=64)
-    with pytest.raises(ConfigError, match="records of 65 tokens, the recipe's seq_length 32"):
+    with pytest.raises(ConfigError, match="records of 65 tokens, but the recipe's seq_length 32"):
         check_dataset(out, vocab_size=600, seq_length=32)
     with pytest.raises(ConfigError, match="the recipe's vocab_size is 100"):
         check_records(out / DATASET_NAME, vocab_size=100, seq_length=64)
@@ -160,12 +160,12 @@ def test_what_training_would_read_besides_the_data_set_is_named(tmp_path):
     for other in ("new_dataset_7.mindrecord", "sub/x.mindrecord0"):
         (out / other).parent.mkdir(exist_ok=True)
         (out / other).write_bytes(b"")
-        with pytest.raises(ConfigError, match=rf"{other} is not among the files that its meta\.json lists"):
+        with pytest.raises(ConfigError, match=rf"{other} is not listed in its meta\.json"):
             check_dataset_meta(out, **FITS)
         (out / other).unlink()
     (out / ".unfinished-99").mkdir()
     for name in ("whole", "without meta.json"):
-        with pytest.raises(ConfigError, match=r"writes into this folder, or was killed \(\.unfinished-99 is there\)"):
+        with pytest.raises(ConfigError, match=r"is writing to this folder, or was killed \(\.unfinished-99 is there\)"):
             check_dataset_meta(out, **FITS)
         if name == "whole":
             check_dataset_meta(out / DATASET_NAME, **FITS)
@@ -187,9 +187,9 @@ def without_meta(out, count=2100, changed=None, value=0, column="input_ids", len
 
 
 @pytest.mark.parametrize(("changed", "value", "column", "words"), [
-    (2099, 600, "input_ids", "holds token id 600, the recipe's vocab_size is 600"),
-    (300, 70000, "labels", "holds token id 70000"),
-    (2099, -5, "input_ids", "holds token id -5 in input_ids; ids begin with 0"),
+    (2099, 600, "input_ids", "contains token id 600, but the recipe's vocab_size is 600"),
+    (300, 70000, "labels", "contains token id 70000"),
+    (2099, -5, "input_ids", "contains token id -5 in input_ids; ids start at 0"),
 ])
 def test_one_wrong_id_anywhere_is_found(tmp_path, changed, value, column, words):
     out = without_meta(tmp_path / "out", changed=changed, value=value, column=column)
@@ -215,11 +215,11 @@ def test_reading_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
         check_records(out, vocab_size=599, seq_length=64, remember=remember)
     monkeypatch.undo()
     without_meta(out, changed=500, value=700)
-    with pytest.raises(ConfigError, match="holds token id 700"):
+    with pytest.raises(ConfigError, match="contains token id 700"):
         check_records(out, vocab_size=600, seq_length=64, remember=remember)
     for content in ("{", "[]", '{"x": 1, "y": {"records": "many"}}'):
         remember.write_text(content)
-        with pytest.raises(ConfigError, match="holds token id 700"):
+        with pytest.raises(ConfigError, match="contains token id 700"):
             check_records(out, vocab_size=600, seq_length=64, remember=remember)
     without_meta(out)
     remember.unlink()
@@ -230,7 +230,7 @@ def test_reading_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
 def test_of_a_large_data_set_evenly_spread_parts_are_read(tmp_path):
     out, remember = without_meta(tmp_path / "out", changed=2099, value=600), tmp_path / "checks.json"
     bound = 64 * 8 * 65
-    with pytest.raises(ConfigError, match="holds token id 600"):          # the last record is among the parts
+    with pytest.raises(ConfigError, match="contains token id 600"):          # the last record is among the parts
         check_records(out, vocab_size=600, seq_length=64, most_bytes=bound)
     assert check_records(out, vocab_size=601, seq_length=64, most_bytes=bound, remember=remember) == (
         "64 of 2,100 records were read: token ids 535 to 600")
@@ -270,7 +270,7 @@ def test_several_files_are_read_as_one_data_set(tmp_path, monkeypatch, held):
 
 
 def test_data_set_that_is_not_there(tmp_path):
-    for path, words in ((tmp_path / "gone", "data set not found"), (tmp_path, "holds no .mindrecord file")):
+    for path, words in ((tmp_path / "gone", "data set not found"), (tmp_path, "contains no .mindrecord file")):
         with pytest.raises(ConfigError, match=words):
             check_dataset_meta(path, **FITS)
     folder = data_set(tmp_path / "d")

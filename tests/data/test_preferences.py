@@ -99,7 +99,7 @@ def test_only_the_chosen_answer_is_trained(form, turns, question, chosen, reject
     ({"instruction": "q", "output": "c", "chosen": "a", "rejected": "b"}, "another answer|lack"),
     ({"prompt": "q", "chosen": 3, "rejected": "b"}, "an answer is '3'"),
     ({"messages": [message("user", "q"), message("assistant", "a")], "rejected": True}, "holds 'True'"),
-    ({"input": "<_user>q<_bot>a<_user>r", "chosen": "a", "rejected": "b"}, "markers of turns"),
+    ({"input": "<_user>q<_bot>a<_user>r", "chosen": "a", "rejected": "b"}, "turn markers"),
     ({"prompt": "q", "chosen": ["a"], "rejected": ["b"]}, "expected text"),
     ({"prompt": "q", "query": "r", "chosen": "a", "rejected": "b"}, "differ")])
 def test_pairs_without_a_clear_answer_are_unusable(record, words):

@@ -143,7 +143,7 @@ def test_question_without_answer_at_the_end_is_left_out_and_said():
                            {"role": "user", "content": "thanks"}]}
     conversation = parse_record(raw(record), "messages")
     assert [message[:2] for message in conversation.messages] == ONE
-    assert conversation.notes == ("question at the end without answer left out",)
+    assert conversation.notes == ("unanswered question at the end dropped",)
 
 
 def test_lone_surrogates_are_replaced_and_said():
@@ -278,9 +278,9 @@ def test_array_with_invalid_utf8_names_the_record(tmp_path):
 
 
 @pytest.mark.parametrize("name,data,words", [
-    ("d.json", b'[{"input": "a"}, {"input": ', "behind record 1"),
-    ("d.json", b"[1, 2", "behind record 2"),
-    ("d.jsonl.gz", b"no gzip", "cannot be read to its end"),
+    ("d.json", b'[{"input": "a"}, {"input": ', "after record 1"),
+    ("d.json", b"[1, 2", "after record 2"),
+    ("d.jsonl.gz", b"no gzip", "cannot be read completely"),
 ])
 def test_broken_files_are_named(tmp_path, name, data, words):
     path = tmp_path / name
@@ -293,7 +293,7 @@ def test_broken_files_are_named(tmp_path, name, data, words):
 def test_cut_off_gzip_is_named(tmp_path):
     path = write(tmp_path / "d.jsonl.gz", LINES * 50)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ConfigError, match=r"cut off|to its end"):
+    with pytest.raises(ConfigError, match=r"truncated|completely"):
         list(read_chunks([Source(path)]))
 
 
@@ -332,7 +332,7 @@ def test_json_that_is_no_list_of_files_is_data(tmp_path):
 def test_missing_and_empty_input_is_named(tmp_path):
     with pytest.raises(ConfigError, match="input file not found"):
         find_sources([str(tmp_path / "gone.jsonl")])
-    with pytest.raises(ConfigError, match="holds no data file"):
+    with pytest.raises(ConfigError, match="contains no data file"):
         find_sources([str(tmp_path)])
 
 
@@ -365,7 +365,7 @@ def test_formats_are_told_per_file(tmp_path):
     empty = Source(write(tmp_path / "c.jsonl", b""))
     assert source_formats([inline, alpaca, empty]) == ["input_output", "alpaca", "input_output"]
     assert source_formats([inline, alpaca], "dialog") == ["dialog", "dialog"]
-    with pytest.raises(ConfigError, match=r"format of .*d.jsonl cannot be told .*'\{\"caption\": \"x\"\}'.*--format"):
+    with pytest.raises(ConfigError, match=r"cannot tell the format of .*d.jsonl .*'\{\"caption\": \"x\"\}'.*--format"):
         source_formats([Source(write(tmp_path / "d.jsonl", raw({"caption": "x"})))])
 
 

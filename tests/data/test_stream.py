@@ -114,7 +114,7 @@ def test_lists_of_a_wrapping_object_are_named(tmp_path):
     rows = [{"input": "a", "output": "b"}]
     path.write_text(json.dumps({"version": 2, "train": rows, "test": rows}), encoding="utf-8")
     assert read(path) == rows * 2
-    assert notes(path) == ["key 'version' beside the list of records not used", "records read from the list under "
+    assert notes(path) == ["key 'version' next to the list of records is not used", "records read from the list under "
                            "'train'", "records read from the list under 'test'"]
 
 
@@ -169,7 +169,7 @@ def test_csv_with_messages_in_a_cell_and_a_short_row(tmp_path):
     path.write_text('messages,id\n"[{""role"": ""user"", ""content"": ""q""}]",1\nalone\n', encoding="utf-8")
     first, second = (record for chunk in read_chunks([Source(path)]) for record in chunk.records)
     assert json.loads(first)["messages"] == [{"role": "user", "content": "q"}]
-    assert second == b"a row of 1 cells, 2 columns have a name"
+    assert second == b"a row of 1 cells, but 2 column names"
 
 
 @pytest.mark.parametrize("column", ["prompt", "completion", "chosen", "rejected"])
@@ -216,7 +216,7 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize("data,words", [
     (b"PAR1xxPAR1", "Parquet"), (b"PK\x03\x04xx", "zip archive"),
     (b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
-    (b"<!DOCTYPE html>", "web page"), (b"\x7fELF\0\0\0", "binary file of an unknown kind"), (b"hello\n", "not JSON")])
+    (b"<!DOCTYPE html>", "web page"), (b"\x7fELF\0\0\0", "binary file of unknown kind"), (b"hello\n", "not JSON")])
 def test_other_files_are_named_as_what_they_are(tmp_path, data, words):
     path = tmp_path / "d.jsonl"
     path.write_bytes(data)

@@ -120,7 +120,7 @@ def test_formats_of_files(tmp_path):
              "d.jsonl": {"text": "x", "messages": []}, "e.txt": "no JSON"}
     sources = [Source(write_lines(tmp_path / name, [record])) for name, record in files.items()]
     assert source_formats(sources) == ["text", "text", "text", "messages", "text"]
-    with pytest.raises(ConfigError, match="cannot be told"):
+    with pytest.raises(ConfigError, match="cannot tell the format"):
         source_formats([Source(write_lines(tmp_path / "f.jsonl", [{"role": "user", "content": "x"}]))])
     mixed = json.dumps({"text": "x"}).encode()
     assert parse_any(mixed, "messages", named=False).notes == ("record in the format 'text' in a file of 'messages'",)

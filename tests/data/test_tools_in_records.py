@@ -133,7 +133,7 @@ def test_tools_in_odd_forms():
 
 def test_a_result_without_a_call_is_noted():
     notes = parsed({"messages": [ASK, ANSWER, {"role": "tool", "content": "r"}, ANSWER]}).notes
-    assert notes == ("result of a tool without a call in front of it",)
+    assert notes == ("tool result without a preceding call",)
 
 
 def test_tools_without_the_names_of_their_markers_are_noted(vocab_files, tmp_path):

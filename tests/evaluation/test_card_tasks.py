@@ -80,7 +80,7 @@ class TestPrograms:
             f"dataset_kwargs: {{data_files: {{test: {tmp_path}/q.jsonl}}}}\ndoc_to_text: '{{{{q}}}}'\n"
             "doc_to_target: '{{a}}'\nmetric_list: [{metric: !function utils.passes, aggregation: mean, "
             "higher_is_better: true}]\n")
-        with pytest.raises(ConfigError, match="own_way runs generated programs in a way of its own"):
+        with pytest.raises(ConfigError, match="own_way runs generated programs its own way"):
             needs.check_programs(tasks.load_tasks(["own_way"], str(tmp_path)), True)
 
 

@@ -151,7 +151,7 @@ class TestHarness:
             assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5)
             right.append(int(np.argmax(wanted)) == sample["target"])
         assert result["results"]["tiny_choice"]["acc,none"] == pytest.approx(np.mean(right))
-        assert lm.counts["requests lost the beginning of their context"] == 2
+        assert lm.counts["requests had their context truncated"] == 2
 
     def test_without_context(self, lm, tiny, vocab):
         """The start token takes the place of the context; nothing to score is certain, and counted."""
@@ -165,8 +165,8 @@ class TestHarness:
         ids = vocab.encode("jumps over " * 100)[-129:]
         assert found[2][0] == pytest.approx(expected(direct_logits(tiny, ids[:-1]), ids, 128)[0], rel=1e-5)
         assert {key: count - before[key] for key, count in lm.counts.items() if count > before[key]} == {
-            "requests have no token to score (log-likelihood 0)": 1,
-            "requests lost the beginning of the text to score": 1, "requests lost the beginning of their context": 1}
+            "requests have no tokens to score (log-likelihood 0)": 1,
+            "requests had their scored text truncated": 1, "requests had their context truncated": 1}
 
     def test_text_longer_than_the_context(self, result, tiny, vocab):
         for sample in result["samples"]["tiny_text"]:

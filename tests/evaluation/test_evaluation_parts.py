@@ -198,7 +198,7 @@ class TestMistakes:
                 ([*model, "--tasks", "gsm8k", "--output", tmp_path], "--output: expected"),
                 ([*model, "--perplexity", tmp_path / "none.txt"], "--perplexity: input file not found: "),
                 ([*model, "--perplexity", tmp_path / "records.jsonl"], "the format of"),
-                ([*model, "--perplexity", tmp_path / "empty.txt"], "empty.txt holds no text"),
+                ([*model, "--perplexity", tmp_path / "empty.txt"], "empty.txt contains no text"),
                 ([*model, "--perplexity", text], "text.jsonl, record 2: wrong shape"),
                 ([*model, "--perplexity", broken], "broken.jsonl holds no record that can be read")):
             code, errors = run(capfd, *options)
@@ -218,9 +218,9 @@ class TestMistakes:
         for options, message in (
                 (["--tasks", "gsm8k"], "the data set openai/gsm8k (main) was not found"),
                 (["--tasks", "gsm8k", "--data", tmp_path], "has no files of the data set openai/gsm8k"),
-                (["--tasks", "gsm8k", "--data", tmp_path / "none"], "none is no folder"),
+                (["--tasks", "gsm8k", "--data", tmp_path / "none"], "none is not a folder"),
                 (["--tasks", "broken", "--include_path", own], "broken"),
-                (["--tasks", "brokn", "--include_path", own], "near names: broken")):
+                (["--tasks", "brokn", "--include_path", own], "similar names: broken")):
             code, errors = run(capfd, "--data_only", *options)
             assert code == 1 and len(errors) == 1 and message in errors[0], (options, errors)
         assert datasets.load_dataset is before

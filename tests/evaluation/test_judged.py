@@ -121,7 +121,7 @@ def test_judge_that_refuses(served, tmp_path, monkeypatch, reply, attempts, mess
     for name in judging.KEYS:
         monkeypatch.delenv(name, raising=False)
     fake = served(reply)
-    with pytest.raises(ConfigError, match=f"{message}.*the same command goes on"):
+    with pytest.raises(ConfigError, match=f"{message}.*rerun the same command"):
         judge_all(Judge(fake.url, "x", pause=0.001), Store(tmp_path / "j.jsonl", "judgments"), [([], {})], 1)
     assert len(fake.requests) == attempts
 
@@ -184,8 +184,8 @@ def test_files_that_differ(data):
 
 def test_mistakes(data, tmp_path):
     for url, message in (("host:80", "expected http"), ("http://", "expected http"), ("http://a b/v1", "expected http"),
-                         ("http://[::1/v1", "is no address"), ("http://a:99999/v1", "is no address"),
-                         ("https://me:secret@a/v1", "no user and password in the address")):
+                         ("http://[::1/v1", "is not a valid URL"), ("http://a:99999/v1", "is not a valid URL"),
+                         ("https://me:secret@a/v1", "must not contain a user or password")):
         with pytest.raises(ConfigError, match=message) as caught:
             Judge(url, "x")
         assert "secret" not in str(caught.value)
@@ -194,7 +194,7 @@ def test_mistakes(data, tmp_path):
         with pytest.raises(ConfigError, match=message):
             read_bench(name, str(folder) if folder else None)
     (data / "AlignBench" / "judge.py").write_text("prompt = 1\n")
-    with pytest.raises(ConfigError, match="has no text named base_prompt"):
+    with pytest.raises(ConfigError, match="has no string base_prompt"):
         read_bench("alignbench", str(data))
     (data / "mt_bench" / "reference_answer" / "gpt-4.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"question 111 .math. has no reference answer"):

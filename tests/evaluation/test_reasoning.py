@@ -107,7 +107,7 @@ class TestReasoning:
         texts.clear()
         write("the lazy dog " * 30)
         assert ask(lm, lm.apply_chat_template(ASKED), max_gen_toks=30) == ""
-        assert lm.counts["answers did not end their reasoning within its limit"] == 1
+        assert lm.counts["answers did not finish their reasoning within the limit"] == 1
         lm.counts.clear()
 
     def test_before_an_answer_that_the_task_begins(self, setting):
@@ -132,7 +132,7 @@ class TestReasoning:
 
     def test_no_log_likelihoods_behind_it(self, setting):
         lm = setting[0]
-        with pytest.raises(ConfigError, match="reasoning, behind which no log-likelihood can be scored"):
+        with pytest.raises(ConfigError, match="reasoning, after which no log-likelihood can be scored"):
             lm.loglikelihood([Space(args=(lm.apply_chat_template(ASKED), " A"))])
         loaded = {"tasks": {"mmlu_anatomy": Space(OUTPUT_TYPE="multiple_choice"), "gsm8k": Space(
             OUTPUT_TYPE="generate_until")}}

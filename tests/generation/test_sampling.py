@@ -45,7 +45,7 @@ def test_penalties_of_the_answer_and_bias():
     assert not sampling.greedy
     np.testing.assert_allclose(adjust(logits, seen, 3, [], sampling), [2, 0, 0, -2, -0.75, 0])
     np.testing.assert_allclose(adjust(logits, seen, 0, [], sampling), [2, 0, 0, -1, 0, 0])
-    with pytest.raises(ConfigError, match="token 6 is not among the 6"):
+    with pytest.raises(ConfigError, match="token 6 is outside the model's vocabulary of 6"):
         adjust(logits, seen, 0, [], Sampling(logit_bias=((6, 1.0),)))
     with pytest.raises(ConfigError, match="presence_penalty"):
         Sampling(presence_penalty=float("nan"))

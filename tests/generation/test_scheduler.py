@@ -291,7 +291,7 @@ def test_blocks_are_shared_and_given_to_others_when_they_are_needed():
     assert pool.available == 4 and pool.kept == 2 and pool.take(5) is None
     taken = pool.take(3)                                             # the end of the sequence is forgotten first
     assert pool.match("a", tokens, 4) == mine[:1] and mine[1] in taken
-    with pytest.raises(AssertionError, match="nobody has it"):
+    with pytest.raises(AssertionError, match="but not in use"):
         pool.give([*taken, taken[0]])
 
 

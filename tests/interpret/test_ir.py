@@ -102,5 +102,5 @@ def test_values_outside_of_the_file_are_refused(messages):
     model = model_of(messages)
     constant(model.graph, "c", kind=17, tensor=(FLOAT32, (1,), b"\0\0\0\0"))
     model.graph.node[-1].attribute[0].tensors[0].external_data.location = "elsewhere"
-    with pytest.raises(ExecutionError, match="external values are not read"):
+    with pytest.raises(ExecutionError, match="external values cannot be read"):
         program_of(model)

@@ -105,7 +105,7 @@ def test_quoted_message_is_in_the_code(message):
 
 
 @pytest.mark.parametrize("wrong", ["recipe ... is perhaps not valid YAML", "port ... is not free, sorry",
-                                   "is no folder ... --include_path"])
+                                   "is not a folder ... --include_path"])
 def test_a_message_that_is_not_in_the_code_is_found_out(wrong):
     assert not occurs(wrong)
 

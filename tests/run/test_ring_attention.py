@@ -45,7 +45,7 @@ def job(ring=True, cards=2, **keys):
 
 def test_the_diagonal_is_refused(kernel):
     asked = kernel(empty_band=False)
-    with pytest.raises(ConfigError, match="sees keys in a band of no width"):
+    with pytest.raises(ConfigError, match="sees keys in a zero-width band"):
         check_ring_attention(job())
     assert asked == [4]
 

@@ -127,12 +127,12 @@ def test_settings_reasoning_and_tools(page, served):
     assert settled(page, 2)[1] == ["assistant", "我来查询。"]
     folded = page.run("[...document.querySelectorAll('details')].map(one => [one.open, one.innerText ? "
                       "one.querySelector('summary').textContent : '', one.querySelector('pre').textContent])")
-    assert folded == [[False, "Reasoning", "先查天气"], [False, "Calls the tool weather", '{"city": "北京"}']]
+    assert folded == [[False, "Reasoning", "先查天气"], [False, "Calls tool weather", '{"city": "北京"}']]
     request = served.scheduler.requests[-1]
     assert (request.seed, request.max_new_tokens, request.sampling.do_sample) == (7, 99, False)
     assert "你是助手" in served.vocab.decode(request.prompt)
     served.answer = "晴天"
-    assert page.run("document.getElementById('question').placeholder") == "Result of the tool"
+    assert page.run("document.getElementById('question').placeholder") == "Tool result"
     ask(page, "晴")
     assert settled(page, 4)[2:] == [["tool", "晴"], ["assistant", "晴天"]]
     assert "<tool_response>\n晴\n</tool_response>" in served.vocab.decode(served.scheduler.requests[-1].prompt)

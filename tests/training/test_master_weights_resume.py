@@ -83,7 +83,7 @@ def test_resuming_from_another_precision_says_so_and_goes_on(start, data, unbrok
         resume += ["--load_checkpoint", str(named)]
     done = run(arguments(data, tmp_path / "out", *resume))
     text = done.stdout + done.stderr
-    assert "this run in bfloat16 with: the parameters are" in text and "remainders begin at zero" in text
+    assert "this run in bfloat16 with: the parameters are" in text and "remainders start at zero" in text
     expected, found = read_log(unbroken), read_log(tmp_path / "out")
     assert len(found) == 8
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=2e-3)

@@ -174,8 +174,8 @@ def test_micro_batches_without_a_plan_do_not_make_a_step_larger():
 
 
 @pytest.mark.parametrize(("keys", "words"), [
-    ({"runner_config": {"gradient_accumulation_steps": 0}}, "expected a whole number over 0, found 0"),
-    ({"runner_config": {"gradient_accumulation_steps": True}}, "expected a whole number over 0, found True"),
+    ({"runner_config": {"gradient_accumulation_steps": 0}}, "expected a positive whole number, found 0"),
+    ({"runner_config": {"gradient_accumulation_steps": True}}, "expected a positive whole number, found True"),
     ({"device": "Ascend", "runner_config": {"gradient_accumulation_steps": 2}}, "on Ascend, accumulation needs"),
     ({"runner_wrapper": {"type": "Other"}}, "expected MFTrainOneStepCell, TelechatTrainOneStepCell, found Other"),
     ({"runner_wrapper": None}, "found None"),

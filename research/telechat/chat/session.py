@@ -240,7 +240,7 @@ def parse_tool_calls(answer: Union[str, Sequence[int]], vocab: Optional[Vocab] =
     """
     if not isinstance(answer, str):
         if vocab is None:
-            raise ConfigError("an answer in token ids needs the vocabulary that they belong to")
+            raise ConfigError("an answer given as token ids needs its vocabulary")
         answer = vocab.decode(answer)
         for marker in vocab.own_tokens.values():
             answer = answer.replace(marker, "")
@@ -254,7 +254,7 @@ def parse_tool_calls(answer: Union[str, Sequence[int]], vocab: Optional[Vocab] =
         if call is None:
             call = read_parameters(body, tools)
         if not isinstance(call, dict):
-            faults.append(f"call {number} is no JSON object: {body[:80]}")
+            faults.append(f"call {number} is not a JSON object: {body[:80]}")
             continue
         if not isinstance(call.get("name"), str):
             faults.append(f"call {number} has no name: {body[:80]}")
@@ -263,7 +263,7 @@ def parse_tool_calls(answer: Union[str, Sequence[int]], vocab: Optional[Vocab] =
         if isinstance(arguments, str):
             arguments = _literal(arguments)
         if not isinstance(arguments, dict):
-            faults.append(f"call {number}: its arguments are no JSON object: {body[:80]}")
+            faults.append(f"call {number}: its arguments are not a JSON object: {body[:80]}")
             continue
         calls.append({"name": call["name"].strip(), "arguments": arguments})
     return ToolCalls(_TOOL_CALL.sub("", answer).strip(), calls, faults)
@@ -293,7 +293,7 @@ def with_question(history: Optional[Iterable[JsonObject]], question: Optional[st
         messages.append({"role": USER, "content": question})
     roles = [ROLE_ALIASES.get(role, role) for role in (str(message.get("role")) for message in messages)]
     if not roles or roles[-1] not in (USER, TOOL):
-        raise ConfigError("the question is empty; give a text, or a history that ends with a question or the results "
+        raise ConfigError("the question is empty; pass text, or a history that ends with a question or the results "
                           "of tools")
     rendered = [dict(message) for message in messages]
     if system is not None:

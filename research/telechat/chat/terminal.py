@@ -99,7 +99,7 @@ class Terminal:
         messages.append(bot_message(content, reasoning))
         self.history = messages
         report = self.report()
-        dropped = f", {report.dropped_turns} oldest turns left out" if report.dropped_turns else ""
+        dropped = f", {report.dropped_turns} oldest turns dropped" if report.dropped_turns else ""
         dropped += f", beginning of the question truncated by {report.cut_tokens} tokens" if report.cut_tokens else ""
         self._say(f"\n[{report.new_tokens} tokens, {report.tokens_per_second:.1f} per second{dropped}]")
 
@@ -117,7 +117,7 @@ class Terminal:
             self.history = History(history=self.history[:-1])
         if not self.history:
             self.history = earlier
-            raise ConfigError("there is no question to answer again; ask one first")
+            raise ConfigError("there is no question to retry; ask one first")
         question = self.history.pop()["content"]
         try:
             self._ask(question)
@@ -127,7 +127,7 @@ class Terminal:
 
     def _save(self, rest: str) -> None:
         if not rest:
-            raise ConfigError("/save needs the name of a file, such as /save talk.jsonl")
+            raise ConfigError("/save needs a file name, such as /save talk.jsonl")
         record = {**({"system": self.system} if self.system else {}), "dialog": list(self.history)}
         option, _, name = rest.partition(" ")
         path = Path(name.strip() if option == "--overwrite" and name.strip() else rest)

@@ -94,11 +94,11 @@ def summary(report: Report, target: Target, dtypes: Sequence[str]) -> List[str]:
         lines.append(f"WARNING: {nonfinite(report.found)}")
     overflowed = {name: counts["overflow"] for name, counts in sorted(report.found.items()) if counts["overflow"]}
     if overflowed:
-        lines.append(f"WARNING: {sum(overflowed.values())} numbers were too large for {dtypes[0]} and became infinite, "
+        lines.append(f"WARNING: {sum(overflowed.values())} values were too large for {dtypes[0]} and became infinite, "
                      f"in {', '.join(overflowed)}")
     for name, counts in sorted(report.found.items()):
         if counts["rounded"]:
-            lines.append(f"{name}: {counts['rounded']} numbers were rounded by the factor that Llama has no place for")
+            lines.append(f"{name}: {counts['rounded']} values were rounded when folding in the factor that Llama lacks")
     if report.verified_tensors is not None:
         lines.append(f"verified: {report.verified_tensors} of {report.tensors} tensors read back and compared, all "
                      "equal")

@@ -111,7 +111,7 @@ def convert(source: Source, target: Target, transfers: Dict[str, Transfer], opti
             _scan(stream, source)
         if report.resumed_tensors:
             say(f"continuing an interrupted conversion: {report.resumed_tensors} of {report.tensors} tensors, "
-                f"{kept / 1e9:.2f} GB, are there already")
+                f"{kept / 1e9:.2f} GB, are already written")
         target.journal.parent.mkdir(parents=True, exist_ok=True)
         try:
             entries = _write(stream, source, target, transfers, journal, report)
@@ -149,7 +149,7 @@ def _check_paths(source: Source, target: Target) -> None:
     outputs = {layout.path.resolve() for layout in target.layouts}
     if inputs & outputs:
         raise CheckpointError(f"{sorted(inputs & outputs)[0]} would be overwritten while it is read; "
-                              "give another place for the result")
+                              "write the result elsewhere")
     folder = target.journal.parent
     if target.folder_is_model and folder.is_dir():
         ours = outputs | {path.resolve() for path in target.beside}
@@ -157,7 +157,7 @@ def _check_paths(source: Source, target: Target) -> None:
                            and (path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")))
         if strangers:
             raise CheckpointError(f"{folder} already contains other weights, which would be loaded with the new ones "
-                                  f"or instead: {', '.join(strangers)}; remove them or give another folder")
+                                  f"or instead: {', '.join(strangers)}; remove them or use another folder")
 
 
 def _check_overwrite(target: Target, journal: Journal, overwrite: bool) -> None:
@@ -191,7 +191,7 @@ def _scan(stream: Stream, source: Source) -> None:
     with _bar(sum(source.checkpoint.tensors[name].nbytes for name in names), "check") as bar:
         found = stream.scan(source.checkpoint, names, bar.update)
     if found:
-        raise CheckpointError(f"{nonfinite(found)}; stopped, because --strict is given; nothing was written")
+        raise CheckpointError(f"{nonfinite(found)}; stopped because of --strict; nothing was written")
 
 
 def _write(stream: Stream, source: Source, target: Target, transfers: Dict[str, Transfer], journal: Journal,
@@ -294,7 +294,7 @@ def _verify(stream: Stream, source: Source, target: Target, transfers: Dict[str,
                 if {name: info[:2] for name, info in result.tensors.items()} != {
                         tensor.name: (tensor.dtype, tensor.shape) for tensor in layout.tensors}:
                     raise CheckpointError(f"{partial}: names, types or shapes read back differ from those written; the "
-                                          "disk is faulty, give another place for the result")
+                                          "disk is faulty: write the result elsewhere")
                 stream.move(source.checkpoint, [transfers[tensor.name] for tensor in layout.tensors], compare,
                             bar.update)
             finally:

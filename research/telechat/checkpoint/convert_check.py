@@ -60,14 +60,14 @@ def check_model(checkpoint: Checkpoint, variant: Variant, layout: str) -> Match:
     quantised = [name for name in match.unknown if _QUANTISED.search(name)]
     if quantised:
         raise CheckpointError(f"{where}: its weights are quantised ({len(quantised)} tensors such as {quantised[0]}); "
-                              "convert the checkpoint that was quantised instead")
+                              "convert the checkpoint before quantisation instead")
     if match.missing:
         faults.append(f"{len(match.missing)} parameters are missing: {summarise(match.missing)}")
     if match.unknown:
         hint = " (merge LoRA adapters first)" if any(map(_ADAPTED.search, match.unknown)) else ""
         faults.append(f"{len(match.unknown)} are unknown: {summarise(match.unknown)}{hint}")
     if match.duplicate:
-        faults.append(f"{len(match.duplicate)} appear twice under two names: {summarise(match.duplicate)}")
+        faults.append(f"{len(match.duplicate)} appear twice, under two names: {summarise(match.duplicate)}")
     misfits: Dict[str, List[str]] = {}                     # what is wrong -> the tensors
     for name, shape in _expected(params, match, variant, layout).items():
         info = checkpoint.tensors[name]
@@ -83,7 +83,7 @@ def check_model(checkpoint: Checkpoint, variant: Variant, layout: str) -> Match:
     faults += [f"{summarise(names)}: {what}" for what, names in misfits.items()]
     if match.tied_head and checkpoint.tensors[match.tied_head][:2] != checkpoint.tensors[
             match.found.get(params[0].ms_name, match.tied_head)][:2]:
-        faults.append(f"{match.tied_head} does not have shape and type of the embeddings it is tied to")
+        faults.append(f"{match.tied_head} does not have the shape and type of the embeddings it is tied to")
     if faults:
         raise CheckpointError(f"{where} does not fit the model: {'; '.join(faults)}. Is it complete, and are "
                               "--model_name and config.json those of this checkpoint?")
@@ -97,7 +97,7 @@ def check_model(checkpoint: Checkpoint, variant: Variant, layout: str) -> Match:
                 state[prefix] = state.get(prefix, 0) + 1
             else:
                 rest.append(name)
-        parts = [f"{count} of optimizer state {prefix}" for prefix, count in state.items()]
+        parts = [f"{count} optimizer state entries {prefix}" for prefix, count in state.items()]
         checkpoint.notes.append(f"dropped, because they are not weights: {len(match.ignored)} entries, "
                                 + ", ".join(parts + ([summarise(rest)] if rest else [])))
     return match
@@ -115,7 +115,7 @@ def check_tied_head(checkpoint: Checkpoint, match: Match) -> None:
             checkpoint.read_into(name, start, memoryview(part))
         if parts[0] != parts[1]:
             raise CheckpointError(f"{match.tied_head} differs from {embedding}, but this model ties the two; is "
-                                  "--model_name right? (a model with a head of its own is telechat_12b)")
+                                  "--model_name right? (telechat_12b has a separate head)")
     checkpoint.notes.append(f"left out: {match.tied_head}, equal to {embedding} and tied to it")
 
 
@@ -126,7 +126,7 @@ def check_zeros(checkpoint: Checkpoint, match: Match) -> None:
         data = bytearray(info.nbytes)
         checkpoint.read_into(name, 0, memoryview(data))
         if cast(np.frombuffer(data, RAW[info.dtype]), info.dtype, "F32").view(np.float32).any():
-            raise CheckpointError(f"{checkpoint.tensors[name].file}: {name} has values other than zero, and TeleChat "
+            raise CheckpointError(f"{checkpoint.tensors[name].file}: {name} has nonzero values, and TeleChat "
                                   "has no such bias; train without the biases of q, k, v, gate and up, or use this "
                                   "checkpoint as Llama only")
 
@@ -140,12 +140,12 @@ def check_source_mp(checkpoint: Checkpoint, variant: Variant, match: Match, sour
     fused = [param for param in parameters(variant) if param.parts == 3]
     if not fused:
         if source_mp is not None:
-            raise CheckpointError("--source_mp is for models with fused projections (52B); this one has none, leave it "
-                                  "out")
+            raise CheckpointError("--source_mp is for models with fused projections (52B); this one has none, omit "
+                                  "it")
         return
     if source_mp is not None and checkpoint.metadata.get("telechat_groups") == "per_head":
-        raise CheckpointError("this checkpoint was written by this converter, in an order that does not depend on the "
-                              "tensor-parallel degree; leave --source_mp out")
+        raise CheckpointError("this checkpoint was written by this converter, in an order that is independent of the "
+                              "tensor-parallel degree; omit --source_mp")
     step = max(1, len(fused) // _SAMPLED_LAYERS)
     sample = [_row_norms(checkpoint, match.found[param.ms_name]) for param in fused[::step][:_SAMPLED_LAYERS]]
     own = fused[0].groups

@@ -75,7 +75,7 @@ def _llama(folder: Path, sizes: Sizes, dtype: str, max_length: Optional[int], re
     if renderer is not None:
         config.update(_token_ids(renderer))
     if path.is_file() and read_json_object(path, "model config") != config:
-        raise ConfigError(f"{path} describes another model; remove it or give another folder")
+        raise ConfigError(f"{path} describes another model; remove it or use another folder")
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     generation = {**ids, **((sizes.facts.generation if sizes.facts else None) or {})}
     return _changed({path: json_text(config), folder / manifest.GENERATION_CONFIG: json_text(generation)})
@@ -125,7 +125,7 @@ def _tokenizer(folder: Path, vocab: Vocab, renderer: Renderer, sizes: Sizes, not
         notes.append(f"WARNING: {warning}")
     known = (sizes.facts.tokenizer if sizes.facts else None) or {}
     if known.get("sha256", vocab.fingerprint) != vocab.fingerprint:
-        notes.append(f"WARNING: {vocab.path} is not the {known.get('file')} that was in the original checkpoint's "
+        notes.append(f"WARNING: {vocab.path} differs from the {known.get('file')} of the original checkpoint's "
                      f"folder")
     try:
         content = tokenizer_json(vocab)
@@ -135,10 +135,10 @@ def _tokenizer(folder: Path, vocab: Vocab, renderer: Renderer, sizes: Sizes, not
     texts = probe_texts(vocab)
     wrong = differences(content, vocab, texts)
     if wrong:
-        notes.append(f"WARNING: tokenizer.json gives other ids than {vocab.path.name} for {len(wrong)} of {len(texts)} "
+        notes.append(f"WARNING: tokenizer.json differs from {vocab.path.name} for {len(wrong)} of {len(texts)} "
                      f"texts, such as {', '.join(repr(text[:40]) for text in wrong[:_SHOWN])}")
     else:
-        notes.append(f"tokenizer.json: ids of {len(texts)} texts compared with {vocab.path.name}, all equal")
+        notes.append(f"tokenizer.json: ids for {len(texts)} texts compared with {vocab.path.name}, all equal")
     special = {f"{role}_token": piece for role, piece in (
         ("bos", _bos(vocab)), ("eos", vocab.id_to_token(renderer.end_id)), ("pad", vocab.id_to_token(renderer.pad_id)),
         ("unk", vocab.own_tokens.get("unk"))) if piece is not None}
@@ -173,9 +173,9 @@ def _missing(folder: Path, layout: str, names: set) -> List[str]:
     there = names | {path.name for path in folder.glob("*")}
     lines = []
     if not there & {MODEL_FILE, JSON_FILE}:
-        lines.append("missing: the tokenizer, without which only token ids can be asked; give --tokenizer FILE or "
+        lines.append("missing: the tokenizer, without which prompts must be token ids; pass --tokenizer FILE or "
                      "--copy_from OFFICIAL")
     if layout != LLAMA and not any(name.startswith("modeling_") for name in there):
         lines.append("missing: the official modeling_*.py and configuration_*.py, which transformers needs "
-                     "(trust_remote_code); give --copy_from OFFICIAL, or write the layout llama, which needs none")
+                     "(trust_remote_code); pass --copy_from OFFICIAL, or use the layout llama, which needs none")
     return lines

@@ -31,7 +31,7 @@ def open_official(path: Path, source_format: str = "auto", option: str = "--torc
     kinds = [kind for kind in found if (found[kind] or indexes[kind]) and source_format in ("auto", kind)]
     if not kinds:
         what = "*.safetensors and no pytorch_model*.bin" if source_format == "auto" else f"*.{source_format}"
-        raise CheckpointError(f"{path} holds no {what}; give the folder with the official weights")
+        raise CheckpointError(f"{path} contains no {what}; pass the folder with the official weights")
     kind = kinds[0]
     checkpoint = _without_wrappers(_open_folder(found[kind], indexes[kind], kind))
     if len(kinds) > 1:
@@ -60,7 +60,7 @@ def open_mindspore(path: Path, option: str = "--mindspore_path") -> Checkpoint:
         return checkpoint
     if len(ckpts) != 1:
         names = ", ".join(file.name for file in ckpts) or "none"
-        raise CheckpointError(f"{path} must hold *.safetensors or exactly one *.ckpt, found {names}; name the file")
+        raise CheckpointError(f"{path} must contain *.safetensors or exactly one *.ckpt, found {names}; pass the file")
     return _without_wrappers(open_files(ckpts, "ckpt"))
 
 
@@ -105,9 +105,9 @@ def open_files(paths: List[Path], kind: str) -> Checkpoint:
 
 def _must_be_folder(path: Path, option: str) -> None:
     if not path.exists():
-        raise CheckpointError(f"{option} {path} does not exist; name the checkpoint's file or folder")
+        raise CheckpointError(f"{option} {path} does not exist; pass the checkpoint's file or folder")
     if not path.is_dir():
-        raise CheckpointError(f"{option} {path} is neither a file nor a folder; name the checkpoint's")
+        raise CheckpointError(f"{option} {path} is neither a file nor a folder; pass the checkpoint's")
 
 
 def _weights(folder: Path, pattern: str) -> List[Path]:
@@ -127,18 +127,18 @@ def _open_folder(paths: List[Path], index: Optional[Path], kind: str) -> Checkpo
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
-        raise CheckpointError(f"{index} names {len(shards)} files, {len(missing)} of which are not there: "
+        raise CheckpointError(f"{index} lists {len(shards)} files, {len(missing)} of which are missing: "
                               f"{', '.join(missing)}; copy or download them")
     checkpoint = open_files([index.parent / name for name in shards], kind)
     wrong = [name for name, shard in weight_map.items()
              if name not in checkpoint.tensors or checkpoint.tensors[name].file.name != shard]
     if wrong:
-        raise CheckpointError(f"{index} names tensors that its files do not hold: {summarise(wrong)}; index and files "
+        raise CheckpointError(f"{index} lists tensors that are not in its files:  {summarise(wrong)}; index and files "
                               "belong to different checkpoints, or a file is damaged: copy or download the folder "
                               "again")
     extra = [name for name in checkpoint.tensors if name not in weight_map]
     if extra:
-        raise CheckpointError(f"{index} does not name tensors that its files hold: {summarise(extra)}; the index is "
+        raise CheckpointError(f"{index} lacks tensors that are in its files: {summarise(extra)}; the index is "
                               "incomplete: copy or download it again")
     return checkpoint
 
@@ -153,11 +153,11 @@ def _read_index(index: Path) -> Dict[str, str]:
         weight_map = {key: value[2:] if isinstance(value, str) and value.startswith("./") else value
                       for key, value in weight_map.items() if key != "__metadata__"}
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map must map names of tensors to names of files; copy or download it "
+        raise CheckpointError(f"{index}: weight_map must map tensor names to file names; copy or download it "
                               "again")
     for name in weight_map.values():
         if Path(name).name != name or name in (".", "..") or "\\" in name:
-            raise CheckpointError(f"{index} names the file {name!r}; files must be in the folder of the index: put "
+            raise CheckpointError(f"{index} lists the file {name!r}; files must be in the folder of the index: put "
                                   f"them there and correct it, or download it again")
     return weight_map
 

@@ -12,7 +12,7 @@ _MAGIC = (
     (b"<!doctype html", "a web page, perhaps of an error or a login, saved instead of the file; download it again"),
     (b"<html", "a web page, perhaps of an error or a login, saved instead of the file; download it again"),
     (b"<?xml", "an XML text, perhaps the error of a storage service; download the file again"),
-    (b"gguf", "a GGUF file (llama.cpp), whose weights are quantised or laid out differently; take the original "
+    (b"gguf", "a GGUF file (llama.cpp), whose weights are quantised or laid out differently; use the original "
               "checkpoint"),
     (b"\x1f\x8b", "compressed with gzip; unpack it first"),
     (b"\xfd7zxz", "compressed with xz; unpack it first"),
@@ -20,9 +20,9 @@ _MAGIC = (
     (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it first"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
     (b"rar!", "a RAR archive; unpack it first"),
-    (b"\x89hdf", "an HDF5 file; take the checkpoint as safetensors or .bin"),
-    (b"\x93numpy", "a NumPy array; take the checkpoint as safetensors or .bin"),
-    (b"par1", "a Parquet file, which holds data and not weights"),
+    (b"\x89hdf", "an HDF5 file; use the checkpoint as safetensors or .bin"),
+    (b"\x93numpy", "a NumPy array; use the checkpoint as safetensors or .bin"),
+    (b"par1", "a Parquet file, which holds data, not weights"),
     (b"%pdf", "a PDF document"),
 )
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_ddp_module"}
@@ -48,9 +48,9 @@ def what_it_is(path: Path) -> Optional[str]:
     if head.startswith(b"version https://git-lfs"):
         size_line = re.search(rb"^size (\d+)", head, re.MULTILINE)
         named = f" for {int(size_line[1]):,} bytes" if size_line else ""
-        return f"a pointer of Git LFS{named}, not the file itself; fetch it with `git lfs pull`"
+        return f"a Git LFS pointer{named}, not the file itself; fetch it with `git lfs pull`"
     if head.startswith((b"/annex/objects/", b"../.git/annex", b".git/annex", b"# xet version")):
-        return "a pointer of git-annex or Xet, not the file itself; fetch it with `git annex get` or `git xet`"
+        return "a git-annex or Xet pointer, not the file itself; fetch it with `git annex get` or `git xet`"
     lower = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for magic, meaning in _MAGIC:
         if lower.startswith(magic):
@@ -118,4 +118,4 @@ def _common(paths: List[List[str]]) -> int:
 def prefix_note(renamed: Dict[str, str]) -> str:
     """A line that says what was left out of the names."""
     name, bare = next((name, bare) for name, bare in renamed.items() if name != bare)
-    return f"names count without what a wrapper has added: {name} is {bare}"
+    return f"prefixes added by a wrapper are ignored: {name} is {bare}"

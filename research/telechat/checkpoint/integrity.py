@@ -21,8 +21,8 @@ from research.telechat.common.hashing import file_sha256
 from research.telechat.common.verified import Check, faults
 
 VERIFY_HELP = "first verify the input's files against the hashes in their manifests, if they have any"
-OVERWRITE_HELP = "replace files that are in the way and that this command did not write"
-_DAMAGED = "damaged or changed since: copy or make it again"
+OVERWRITE_HELP = "replace existing files that this command did not write"
+_DAMAGED = "damaged or changed since: copy or create it again"
 
 
 def checks_of(files: Iterable[Path]) -> List[Check]:

@@ -38,7 +38,7 @@ _TARGET = re.compile(r"model\.layers\.\d+\.[a-z_]+\.(\w+)\.weight$")
 _CONTAINERS = ("layers", "attention", "feed_forward", *map(str, range(10)))    # cells on the way to a linear layer
 _PART = re.compile(r"(.+)\.(?:mindpet|tk)_delta_lora_([abAB])$")
 _PEFT_PREFIX, _LLAMA_PREFIX = "base_model.model.transformer.", "base_model.model."
-_CHOOSE = "choose the model that the adapter was made for (--model_name or --config)"
+_CHOOSE = "use the model that the adapter was trained on (--model_name or --config)"
 
 
 class Adapter(NamedTuple):
@@ -82,8 +82,8 @@ def check_target_modules(pattern: object, variant: Variant) -> List[str]:
     try:
         swallowed = next((name for name in _CONTAINERS if re.match(pattern, name)), None)
         if swallowed:
-            raise ConfigError(f"pet_config.target_modules {pattern!r} also matches the container {swallowed!r}, below "
-                              f"which MindFormers then adapts nothing; {known}")
+            raise ConfigError(f"pet_config.target_modules {pattern!r} also matches the container {swallowed!r}, inside "
+                              f"which MindFormers would adapt nothing; {known}")
         if not any(re.match(pattern, name) for name in names):
             raise ConfigError(f"pet_config.target_modules {pattern!r} matches no linear layer; {known}")
         return [part for part in pattern.split("|") if not any(re.match(part, name) for name in names)]
@@ -95,7 +95,7 @@ def check_pet_config(pet_config: JsonObject, variant: Variant) -> List[str]:
     """Check the keys that LoRA needs; returns warnings. ConfigError names the key at fault."""
     kind = pet_config.get("pet_type")
     if kind != "lora":
-        raise ConfigError(f"pet_config.pet_type: expected lora, the only kind there is, found {kind!r}")
+        raise ConfigError(f"pet_config.pet_type: expected lora (the only supported type), found {kind!r}")
     rank, alpha = pet_config.get("lora_rank", 8), pet_config.get("lora_alpha", 16)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ConfigError(f"pet_config.lora_rank: expected a positive number, found {rank!r}")
@@ -137,9 +137,9 @@ def read_adapter(path: Path, alpha: Optional[float] = None, strategy: Optional[P
     if cut and strategy is None:
         strategy = path.resolve().parent / "strategy"
         if not strategy.is_dir():
-            raise CheckpointError(f"{path} holds the files of several ranks, and there is no {strategy} that says how "
+            raise CheckpointError(f"{path} contains files of several ranks, but there is no {strategy} to say how "
                                   f"the adapter is sharded; pass --adapter_strategy, the folder output/strategy of the "
-                                  f"run. Of data parallelism alone name one rank's file: each has the whole adapter")
+                                  f"run. With data parallelism only, pass one rank's file: each has the whole adapter")
     side = Side(None, {})
     if strategy is not None:
         plan = read_strategy(strategy)
@@ -161,7 +161,7 @@ def read_adapter(path: Path, alpha: Optional[float] = None, strategy: Optional[P
         for checkpoint in opened.values():
             checkpoint.close()
     if not parts:
-        raise CheckpointError(f"{path} holds no LoRA adapter (no tensor ...mindpet_delta_lora_a); give the file from "
+        raise CheckpointError(f"{path} has no LoRA adapter (no tensor ...mindpet_delta_lora_a); pass the file from "
                               "checkpoint_trainable of a LoRA run")
     beside = path / "rank_0" if cut else path
     return _adapter(parts, _alpha_beside(beside) if alpha is None else alpha, path)
@@ -171,7 +171,7 @@ def _adapter(parts: Dict[str, Dict[str, np.ndarray]], alpha: float, path: Path) 
     """An adapter from {weight: {"a": A, "b": B}}; CheckpointError where a matrix is missing or does not fit."""
     for name, pair in parts.items():
         if set(pair) != {"a", "b"}:
-            raise CheckpointError(f"{path}: of the adapter of {name} only lora_{next(iter(pair))} is there; copy or "
+            raise CheckpointError(f"{path}: the adapter of {name} has only lora_{next(iter(pair))}; copy or "
                                   "save the adapter again")
     return check_adapter(Adapter({name: (pair["a"], pair["b"]) for name, pair in parts.items()}, alpha), path)
 
@@ -179,24 +179,24 @@ def _adapter(parts: Dict[str, Dict[str, np.ndarray]], alpha: float, path: Path) 
 def check_adapter(adapter: Adapter, path: Path) -> Adapter:
     """`adapter`; CheckpointError where its matrices do not fit each other."""
     if adapter.alpha <= 0:
-        raise CheckpointError(f"{path}: lora_alpha must be positive, found {adapter.alpha}; give that of the recipe")
+        raise CheckpointError(f"{path}: lora_alpha must be positive, found {adapter.alpha}; use the recipe's")
     for name, (a, b) in adapter.pairs.items():
         if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-            raise CheckpointError(f"{path}: A {list(a.shape)} and B {list(b.shape)} of {name} do not fit each other; "
+            raise CheckpointError(f"{path}: A {list(a.shape)} and B {list(b.shape)} of {name} do not match; "
                                   "expected [r, in] and [out, r]: copy or save the adapter again")
         if len(a) != adapter.rank:
-            raise CheckpointError(f"{path}: rank {len(a)} of {name} differs from rank {adapter.rank} of others; "
-                                  "only adapters of one rank can be used")
+            raise CheckpointError(f"{path}: {name} has rank {len(a)}, others rank {adapter.rank}; "
+                                  "all layers must have the same rank")
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            raise CheckpointError(f"{path}: the adapter of {name} has NaN or infinite values; take one saved "
-                                  "earlier in the training")
+            raise CheckpointError(f"{path}: the adapter of {name} has NaN or infinite values; use one saved "
+                                  "earlier in training")
     return adapter
 
 
 def _alpha_beside(path: Path) -> float:
     config = (path if path.is_dir() else path.parent) / CONFIG_NAME
     if not config.is_file():
-        raise CheckpointError(f"lora_alpha is unknown, as there is no {config}; give --lora_alpha, as in the recipe")
+        raise CheckpointError(f"lora_alpha is unknown: there is no {config}; pass the recipe's with --lora_alpha")
     return float(read_adapter_config(config)["lora_alpha"])
 
 
@@ -208,13 +208,13 @@ def read_adapter_config(path: Path) -> JsonObject:
         raise CheckpointError(f"{path} cannot be read: {err}; expected the JSON file that PEFT writes") from err
     alpha = config.get("lora_alpha") if isinstance(config, dict) else None
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise CheckpointError(f"{path}: lora_alpha must be a number, found {alpha!r}; write that of the training there")
+        raise CheckpointError(f"{path}: lora_alpha must be a number, found {alpha!r}; set it to that of the training")
     for key in ("use_dora", "use_rslora", "lora_bias", "alpha_pattern", "rank_pattern", "modules_to_save"):
         if config.get(key):
-            raise CheckpointError(f"{path}: {key} is {config[key]!r}; only plain LoRA can be used: train without "
+            raise CheckpointError(f"{path}: {key} is {config[key]!r}; only plain LoRA is supported: train without "
                                   "it")
     if config.get("bias", "none") != "none":
-        raise CheckpointError(f"{path}: bias is {config['bias']!r}; only adapters without biases can be used: train "
+        raise CheckpointError(f"{path}: bias is {config['bias']!r}; only adapters without biases are supported: train "
                               "with bias 'none'")
     return config
 
@@ -287,7 +287,7 @@ def from_peft(tensors: Dict[str, np.ndarray], alpha: float, variant: Variant, pa
             raise CheckpointError(f"{path}: {name} has shape {list(value.shape)}, the weight {list(shape)}; {_CHOOSE}")
         parts.setdefault(param, {}).setdefault(number, {})[match[2].lower()] = value
     if not parts:
-        raise CheckpointError(f"{path} holds no adapter; expected tensors named base_model.model....lora_A.weight and "
+        raise CheckpointError(f"{path} has no adapter; expected tensors named base_model.model....lora_A.weight and "
                               "lora_B.weight, as PEFT saves them")
     rank, pairs = 0, {}
     for param, pieces in parts.items():

@@ -53,7 +53,7 @@ class ModelFacts:
         try:
             return Variant(**{key: value for key, value in self.variant.items() if key in known})
         except TypeError as err:
-            raise ConfigError(f"the manifest's model lacks sizes: {err}") from err
+            raise ConfigError(f"the manifest's model section lacks sizes: {err}") from err
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def load_manifest(path: Path) -> Manifest:
     except ConfigError as err:
         raise CheckpointError(str(err)) from err
     if data.get("format") != "telechat manifest":
-        raise CheckpointError(f"{path} is not the manifest of a checkpoint; give it another name")
+        raise CheckpointError(f"{path} is not a checkpoint manifest; rename it")
     if data.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {data.get('format_version')!r}, expected {FORMAT_VERSION}; "
                               "use the version of this project that wrote it")
@@ -134,10 +134,10 @@ def load_manifest(path: Path) -> Manifest:
         known = {entry.name for entry in fields(ModelFacts)}
         facts = None if model is None else ModelFacts(**{key: model[key] for key in model if key in known})
         if facts is not None and not isinstance(facts.variant, dict):
-            raise TypeError("its variant is no object")
+            raise TypeError("its variant is not an object")
     except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise CheckpointError(f"{path} is damaged ({type(err).__name__}: {err}); copy it again, or remove it to use "
-                              "the checkpoint without one") from err
+        raise CheckpointError(f"{path} is damaged ({type(err).__name__}: {err}); copy it again, or delete it to use "
+                              "the checkpoint without a manifest") from err
     return Manifest(str(data.get("kind")), files, facts, data.get("training"), path)
 
 

@@ -61,8 +61,8 @@ def with_masters(checkpoint: Checkpoint) -> Checkpoint:
     if not dtypes:
         return checkpoint
     stored = " and ".join(sorted({NAMES[code] for code in dtypes.values()}))
-    checkpoint.notes.append(f"{len(dtypes)} parameters are stored in {stored} with a remainder: their float32 values "
-                            "are taken")
+    checkpoint.notes.append(f"{len(dtypes)} parameters are stored as {stored} plus a remainder: their float32 values "
+                            "are used")
     return Masters(checkpoint, dtypes)
 
 
@@ -83,6 +83,6 @@ def precision_note(path: Path, dtype: str, remainder: bool) -> Optional[str]:
              f"this run in {dtype} {'with' if remainder else 'without'}: ")
     if kept and not remainder:
         return found + "the remainders are dropped, and training continues from the rounded parameters"
-    taken = "the parameters are taken as they are" if dtype == "float32" or not others else (
+    taken = "the parameters are used as they are" if dtype == "float32" or not others else (
         "the parameters are rounded once")
-    return found + taken + (", remainders begin at zero" if remainder and not kept else "")
+    return found + taken + (", remainders start at zero" if remainder and not kept else "")

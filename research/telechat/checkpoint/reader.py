@@ -74,7 +74,7 @@ class Checkpoint:
         twice = [name for name, count in Counter(names.values()).items() if count > 1]
         if twice:
             both = " and ".join([old for old, new in names.items() if new == twice[0]][:2])
-            raise CheckpointError(f"{self.files[0]}: {both} are both {twice[0]}, without what wrappers have added; "
+            raise CheckpointError(f"{self.files[0]}: {both} both become {twice[0]} without their wrappers' prefixes; "
                                   "save the model itself, not its wrapper")
         self.tensors = {names[name]: info for name, info in self.tensors.items()}
         self._extents = {names[name]: extents for name, extents in self._extents.items()}
@@ -177,7 +177,7 @@ def _safetensors_entry(path: Path, name: str, entry: JsonObject) -> Tuple[str, T
                               f"dtype, shape and data_offsets; {DAMAGED}") from None
     if math.prod(shape) * bits != 8 * (end - begin):
         raise CheckpointError(f"{path}: tensor {name} of shape {list(shape)} and type {dtype} needs "
-                              f"{math.prod(shape) * bits // 8} bytes, its header gives it {end - begin}; {DAMAGED}")
+                              f"{math.prod(shape) * bits // 8} bytes, but its header assigns {end - begin}; {DAMAGED}")
     return dtype, shape, begin, end
 
 
@@ -190,7 +190,7 @@ def _check_safetensors_size(path: Path, base: int, header: JsonObject) -> None:
         position = end
     size = path.stat().st_size
     if size != base + position:
-        raise CheckpointError(f"{path} has {size} bytes where its header needs {base + position}; it is truncated or "
+        raise CheckpointError(f"{path} has {size} bytes, but its header needs {base + position}; it is truncated or "
                               "damaged: copy or download it again")
 
 
@@ -222,7 +222,7 @@ def open_ckpt(path: Path) -> Checkpoint:
         if pending is None:
             raise ValueError("no entry")
     except (IndexError, ValueError) as err:
-        reason = or_else(path, f"no valid entry behind byte {position} of {size}; copy or save it again")
+        reason = or_else(path, f"no valid entry after byte {position} of {size}; copy or save it again")
         raise CheckpointError(f"{path} is not a MindSpore .ckpt file, or truncated or encrypted: {reason}") from err
     _add_ckpt_tensor(checkpoint, path, pending, extents)
     return checkpoint
@@ -277,5 +277,5 @@ def _add_ckpt_tensor(checkpoint: Checkpoint, path: Path, entry: _CkptEntry, exte
         expected = math.prod(shape) * _SAFETENSORS_BITS[code] // 8
         if nbytes != expected:
             raise CheckpointError(f"{path}: tensor {name} of shape {list(shape)} and type {dtype} needs {expected} "
-                                  f"bytes, the file has {nbytes}; {DAMAGED}")
+                                  f"bytes, but the file has {nbytes}; {DAMAGED}")
     checkpoint.add(name, TensorInfo(code, shape, nbytes, path), extents)

@@ -79,7 +79,7 @@ def step_of(path: Path) -> int:
         missing = [name for name in _COUNTERS if name not in checkpoint.tensors]
         if missing:
             raise CheckpointError(f"{path} has no {' and no '.join(missing)}; it is not a training checkpoint: to "
-                                  f"start from its weights, leave --resume_training out")
+                                  f"start from its weights, omit --resume_training")
         return int(_scalar(checkpoint, "step_num"))
     finally:
         checkpoint.close()
@@ -102,7 +102,7 @@ def _scalar(checkpoint: Checkpoint, name: str) -> float:
     formats = {"Int32": "<i", "Int64": "<q", "I32": "<i", "I64": "<q", "F32": "<f", "Float64": "<d", "F64": "<d"}
     code = formats.get(info.dtype)
     if code is None or info.nbytes != struct.calcsize(code):
-        raise CheckpointError(f"{info.file}: {name} is not a number, but of type {info.dtype} with {info.nbytes} "
+        raise CheckpointError(f"{info.file}: {name} is not a number, but has type {info.dtype} and {info.nbytes} "
                               f"bytes; {DAMAGED}")
     data = bytearray(info.nbytes)
     checkpoint.read_into(name, 0, memoryview(data))
@@ -123,18 +123,18 @@ def choose(root: Path, ranks: int) -> Choice:
     present = [names for rank, names in found.items() if rank not in absent]
     if absent and present and min(map(len, present)) > 1:
         raise ConfigError(f"resume_training: {root} has no folder rank_{absent[0]}, but checkpoints of other ranks; "
-                          f"resuming needs the files of all {ranks} ranks in one place (a shared file system). To "
+                          f"resuming needs the files of all {ranks} ranks in one place (shared storage). To "
                           f"start over, pass another --output_dir or --resume_training False")
     notes = []
     for name in sorted(set().union(*found.values()), reverse=True):
         without = [rank for rank in range(ranks) if name not in found[rank]]
         if without:
-            notes.append(f"{name.file(0)}: not chosen, as rank {without[0]} has not saved it")
+            notes.append(f"{name.file(0)}: skipped: rank {without[0]} has not saved it")
             continue
         faults = [fault for rank in range(ranks) for fault in [fault_of(root / f"rank_{rank}" / name.file(rank))]
                   if fault]
         if faults:
-            notes.append(f"{name.file(0)}: not chosen: {faults[0]}")
+            notes.append(f"{name.file(0)}: skipped: {faults[0]}")
             continue
         return Choice(name, step_of(root / "rank_0" / name.file(0)), notes)
     return Choice(None, 0, notes)

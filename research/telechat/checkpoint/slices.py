@@ -44,7 +44,7 @@ def rank_files(path: Path, strategy: Strategy) -> Dict[int, Path]:
         parsed = parse(path.name)
         if parsed is None or path.parent.name != f"rank_{parsed[1]}":
             raise CheckpointError(f"{path}: the files of the other ranks cannot be derived from this name; expected "
-                                  "rank_0/NAME_rank_0-EPOCH_STEP.ckpt; or name the folder that holds rank_0 and the "
+                                  "rank_0/NAME_rank_0-EPOCH_STEP.ckpt; or pass the folder that contains rank_0 and the "
                                   "others")
         name, folder = parsed[0], path.parent.parent
         files = {rank: folder / f"rank_{rank}" / name.file(rank) for rank in range(strategy.ranks)}
@@ -56,7 +56,7 @@ def rank_files(path: Path, strategy: Strategy) -> Dict[int, Path]:
     absent = sorted(rank for rank, file in files.items() if not file.is_file())
     if absent:
         more = f" (and those of {len(absent) - 1} more ranks)" if len(absent) > 1 else ""
-        raise CheckpointError(f"{files[absent[0]]} does not exist{more}; the strategy is for {strategy.ranks} ranks: "
+        raise CheckpointError(f"{files[absent[0]]} does not exist{more}; the strategy has {strategy.ranks} ranks: "
                               "copy the files of all of them into one place")
     return files
 
@@ -68,10 +68,10 @@ def check_ranks(side: Side, option: str) -> None:
         extra = sorted(side.files.keys() - set(range(side.ranks)))
         if absent or extra:
             what = f"no folder rank_{absent[0]}" if absent else f"a folder rank_{extra[0]}"
-            raise CheckpointError(f"the strategy is for {side.ranks} ranks, and there is {what} "
+            raise CheckpointError(f"the strategy is for {side.ranks} ranks, but there is {what} "
                                   f"({len(side.files)} folders); they belong to different runs")
     elif len(side.files) > 1:
-        raise CheckpointError(f"{len(side.files)} ranks have shards, and no {option} says how they are sharded; it is "
+        raise CheckpointError(f"{len(side.files)} ranks have shards, but {option} is missing; pass "
                               f"the folder output/strategy of the run that saved them")
 
 
@@ -83,7 +83,7 @@ def check_named(side: Side, opened: Dict[int, Checkpoint], names: Set[str]) -> N
                      if any(len(checkpoint.tensors[name].shape) > 1 or np.prod(checkpoint.tensors[name].shape) > 1
                             for checkpoint in opened.values() if name in checkpoint.tensors))
     if unnamed:
-        raise CheckpointError(f"the strategy does not say how {summarise(unnamed)} are sharded; it belongs to another "
+        raise CheckpointError(f"the strategy has no layout for {summarise(unnamed)}; it belongs to another "
                               f"run, or files of pipeline stages are missing")
 
 
@@ -97,7 +97,7 @@ def first_slices(side: Side, opened: Dict[int, Checkpoint], name: str) -> Dict[t
     if side.strategy and name in side.strategy.layouts:
         missing = [rank for rank in side.strategy.holders(name) if rank not in holders]
         if missing and len({rank // stage_ranks for rank in holders}) < 1 + len(missing) // stage_ranks:
-            raise CheckpointError(f"{name}: rank {missing[0]} should have a shard of it and does not "
+            raise CheckpointError(f"{name}: rank {missing[0]} should have a shard of it, but does not "
                                   f"({len(missing)} such ranks); files and strategy belong to different runs")
     regions: Dict[tuple, int] = {}
     for rank in holders:
@@ -105,14 +105,14 @@ def first_slices(side: Side, opened: Dict[int, Checkpoint], name: str) -> Dict[t
         try:
             area = region(layout, rank % stage_ranks, whole)
         except ValueError as err:
-            raise CheckpointError(f"{name}: {err} (shape {list(whole)}); the strategy is another model's") from err
+            raise CheckpointError(f"{name}: {err} (shape {list(whole)}); the strategy is for another model") from err
         if tuple(stop - start for start, stop in area) != tuple(found):
-            raise CheckpointError(f"{name}: rank {rank} has shape {list(found)}, the strategy says "
+            raise CheckpointError(f"{name}: rank {rank} has shape {list(found)}, the strategy expects "
                                   f"{[stop - start for start, stop in area]}; they belong to different runs")
         regions.setdefault(area, rank)
     if sum(int(np.prod([stop - start for start, stop in area])) for area in regions) != int(np.prod(whole)):
         raise CheckpointError(f"{name}: the shards of ranks {sorted(regions.values())} do not make up the whole "
-                              f"{list(whole)}; a rank's file is missing, copy it there")
+                              f"{list(whole)}; a rank's file is missing: copy it there")
     return regions
 
 

@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tu
 from research.telechat.checkpoint.integrity import check_files
 from research.telechat.common.errors import CheckpointError
 
-_STRATEGY = "name a ckpt_strategy_rank_N.ckpt, or the folder with those of all ranks (output/strategy of the run)"
+_STRATEGY = "pass a ckpt_strategy_rank_N.ckpt, or the folder with all of them (output/strategy of the run)"
 Region = Tuple[Tuple[int, int], ...]             # (first, behind the last) of each axis
 
 
@@ -83,7 +83,7 @@ def strategy_files(path: Path) -> List[Path]:
         return [path]
     files = sorted(path.glob("*.ckpt")) if path.is_dir() else []
     if not files:
-        raise CheckpointError(f"{path} is not there, or a folder without strategy files; {_STRATEGY}")
+        raise CheckpointError(f"{path} does not exist, or is a folder without strategy files; {_STRATEGY}")
     return files
 
 
@@ -95,7 +95,7 @@ def _read(path: Path) -> Any:
     except Exception as err:                      # protobuf's own error classes differ between its implementations
         raise CheckpointError(f"{path} is not a strategy file ({err}); {_STRATEGY}") from err
     if not message.parallel_layout_item:
-        raise CheckpointError(f"{path} describes no parameter; it is empty, or no strategy file: {_STRATEGY}")
+        raise CheckpointError(f"{path} describes no parameters; it is empty, or not a strategy file: {_STRATEGY}")
     return message
 
 
@@ -121,14 +121,14 @@ def read_strategy(path: Path) -> Strategy:
             stages.add(number)
             known = found.get(name)
             if known and known[:3] != layout[:3]:
-                raise CheckpointError(f"{file}: {name} is cut as {layout.dev_matrix} {layout.tensor_map}, other files "
-                                      f"say {known.dev_matrix} {known.tensor_map}; they belong to different runs: "
-                                      "keep those of one in the folder")
+                raise CheckpointError(f"{file}: {name} is sharded as {layout.dev_matrix} {layout.tensor_map}, others "
+                                      f"as {known.dev_matrix} {known.tensor_map}; they belong to different runs: "
+                                      "keep only those of one run in the folder")
             places = tuple(sorted({*(known.stages if known else ()), number}))
             found[name] = layout._replace(stages=places)
     if len(sizes) > 1:
-        raise CheckpointError(f"{path}: pipeline stages of {sorted(sizes)} ranks; the files belong to different runs: "
-                              "keep those of one in the folder")
+        raise CheckpointError(f"{path}: pipeline stages have {sorted(sizes)} ranks; the files are of different runs: "
+                              "keep only those of one run in the folder")
     if stages != set(range(len(stages))):
         missing = sorted(set(range(max(stages) + 1)) - stages)
         raise CheckpointError(f"{path}: no strategy of pipeline stage {', '.join(map(str, missing))}; put the files of "
@@ -139,7 +139,7 @@ def read_strategy(path: Path) -> Strategy:
 def _layout(message: Any, file: Path, name: str, stage: int) -> Layout:
     matrix = tuple(message.dev_matrix[0].dim) if message.dev_matrix else ()
     if not matrix:
-        raise CheckpointError(f"{file}: {name} has no device matrix (a plan of pipeline parallelism alone); MindSpore "
+        raise CheckpointError(f"{file}: {name} has no device matrix (pipeline parallelism only); MindSpore "
                               "cannot transform such checkpoints")
     axes: List[Tuple[int, ...]]
     if len(message.tensor_map) > 1:               # written from layouts: one list per axis
@@ -246,7 +246,7 @@ def newest_files(folder: Path, suffix: Optional[str] = None) -> Dict[int, Path]:
     if folder.is_file():
         return {0: folder}
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist; name a checkpoint, or the folder that holds rank_0, rank_1, "
+        raise CheckpointError(f"{folder} does not exist; pass a checkpoint, or the folder that holds rank_0, rank_1, "
                               "...")
     suffixes = (suffix,) if suffix else (".ckpt", ".safetensors")
 
@@ -265,7 +265,7 @@ def newest_files(folder: Path, suffix: Optional[str] = None) -> Dict[int, Path]:
     if not folders:
         here = candidates(folder)
         if len(here) != 1:
-            raise CheckpointError(f"{folder} holds no folders rank_N and {len(here)} checkpoints; name the file")
+            raise CheckpointError(f"{folder} has no folders rank_N and {len(here)} checkpoints; pass the file")
         return {0: here[0]}
     files, steps = {}, {}
     for rank, place in sorted(folders.items()):
@@ -276,7 +276,7 @@ def newest_files(folder: Path, suffix: Optional[str] = None) -> Dict[int, Path]:
         steps[rank] = order(here[-1])[:2]
     if len(set(steps.values())) > 1:
         told = ", ".join(f"rank {rank} {files[rank].name}" for rank in list(files)[:4])
-        raise CheckpointError(f"{folder}: the newest checkpoints of the ranks are of different steps ({told}, ...); "
+        raise CheckpointError(f"{folder}: the newest checkpoints of the ranks are from different steps ({told}, ...); "
                               "remove those that not all ranks have")
     if len({path.suffix for path in files.values()}) > 1:
         raise CheckpointError(f"{folder}: some ranks have .ckpt and some .safetensors files; keep one kind")

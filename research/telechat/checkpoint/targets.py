@@ -70,7 +70,7 @@ def torch_target(path: Path, kind: str, tensors: Sequence[OutTensor], sizes: Siz
     folder holds is decided in checkpoint/export.py."""
     if path.suffix in (".bin", ".pth", ".pt", ".safetensors") and not path.is_dir():
         if layout == LLAMA:
-            raise CheckpointError(f"{path}: the Llama layout is a folder with config.json and tokenizer; name one")
+            raise CheckpointError(f"{path}: the Llama layout is a folder with config.json and tokenizer; pass a folder")
         single = (safetensors_layout(path, tensors, {"format": "pt"}) if path.suffix == ".safetensors"
                   else bin_layout(path, tensors))
         return Target([single], {}, _journal(path), layout, False, *_manifest(layout, sizes, path, False))
@@ -99,7 +99,7 @@ def official_config(folder: Path, sizes: Sizes) -> Dict[Path, str]:
         if not is_llama_config(there) and variant_from_hf(there) == variant_from_hf(
                 sizes.config or hf_config(sizes.variant)):
             return {}
-        raise ConfigError(f"{path} describes another model; remove it or give another folder")
+        raise ConfigError(f"{path} describes another model; remove it or use another folder")
     return {path: json.dumps(sizes.config or hf_config(sizes.variant), indent=2) + "\n"}
 
 

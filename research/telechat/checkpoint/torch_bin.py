@@ -100,7 +100,7 @@ def open_bin(paths: Sequence[Path]) -> Checkpoint:
             checkpoint.add_tensor(name, tensor, path, mapped)
         if not mapped:
             checkpoint.notes.append(f"{path.name} has the format of PyTorch before 1.6, which cannot be mapped: it is "
-                                    "held in memory as a whole")
+                                    "read into memory completely")
     return checkpoint
 
 
@@ -111,24 +111,24 @@ def _weights_in(torch: ModuleType, content: object, path: Path) -> Tuple[JsonObj
     """
     found = list(_dictionaries(torch, content, ()))
     if not found:
-        raise CheckpointError(f"{path} holds {_described(torch, content)}, and no dictionary of tensors; save the "
+        raise CheckpointError(f"{path} holds {_described(torch, content)}, not a dictionary of tensors; save the "
                               "weights themselves, as official checkpoints hold them: torch.save(model.state_dict(), "
                               "file)")
     if len(found) > 1:
         usual = [one for one in found if one[0][-1:] and one[0][-1] in _USUAL_NAMES]
         if len(usual) != 1:
             places = ", ".join(f"{_place(at)} with {count} tensors" for at, _, count in found)
-            raise CheckpointError(f"{path} holds several dictionaries of tensors ({places}); save the one that is the "
-                                  "model's weights alone")
+            raise CheckpointError(f"{path} holds several dictionaries of tensors ({places}); save only the "
+                                  "model's weights")
         found = usual
     at, state, _ = found[0]
     notes = []
     others = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if others:
-        notes.append(f"{path.name}: dropped, as they are not tensors: {summarise(others)}")
+        notes.append(f"{path.name}: dropped, not tensors:  {summarise(others)}")
     if at and isinstance(content, dict):
         beside = [str(name) for name in content if name != at[0]]
-        notes.append(f"{path.name}: the weights are those in {_place(at)}"
+        notes.append(f"{path.name}: the weights are in {_place(at)}"
                      + (f"; left out: {summarise(beside)}" if beside else ""))
     return {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}, notes
 
@@ -171,10 +171,10 @@ def _load(torch: ModuleType, path: Path) -> Tuple[object, bool]:
         text = " ".join(_ESCAPES.sub("", str(err)).split())
         kind = _GLOBAL.search(text)
         if kind:
-            raise CheckpointError(f"{path} holds an object of {kind[1]}, which is not read, as that could run code "
-                                  "from the file; load it where you trust it and save the weights alone: "
+            raise CheckpointError(f"{path} holds an object of {kind[1]}, which is not loaded because it could run code "
+                                  "from the file; load it where you trust it and save only the weights: "
                                   "torch.save(model.state_dict(), file)") from err
-        reason = or_else(path, f"{text[:200] or type(err).__name__}; it is damaged, or holds more than tensors: copy "
+        reason = or_else(path, f"{text[:200] or type(err).__name__}; it is damaged or contains more than tensors: copy "
                                "or download it again")
         raise CheckpointError(f"{path} cannot be read as a PyTorch .bin of weights: {reason}") from err
 

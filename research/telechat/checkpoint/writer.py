@@ -295,7 +295,7 @@ def new_file(path: Path, tensors: Sequence[OutTensor], metadata: Dict[str, str],
     Raises CheckpointError: another suffix, or no room for it.
     """
     if path.suffix not in (".ckpt", ".safetensors"):
-        raise CheckpointError(f"{path} must end in .ckpt or .safetensors; give the result another name")
+        raise CheckpointError(f"{path} must end in .ckpt or .safetensors; rename the result")
     layout = ckpt_layout(path, tensors) if path.suffix == ".ckpt" else safetensors_layout(path, tensors, metadata)
     check_free_space(path.parent, layout.size, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -339,4 +339,4 @@ def check_free_space(folder: Path, needed: int, kept: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed - kept > free:
         raise CheckpointError(f"{folder} has {free / 1e9:.2f} GB free, the result needs {(needed - kept) / 1e9:.2f} "
-                              "GB; free some or choose another place")
+                              "GB; free some space or write elsewhere")

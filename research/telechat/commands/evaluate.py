@@ -113,17 +113,17 @@ def check(args: argparse.Namespace) -> List[str]:
     if args.judge_url:
         Judge(args.judge_url, args.judge_model)              # rejects a bad address or key before any answer is made
     if args.judge_parallel < 1:
-        raise ConfigError(f"--judge_parallel: expected a whole number over 0, found {args.judge_parallel}")
+        raise ConfigError(f"--judge_parallel: expected a positive whole number, found {args.judge_parallel}")
     if args.card and args.num_fewshot is not None:
         raise ConfigError("--card sets the number of examples of each benchmark; leave --num_fewshot out")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise ConfigError(f"--num_fewshot: expected 0 or more, found {args.num_fewshot}")
     if args.limit is not None and args.limit <= 0:
-        raise ConfigError(f"--limit: expected a number over 0, found {args.limit:g}")
+        raise ConfigError(f"--limit: expected a positive number, found {args.limit:g}")
     if args.batch_size < 1:
-        raise ConfigError(f"--batch_size: expected a whole number over 0, found {args.batch_size}")
+        raise ConfigError(f"--batch_size: expected a positive whole number, found {args.batch_size}")
     if args.thinking_tokens < 1:
-        raise ConfigError(f"--thinking_tokens: expected a whole number over 0, found {args.thinking_tokens}")
+        raise ConfigError(f"--thinking_tokens: expected a positive whole number, found {args.thinking_tokens}")
     if not 0 <= args.seed < 2 ** 31:
         raise ConfigError(f"--seed: expected a whole number from 0 to 2^31 - 1, found {args.seed}")
     if args.system and not args.apply_chat_template and not args.judge:

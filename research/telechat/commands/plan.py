@@ -171,7 +171,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
                           "research/telechat/finetune_telechat2_115b.yaml")
     check_outputs(args)
     if not 0 < args.mfu <= 1:
-        raise ConfigError(f"--mfu: expected a share over 0, at most 1, found {args.mfu:g}")
+        raise ConfigError(f"--mfu: expected a fraction above 0, at most 1, found {args.mfu:g}")
     recipe = complete_recipe(args, overrides)
     if args.search:
         return plan_search.run_search(recipe, args)

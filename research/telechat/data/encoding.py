@@ -18,8 +18,8 @@ from research.telechat.data.texts import is_text
 from research.telechat.text.messages import divided
 from research.telechat.text.renderer import BOT, TOOL, Plan, Renderer
 
-UNREASONED = "answer without reasoning, trained behind empty reasoning"
-UNNAMED_MARKERS = ("tools whose markers are written as ordinary text: no tokenizer_config.json beside the vocabulary "
+UNREASONED = "answer without reasoning, trained after an empty reasoning block"
+UNNAMED_MARKERS = ("tool markers written as ordinary text: no tokenizer_config.json next to the vocabulary "
                    "names their tokens")
 ALONE = "answer trained in a conversation of its own, without the reasoning of earlier ones"
 
@@ -167,7 +167,7 @@ def _detect(source: Source) -> str:
         return "input_output"                    # an empty file: any format reads nothing from it
     start = first[:60].decode("utf-8", "replace").strip()
     if fault:
-        raise ConfigError(f"input file {source.path} holds no record that can be read: the first ({start!r}...) is "
+        raise ConfigError(f"input file {source.path} contains no readable record: the first ({start!r}...) is "
                           f"{fault}; expected JSON, CSV with column names, or Parquet")
-    raise ConfigError(f"the format of {source.path} cannot be told from its first records ({start!r}...); name it "
+    raise ConfigError(f"cannot tell the format of {source.path} from its first records ({start!r}...); set it "
                       "with --format")

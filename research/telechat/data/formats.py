@@ -109,8 +109,8 @@ def _system(record: JsonObject, messages: Tuple[Message, ...] = ()) -> List[Mess
     if given is not None:
         texts = [text for text in (*texts, given) if text.strip()]
     if any(text != texts[0] for text in texts):
-        raise RecordError("two system prompts", f"{texts[0][:30]!r} and {texts[-1][:30]!r}; a conversation has one, "
-                                                "leave out the other")
+        raise RecordError("two system prompts", f"{texts[0][:30]!r} and {texts[-1][:30]!r}; keep only one"
+                                                "")
     return [Message(SYSTEM, texts[0])] if texts and (given is None or not given.strip()) else []
 
 
@@ -120,7 +120,7 @@ def _tools(record: JsonObject, notes: List[str], messages: Tuple[object, ...] = 
     found += [_tool_list(message, "tools", notes) for message in messages if isinstance(message, dict)]
     lists = [tools for tools in found if tools]
     if any(tools != lists[0] for tools in lists):
-        raise RecordError("two lists of tools", "tools are listed in more than one place, and differ; leave one list")
+        raise RecordError("two lists of tools", "tools are listed in two places and differ; keep one list")
     return lists[0] if lists else None
 
 
@@ -154,7 +154,7 @@ def _tool_value(value: Any, key: str, notes: List[str]) -> Any:
             return read(value)
         except ValueError:
             continue
-    raise RecordError("wrong shape", f"key {key!r} is a text, but not JSON; expected a list of tools")
+    raise RecordError("wrong shape", f"key {key!r} is a string but not JSON; expected a list of tools")
 
 
 # Keys that bring turns. A templated or gold text of another key is counted as not used.
@@ -167,8 +167,8 @@ def _refuse(record: JsonObject, used: Tuple[str, ...], messages: List[Message], 
     for key in (*_CARRIES, "context") if data_format == "prompt" else _CARRIES:
         if key not in used and not all(any(text in content for content in contents)
                                        for text in texts_of(record.get(key))):
-            raise RecordError("key of another format", f"key {key!r} in a record of the format {data_format!r} has a "
-                                                       "text that its messages lack; leave it out, or put it there")
+            raise RecordError("key of another format", f"key {key!r} in a record of the format {data_format!r} has "
+                                                       "text that its messages lack; remove it, or move it there")
 
 
 def _input_output(record: JsonObject) -> Conversation:
@@ -234,7 +234,7 @@ def _message_list(record: JsonObject, key: str, context: int = 0, data_format: s
                 for number, message in enumerate(messages)]
     messages = join_calls(messages, [isinstance(source, dict) and source.get("role") for source in sources])
     if _uncalled(messages):
-        repairs.append("result of a tool without a call in front of it")
+        repairs.append("tool result without a preceding call")
     used = (key, "tools", "functions", *_SYSTEMS)
     _refuse(record, used, messages, data_format or key)
     tools = _tools(record, repairs, tuple(sources))

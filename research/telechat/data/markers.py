@@ -28,7 +28,7 @@ _SWITCHES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "
 RECORD_LEFT_OUT = "record left out of the loss by its marker"
 HISTORY_LEFT_OUT = "earlier answers left out of the loss by 'mask_history'"
 LEFT_OUT = "answer left out of the loss by its marker"
-NO_REASONING = "reasoning of an answer left out: the template has no place for it"
+NO_REASONING = "reasoning of an answer dropped: the template has no place for it"
 
 
 def flag(value: object) -> Optional[bool]:
@@ -58,7 +58,7 @@ def trains(message: JsonObject, number: int) -> bool:
         train = train and switch != (key in MASKED)
     for key in _PARTIAL:
         if not is_empty(message.get(key)):
-            raise RecordError("loss marker", f"message {number}: {key!r} marks parts of a text; only whole messages "
+            raise RecordError("loss marker", f"message {number}: {key!r} marks parts of the text; only whole messages "
                                              "can be left out of the loss")
     return train
 
@@ -78,7 +78,7 @@ def mark(messages: List[Message], sources: List[object]) -> Tuple[List[Message],
                 notes.append(NO_REASONING)               # unless the template supports it, see data/encoding.py
             message = message._replace(train=train)
         elif train and any(flag(source.get(key)) for key in TRAINED if key != "weight"):
-            raise RecordError("loss marker", f"message {number} is from {message.role} and marked for training; only "
+            raise RecordError("loss marker", f"message {number} is from {message.role} but marked for training; only "
                                              "answers are trained")
         marked.append(message)
     return marked, tuple(notes)
@@ -94,8 +94,8 @@ def reasoned(message: Message, source: JsonObject, number: int) -> Message:
     within = divided(alone)
     if message.reasoning and within is not alone:            # an empty block says nothing and is left out
         if within.reasoning.strip() not in ("", message.reasoning.strip()):
-            raise RecordError("reasoning", f"message {number}: one reasoning beside the answer and another in front of "
-                                           "it, up to </think>; leave one of them")
+            raise RecordError("reasoning", f"message {number}: reasoning in its own key and in the text, before "
+                                           "</think>; keep one of them")
         return message._replace(content=within.content)
     return message
 
@@ -104,7 +104,7 @@ def record_reasoning(record: JsonObject) -> str:
     """The reasoning of a single-answer record, under any of the usual keys. RecordError if there are two."""
     found = {record[key].strip("\n") for key in REASONING if isinstance(record.get(key), str) and record[key].strip()}
     if len(found) > 1:
-        raise RecordError("reasoning", "two different reasonings; leave one of them")
+        raise RecordError("reasoning", "two different reasonings; keep one of them")
     return next(iter(found), "")
 
 

@@ -72,7 +72,7 @@ def check_hashes(dataset: Union[str, Path], remember: bool = True) -> int:
     wrong = faults(checks, remember)
     if wrong:
         more = f" (and {len(wrong) - 1} more files)" if len(wrong) > 1 else ""
-        raise ConfigError(f"data set {dataset}: {wrong[0]}{more}; it is damaged or was changed since: copy it again, "
+        raise ConfigError(f"data set {dataset}: {wrong[0]}{more}; it is damaged or was changed later: copy it again, "
                           "or preprocess again")
     return len(checks)
 
@@ -105,7 +105,7 @@ def check_dataset_meta(dataset_dir_or_file: Union[str, Path], *, vocab_size: int
         raise ConfigError(f"data set not found: {dataset}; name the file or folder that telechat_preprocess.py wrote")
     files = data_files(dataset)
     if not files:
-        raise ConfigError(f"data set {dataset} holds no {_DATA_SUFFIX} file; make one with telechat_preprocess.py")
+        raise ConfigError(f"data set {dataset} contains no {_DATA_SUFFIX} file; create one with telechat_preprocess.py")
     meta = read_meta(dataset)
     _check_unfinished(dataset, meta)
     if meta is None:
@@ -140,9 +140,9 @@ def _check_meta(dataset: Path, meta: JsonObject, vocab_size: int, seq_length: in
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
         raise ConfigError(f"data set {dataset}: {META_FILE} has format version {version!r}, expected {FORMAT_VERSION}; "
-                          "make the data set again with this version's telechat_preprocess.py")
+                          "create the data set again with this version's telechat_preprocess.py")
     if not meta.get("records"):
-        raise ConfigError(f"data set {dataset} is empty (records: {meta.get('records')}); preprocess again, and read "
+        raise ConfigError(f"data set {dataset} is empty (records: {meta.get('records')}); preprocess again and check "
                           "what the command reports")
     check_length(dataset, meta.get("record_length"), seq_length)
     greatest = meta.get("max_token_id")
@@ -151,25 +151,25 @@ def _check_meta(dataset: Path, meta: JsonObject, vocab_size: int, seq_length: in
                           + f" (its tokenizer: {meta.get('tokenizer')}, {meta.get('vocab_size')} ids)")
     pad = meta.get("pad_token_id")
     if pad_token_id is not None and pad != pad_token_id:
-        raise ConfigError(f"data set {dataset} is padded with id {pad}, the recipe's pad_token_id is {pad_token_id}; "
+        raise ConfigError(f"data set {dataset} is padded with {pad}, but the recipe's pad_token_id is {pad_token_id}; "
                           "correct the recipe, or preprocess with the --pad_token of the model")
     written = meta.get("template")
     if "tool_marker_ids" not in meta:        # written by an earlier version
         written = _EARLIER.get(str(written), written)
     if template and written and written != template:
-        raise ConfigError(f"data set {dataset} is written in the chat template {written!r}, the model is asked in "
+        raise ConfigError(f"data set {dataset} uses the chat template {written!r}, but the model's is "
                           f"{template!r}; preprocess with the --model_name of the recipe's net_name, or set "
                           f"model_config.chat_template to {written}")
     if document_boundaries and "actual_seq_len" not in meta.get("columns", ()):
         raise ConfigError(f"data set {dataset} has no column actual_seq_len, which the recipe's document boundaries "
-                          "need; preprocess with --document_boundaries, or switch them off in the recipe")
+                          "need; preprocess with --document_boundaries, or disable them in the recipe")
 
 
 def _check_unfinished(dataset: Path, meta: Optional[JsonObject]) -> None:
     """ConfigError if a folder contains an unfinished run: training reads every MindRecord file below it."""
     left = next(_folder(dataset).glob(f"{UNFINISHED}*"), None)
     if left is not None and (meta is None or dataset.is_dir()):
-        raise ConfigError(f"data set {dataset}: a run of telechat_preprocess.py writes into this folder, or was killed "
+        raise ConfigError(f"data set {dataset}: telechat_preprocess.py is writing to this folder, or was killed "
                           f"({left.name} is there); wait for it, or preprocess again")
 
 
@@ -178,8 +178,8 @@ def _check_listed(dataset: Path, files: List[Path], meta: JsonObject) -> None:
     listed = {dataset / name for name in meta.get("files") or {}}
     other = next((path for path in files if path not in listed), None)
     if dataset.is_dir() and listed and other is not None:
-        raise ConfigError(f"data set {dataset}: {other.relative_to(dataset)} is not among the files that its "
-                          f"{META_FILE} lists, and training would read it as well; move it elsewhere")
+        raise ConfigError(f"data set {dataset}: {other.relative_to(dataset)} is not listed in its "
+                          f"{META_FILE}, and training would read it as well; move it elsewhere")
 
 
 def _check_files(dataset: Path, meta: JsonObject) -> Optional[str]:
@@ -193,7 +193,7 @@ def _check_files(dataset: Path, meta: JsonObject) -> Optional[str]:
                               "again, or preprocess again")
     others = [name for name in sizes if name.endswith(_DATA_SUFFIX)]
     if dataset.is_file() and len(others) > 1:
-        return (f"{dataset} is one of {len(others)} files of its data set; name the folder {dataset.parent} to train "
+        return (f"{dataset} is one of {len(others)} files of its data set; use the folder {dataset.parent} to train "
                 "on all of them")
     return None
 
@@ -202,12 +202,12 @@ def check_length(dataset: Path, found: object, seq_length: int) -> None:
     """ConfigError if records of `found` tokens do not match the recipe's seq_length."""
     if found != seq_length + 1:
         made = f"--max_length {found - 1}" if isinstance(found, int) else "another length"
-        raise ConfigError(f"data set {dataset} has records of {found} tokens, the recipe's seq_length {seq_length} "
-                          f"needs {seq_length + 1}; it was made with {made}: preprocess with --max_length "
+        raise ConfigError(f"data set {dataset} has records of {found} tokens, but the recipe's seq_length {seq_length} "
+                          f"needs {seq_length + 1}; it was created with {made}: preprocess with --max_length "
                           f"{seq_length}, or set seq_length to it")
 
 
 def vocabulary_fault(dataset: Path, greatest: object, vocab_size: int) -> str:
     """The message about an id that the model has no embedding for."""
-    return (f"data set {dataset} holds token id {greatest}, the recipe's vocab_size is {vocab_size}; preprocess with "
-            "the tokenizer of the model, or correct the recipe")
+    return (f"data set {dataset} contains token id {greatest}, but the recipe's vocab_size is {vocab_size}; use "
+            "the model's tokenizer in preprocessing, or correct the recipe")

@@ -68,7 +68,7 @@ def read_pair(record: JsonObject) -> Parts:
     if _role(base[-1]) == BOT:
         end = _last_question(base)
         if texts_of(base[end:]) != texts_of(answer) or not _holds(base[end:], answer):
-            raise RecordError(_KIND, "the conversation ends with another answer than the chosen one; leave that out")
+            raise RecordError(_KIND, "the conversation ends with another answer than the chosen one; remove it")
         return Parts(base, end, rest)
     return Parts([*base, *answer], max(len(base), _last_question([*base, *answer])), rest)
 
@@ -77,11 +77,11 @@ def _whole(base: List[Any], answer: List[Any], rest: JsonObject) -> Parts:
     """A pair whose chosen conversation brings its question, or `base` does as well."""
     lead, own = ([message for message in messages if _role(message) == SYSTEM] for messages in (base, answer))
     if lead and own and not (texts_of(lead) == texts_of(own) and _holds(own, lead)):
-        raise RecordError("two system prompts", "those of the prompt and of the chosen conversation differ; leave one")
+        raise RecordError("two system prompts", "the prompt's and the chosen conversation's differ; keep one")
     turns = [message for message in base if _role(message) != SYSTEM]
     same = [message for message in answer if _role(message) != SYSTEM][:len(turns)]
     if not _begins_with(answer, base) or not _holds(same, turns):
-        raise RecordError(_KIND, "the chosen conversation does not begin with the question beside it")
+        raise RecordError(_KIND, "the chosen conversation does not start with the record's question")
     messages = answer if own else [*lead, *answer]
     return Parts(messages, max(len(messages) - len(answer) + len(turns), _last_question(messages)), rest)
 
@@ -109,7 +109,7 @@ def _one(record: JsonObject, keys: Tuple[str, ...]) -> Any:
     found = [record[key] for key in keys if not is_empty(record.get(key))]
     if any(value != found[0] for value in found):
         names = " and ".join(repr(key) for key in keys if not is_empty(record.get(key)))
-        raise RecordError("two values", f"keys {names} differ; leave one of them")
+        raise RecordError("two values", f"keys {names} differ; keep one of them")
     return found[0] if found else None
 
 
@@ -139,7 +139,7 @@ def _question(record: JsonObject) -> Tuple[List[Any], JsonObject]:
         raise RecordError("wrong shape", f"the question is {kind}; expected text or a list of messages")
     text = "\n".join(filter(None, texts))
     if inline and ("<_user>" in text or "<_bot>" in text):
-        raise RecordError(_KIND, "the question has markers of turns in its text; write it as a list of messages")
+        raise RecordError(_KIND, "the question contains turn markers; write it as a list of messages")
     return [*earlier_turns(rest.pop("history", None)), {"role": USER, "content": text}], rest
 
 

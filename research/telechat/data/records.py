@@ -60,7 +60,7 @@ def _conversation(record: object, data_format: str, notes: Tuple[str, ...]) -> C
     messages = list(conversation.messages)
     while messages and messages[-1].role not in (BOT, SYSTEM):
         messages.pop()                           # an unanswered question carries no training signal
-        notes = (*notes, "question at the end without answer left out")
+        notes = (*notes, "unanswered question at the end dropped")
     if not any(message.role == BOT for message in messages):
         raise RecordError("no answer", "no message from the bot")
     for number, message in enumerate(messages, 1):
@@ -77,7 +77,7 @@ def detect_format(raw: bytes) -> Optional[str]:
 
 def _parse_json(raw: bytes) -> Tuple[object, Tuple[str, ...]]:
     if not raw:
-        raise RecordError("too long", "the record is longer than a record may be")
+        raise RecordError("too long", "the record exceeds the length limit")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as err:

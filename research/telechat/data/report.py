@@ -176,7 +176,7 @@ def format_report(summary: JsonObject) -> str:
 def ignored_line(files: List[str]) -> str:
     """The message about files of the input folders that are not data."""
     rest = len(files) - _SHOWN_FILES
-    return f"ignored    files that are no data ({len(files):,}): {', '.join(files[:_SHOWN_FILES])}" + (
+    return f"ignored    files that are not data ({len(files):,}): {', '.join(files[:_SHOWN_FILES])}" + (
         f" and {rest} more" if rest > 0 else "")
 
 

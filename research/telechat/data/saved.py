@@ -20,8 +20,8 @@ def saved_files(folder: Path, files: List[Path]) -> List[Path]:
     folders = sorted({file.parent for file in files if file.suffix == ".arrow"})
     splits = _object(folder / _SPLITS).get("splits") if folders else None
     if isinstance(splits, list) and len(splits) > 1:
-        raise ConfigError(f"folder {folder} holds the splits {', '.join(map(str, splits))}; name those that are to be "
-                          f"trained on, such as {folder / str(splits[0])}")
+        raise ConfigError(f"folder {folder} contains the splits {', '.join(map(str, splits))}; name those to "
+                          f"train on, such as {folder / str(splits[0])}")
     names = {path: _names(path) for path in folders}
     for path in folders:
         for name in names[path] or ():
@@ -29,8 +29,8 @@ def saved_files(folder: Path, files: List[Path]) -> List[Path]:
                 raise ConfigError(f"folder {path}: the file {name}, which its {_STATE} names, is missing; copy it "
                                   "again, or save the data set again")
         if names[path] and _object(path / _STATE).get("_indices_data_files"):
-            raise ConfigError(f"folder {path} was saved with an index of its rows, by an old version of datasets; load "
-                              "it, and save what flatten_indices() gives")
+            raise ConfigError(f"folder {path} was saved with a row index by an old version of datasets; load "
+                              "it and save the result of flatten_indices()")
     chosen = []
     for file in files:
         current = names.get(file.parent) if file.suffix == ".arrow" else None

@@ -62,7 +62,7 @@ def check_records(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq
     dataset = Path(dataset_dir_or_file)
     files = data_files(dataset)
     if not files:
-        raise ConfigError(f"data set {dataset} holds no .mindrecord file; make one with telechat_preprocess.py")
+        raise ConfigError(f"data set {dataset} contains no .mindrecord file; create one with telechat_preprocess.py")
     for file in files:
         check_length(file, _first_length(file), seq_length)
     if rank() != 0:
@@ -71,7 +71,7 @@ def check_records(dataset_dir_or_file: Union[str, Path], *, vocab_size: int, seq
     known = _remembered(remember)
     found = known.get(key) or _read(files, seq_length, most_bytes)
     if found["lowest"] < 0:
-        raise ConfigError(f"data set {dataset} holds token id {found['lowest']} in input_ids; ids begin with 0, "
+        raise ConfigError(f"data set {dataset} contains token id {found['lowest']} in input_ids; ids start at 0, "
                           "preprocess again")
     if found["highest"] >= vocab_size:
         raise ConfigError(vocabulary_fault(dataset, found["highest"], vocab_size))
@@ -91,17 +91,17 @@ def _first_length(file: Path) -> int:
         record = next(iter(reader.get_next()), None)
         reader.close()
     except RuntimeError as err:
-        raise ConfigError(f"{file} is not a readable MindRecord file (is {file.name}.db beside it, and neither was "
+        raise ConfigError(f"{file} is not a readable MindRecord file (is {file.name}.db next to it, and neither "
                           f"renamed?): {reason(err)}; copy both again, or preprocess again") from err
     if record is None:
-        raise ConfigError(f"data set {file} is empty; preprocess again, and read what the command reports")
+        raise ConfigError(f"data set {file} is empty; preprocess again and check the command's report")
     for column in _COLUMNS:
         if column not in record:
-            raise ConfigError(f"data set {file} has no column {column!r}, only {', '.join(sorted(record))}; make it "
+            raise ConfigError(f"data set {file} has no column {column!r}, only {', '.join(sorted(record))}; create it "
                               "with telechat_preprocess.py")
     if record["labels"].size != record["input_ids"].size:
         raise ConfigError(f"data set {file}: input_ids has {record['input_ids'].size} tokens, labels "
-                          f"{record['labels'].size}; expected the same number, preprocess again")
+                          f"{record['labels'].size}; expected equal lengths, preprocess again")
     return int(record["input_ids"].size)
 
 
@@ -130,7 +130,7 @@ def _read(files: List[Path], seq_length: int, most_bytes: int) -> Dict[str, int]
                         check_length(files[0].parent, int(ids.shape[1]), seq_length)
                     bar.update(len(ids))
     except RuntimeError as err:
-        raise ConfigError(f"data set {files[0].parent} cannot be read to its end, or its records differ in length; "
+        raise ConfigError(f"data set {files[0].parent} cannot be read completely, or its records differ in length; "
                           f"copy it again or preprocess again: {reason(err)}") from err
     return found
 

@@ -11,7 +11,7 @@ from research.telechat.data.markers import is_empty
 from research.telechat.text.call_forms import call_ids
 from research.telechat.text.messages import BOT, ROLE_ALIASES, TOOL, USER
 
-REORDERED = "results of parallel tool calls put in the order of the calls"
+REORDERED = "results of parallel tool calls reordered to match the calls"
 _THOUGHTS = ("thinking", "reasoning")            # types of blocks, and keys of their texts
 _BLOCKS = (*_THOUGHTS, "tool_use", "tool_result")
 
@@ -120,8 +120,8 @@ def ordered(messages: List[Any]) -> Tuple[List[Any], Tuple[str, ...]]:
         names = [answer.get("tool_call_id") for answer in answers]
         if len(ids) > 1 and len(names) > 1 and all(isinstance(name, str) and name for name in names):
             if len(set(names)) != len(names) or not set(names) <= set(ids):
-                raise RecordError("result of another call", f"message {place + 1}: results of the calls "
-                                  f"{', '.join(map(repr, names))[:80]}, asked for {', '.join(map(repr, ids))[:80]}")
+                raise RecordError("result of another call", f"message {place + 1}: results for the calls "
+                                  f"{', '.join(map(repr, names))[:80]}, expected {', '.join(map(repr, ids))[:80]}")
             sorted_answers = sorted(answers, key=lambda answer: ids.index(answer["tool_call_id"]))
             notes += (REORDERED,) if sorted_answers != answers else ()
             answers = sorted_answers

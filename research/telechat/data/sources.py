@@ -79,7 +79,7 @@ def _folder_files(folder: Path, ignored: List[Path]) -> List[Path]:
     found = found or saved_files(folder, [file for file in files if file.suffix in tables.SUFFIXES])
     found = found or [file for file in files if texts.is_text(file)]
     if not found:
-        raise ConfigError(f"folder {folder} holds no data file (.jsonl or .json, also with .gz or .zst, .csv, "
+        raise ConfigError(f"folder {folder} contains no data file (.jsonl or .json, also with .gz or .zst, .csv, "
                           ".parquet, .txt); name the folder or the files with the data")
     ignored += [file for file in files if file not in set(found)]
     return found
@@ -185,7 +185,7 @@ def _listed_files(path: Path, ignored: Optional[List[Path]] = None) -> List[Sour
     sources = []
     for name, weight in listed.items():
         if not 0 <= weight < 1e6:
-            raise ConfigError(f"{path}: the weight of {name} is {weight}; expected a number from 0 on")
+            raise ConfigError(f"{path}: the weight of {name} is {weight}; expected a number of at least 0")
         found = next((file for file in (path.parent / name, Path(name)) if file.exists()), None)
         if found is None:
             raise ConfigError(f"{path} lists {name}, which is neither in the folder {path.parent} nor in the working "

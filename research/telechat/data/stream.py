@@ -28,7 +28,7 @@ _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BO
          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _FOREIGN = (
     (b"PK\x03\x04", "a zip archive or an Excel file; unpack it, or save it as CSV"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the data; fetch them with git lfs pull"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the data; fetch it with git lfs pull"),
     (b"<!DOCTYPE", "a web page; download the file itself"), (b"<html", "a web page; download the file itself"),
     (b"SQLite format 3", "an SQLite database; export its table as JSON lines"),
     (b"%PDF", "a PDF"), (b"\x80\x02", "a pickle"), (b"\x80\x04", "a pickle"),
@@ -51,10 +51,10 @@ def read_records(path: Path, note: Callable[[str], None] = lambda _: None, lines
             for number, record in _values(path, content, note, lines, lambda share: file.seek(int(share * size))):
                 yield number, record, file.tell()
     except EOFError as err:
-        raise ConfigError(f"input file {path} is cut off: {err}; copy it again") from err
+        raise ConfigError(f"input file {path} is truncated: {err}; copy it again") from err
     except Exception as err:
         if isinstance(err, OSError) or type(err).__name__ == "ZstdError":
-            raise ConfigError(f"input file {path} cannot be read to its end: {err}; is it complete?") from err
+            raise ConfigError(f"input file {path} cannot be read completely: {err}; is it complete?") from err
         raise
 
 
@@ -92,10 +92,10 @@ def _values(path: Path, content: io.BufferedReader, note: Callable[[str], None],
     text = head.decode(encoding, "replace").lstrip(" \t\r\n\ufeff")
     what = next((what for magic, what in _FOREIGN if head.startswith(magic)), None)
     if what is None and (text[:1] not in ("{", "[") or texts.is_text(path)) and "\x00" in text[:1000]:
-        what = "a binary file of an unknown kind"
+        what = "a binary file of unknown kind"
     if what:
         raise ConfigError(f"input file {path} is {what}; expected JSON lines, a JSON array, CSV, Parquet or "
-                          "a text")
+                          "plain text")
     separator = None if texts.is_text(path) else tables.separator(path, text)
     if separator:
         reader = io.TextIOWrapper(content, "utf-8-sig" if encoding == "utf-8" else encoding, _errors(encoding),
@@ -317,7 +317,7 @@ class _JsonValues:
             else:
                 self._value()
             self._note(f"records read from the list under {key[:40]!r}" if self._places > before else
-                       f"key {key[:40]!r} beside the list of records not used")
+                       f"key {key[:40]!r} next to the list of records is not used")
 
     def _member(self) -> Optional[str]:
         """The next key of an object; None at its end."""
@@ -360,7 +360,7 @@ class _JsonValues:
             return False
 
     def _fault(self, fault: str) -> ConfigError:
-        return ConfigError(f"input file {self._path}: the JSON array breaks off or has a fault behind record "
+        return ConfigError(f"input file {self._path}: the JSON array is truncated or invalid after record "
                            f"{self._places} (line {self._text.line}): {fault}; correct it there, or copy the file "
                            "again")
 

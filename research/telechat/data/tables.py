@@ -14,7 +14,7 @@ COLUMNAR = (".parquet", ".arrow")
 SUFFIXES = (".csv", ".tsv", *COLUMNAR)
 _LISTS = (*LISTS, "history", "tools", "functions", "rejected_messages")                  # JSON in a cell
 _ANSWERS = (*CHOSEN, *REJECTED, "prompt", "completion")              # JSON where it is messages, else a text
-FILLED = "file with null within its objects: keys that only other rows have, left out"
+FILLED = "file with nulls inside objects: keys that only other rows have, dropped"
 REPAIRED = "file with cells written as Python objects, read as JSON"
 _ROWS = 256                                  # rows of a columnar file in memory
 
@@ -65,7 +65,7 @@ def columnar_records(path: Path, head: bytes, done: Callable[[float], object],
                         yield number, filled.row(row)
     except (pyarrow.ArrowException, OSError) as err:
         reason = str(err).split("\n")[0]
-        raise ConfigError(f"input file {path} is a {kind} file that cannot be read behind row {number}: {reason}; "
+        raise ConfigError(f"input file {path} is a {kind} file that cannot be read after row {number}: {reason}; "
                           "copy it again") from err
 
 
@@ -128,7 +128,7 @@ def separated_records(path: Path, reader: TextIO, found: str, most: int,
                 continue
             number += 1
             if len(row) != len(names):
-                fault = f"a row of {len(row)} cells, {len(names)} columns have a name"
+                fault = f"a row of {len(row)} cells, but {len(names)} column names"
                 yield number, fault.encode()
                 continue
             notes: List[str] = []
@@ -139,7 +139,7 @@ def separated_records(path: Path, reader: TextIO, found: str, most: int,
                     noted.append(said)
             yield number, json.dumps(cells, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except csv.Error as err:
-        raise ConfigError(f"input file {path} is no readable CSV behind row {number}: {err}; correct it there, or "
+        raise ConfigError(f"input file {path} is not readable CSV after row {number}: {err}; correct it there, or "
                           "save it as JSON lines") from err
 
 

@@ -89,7 +89,7 @@ def _guard(call: Callable[[], _Result], process: BaseProcess) -> _Result:
         return call()
     except (EOFError, OSError):                              # OSError too: it died mid-message
         process.join(5)
-        raise WorkerError(f"a worker process has died (exit code {process.exitcode}; -9: it was killed, often for want "
+        raise WorkerError(f"a worker process died (exit code {process.exitcode}; -9: killed, often for lack "
                           "of memory); try again with a smaller --num_workers") from None
 
 
@@ -115,7 +115,7 @@ def _work(make: Callable[[], Callable[[_Item], _Result]], connection: Connection
         except Exception as err:
             known = isinstance(err, (ValueError, OSError, MemoryError))
             finished.put((True, err if known else WorkerError(
-                "a worker process met a fault of the program; please report this:\n" + "".join(
+                "a worker process hit a bug; please report this:\n" + "".join(
                     traceback.format_exception(type(err), err, err.__traceback__)))))
 
 

@@ -57,7 +57,7 @@ class DatasetWriter:
         self._batch = max(_BATCH_BYTES // self._record_bytes, 1)
         self._file_records = max(file_bytes // self._record_bytes // self._batch, 1) * self._batch
         if self._record_bytes > _MOST_PAGE // 2:
-            raise ConfigError(f"records of {self._record_bytes} bytes are more than MindRecord takes "
+            raise ConfigError(f"records of {self._record_bytes} bytes exceed MindRecord's limit "
                               f"({_MOST_PAGE // 2}); choose a smaller length")
         self._held: List[Dict[str, np.ndarray]] = []
         self._writer: Optional[FileWriter] = None
@@ -164,7 +164,7 @@ class DatasetWriter:
         try:
             from mindspore.mindrecord import FileWriter
         except ImportError as err:
-            raise ConfigError(f"MindSpore cannot be imported, which writes the data set: {err}; activate the "
+            raise ConfigError(f"MindSpore, which writes the data set, cannot be imported: {err}; activate the "
                               "environment that has it") from err
 
         stem, suffix = DATASET_NAME.split(".")

@@ -72,11 +72,11 @@ def read_settings(given: Optional[JsonObject]) -> JsonObject:
     until = given.pop("until", None) or []
     until = [until] if isinstance(until, str) else list(until)
     if not all(isinstance(stop, str) for stop in until):
-        raise ConfigError(f"generation_kwargs.until: expected texts, found {until!r}")
+        raise ConfigError(f"generation_kwargs.until: expected strings, found {until!r}")
     limits = [given.pop(name) for name in _LIMITS if name in given]
     wanted = next((limit for limit in limits if limit is not None), DEFAULT_NEW_TOKENS)
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
-        raise ConfigError(f"generation_kwargs.max_gen_toks: expected a whole number over 0, found {wanted!r}")
+        raise ConfigError(f"generation_kwargs.max_gen_toks: expected a positive whole number, found {wanted!r}")
     sample = bool(given.pop("do_sample", False)) and given.get("temperature") != 0
     settings = {"do_sample": sample, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0,
                 "min_new_tokens": 0}

@@ -36,11 +36,11 @@ BENCHMARKS = (
     Benchmark("BBH", "bbh", "bbh", "exact_match", None, 100, False, "3 worked examples in each task"),
     Benchmark("GSM8K", "gsm8k", "gsm8k", "exact_match", 4, 100, False, "last number of the answer"),
     Benchmark("MATH", "minerva_math", "minerva_math", "math_verify", None, 100, False,
-              "4 worked examples of Minerva's; published: exact match of the official script"),
-    Benchmark("HumanEval", "humaneval", "humaneval_instruct", "pass@1", None, 100, False, "one answer, the likeliest"),
-    Benchmark("MBPP", "mbpp", "mbpp", "pass_at_1", None, 100, False, "3 examples; one answer, the likeliest"),
+              "the 4 worked examples of Minerva; published: exact match from the official script"),
+    Benchmark("HumanEval", "humaneval", "humaneval_instruct", "pass@1", None, 100, False, "one greedy answer"),
+    Benchmark("MBPP", "mbpp", "mbpp", "pass_at_1", None, 100, False, "3 examples; one greedy answer"),
     Benchmark("IFEval", "ifeval", "ifeval", "prompt_level_strict_acc", None, 100, False,
-              "prompts whose instructions are all followed, strictly; published: not said which of four figures"),
+              "prompts with all instructions followed, strict; published: one of four figures, not stated which"),
     Benchmark("AlignBench", "alignbench", "alignbench", "", None, 1, True, "another judge than GPT-4"),
     Benchmark("MT-bench", "mt_bench", "mt_bench", "", None, 1, True, "another judge than GPT-4"))
 
@@ -157,7 +157,7 @@ def draw_card(rows: Sequence[CardRow], path: Path) -> bool:
         axis.set_yticks(range(len(shown)), [row.benchmark + (f" ({row.questions})" if row.questions else "")
                                             for row in shown], fontsize=8)
         axis.set_xlim(0, 108)
-        axis.set_xlabel("correct, %; ratings of a judge times ten")
+        axis.set_xlabel("correct, %; judge ratings times ten")
         axis.legend(fontsize=8, loc="lower right")
         axis.grid(visible=False, axis="y")
         save(figure, path)

@@ -94,7 +94,7 @@ def data_from(folder: Optional[Path], only_files: bool = False) -> Iterator[None
         place = _local(folder, path)
         files = find_files(place, name) if place else {}
         if place and not files:
-            raise ConfigError(f"--data: {place} has no files of the data set {path}"
+            raise ConfigError(f"--data: {place} has no files for the data set {path}"
                               + (f", configuration {name!r}" if name else "") + "; expected, for example, "
                               + (f"test/{name}_test.csv or {name}/test.jsonl" if name else
                                  SINGLE_FILES.get(place.name.lower(), (("test.jsonl",), ""))[0][0].replace("*", "")))

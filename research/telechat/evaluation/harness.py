@@ -142,8 +142,8 @@ class TelechatLM(TemplateLM):
         """Both as ids, encoded together as the harness does; without a context, after the start token."""
         if context:
             if self.renderer.thinks and self._reasons(self.tok_encode(context)):
-                raise ConfigError("this model begins its answers with reasoning, behind which no log-likelihood can be "
-                                  "scored; leave --apply_chat_template out, or take tasks that generate")
+                raise ConfigError("this model starts its answers with reasoning, after which no log-likelihood can be "
+                                  "scored; omit --apply_chat_template, or use tasks that generate")
             return super()._encode_pair(context, continuation)
         return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
 
@@ -159,9 +159,9 @@ class TelechatLM(TemplateLM):
             fitted = fit(context or [self.prefix_token_id], continuation, self.max_length)
             texts.append(pair)
             scored.append(fitted.scored._replace(ids=np.array(fitted.scored.ids, np.int32)))
-            lost["requests lost the beginning of their context"] += fitted.lost_context > 0
-            lost["requests lost the beginning of the text to score"] += fitted.lost_target > 0
-            lost["requests have no token to score (log-likelihood 0)"] += not fitted.scored.count
+            lost["requests had their context truncated"] += fitted.lost_context > 0
+            lost["requests had their scored text truncated"] += fitted.lost_target > 0
+            lost["requests have no tokens to score (log-likelihood 0)"] += not fitted.scored.count
         for what, count in lost.items():
             self._report(what, count, len(scored))
         results = self.scorer.score(scored, "log-likelihoods")
@@ -226,12 +226,12 @@ class TelechatLM(TemplateLM):
         limits = (longest - thinking, thinking)
         self._report(f"answers are limited to {limits[0]} tokens instead of {wanted}",
                      len(group) * (limits[0] < wanted), len(group))
-        self._report(f"answers have {thinking} tokens for reasoning instead of {self.thinking_tokens}",
+        self._report(f"answers may use {thinking} tokens for reasoning instead of {self.thinking_tokens}",
                      len(group) * (reasons and thinking < self.thinking_tokens), len(group))
-        self._report("prompts lost their beginning", sum(len(each.ids) > budget.prompt for each in group),
+        self._report("prompts were truncated at the start", sum(len(each.ids) > budget.prompt for each in group),
                      len(group))
         if unknown:
-            self._report(f"prompts have settings that are not known: {', '.join(unknown)}", len(group), len(group))
+            self._report(f"prompts have unknown settings: {', '.join(unknown)}", len(group), len(group))
         renderer, sampling = self.renderer, Sampling(**settings)
         ends = frozenset({renderer.end_id, *end_tokens(self.model.config.eos_token_id),
                           *([renderer.user_id] if renderer.user_id is not None else [])})
@@ -265,8 +265,8 @@ class TelechatLM(TemplateLM):
                     scheduler.submit(asked[-1].request)
             while not all(listener.finished for listener in listeners.values()):
                 if not scheduler.step() and not all(listener.finished for listener in listeners.values()):
-                    raise RuntimeError("the scheduler has ended before all answers; its listener has failed")
-        self._report("answers did not end their reasoning within its limit",
+                    raise RuntimeError("the scheduler ended before all answers were complete; a listener failed")
+        self._report("answers did not finish their reasoning within the limit",
                      sum(listener.answer.reasoning for listener in listeners.values()), len(asked))
         return [listeners[prompt.number] for prompt in prompts]
 

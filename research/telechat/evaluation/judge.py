@@ -57,7 +57,7 @@ class Store:
                 record = json.loads(line)
                 self.texts[record["key"]] = record["text"]
             except (ValueError, KeyError, TypeError):
-                raise ConfigError(f"{path}, line {number}: expected one of the {kind} of an earlier run; give another "
+                raise ConfigError(f"{path}, line {number}: expected one of the {kind} of an earlier run; use another "
                                   "--output, or remove the file") from None
             whole += len(line)
 
@@ -86,9 +86,9 @@ def _checked(url: str) -> str:
         parts = urllib.parse.urlsplit(url)
         fits = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError as err:
-        raise ConfigError(f"--judge_url: {url!r} is no address: {err}") from None
+        raise ConfigError(f"--judge_url: {url!r} is not a valid URL: {err}") from None
     if parts.username is not None:
-        raise ConfigError(f"--judge_url: no user and password in the address; the key comes from {' or '.join(KEYS)}")
+        raise ConfigError(f"--judge_url must not contain a user or password; the key is read from {' or '.join(KEYS)}")
     if not fits or not url.isascii() or not url.isprintable() or " " in url:
         raise ConfigError(f"--judge_url: expected http://HOST... or https://HOST..., found {url!r}")
     return url
@@ -115,7 +115,7 @@ class Judge:
         for name in KEYS:
             self._key = self._key or os.environ.get(name, "").strip()
             if not (self._key.isascii() and self._key.isprintable()):
-                raise ConfigError(f"{name}: expected a key of printable ASCII characters in one line, found others "
+                raise ConfigError(f"{name}: expected a one-line key of printable ASCII characters, found others "
                                   "(not shown); set it again")
 
     def ask(self, messages: Messages) -> str:
@@ -138,8 +138,8 @@ class Judge:
             except (OSError, http.client.HTTPException) as err:
                 reason = str(getattr(err, "reason", err)) or type(err).__name__
         key = "" if self._key else f"; no key is set ({' or '.join(KEYS)})"
-        raise ConfigError(f"--judge_url: {self.url} does not answer: {reason}{key}; what was judged is kept, the same "
-                          "command goes on")
+        raise ConfigError(f"--judge_url: {self.url} does not answer: {reason}{key}; judgments are kept, rerun the same "
+                          "command to continue")
 
     def _text(self, data: bytes) -> str:
         try:
@@ -157,7 +157,7 @@ def _said(err: urllib.error.HTTPError) -> str:
         text = " ".join(err.read(300).decode("utf-8", "replace").split())
     except (OSError, http.client.HTTPException):
         text = ""
-    return f"it redirects to {place}, where the key is not sent; give that address" if place else text
+    return f"it redirects to {place}, where the key is not sent; use that URL" if place else text
 
 
 def judge_all(judge: Judge, store: Store, asked: Sequence[Tuple[Messages, JsonObject]], at_once: int = 4,

@@ -48,7 +48,7 @@ def read_bench(name: str, data: Optional[str]) -> Bench:
         raise ConfigError(f"--judge: expected {' or '.join(readers)}, found {name!r}")
     names = {"alignbench": "AlignBench", "mt_bench": "mt_bench"}
     if not data:
-        raise ConfigError(f"--judge: {name} needs --data DIR, with its published files in DIR/{names[name]} (see "
+        raise ConfigError(f"--judge: {name} needs --data DIR with its published files in DIR/{names[name]} (see "
                           "docs/evaluation.md)")
     known = {path.name.lower(): path for path in Path(data).iterdir() if path.is_dir()} if Path(data).is_dir() else {}
     if names[name].lower() not in known:
@@ -116,7 +116,7 @@ def _read_align(folder: Path) -> Bench:
         kind = kinds.get(str(record["subcategory"]))
         if kind not in sets:
             raise ConfigError(f"--data: {folder}: question {record['question_id']} is of {record['subcategory']!r}, "
-                              "for which config/ names no dimensions")
+                              "for which config/ lists no dimensions")
         dimensions = "".join(f"{number}. {name}: {meanings.get(name)}\n" for number, name in enumerate(sets[kind], 1))
         fields = {"category": record["category"], "dimensions": dimensions, "question": record["question"],
                   "reference": record["reference"]}
@@ -142,7 +142,7 @@ def _align_prompt(folder: Path) -> str:
                 return node.value.value
     except SyntaxError as err:
         raise ConfigError(f"--data: {path}: not a Python file ({err})") from err
-    raise ConfigError(f"--data: {path} has no text named base_prompt; write the judge's prompt to "
+    raise ConfigError(f"--data: {path} has no string base_prompt; write the judge's prompt to "
                       f"{folder / 'judge_prompt.txt'}")
 
 
@@ -150,7 +150,7 @@ def _filled(template: str, fields: JsonObject, where: Path) -> str:
     try:
         return template.format(**fields)
     except (KeyError, IndexError, ValueError) as err:
-        raise ConfigError(f"--data: {where}: the judge's prompt has a field that is not known: {err}; known are "
+        raise ConfigError(f"--data: {where}: the judge's prompt has an unknown field: {err}; known fields: "
                           f"{', '.join(fields)}") from err
 
 
@@ -213,7 +213,7 @@ def _read_mt(folder: Path) -> Bench:
 
 def _turns(found: object, path: Path, record: JsonObject, name: str) -> List[str]:
     if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
-        raise ConfigError(f"--data: {path}: question {record['question_id']}: expected {name} to be texts, found "
+        raise ConfigError(f"--data: {path}: question {record['question_id']}: expected {name} to be strings, found "
                           f"{str(found)[:80]}")
     return found
 

@@ -80,10 +80,10 @@ def check_programs(loaded: JsonObject, allowed: bool) -> bool:
     """
     isolated, own = code_tasks(loaded)
     if own:
-        raise ConfigError(f"--tasks: {', '.join(own)} runs generated programs in a way of its own, without isolation; "
-                          "this command runs only those that use the metric code_eval")
+        raise ConfigError(f"--tasks: {', '.join(own)} runs generated programs its own way, without isolation; "
+                          "only tasks that use the metric code_eval are supported")
     if isolated and not allowed:
-        raise ConfigError(f"--tasks: {', '.join(isolated)} runs programs that the model writes; allow it with "
+        raise ConfigError(f"--tasks: {', '.join(isolated)} runs programs written by the model; allow it with "
                           "--allow_code_execution (in isolation; docs/evaluation.md says what that protects from)")
     if isolated:
         check_isolation()
@@ -96,6 +96,6 @@ def check_reasoning(loaded: JsonObject) -> None:
     scored = [name for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE != "generate_until"]
     if scored:
         more = ", ..." if len(scored) > 3 else ""
-        raise ConfigError(f"--tasks: {', '.join(scored[:3])}{more} scores log-likelihoods, which cannot be had "
-                          "behind the reasoning with which this model begins its answers; leave "
-                          "--apply_chat_template out, or take tasks that generate")
+        raise ConfigError(f"--tasks: {', '.join(scored[:3])}{more} scores log-likelihoods, which cannot be computed "
+                          "after the reasoning with which this model starts its answers; omit "
+                          "--apply_chat_template, or use tasks that generate")

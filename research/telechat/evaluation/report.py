@@ -68,7 +68,7 @@ def judged_table(judged: Dict[str, JsonObject]) -> str:
         cells.append([name, "all", found["judgments"], found["score"]])
         cells += [["", category, None, float(value)] for category, value in found["categories"].items()]
     lines = [table(cells, 2)]
-    lines += [f"{name}: {found['unread']} judgments hold no rating and do not count" for name, found in judged.items()
+    lines += [f"{name}: {found['unread']} judgments without a rating are not counted" for name, found in judged.items()
               if found["unread"]]
     return "\n".join(lines)
 

@@ -46,7 +46,7 @@ def run_program(program: str, limits: Limits = DEFAULT_LIMITS) -> str:
     Raises ConfigError if the isolation cannot be set up; the program was not run then.
     """
     if not sys.platform.startswith("linux"):
-        raise ConfigError(f"--allow_code_execution needs Linux for the isolation of programs, found {sys.platform}")
+        raise ConfigError(f"--allow_code_execution needs Linux to isolate programs, found {sys.platform}")
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="telechat-program-") as root:
         order = {**limits._asdict(), "token": token, "root": os.path.realpath(root), "paths": _paths(),
@@ -62,8 +62,8 @@ def run_program(program: str, limits: Limits = DEFAULT_LIMITS) -> str:
     except ValueError:
         outcome = {"refused": done.stderr.decode("utf-8", "replace").strip()[-300:] or f"exit code {done.returncode}"}
     if "refused" in outcome:
-        raise ConfigError(f"generated code is not run: its isolation cannot be set up ({outcome['refused']}); it needs "
-                          "namespaces of Linux, as root with CAP_SYS_ADMIN or with user namespaces allowed (see "
+        raise ConfigError(f"generated code not run: its isolation cannot be set up ({outcome['refused']}); it needs "
+                          "Linux namespaces, as root with CAP_SYS_ADMIN or with unprivileged user namespaces (see "
                           "docs/evaluation.md)")
     return outcome["result"]
 
@@ -125,7 +125,7 @@ def check_isolation() -> None:
         os.chmod(file.name, 0o644)
         result = run_program(_PROBE.format(file=file.name, processes=Limits().processes))
     if result != "passed":
-        raise ConfigError(f"generated code is not run: its isolation does not hold ({result}); see docs/evaluation.md")
+        raise ConfigError(f"generated code not run: its isolation is incomplete ({result}); see docs/evaluation.md")
 
 
 class CodeEval:

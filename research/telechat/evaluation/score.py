@@ -71,7 +71,7 @@ class Scorer:
 
     def __init__(self, model: TelechatForCausalLM, batch_size: int = 8, progress: bool = True):
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"--batch_size: expected a whole number over 0, found {batch_size!r}")
+            raise ConfigError(f"--batch_size: expected a positive whole number, found {batch_size!r}")
         plan = model.config.parallel_config
         if plan.context_parallel > 1 or plan.pipeline_stage > 1:
             raise ConfigError(f"evaluation runs with data and model parallelism only; the recipe has context_parallel "

@@ -42,15 +42,15 @@ def load_tasks(names: Sequence[str], include_path: Optional[str] = None, data: O
     """
     for option, folder in (("--include_path", include_path), ("--data", data)):
         if folder and not Path(folder).is_dir():
-            raise ConfigError(f"{option}: {folder} is no folder")
+            raise ConfigError(f"{option}: {folder} is not a folder")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # it repeats itself without a network
     manager = _manager(names, include_path)
     for name in names:
         if name not in manager.all_tasks:
             near = near_names(name, manager.all_tasks)
-            raise ConfigError(f"--tasks: {name!r} is no task of lm-evaluation-harness {harness_version()}"
-                              + (f"; near names: {', '.join(near)}" if near else "")
-                              + ("" if include_path else "; tasks of your own need --include_path DIR"))
+            raise ConfigError(f"--tasks: {name!r} is not a task of lm-evaluation-harness {harness_version()}"
+                              + (f"; similar names: {', '.join(near)}" if near else "")
+                              + ("" if include_path else "; your own tasks need --include_path DIR"))
     check_needs(names, data)
     with data_from(Path(data) if data else None, only_files):
         try:
@@ -109,7 +109,7 @@ def set_shots(loaded: JsonObject, num_fewshot: Optional[int], seed: int) -> List
         elif num_fewshot is not None or own is None:
             if num_fewshot and len(list(task.fewshot_docs())) < num_fewshot:
                 raise ConfigError(f"--num_fewshot is {num_fewshot}: {name} has only {len(list(task.fewshot_docs()))} "
-                                  "solved examples; give that number, or less")
+                                  "solved examples; use that number, or fewer")
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=seed)
     return kept

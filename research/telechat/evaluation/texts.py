@@ -51,7 +51,7 @@ def read_records(name: str) -> List[Record]:
                 if err.kind != "empty text":
                     raise ConfigError(f"--perplexity: {file}, record {number}: {err}") from err
     if not records:
-        raise ConfigError(f"--perplexity: {name} holds no text")
+        raise ConfigError(f"--perplexity: {name} contains no text")
     return records
 
 

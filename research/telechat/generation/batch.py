@@ -42,7 +42,7 @@ def read_prompts(input_ids: object, pad_token_id: Optional[int], vocab_size: int
             first = 0 if pad_token_id == bos_token_id or not kept.size else kept[0]
             ids = ids[first:kept[-1] + 1 if kept.size else 0]
         if not ids.size:
-            raise ConfigError(f"prompt {number} is empty (or holds nothing but padding); give it one token at least")
+            raise ConfigError(f"prompt {number} is empty (or only padding); pass at least one token")
         check_tokens(ids, vocab_size, f"prompt {number}")
         prompts.append(ids.astype(np.int32))
     return prompts
@@ -66,7 +66,7 @@ def check_tokens(ids: np.ndarray, vocab_size: int, what: str) -> None:
     if ids.min() < 0 or ids.max() >= vocab_size:
         wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
         raise ConfigError(f"{what} holds token {wrong}, but the model's vocabulary has {vocab_size} "
-                          "tokens: the tokenizer belongs to another model; take the checkpoint's own")
+                          "tokens: the tokenizer belongs to another model; use the checkpoint's own")
 
 
 def check_room(prompts: Sequence[np.ndarray], limits: Sequence[int], context: int) -> None:
@@ -77,10 +77,10 @@ def check_room(prompts: Sequence[np.ndarray], limits: Sequence[int], context: in
     for number, (prompt, limit) in enumerate(zip(prompts, limits)):
         if len(prompt) >= context:
             raise ConfigError(f"prompt {number} has {len(prompt)} tokens, but the model's seq_length is {context}: "
-                              "shorten it, or set a longer seq_length")
+                              "shorten it, or raise seq_length")
         if len(prompt) >= limit:
             raise ConfigError(f"prompt {number} has {len(prompt)} tokens, but max_length is {limit}: "
-                              "raise max_length, or give max_new_tokens instead")
+                              "raise max_length, or set max_new_tokens instead")
 
 
 class Row:

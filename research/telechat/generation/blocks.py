@@ -58,7 +58,7 @@ class BlockPool:
     def give(self, blocks: Sequence[int]) -> None:
         """Release a user's blocks. The end of a sequence is evicted before its beginning."""
         for block in reversed(blocks):
-            assert self._users[block] > 0, f"block {block} is given back, but nobody has it"
+            assert self._users[block] > 0, f"block {block} is freed, but not in use"
             self._users[block] -= 1
             if not self._users[block]:
                 if block in self._content:

@@ -129,8 +129,8 @@ class _Engine:
         """Log once that a sequence of `length` tokens has to be recomputed."""
         if not self._told_stale:
             self._told_stale = True
-            logger.warning("At %s tokens the rotary scaling changes with the length of the text: the KV cache is "
-                           "filled anew whenever it does, past training_seqlen (%s) at every token. "
+            logger.warning("At %s tokens the rotary scaling depends on the length of the text: the KV cache is "
+                           "refilled at each change, beyond training_seqlen (%s) at every token. "
                            "model_config.rope_length fixes the scaling.", length, self.config.training_seqlen)
 
 

@@ -172,7 +172,7 @@ class TelechatGenerationMixin(Model):
             if other is not scheduler and needed > pool.available:
                 other.put_aside()
         if needed > pool.available:
-            raise ConfigError(f"{pool.total - pool.available} of the {pool.total} blocks of the KV cache are in use by "
+            raise ConfigError(f"{pool.total - pool.available} of the {pool.total} blocks of the KV cache are used by "
                               f"a scheduler of this model, and {needed} are needed: submit the request there")
 
     def _schedulers(self) -> "weakref.WeakSet[Scheduler]":
@@ -208,7 +208,7 @@ class TelechatGenerationMixin(Model):
         wanted = [config.max_length if new is None else len(prompt) + new for prompt in prompts]
         check_room(prompts, wanted, context)
         if max(wanted) > context:
-            logger.warning("%s tokens of prompt and answer exceed the model's seq_length; it ends at %s.",
+            logger.warning("%s tokens of prompt and answer exceed the model's seq_length; generation stops at %s.",
                            max(wanted), context)
         return [min(limit, context) for limit in wanted]
 

@@ -26,7 +26,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.slots < 1 or self.prefill_tokens < 1 or list(self.buckets) != sorted(set(self.buckets)) or (
                 not self.buckets or self.buckets[0] < 1):
-            raise ConfigError(f"scheduler: expected slots and prefill_tokens over 0 and ascending buckets, found "
+            raise ConfigError(f"scheduler: expected positive slots and prefill_tokens, and ascending buckets, found "
                               f"{self.slots}, {self.prefill_tokens} and {self.buckets}")
 
     def bucket(self, count: int) -> int:

@@ -203,8 +203,8 @@ class Follower(_Rank):
                 break
             except (ConnectionError, FileNotFoundError) as error:
                 if time.monotonic() > end:
-                    raise WorkerError(f"rank 0 does not answer at {address} within {timeout:.0f} s; "
-                                      "its own log says why") from error
+                    raise WorkerError(f"rank 0 did not answer at {address} within {timeout:.0f} s; "
+                                      "see its log") from error
                 time.sleep(_BETWEEN_TRIES)
         self._on_loss = on_loss
         self._ended = False

@@ -54,7 +54,7 @@ class Request:
         least = 0 if self.prompt_logprobs else 1
         checks = (("prompt", len(self.prompt) > 0, "at least one token", self.prompt),
                   ("max_new_tokens", _whole(self.max_new_tokens) and self.max_new_tokens >= least,
-                   f"a whole number, {least} at least", self.max_new_tokens),
+                   f"a whole number, at least {least}", self.max_new_tokens),
                   ("seed", self.seed is None or (_whole(self.seed) and 0 <= self.seed < 2 ** 32),
                    "a whole number from 0 to 2^32 - 1", self.seed),
                   ("top_logprobs", _whole(self.top_logprobs) and self.top_logprobs >= NO_LOGPROBS,

@@ -35,17 +35,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         # Published settings combine temperature 0 with do_sample False.
-        checks = (("temperature", self.temperature, "a number over 0 (for the likeliest token, set do_sample to False)",
+        checks = (("temperature", self.temperature, "a number above 0 (for greedy decoding, set do_sample to False)",
                    _number(self.temperature) and self.temperature >= (0 if not self.do_sample else 1e-9)),
                   ("top_k", self.top_k, "a whole number, 0 for all tokens",
                    self.top_k is None or (isinstance(self.top_k, (int, np.integer)) and self.top_k >= 0)),
-                  ("top_p", self.top_p, "a number over 0, at most 1",
+                  ("top_p", self.top_p, "a number above 0, at most 1",
                    self.top_p is None or (_number(self.top_p) and 0 < self.top_p <= 1)),
-                  ("repetition_penalty", self.repetition_penalty, "a number over 0 (1: none)",
+                  ("repetition_penalty", self.repetition_penalty, "a number above 0 (1: none)",
                    _number(self.repetition_penalty) and self.repetition_penalty > 0),
                   ("presence_penalty", self.presence_penalty, "a number", _number(self.presence_penalty)),
                   ("frequency_penalty", self.frequency_penalty, "a number", _number(self.frequency_penalty)),
-                  ("logit_bias", self.logit_bias, "pairs of a token and a number",
+                  ("logit_bias", self.logit_bias, "pairs of token and number",
                    all(token >= 0 and _number(bias) for token, bias in self.logit_bias)))
         for name, value, expected, good in checks:
             if not good:
@@ -80,7 +80,7 @@ def adjust(logits: np.ndarray, seen: np.ndarray, new_tokens: int, eos: Iterable[
         logits[ids] -= np.float32(sampling.presence_penalty)
     for token, bias in sampling.logit_bias:
         if token >= len(logits):
-            raise ConfigError(f"logit_bias: token {token} is not among the {len(logits)} of the model's vocabulary")
+            raise ConfigError(f"logit_bias: token {token} is outside the model's vocabulary of {len(logits)}")
         logits[token] += np.float32(bias)
     if new_tokens < sampling.min_new_tokens:
         logits[[token for token in eos if 0 <= token < len(logits)]] = -np.inf

@@ -133,11 +133,11 @@ class Scheduler:
         self._check(request)
         with self._lock:
             if self._draining:
-                raise Draining("no new requests are taken: those under way are finished, then the service ends")
+                raise Draining("no new requests: running ones are completed, then the service stops")
             waiting = len(self._waiting) + sum(order.request is not None for order in self._inbox)
             if waiting >= self.settings.max_queue and not self.settings.together:
                 seconds = self._estimate(waiting)
-                raise QueueFull(f"{waiting} requests wait already, the most that may; try again in {seconds:.0f} s",
+                raise QueueFull(f"the queue is full ({waiting} requests); try again in {seconds:.0f} s",
                                 seconds)
             self._number += 1
             number = self._number
@@ -256,18 +256,18 @@ class Scheduler:
         check_tokens(np.asarray(request.prompt), engine.vocab_size, "the prompt")
         for token, _ in request.sampling.logit_bias:
             if token >= engine.vocab_size:
-                raise ConfigError(f"logit_bias: token {token} is not among the {engine.vocab_size} of the model's "
-                                  "vocabulary")
+                raise ConfigError(f"logit_bias: token {token} is outside the model's vocabulary of "
+                                  f"{engine.vocab_size}")
         if request.prompt_logprobs and not engine.pieces:
-            raise ConfigError("prompt_logprobs: this engine gives no log-probabilities of prompts")
+            raise ConfigError("prompt_logprobs: this engine does not compute log-probabilities of prompts")
         total = len(request.prompt) + request.max_new_tokens
         pool = engine.pool
         limit = min(engine.context, pool.total * pool.block_size) if pool else engine.context
         if total > limit:
             what = ("the model's seq_length is" if limit == engine.context else
                     "the KV cache (num_blocks times block_size) holds")
-            raise RequestTooLong(f"the prompt has {len(request.prompt)} tokens and the answer may have "
-                                 f"{request.max_new_tokens}, but {what} {limit}: shorten the prompt, or ask for fewer "
+            raise RequestTooLong(f"the prompt has {len(request.prompt)} tokens and the answer up to "
+                                 f"{request.max_new_tokens}, but {what} {limit}: shorten the prompt, or request fewer "
                                  "tokens", limit)
 
     def _estimate(self, waiting: int) -> float:

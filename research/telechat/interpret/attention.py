@@ -51,7 +51,7 @@ def forbidden(queries: int, keys: int, mask: Optional[Array], before: int, behin
             raise ExecutionError("FlashAttentionScore: sparse mode 1 has no mask; pass one, or use mode 0")
         return mask != 0
     if mode not in (2, 3, 4):
-        raise ExecutionError(f"FlashAttentionScore: sparse mode {mode} is not known; expected 0 to 4")
+        raise ExecutionError(f"FlashAttentionScore: unknown sparse mode {mode}; expected 0 to 4")
     if not _is_triangle(mask):
         raise ExecutionError(f"FlashAttentionScore: sparse mode {mode} needs the compressed triangle of {COMPRESSED} x "
                              f"{COMPRESSED}, ones above the diagonal; found "
@@ -153,7 +153,7 @@ class _Call:
                  before: int, behind: int, layout: int, mode: int, empty_band: bool):
         for value, name in ((shift, "pse_shift"), (padding, "padding_mask"), (prefix, "prefix")):
             if value is not None:
-                raise ExecutionError(f"{node}: input {name} is not known to the interpreter; leave it out")
+                raise ExecutionError(f"{node}: the interpreter does not support input {name}; omit it")
         self.layout = LAYOUTS[layout]
         self.heads, self.keep, self.scale, self.mode = heads, keep, scale, mode
         self.before, self.behind, self.empty_band = before, behind, empty_band
@@ -165,7 +165,7 @@ class _Call:
         """Raises ExecutionError if heads or lengths do not match."""
         if q.shape[1] != self.heads or k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
             raise ExecutionError(f"FlashAttentionScore: query {q.shape}, key {k.shape} and value {v.shape} as [B, N, "
-                                 f"S, D] do not fit each other, or head_num {self.heads}")
+                                 f"S, D] do not match each other, or head_num {self.heads}")
 
     def heads_of(self, x: Array, q: Array) -> Array:
         """x as [B, N, S, D]; head size as in q."""
@@ -188,7 +188,7 @@ def flash_attention(node: Node, q: Array, k: Array, v: Array, shift: Given, drop
         copies = (*qh.shape[:3], _COPIES)
         return np.broadcast_to(top, copies), np.broadcast_to(total, copies), empty, _from_heads(result, call.layout)
     if drop is not None:
-        raise ExecutionError(f"{node}: dropout in layout {call.layout} is not known to the interpreter")
+        raise ExecutionError(f"{node}: the interpreter does not support dropout in layout {call.layout}")
     width = q.shape[-1] // heads if call.layout == "TH" else q.shape[-1]
     qt, kt, vt = (x.reshape(x.shape[0], -1, width) for x in (q, k, v))
     tops, totals = np.zeros((len(qt), heads, 1)), np.zeros((len(qt), heads, 1))
@@ -218,7 +218,7 @@ def flash_attention_grad(node: Node, q: Array, k: Array, v: Array, dy: Array, sh
     call = _Call(node, shift, padding, prefix, heads, keep, scale, before, behind, layout, mode, empty_band)
     empty = np.zeros(0, q.dtype)
     if call.layout == "TH":
-        raise ExecutionError(f"{node}: the interpreter knows no gradient in layout TH, which is for inference")
+        raise ExecutionError(f"{node}: the interpreter has no gradient for layout TH, which is for inference")
     if call.layout != "TND":
         qh, kh, vh, dyh, rh = (call.heads_of(x, q) for x in (q, k, v, dy, result))
         call.check(qh, kh, vh)

@@ -18,9 +18,9 @@ def store(x: np.ndarray, cache: np.ndarray, slots: np.ndarray) -> np.ndarray:
     tokens = x.reshape(-1, *cache.shape[2:])
     places = np.ravel(slots)
     if len(tokens) != len(places):
-        raise ExecutionError(f"ReshapeAndCache: {len(tokens)} tokens, but {len(places)} slots")
+        raise ExecutionError(f"ReshapeAndCache: {len(tokens)} tokens for {len(places)} slots")
     if places.size and (places.max() >= len(rows) or places.min() < -1):
-        raise ExecutionError(f"ReshapeAndCache: slots {places.min()} to {places.max()} of a cache of {len(rows)} "
+        raise ExecutionError(f"ReshapeAndCache: slots {places.min()} to {places.max()} in a cache of {len(rows)} "
                              "tokens")
     rows[places[places >= 0]] = tokens[places >= 0]
     return result
@@ -30,7 +30,7 @@ def paged_attention(node: Node, query: np.ndarray, keys: np.ndarray, values: np.
                     lengths: np.ndarray, *rest: Any) -> np.ndarray:
     """One query per sequence over its first `lengths` tokens. query: [..., N D]; the result has its shape."""
     if any(value is not None for value in rest[:5]):
-        raise ExecutionError(f"{node}: quantised caches, masks and lengths of queries are not known to the interpreter")
+        raise ExecutionError(f"{node}: the interpreter does not support quantised caches, masks or query lengths")
     heads, scale, kv_heads = rest[5:8]
     counts = np.ravel(lengths)
     q = query.reshape(len(counts), heads, -1)

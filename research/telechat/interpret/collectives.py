@@ -63,7 +63,7 @@ def _exchange(arrivals: Sequence[Arrival]) -> List[Any]:
         sources = _several(arrival.attrs["recv_rank_ids"])
         missing = [source for source in sources if (source, rank) not in sent]
         if missing:
-            raise ExecutionError(f"rank {rank} at {arrival.place}: ranks {missing} send it nothing")
+            raise ExecutionError(f"rank {rank} at {arrival.place}: ranks {missing} send nothing to it")
         results.append(tuple(sent[source, rank] for source in sources))
     return results
 
@@ -75,14 +75,14 @@ def _all_to_all_v(arrivals: Sequence[Arrival]) -> List[Any]:
         counts = [int(count) for count in _several(arrival.attrs["send_numel_list"])]
         flat = np.ravel(arrival.value)
         if sum(counts) != flat.size:
-            raise ExecutionError(f"{arrival.place}: send_numel_list {counts} of {flat.size} elements")
+            raise ExecutionError(f"{arrival.place}: send_numel_list {counts} for {flat.size} elements")
         pieces.append(np.split(flat, np.cumsum(counts)[:-1]))
     results = []
     for number, arrival in enumerate(arrivals):
         got = [piece[number] for piece in pieces]
         counts = [int(count) for count in _several(arrival.attrs["recv_numel_list"])]
         if [part.size for part in got] != counts:
-            raise ExecutionError(f"{arrival.place}: recv_numel_list {counts}, sent are {[part.size for part in got]}")
+            raise ExecutionError(f"{arrival.place}: recv_numel_list {counts}, but sent: {[part.size for part in got]}")
         results.append(np.concatenate(got))
     return results
 
@@ -115,7 +115,7 @@ def complete(arrivals: Sequence[Arrival]) -> List[Any]:
         return _exchange(arrivals)
     if first.op in ("AlltoAllV", "AllToAllv"):
         return _all_to_all_v(arrivals)
-    raise ExecutionError(f"{first.place}: collective {first.op} is not known to the interpreter")
+    raise ExecutionError(f"{first.place}: the interpreter does not support the collective {first.op}")
 
 
 def _stuck(waiting: Dict[int, Request], ended: Sequence[int]) -> str:
@@ -128,8 +128,8 @@ def _stuck(waiting: Dict[int, Request], ended: Sequence[int]) -> str:
             away = [other for other, its in here.items()
                     if not (isinstance(its, Arrival) and its.group == request.group)]
             lines.append(f"rank {rank} waits in {request.op} at {request.place} for ranks {away}")
-    over = f"; ranks {list(ended)} have ended" if ended else ""
-    return "no rank can go on: " + "; ".join(lines) + over
+    over = f"; ranks {list(ended)} have finished" if ended else ""
+    return "every rank waits: " + "; ".join(lines) + over
 
 
 def run(ranks: Dict[int, Execution], box: Box) -> Dict[int, Any]:
@@ -174,6 +174,6 @@ def run(ranks: Dict[int, Execution], box: Box) -> Dict[int, Any]:
             raise ExecutionError(_stuck(waiting, sorted(results)))
     left = {key: len(values) for key, values in box.items() if values}
     if left:
-        raise ExecutionError("sent, but never received (from, to, tag): " + ", ".join(
+        raise ExecutionError("sent but never received (from, to, tag):  " + ", ".join(
             f"{key} {count} times" for key, count in left.items()))
     return results

@@ -72,7 +72,7 @@ def _tensor(message: Any) -> Optional[np.ndarray]:
     if not message.raw_data and 0 not in shape:
         return None
     if message.compression_type or message.external_data.ByteSize():
-        raise ExecutionError(f"constant {message.name}: compressed and external values are not read; export the graph "
+        raise ExecutionError(f"constant {message.name}: compressed or external values cannot be read; export the graph "
                              "without them")
     if message.data_type == BFLOAT16:
         values = (np.frombuffer(message.raw_data, np.uint16).astype(np.uint32) << 16).view(np.float32)

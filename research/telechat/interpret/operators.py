@@ -42,7 +42,7 @@ def _matmul(node: Node, x: Array, y: Array, transpose_x: bool = False, transpose
     x = np.swapaxes(x, -1, -2) if transpose_x else x
     y = np.swapaxes(y, -1, -2) if transpose_y else y
     if node.op == "BatchMatMul" and x.shape[:-2] != y.shape[:-2] and 1 not in (*x.shape[:-2], *y.shape[:-2]):
-        raise ExecutionError(f"{node}: batches {x.shape[:-2]} and {y.shape[:-2]} do not fit each other")
+        raise ExecutionError(f"{node}: batch shapes {x.shape[:-2]} and {y.shape[:-2]} do not match")
     return np.matmul(x, y)
 
 
@@ -79,19 +79,19 @@ def _split(node: Node, x: Array, axis: Axis = None, count: Optional[int] = None)
 
 def _split_with_size(node: Node, x: Array, sizes: Sequence[int], axis: int = 0) -> Tuple[Array, ...]:
     if sum(sizes) != x.shape[axis]:
-        raise ExecutionError(f"{node}: pieces {tuple(sizes)} of an axis of {x.shape[axis]}")
+        raise ExecutionError(f"{node}: sizes {tuple(sizes)} do not add up to the axis of {x.shape[axis]}")
     return tuple(np.split(x, np.cumsum(sizes)[:-1], axis))
 
 
 def _in_range(node: Node, index: Array, limit: int) -> None:
     if index.size and (index.min() < 0 or index.max() >= limit):
-        raise ExecutionError(f"{node}: index {index.min()} to {index.max()} of an axis of {limit}; on a device that "
-                             "gives anything, or zeros")
+        raise ExecutionError(f"{node}: index {index.min()} to {index.max()} is outside axis size {limit}; a device may "
+                             "return anything, or zeros")
 
 
 def _gather(node: Node, x: Array, index: Array, axis: int, batch_dims: int = 0) -> Array:
     if batch_dims:
-        raise ExecutionError(f"{node}: batch_dims {batch_dims} are not known to the interpreter")
+        raise ExecutionError(f"{node}: the interpreter does not support batch_dims {batch_dims}")
     _in_range(node, np.asarray(index), x.shape[int(axis)])
     return np.take(x, index, int(axis))
 
@@ -119,7 +119,7 @@ def _places(node: Node, begin: Sequence[int], end: Sequence[int], strides: Seque
             end_mask: int = 0, ellipsis_mask: int = 0, new_axis_mask: int = 0, shrink_axis_mask: int = 0
             ) -> Tuple[Union[int, slice], ...]:
     if ellipsis_mask or new_axis_mask:
-        raise ExecutionError(f"{node}: ellipsis_mask and new_axis_mask are not known to the interpreter")
+        raise ExecutionError(f"{node}: the interpreter does not support ellipsis_mask and new_axis_mask")
     places: list = []
     for axis, (first, last, step) in enumerate(zip(begin, end, strides)):
         if shrink_axis_mask >> axis & 1:

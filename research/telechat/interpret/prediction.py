@@ -29,8 +29,8 @@ def _inputs(compiled: Compiled, graph: str, given: Dict[str, np.ndarray]) -> Lis
     names = [name for name, _ in compiled.programs[0][graph].inputs]
     unknown = [name for name in names if name not in given]
     if unknown:
-        raise ExecutionError(f"graph {graph} takes {', '.join(unknown)}, which the interpreter does not make; known "
-                             f"are {', '.join(_INPUTS)}")
+        raise ExecutionError(f"graph {graph} takes {', '.join(unknown)}, which the interpreter cannot make; supported "
+                             f"inputs: {', '.join(_INPUTS)}")
     return [given[name] for name in names]
 
 
@@ -88,12 +88,12 @@ class Comparison(NamedTuple):
         for step, gap in enumerate(self.steps):
             if not gap <= LIMIT:
                 where = f"; the first operator that differs is {self.first}" if self.first else ""
-                return (f"the logits of {'decoding ' + str(step) if step else 'the prompt'} differ from the uncut "
+                return (f"the logits of {'step ' + str(step) if step else 'the prompt'} differ from the unsharded "
                         f"model's by {gap:.1e} (limit {LIMIT:.0e}){where}")
         if not self.again <= LIMIT:
-            return (f"decoding differs from reading prompt and answer at once by {self.again:.1e} (limit {LIMIT:.0e}): "
-                    "cache or mask are wrong")
-        return "" if self.same_tokens else "the plan generates other tokens than the uncut model"
+            return (f"decoding differs from one pass over prompt and answer by {self.again:.1e} (limit {LIMIT:.0e}): "
+                    "the cache or the mask is wrong")
+        return "" if self.same_tokens else "the plan generates different tokens from the unsharded model"
 
     def as_json(self) -> JsonObject:
         """As a JSON object."""

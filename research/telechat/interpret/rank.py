@@ -55,7 +55,7 @@ class Rank:
         self.values: Dict[str, np.ndarray] = {}
         for key, parameter in program.parameters.items():
             if parameter.name not in parameters:
-                raise ExecutionError(f"rank {number}: parameter {parameter.name} of the graph was not given")
+                raise ExecutionError(f"rank {number}: parameter {parameter.name} of the graph is missing")
             value = settle(parameters[parameter.name], parameter.dtype, precise)
             if value.shape != parameter.shape:
                 raise ExecutionError(f"rank {number}: {parameter.name} has the shape {parameter.shape} in the graph, "
@@ -123,7 +123,7 @@ class Rank:
         if key in self.references:
             return self.references[key]
         if key not in self.program.constants:
-            raise ExecutionError(f"rank {self.number}: {key} is not known in graph {graph}")
+            raise ExecutionError(f"rank {self.number}: {key} is undefined in graph {graph}")
         value = self.program.constants[key]
         if self.precise and isinstance(value, np.ndarray) and value.dtype.kind == "f":
             return value.astype(np.float64)
@@ -153,7 +153,7 @@ class Rank:
         if node.op not in self.operators:
             raise ExecutionError(f"rank {self.number}: the interpreter does not know the operator {node.op} "
                                  f"({node.place}, attributes {sorted(node.attrs)}); add it to "
-                                 "research/telechat/interpret/operators.py, or plan without what needs it")
+                                 "research/telechat/interpret/operators.py, or use a plan that does not need it")
         try:
             with np.errstate(all="ignore"):
                 return self.operators[node.op](node, *inputs)
@@ -196,7 +196,7 @@ class Rank:
             if not isinstance(value, tuple) or node.op == "TensorToTuple":     # length known only at run time
                 return value
             if len(form) != len(value):
-                raise ExecutionError(f"rank {self.number}: {node} gives {len(value)} results, the graph says "
+                raise ExecutionError(f"rank {self.number}: {node} returns {len(value)} results, the graph expects "
                                      f"{len(form)}")
             return tuple(self._checked(node, one, its) for one, its in zip(value, form))
         if isinstance(value, tuple):
@@ -205,5 +205,5 @@ class Rank:
         value = settle(value, dtype, self.precise)
         unused = node.op == "FlashAttentionScore" and (1,) in (shape[-1:], value.shape)      # not given in its layout
         if min(shape, default=0) >= 0 and value.shape != shape and not unused:
-            raise ExecutionError(f"rank {self.number}: {node} gives {value.shape}, the graph says {shape}")
+            raise ExecutionError(f"rank {self.number}: {node} returns shape {value.shape}, the graph expects {shape}")
         return value

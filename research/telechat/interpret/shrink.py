@@ -40,8 +40,8 @@ def fewer_ranks(degrees: Dict[str, int], ranks: int) -> Dict[str, int]:
         result[largest] //= 2
     if product() != ranks:
         raise ConfigError(f"--ranks {ranks}: data {degrees['dp']} x model {degrees['mp']} x pipeline {degrees['pp']} x "
-                          f"context parallelism {degrees['cp']} cannot be halved to {ranks} ranks; name a number that "
-                          "it can, or set the degrees (--parallel_config.model_parallel ...)")
+                          f"context parallelism {degrees['cp']} cannot be halved to {ranks} ranks; use a number that "
+                          "works, or set the degrees (--parallel_config.model_parallel ...)")
     return result
 
 
@@ -91,7 +91,7 @@ def shrink(recipe: JsonObject, ranks: int, sizes: Sizes) -> JsonObject:
         model.update(batch_size=2, block_size=BLOCK_SIZE, num_blocks=BLOCKS, max_decode_length=model["seq_length"])
     faults = find_faults(read_plan(small), ranks)
     if faults:
-        raise ConfigError(f"the small recipe cannot run: {faults[0]}")
+        raise ConfigError(f"the scaled-down recipe cannot run:  {faults[0]}")
     return small
 
 

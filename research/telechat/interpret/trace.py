@@ -86,7 +86,7 @@ class Difference(NamedTuple):
     gap: float
 
     def __str__(self) -> str:
-        return f"{self.key}, by {self.gap:.1e} of its largest number"
+        return f"{self.key}, by {self.gap:.1e} of its largest value"
 
 
 def first_difference(plan: Trace, uncut: Trace) -> Optional[Difference]:

@@ -137,14 +137,14 @@ class Comparison(NamedTuple):
         where = f"; the first operator that differs is {self.first}" if self.first else ""
         if self.leak > LIMIT:
             return (f"the loss of the first half of a sequence changes by {self.leak:.1e} with the tokens of the "
-                    f"second half: attention looks into the future{where}")
+                    f"second half: attention sees future tokens{where}")
         name = self.first_parameter()
         if name:
-            return (f"{name} is the first parameter that differs from the uncut model's, by "
+            return (f"{name} is the first parameter that differs from the unsharded model's, by "
                     f"{self.differences[name]:.1e} of its largest change (limit {LIMIT:.0e}); the largest difference "
                     f"is {self.worst:.1e}{where or '; the forward pass is right'}")
         if not self.loss_gap <= LIMIT:
-            return f"loss or norm differ from the uncut model's by {self.loss_gap:.1e} (limit {LIMIT:.0e}){where}"
+            return f"loss or norm differ from the unsharded model's by {self.loss_gap:.1e} (limit {LIMIT:.0e}){where}"
         return ""
 
     def as_json(self) -> JsonObject:
@@ -182,7 +182,7 @@ class Rounding(NamedTuple):
         if self.between_plans <= ROUNDING_LIMIT * self.of_types + ROUNDING_FLOOR:
             return ""
         return (f"in the declared types loss or norm differ between the plan and one rank by {self.between_plans:.1e}, "
-                f"more than rounding makes of them, {self.of_types:.1e}")
+                f"more than rounding explains ({self.of_types:.1e})")
 
 
 def rounding(compiled: Compiled, uncut: Compiled, steps: int = 2, seed: int = 0) -> Rounding:

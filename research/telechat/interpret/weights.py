@@ -50,8 +50,8 @@ def _place(compiled: Compiled, name: str, rank: int, shape: Sequence[int], held:
         place = [(0, size) if size != part * ways else (rank % ways * part, (rank % ways + 1) * part)
                  for size, part in zip(shape, held)]
     if tuple(stop - start for start, stop in place) != tuple(held):
-        raise ExecutionError(f"rank {rank}: {name} of {tuple(shape)} is {tuple(held)} in the graph, by the strategy "
-                             f"files it is {place}")
+        raise ExecutionError(f"rank {rank}: {name} of {tuple(shape)} is {tuple(held)} in the graph, but {place} by the "
+                             "strategy files")
     return tuple(slice(start, stop) for start, stop in place)
 
 
@@ -61,7 +61,7 @@ def cut(weights: Weights, compiled: Compiled, rank: int, graph: str) -> Weights:
     for parameter in compiled.programs[rank][graph].parameters.values():
         if parameter.name not in weights:
             if not parameter.name.startswith("accu_grads"):
-                raise ExecutionError(f"rank {rank} has the parameter {parameter.name}, the uncut model has not")
+                raise ExecutionError(f"rank {rank} has a parameter {parameter.name} that the unsharded model lacks")
             result[parameter.name] = np.zeros(parameter.shape)
             continue
         value = weights[parameter.name]
@@ -100,12 +100,12 @@ def merge(held: Sequence[Weights], weights: Weights, compiled: Compiled) -> Merg
                 stages.setdefault(name, rank // stage_ranks)
             elif np.abs(known - value).max() > _COPIES_EQUAL:
                 if stages[name] == rank // stage_ranks:
-                    raise ExecutionError(f"{name}: rank {rank} holds something else than a rank that should hold the "
-                                         f"same, by up to {np.abs(known - value).max():.1e}")
+                    raise ExecutionError(f"{name}: rank {rank} differs from another rank that should hold the "
+                                         f"same values, by up to {np.abs(known - value).max():.1e}")
                 stale.add(name)
     missing = [name for name in weights if name not in result or np.isnan(result[name]).any()]
     if missing:
-        raise ExecutionError(f"no rank holds all of {', '.join(missing[:3])}")
+        raise ExecutionError(f"no rank holds the whole of {', '.join(missing[:3])}")
     return Merged(result, sorted(stale))
 
 

@@ -66,7 +66,7 @@ def lines(plan: Plan, rank: int) -> List[str]:
     taken, spare, advised = buffer_bytes(plan, rank, size), spare_bytes(plan), recommended_mb(plan)
     count = f"{len(names)} communicator{'s' if len(names) > 1 else ''} ({', '.join(names)})"
     text = (f"HCCL buffers: {count} x 2 x {size} MB = {taken / 1e9:.1f} GB, of the "
-            f"{spare / 1e9:.1f} GB that max_device_memory leaves of a card's {plan.chip.memory_gb:g}")
+            f"{spare / 1e9:.1f} GB that max_device_memory leaves free of a card's {plan.chip.memory_gb:g}")
     if taken > SUBSTANTIAL * spare and advised < size:
         text += f"; HCCL_BUFFSIZE={advised} is recommended: {buffer_bytes(plan, rank, advised) / 1e9:.1f} GB"
     return [text]

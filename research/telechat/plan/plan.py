@@ -153,7 +153,7 @@ def _section(recipe: JsonObject, key: str) -> JsonObject:
 def _gigabytes(text: object) -> float:
     match = re.fullmatch(r"\s*([\d.]+)\s*GB\s*", str(text or "64GB"), re.IGNORECASE)
     if not match:
-        raise ConfigError(f"context.max_device_memory: expected for example '58GB', found {text!r}")
+        raise ConfigError(f"context.max_device_memory: expected a size such as '58GB', found {text!r}")
     return float(match.group(1))
 
 
@@ -224,7 +224,7 @@ def stage_layers(plan: Plan) -> List[List[int]]:
             f"{plan.model.num_layers} layers on {plan.pp * plan.virtual_stages} stages leave {rest} to be added")
     layers = [[share + value for value in row] for row in rows]
     if min(map(min, layers)) < 0 or any(count < 1 for row in layers for count in row[1:-1]):
-        raise ConfigError(f"model_config.offset {offset!r} leaves a pipeline stage without layers: {layers}")
+        raise ConfigError(f"model_config.offset {offset!r} leaves a pipeline stage with no layers:  {layers}")
     return layers
 
 
@@ -305,11 +305,11 @@ def _sequence_faults(plan: Plan) -> List[str]:
         faults.append("context parallelism needs model_config.attention_dropout_prob 0")
     if model.use_ring_attention:
         if plan.ulysses == plan.cp:
-            faults.append("model_config.use_ring_attention has nothing to pass around where all of context_parallel "
+            faults.append("model_config.use_ring_attention has nothing to send when all of context_parallel "
                           "shards heads: set context_parallel_algo to colossalai_cp or hybrid_cp, or "
                           "use_ring_attention to False")
         if model.mask_pad_tokens or model.document_boundaries:
-            faults.append("model_config.use_ring_attention knows no mask but the causal one: set mask_pad_tokens and "
+            faults.append("model_config.use_ring_attention supports only the causal mask: set mask_pad_tokens and "
                           "document_boundaries to False, or use_ring_attention to False")
     return faults
 
@@ -323,7 +323,7 @@ def _pipeline_faults(plan: Plan) -> List[str]:
             faults.append(str(err))
         if plan.training and plan.micro_batches < plan.pp:
             faults.append(f"parallel_config.micro_batch_num ({plan.micro_batches}) must be at least pipeline_stage "
-                          f"({plan.pp}), better four times as much: with fewer, stages never work at the same time")
+                          f"({plan.pp}), ideally four times that: with fewer, the stages never run concurrently")
         if plan.model.pp_interleave_num > 1 and plan.virtual_stages == 1:
             faults.append("model_config.pp_interleave_num is set, but parallel.pipeline_config.pipeline_interleave is "
                           "not: set it to True (and pipeline_scheduler to 1f1b)")
@@ -341,7 +341,7 @@ def _pipeline_faults(plan: Plan) -> List[str]:
         tokens = plan.model.num_blocks * plan.model.block_size
         if plan.model.use_past and plan.model.seq_length > tokens:
             faults.append(f"model_config.num_blocks ({plan.model.num_blocks}) * block_size "
-                          f"({plan.model.block_size}) = {tokens} tokens do not hold one sequence of seq_length "
+                          f"({plan.model.block_size}) = {tokens} tokens cannot hold one sequence of seq_length "
                           f"({plan.model.seq_length}): set num_blocks to at least "
                           f"{math.ceil(plan.model.seq_length / plan.model.block_size)}")
     return faults
@@ -357,25 +357,25 @@ def find_notes(plan: Plan) -> List[str]:
     notes = []
     vocab = plan.model.vocab_size
     if plan.mp > 1 and not plan.vocab_emb_dp and vocab % plan.mp:
-        notes.append(f"vocab_size {vocab} is not a multiple of model_parallel {plan.mp}: embedding table and head stay "
-                     "whole on every card")
+        notes.append(f"vocab_size {vocab} is not a multiple of model_parallel {plan.mp}: embedding table and head are "
+                     "replicated on every card")
     if plan.training and plan.dp * plan.cp > 1 and not plan.optimizer_sharded:
-        notes.append("parallel.enable_parallel_optimizer is off: every data-parallel rank keeps the whole optimizer "
+        notes.append("parallel.enable_parallel_optimizer is off: every data-parallel rank keeps the full optimizer "
                      "state")
     if plan.training and plan.pp > 1 and bubble(plan) > 0.2:
         notes.append(f"the pipeline is idle {bubble(plan):.0%} of the time: raise parallel_config.micro_batch_num")
     if plan.lora_rank and plan.sequence_parallel:
         notes.append("LoRA with use_seq_parallel sends more than without: MindFormers' adapter gathers what sequence "
-                     "parallelism has scattered (these figures do not count it); set use_seq_parallel to False")
+                     "parallelism has scattered (not counted in these figures); set use_seq_parallel to False")
     if plan.ulysses > 1 and not plan.alltoall:
         notes.append("parallel.enable_alltoall is off: context parallelism over heads gathers whole tensors instead of "
                      "exchanging parts; set it to True")
     if plan.cp > 1 and plan.model.use_ring_attention:
-        notes.append("model_config.use_ring_attention: for keys behind its own a card asks the attention kernel for a "
-                     "band of no width, which may let tokens see later ones (docs/parallel.md); leave it out, gathered "
-                     "keys or ulysses_cp do the same")
+        notes.append("model_config.use_ring_attention: for keys after its own, a card asks the attention kernel for a "
+                     "zero-width band, which may expose later tokens (docs/parallel.md); disable it: gathered "
+                     "keys or ulysses_cp compute the same")
     if plan.mp > 8:
-        notes.append(f"model_parallel {plan.mp} reaches beyond the eight cards of a machine, over its slow links")
+        notes.append(f"model_parallel {plan.mp} spans machines of eight cards and uses the slow links between them")
     return notes
 
 

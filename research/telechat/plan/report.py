@@ -90,7 +90,7 @@ def text(plan: Plan, rank: int, mfu: float) -> str:
     layers = [cost_of(plan, stage * (plan.ranks // plan.pp)).layers for stage in range(plan.pp)]
     parts = [headline(plan), "Memory of a card in GB (* estimated):", memory_table(plan, memories, layers)]
     if cost.traffic:
-        when = "in a step" if plan.training else f"while a prompt of {plan.model.seq_length} tokens is read"
+        when = "in a step" if plan.training else f"while processing a prompt of {plan.model.seq_length} tokens"
         parts += [f"Sent by rank {rank} (pipeline stage {cost.stage}) {when}:", traffic_table(plan, cost)]
     speed = tokens_per_second(plan, mfu)
     lines = [f"{flops_per_token(plan) / GB:.2f} GFLOP per token" + (
@@ -174,5 +174,5 @@ def compared(cost: Cost, compiled: JsonObject) -> List[List[object]]:
         mine = cost.sent_by("purpose")
         for purpose in sorted(mine.keys() | communication["by_purpose"].keys()):
             add(f"sent for {purpose}", mine.get(purpose, 0), communication["by_purpose"].get(purpose, 0))
-        add("sent in all", cost.sent, communication["bytes"])
+        add("total sent", cost.sent, communication["bytes"])
     return rows

@@ -199,7 +199,7 @@ def search(recipe: JsonObject, cards: int, sequences: int, margin: float = MARGI
     """
     start = read_plan(recipe)
     if not start.training:
-        raise ConfigError("--search looks for plans of training with this option; run_mode is not finetune")
+        raise ConfigError("--search with this option searches training plans; run_mode is not finetune")
     tried = sorted(shapes(start, cards, sequences), key=lambda shape: (shape.pp, shape.mp, shape.virtual))
     found: List[Found] = []
     for number, shape in enumerate(tried):
@@ -210,7 +210,7 @@ def search(recipe: JsonObject, cards: int, sequences: int, margin: float = MARGI
     if not found:
         raise ConfigError(f"no plan of {start.model.net_name or 'this model'} with {start.model.seq_length} tokens per "
                           f"sequence and {sequences} sequences per step fits {cards} cards of {start.limit_gb:g} GB: "
-                          "give more cards, another --global_batch, or a shorter --seq_length")
+                          "use more cards, another --global_batch, or a shorter --seq_length")
     return found
 
 
@@ -274,8 +274,8 @@ def search_prediction(recipe: JsonObject, cards: int, margin: float = MARGIN, le
             found.append(Served(mp, batch, memory.parameters / 1e9, left / 1e9, context, time.tokens_per_second,
                                 time.seconds))
     if not found:
-        raise ConfigError(f"{start.model.net_name or 'this model'} with a sequence of {length} tokens does not fit "
-                          f"{cards} card(s) of {start.limit_gb:g} GB: give more cards, or a shorter --seq_length")
+        raise ConfigError(f"{start.model.net_name or 'this model'} with one sequence of {length} tokens does not fit "
+                          f"{cards} card(s) of {start.limit_gb:g} GB: use more cards, or a shorter --seq_length")
     return found
 
 

@@ -46,10 +46,10 @@ def search_table(found: Sequence[Found], now: StepTime) -> str:
                      f"{time.seconds:.2f}", f"{time.tokens_per_second / time.ranks:,.0f}",
                      f"{_PARTS[time.limit]} {_share(time, time.limit)}"])
     first = found[0].time
-    lines = [table(rows), "", "estimated, the first: " + ", ".join(
+    lines = [table(rows), "", "estimate for the first:  " + ", ".join(
         f"{_PARTS[name]} {seconds:.2f} s" for name, seconds in first.parts.items() if seconds >= 0.005)]
     if now.ranks == first.ranks and now.tokens == first.tokens:
-        lines.append(f"the recipe as it is: {now.seconds:.2f} s per step, {now.tokens_per_second / now.ranks:,.0f} "
+        lines.append(f"the recipe as given:  {now.seconds:.2f} s per step, {now.tokens_per_second / now.ranks:,.0f} "
                      f"tokens/s/card; the first plan takes {1 - first.seconds / now.seconds:.0%} less time")
     return "\n".join(lines)
 
@@ -68,7 +68,7 @@ def prediction_table(found: Sequence[Served]) -> str:
                                  "ms/token"]]
     rows += [[one.cards, one.batch, f"{one.weights_gb:.1f}", f"{one.cache_gb:.1f}", f"{one.context:,}",
               f"{one.tokens_per_second:,.0f}", f"{1e3 * one.seconds_per_token:.1f}"] for one in found]
-    return table(rows) + "\nestimated; GB of each card, tokens/s of all sequences of a batch together"
+    return table(rows) + "\nestimated; GB per card, tokens/s over all sequences of a batch"
 
 
 def draw_search(found: Sequence[Found], path: Path) -> None:
@@ -88,7 +88,7 @@ def draw_search(found: Sequence[Found], path: Path) -> None:
         left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, frameon=False)
         right.barh(places, [one.memory_gb for one in found], color=LIGHT, edgecolor=_GRAYS[0])
         right.axvline(found[0].plan.limit_gb, color="black", linestyle="--", label="max_device_memory")
-        right.set_title("GB of the fullest card")
+        right.set_title("GB on the fullest card")
         right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
         save(figure, path)
 
@@ -129,9 +129,9 @@ def check_target(source: Path, path: Path) -> None:
     """Raise ConfigError unless `write_recipe` may write `path`: it is new, or of an earlier search, and `source`
     neither is nor inherits it."""
     if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(MARK):
-        raise ConfigError(f"{path} exists and was not written by a search; name another file with --write_recipe")
+        raise ConfigError(f"{path} exists and was not written by a search; use another file with --write_recipe")
     if path.resolve() in recipe_files(source):
-        raise ConfigError(f"--write_recipe {path}: {source} is or inherits this file; name another one")
+        raise ConfigError(f"--write_recipe {path}: {source} is or inherits this file; use another one")
 
 
 def write_recipe(best: Found, recipe: JsonObject, source: Path, path: Path) -> None:
@@ -155,11 +155,11 @@ def write_recipe(best: Found, recipe: JsonObject, source: Path, path: Path) -> N
     other = replace(read_plan(written), chip=plan.chip)
     differ = [name for name, value in vars(plan).items() if getattr(other, name) != value]
     if differ:
-        raise ConfigError(f"--write_recipe {path}: not written, as it would be another plan ({', '.join(differ)}); "
-                          "this is an error of the search, please report it")
+        raise ConfigError(f"--write_recipe {path}: not written because it would be another plan ({', '.join(differ)}); "
+                          "this is a bug in the search, please report it")
     body = yaml.safe_dump({"base_config": base, **kept}, sort_keys=False, allow_unicode=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "\n".join(head) + "\n" + body)
     except OSError as err:
-        raise ConfigError(f"--write_recipe {path}: {err.strerror or err}; name another file") from err
+        raise ConfigError(f"--write_recipe {path}: {err.strerror or err}; use another file") from err

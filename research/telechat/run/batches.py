@@ -42,23 +42,23 @@ def settle_batches(config: MindFormerConfig) -> None:
     - Accumulation on a CPU, which MindFormers leaves out: training/accumulation.py.
 
     Raises:
-        ConfigError: the parts of a step are no positive whole numbers or cannot be had, or the step is another's.
+        ConfigError: a number of parts that is not positive or not possible, or an unknown training step.
     """
     if config.get("run_mode") not in ("train", "finetune"):
         return
     runner, plan = config.get("runner_config") or {}, config.get("parallel_config") or {}
     wrapper = config.get("runner_wrapper")
     if (config.get("parallel") or {}).get("gradients_mean"):
-        logger.warning("parallel.gradients_mean is False, not True: gradients are sums, divided once by the number of "
+        logger.warning("parallel.gradients_mean is set to False: gradients are summed, then divided by the number of "
                        "tokens of all ranks.")
         config.parallel["gradients_mean"] = False
     if config.get("calculate_per_token_loss") is False:
-        logger.warning("calculate_per_token_loss is True, not False: every token of a step weighs the same.")
+        logger.warning("calculate_per_token_loss is set to True: all tokens of a step are weighted equally.")
     config.calculate_per_token_loss = True
     kind = wrapper.get("type") if wrapper else None
     if kind not in _STEPS:
-        raise ConfigError(f"runner_wrapper.type: expected {', '.join(_STEPS[:2])}, found {kind}; others would train "
-                          "the mean of the means of a batch's parts")
+        raise ConfigError(f"runner_wrapper.type: expected {', '.join(_STEPS[:2])}, found {kind}; others would average "
+                          "per-part means instead of tokens")
     wrapper["calculate_per_token_loss"] = True
     if kind == "MFTrainOneStepCell":
         wrapper["type"] = "TelechatTrainOneStepCell"
@@ -68,8 +68,8 @@ def settle_batches(config: MindFormerConfig) -> None:
         raise ConfigError(f"micro_batch_interleave_num is {interleave}, which does not divide runner_config.batch_size "
                           f"({runner.get('batch_size', 1)}); choose a divisor, or 1")
     if by_plan(config) and plan.get("seq_split_num", 1) > 1:
-        raise ConfigError(f"parallel_config.seq_split_num is {plan['seq_split_num']}: MindFormers cannot weigh tokens "
-                          "alike in a pipeline over parts of sequences; set it to 1")
+        raise ConfigError(f"parallel_config.seq_split_num is {plan['seq_split_num']}: MindFormers cannot weight tokens "
+                          "equally in a pipeline over sequence parts; set it to 1")
     if steps == 1:
         return
     if by_plan(config):
@@ -95,7 +95,7 @@ def _whole(value: object, key: str) -> int:
     if value is None:
         return 1
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{key}: expected a whole number over 0, found {value!r}")
+        raise ConfigError(f"{key}: expected a positive whole number, found {value!r}")
     return value
 
 

@@ -95,7 +95,7 @@ def adapt_to_cpu(config: MindFormerConfig) -> None:
             raise ConfigError(f"parallel_config.{key} is {plan[key]}: a CPU runs data parallelism only; set it to 1 "
                               "or run on Ascend")
     if config.use_parallel and workers() == 1:
-        logger.info("use_parallel is set, but this is a single process: it runs alone.")
+        logger.info("use_parallel is set, but there is a single process; running without communication.")
         config.use_parallel = False
     plan["data_parallel"] = workers() if config.use_parallel else 1
     parallel = config.setdefault("parallel", MindFormerConfig())
@@ -114,7 +114,7 @@ def limit_readers(config: MindFormerConfig) -> None:
     for name in ("train_dataset", "eval_dataset"):
         section = config.get(name) or {}
         if int(section.get("num_parallel_workers") or 1) > most:
-            logger.info("%s.num_parallel_workers is %s, and there are %d cores: %d are used.", name,
+            logger.info("%s.num_parallel_workers is %s, but there are %d cores: using %d.", name,
                         section["num_parallel_workers"], most, most)
             section["num_parallel_workers"] = most
 

@@ -42,7 +42,7 @@ def prepare_prediction(recipe_name: str, overrides: JsonObject, vocab_file: str 
     recipe["run_mode"] = "predict"
     config = prepare_recipe(recipe, overrides)
     if not config.load_checkpoint:
-        raise ConfigError("no checkpoint is named; give one with --checkpoint_path, or load_checkpoint in the recipe")
+        raise ConfigError("no checkpoint given; pass one with --checkpoint_path, or load_checkpoint in the recipe")
     settle_with_checkpoint(config)
     check_checkpoint(config)
     check_hashes(config)

@@ -106,7 +106,7 @@ def check_hashes(config: MindFormerConfig) -> None:
             for path in paths if isinstance(paths, (list, tuple)) else [paths]:
                 count += check_data_hashes(path)
     if count:
-        logger.info("%d files of checkpoint and data are as they were written (SHA-256).", count)
+        logger.info("%d files of checkpoint and data match their recorded hashes (SHA-256).", count)
 
 
 def _data_sections(config: MindFormerConfig) -> List[str]:

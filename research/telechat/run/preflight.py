@@ -48,8 +48,8 @@ def check_ring_attention(config: MindFormerConfig) -> None:
     if not model.get("use_ring_attention") or cards == 1 or os.environ.get("MS_SIMULATION_LEVEL"):
         return
     if kernels.narrow_band_sees_keys():
-        raise ConfigError("model_config.use_ring_attention: the attention kernel of this device sees keys in a band of "
-                          "no width, so that tokens would see those of later cards; set it to False (keys are "
+        raise ConfigError("model_config.use_ring_attention: this device's attention kernel sees keys in a zero-width "
+                          "band, so tokens would see those of later cards; set it to False (keys are "
                           "gathered), or parallel_config.context_parallel_algo to ulysses_cp")
 
 
@@ -83,7 +83,7 @@ def check_checkpoint(config: MindFormerConfig) -> None:
     """
     path = Path(str(config.load_checkpoint))
     if not path.exists():
-        raise ConfigError(f"load_checkpoint: {path} does not exist; name a checkpoint's file or folder with "
+        raise ConfigError(f"load_checkpoint: {path} does not exist; pass a checkpoint's file or folder with "
                           "--load_checkpoint")
     if path.is_dir() and any(re.match(r"rank_\d+$", entry.name) for entry in path.iterdir()):
         return
@@ -97,8 +97,8 @@ def check_checkpoint(config: MindFormerConfig) -> None:
     faults = checkpoint_faults(expected, found)
     if faults:
         raise ConfigError(f"load_checkpoint: {path} is not a checkpoint of this recipe's model ({len(faults)} of "
-                          f"{len(expected)} parameters differ): {_listed(faults)}. Choose the recipe of the model that "
-                          "the checkpoint belongs to")
+                          f"{len(expected)} parameters differ): {_listed(faults)}. Use the recipe of the model that "
+                          "the checkpoint was made for")
     extra = [name for name in found if re.match(r"(model\.|lm_head\.)", name) and name not in expected]
     if extra:
         logger.warning("load_checkpoint: %s holds %d parameters that the model does not have; they are not loaded: %s",
@@ -119,7 +119,7 @@ def check_dataset(config: MindFormerConfig, section: str) -> None:
         return
     path = loader.get("dataset_dir") or loader.get("dataset_files")
     if not path:
-        raise ConfigError(f"{section}: no data set is named; give --{section} FILE_OR_FOLDER (made by "
+        raise ConfigError(f"{section}: no data set given; pass --{section} FILE_OR_FOLDER (made by "
                           "research/telechat/telechat_preprocess.py)")
     model = model_config(config)
     columns = ["input_ids", "labels", *(["actual_seq_len"] if model.document_boundaries else [])]
@@ -151,12 +151,12 @@ def _check_labels(loader: MindFormerConfig, section: str) -> None:
     shifting = [str(handler.get("type")) for handler in handlers if handler.get("type") in _SHIFTING_HANDLERS]
     if shifting or "Megatron" in kind:
         found = f"{kind} with {', '.join(shifting)}" if shifting else kind
-        raise ConfigError(f"{section}.data_loader: {found} shifts the labels by one token, and TeleChat shifts them "
-                          "itself: training would learn the token after the next; use MindDataset with data made by "
+        raise ConfigError(f"{section}.data_loader: {found} shifts the labels by one token, but TeleChat shifts them "
+                          "itself: training would predict the token after next; use MindDataset with data made by "
                           "research/telechat/telechat_preprocess.py")
     if kind != "MindDataset" and not inner:
-        logger.warning("%s.data_loader: what %s reads is not checked; its labels must be the tokens themselves, not "
-                       "those one place on: the model shifts them.", section, kind)
+        logger.warning("%s.data_loader: data read by %s is not checked; its labels must be the tokens themselves, not "
+                       "shifted by one: the model shifts them.", section, kind)
 
 
 def training_files(config: MindFormerConfig) -> List[str]:
@@ -179,6 +179,6 @@ def _check_enough_records(config: MindFormerConfig, path: Union[str, Path]) -> N
     """ConfigError where the data set holds less than one batch: training would end at once without a step."""
     records, batch = record_count(training_files(config)), sequences_per_step(config)
     if not steps_per_epoch(config, records):
-        raise ConfigError(f"train_dataset: {path} holds {records} records, fewer than one step's batch of {batch} "
+        raise ConfigError(f"train_dataset: {path} has {records} records, fewer than one step's batch of {batch} "
                           "(batch_size * data_parallel * micro-batches * accumulation); lower runner_config.batch_size "
                           "or use more data")

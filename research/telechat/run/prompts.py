@@ -40,7 +40,7 @@ def read_texts(data: Union[str, Sequence[str], None]) -> List[str]:
     """The texts of --predict_data: one text, a list, or the non-empty lines of a UTF-8 file. Raises ConfigError."""
     texts = [data] if isinstance(data, str) else list(data or [])
     if not texts:
-        raise ConfigError("--predict_data is missing: give a question, a raw prompt or a text file")
+        raise ConfigError("--predict_data is missing: pass a question, a raw prompt or a text file")
     if len(texts) == 1 and os.path.isfile(texts[0]):
         file = texts[0]
         try:
@@ -71,7 +71,7 @@ def to_prompts(texts: Iterable[str], tokenizer: TelechatTokenizer, raw: bool = F
     for text in texts:
         if not any(marker in text for marker in markers):
             text = tokenizer.vocab.decode(renderer.prompt([{"role": "user", "content": text}]))
-            logger.info("Plain text is written as the prompt %r (--raw leaves it as it is).", text)
+            logger.info("Plain text is formatted as the prompt %r (--raw passes it unchanged).", text)
         prompts.append(text)
     return prompts
 

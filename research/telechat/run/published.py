@@ -58,7 +58,7 @@ def _settle_meaning(section: JsonObject, path: Path, meaning: Optional[str]) -> 
         now = resolve(_own(section))
         values = ", ".join(f"{key} {getattr(now, key)!r} instead of {value!r}" for key, value in before.items())
         raise ConfigError(f"{path} has no manifest, and earlier versions of this plugin computed "
-                          f"{section['net_name']} in another way than it is published (now {values}): say "
+                          f"{section['net_name']} differently from the published model (now {values}): pass "
                           f"--as_published for official weights, --as_before for weights that were fine-tuned with an "
                           f"earlier version, or set {MEANING} in the recipe to as_published or as_before")
     if meaning == "as_before":
@@ -132,5 +132,5 @@ def _say_rule(settings: ModelSettings, values: JsonObject) -> None:
     """Which rotary rule is in force, where the context differs from that of the checkpoint."""
     longer = settings.seq_length > int(values.get("training_seqlen") or settings.seq_length)
     if longer or any(key in values and getattr(settings, key) != values[key] for key in _ROTARY):
-        logger.info("Context of another length than the checkpoint's (%s tokens): %s.", values.get("training_seqlen"),
+        logger.info("Context length differs from the checkpoint's (%s tokens): %s.", values.get("training_seqlen"),
                     describe(rope_rule(settings), settings.seq_length))

@@ -92,7 +92,7 @@ def check_resources(config: MindFormerConfig, steps: int) -> None:
     try:
         plan = read_plan(config.to_dict())
     except ConfigError as err:
-        logger.warning("disk and host memory are not checked, as the plan cannot be read: %s", err)
+        logger.warning("disk and host memory are not checked because the plan cannot be read: %s", err)
         return
     _tell_memory(config, plan)
     monitor = _monitor(config)
@@ -113,11 +113,11 @@ def check_resources(config: MindFormerConfig, steps: int) -> None:
     if needed > free:
         whose = "all" if len(ranks) == plan.ranks else "this machine's"
         raise ConfigError(
-            f"output_dir: the training will write {size(needed)} to {target}, where {size(free)} are free: {count} "
+            f"output_dir: the training will write {size(needed)} to {target}, which has {size(free)} free: {count} "
             f"checkpoints at once of {size(each)} ({whose} {len(ranks)} ranks)"
             + (f", and {size(cut)} of shards that auto_trans_ckpt makes" if cut else "")
-            + "; make room, name another --output_dir, lower keep_checkpoint_max of CheckpointMonitor, or leave this "
-              "check out with --check_free_disk False")
+            + "; free space, use another --output_dir, lower CheckpointMonitor's keep_checkpoint_max, or disable this "
+              "check with --check_free_disk False")
     logger.info("checkpoints: %s each on this disk, at most %d at once, %s; %s are free.", size(each), count,
                 size(needed), size(free))
 
@@ -145,9 +145,9 @@ def _tell_memory(config: MindFormerConfig, plan: Plan) -> None:
         what = f"auto_trans_ckpt, which reads all of {config.load_checkpoint} in {processes} process(es)"
         items.append((whole * min(processes, len(here)), what))
         if whole >= LARGE_CHECKPOINT and config.get("load_ckpt_format") == "ckpt":
-            logger.warning("auto_trans_ckpt: a rank's shard is made from the whole checkpoint, so %s are read for each "
+            logger.warning("auto_trans_ckpt: each rank's shard is cut from the full checkpoint, so %s are read per "
                            "of the %d ranks; shard it once beforehand with scripts/transform_checkpoint.py "
-                           "(docs/parallel.md), or give it as safetensors, of which only parts are read.",
+                           "(docs/parallel.md), or use safetensors, which are read in part.",
                            size(whole), plan.ranks)
     elif whole and plan.ranks == 1:
         items.append((whole, "loading the checkpoint"))

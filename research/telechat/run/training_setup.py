@@ -46,7 +46,7 @@ def prepare_training(config: MindFormerConfig, base: Optional[ModelFacts] = None
             _note_precision(config, chosen)
         step = continued_step(config, _chosen_file(config, chosen), step)
     if chosen is not None and step >= total_steps(config) > 0:
-        logger.info("resume_training: training is complete already: the checkpoint has step %d of %d. Raise "
+        logger.info("resume_training: training is already complete: the checkpoint has step %d of %d. Raise "
                     "runner_config.epochs to continue.", step, total_steps(config))
         return False
     for callback in config.get("callbacks") or []:
@@ -89,15 +89,15 @@ def continued_step(config: MindFormerConfig, file: Path, step: int) -> int:
     if not changed:
         return here
     exact = not old or step * old % now["sequences_per_step"] == 0
-    told = (f"{file} was saved by a training whose steps were counted otherwise ({', '.join(changed)}): its step "
+    told = (f"{file} was saved by a run that counted steps differently ({', '.join(changed)}): its step "
             f"{step} is step {here} of this run's {total_steps(config)}"
-            + ("" if exact else ", rounded down, so that some records are seen once more"))
+            + ("" if exact else ", rounded down, so some records are seen twice"))
     per_epoch = before.get("steps_per_epoch")
     epochs = int((config.get("runner_config") or {}).get("epochs", 1))
     if here >= total_steps(config) > 0 and per_epoch and step < per_epoch * epochs:
         raise ConfigError(f"resume_training: {told}, and only {step / per_epoch:.3g} of {epochs} epochs have been seen"
-                          "; go on with the settings it was saved with, or begin a new training from its weights "
-                          "(leave --resume_training out and name it with --load_checkpoint)")
+                          "; continue with the settings it was saved with, or start a new training from its weights "
+                          "(omit --resume_training and pass it with --load_checkpoint)")
     logger.warning("resume_training: %s.", told)
     return here
 
@@ -133,8 +133,8 @@ def prepare_resume(config: MindFormerConfig) -> Tuple[Optional[Name], int]:
     given = Path(str(config.get("load_checkpoint") or ""))
     if config.get("load_checkpoint") and given.is_file() and wish in _TRUE and fault_of(given) is None:
         if parse(given.name) is None or not re.fullmatch(r"rank_\d+", given.parent.name):
-            raise ConfigError("resume_training: MindFormers resumes from a folder that holds rank_0, found the file "
-                              f"{given}; put it in FOLDER/rank_0 under the name that training gave it, such as "
+            raise ConfigError("resume_training: MindFormers resumes from a folder that contains rank_0, found the file "
+                              f"{given}; put it in FOLDER/rank_0 under its original name, such as "
                               "telechat_rank_0-2_100.ckpt, and pass --load_checkpoint FOLDER")
         given, wish = given.parent.parent, given.name     # a training checkpoint: resume from this very file
     has_ranks = bool(config.get("load_checkpoint")) and (given / "rank_0").is_dir()
@@ -145,9 +145,9 @@ def prepare_resume(config: MindFormerConfig) -> Tuple[Optional[Name], int]:
         logger.warning("resume_training: %s", note)
     if choice.name is None:
         if has_ranks:
-            raise ConfigError(f"resume_training: {root} holds no complete checkpoint"
+            raise ConfigError(f"resume_training: {root} contains no complete checkpoint"
                               + (f" ({choice.notes[0]})" if choice.notes else "")
-                              + "; name another --load_checkpoint, or leave --resume_training out")
+                              + "; pass another --load_checkpoint, or omit --resume_training")
         logger.info("resume_training: there is no complete checkpoint in %s; training starts from the beginning.", root)
         config.resume_training = False
         return None, 0
@@ -183,14 +183,14 @@ def complete_monitor(callback: JsonObject, config: MindFormerConfig, pet_config:
     for key, least in (("keep_checkpoint_max", 1), ("keep_every_n_steps", 0)):
         value = callback.get(key, least)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"callbacks: CheckpointMonitor.{key} must be a whole number from {least}, found "
+            raise ConfigError(f"callbacks: CheckpointMonitor.{key} must be a whole number of at least {least}, found "
                               f"{value!r}")
     wish = callback.get("async_save", False)
     if wish not in (True, False, "thread", "process"):
         raise ConfigError(f"callbacks: CheckpointMonitor.async_save must be True or False, found {wish!r}")
     if wish == "process":
         logger.warning("callbacks: CheckpointMonitor.async_save: a thread writes the checkpoints instead of a process, "
-                       "which would be forked among MindSpore's threads and might never end.")
+                       "because forking next to MindSpore's threads can deadlock.")
     callback["async_save"] = bool(wish)
     callback["ranks"] = worker_count(config)
     callback["manifest"] = {"model": asdict(facts) if facts else None, "training": counts_of_run(config)}

@@ -183,7 +183,7 @@ class Answers:
         try:
             return await asyncio.wait_for(self._mailbox.take(), max(left, 0.001))
         except asyncio.TimeoutError:
-            raise ApiError(429, f"the request has waited {self._timeout:g} s without its turn; try again later",
+            raise ApiError(429, f"the request timed out after {self._timeout:g} s in the queue; try again later",
                            code="queue_timeout", retry_after=self._timeout) from None
 
     def _follow(self, index: int, events: List[Tuple[float, Event]]) -> Optional[Update]:
@@ -252,9 +252,9 @@ def _finish(event: Finished) -> str:
     if event.reason == "error" and event.message.startswith(CONSTRAINT):
         raise ApiError(400, f"the schema cannot be used for this answer: {event.message}", code="constraint_failed")
     if event.reason == "error":
-        raise ApiError(500, f"the answer could not be finished: {event.message}", code="engine_error")
+        raise ApiError(500, f"the answer could not be completed: {event.message}", code="engine_error")
     if event.reason == "cancelled":
-        raise ApiError(503, "the server is stopping, the answer was not finished", code="server_stopping",
+        raise ApiError(503, "the server is stopping, the answer was not completed", code="server_stopping",
                        retry_after=5)
     return event.reason
 

@@ -155,7 +155,7 @@ class Routes:
         new = [key[:40] for key in unknown_keys(body, known) if key[:40] not in self._told][:8]
         if new and len(self._told) < 256:
             self._told.update(new)
-            log.warning("ignored, as unknown here: %s", ", ".join(json.dumps(key) for key in new))
+            log.warning("ignored unknown keys: %s", ", ".join(json.dumps(key) for key in new))
 
     # Tokens, as vLLM has it
 
@@ -169,7 +169,7 @@ class Routes:
         else:
             text = fields.text("prompt")
             if text is None:
-                raise fields.wrong("prompt", "text, or messages")
+                raise fields.wrong("prompt", "text or messages")
             ids = await _threaded(lambda: engine.renderer.vocab.encode(text))
         return Whole({"count": len(ids), "max_model_len": engine.context, "tokens": ids})
 
@@ -295,7 +295,7 @@ async def _chat_web_events(answers: Answers) -> AsyncIterator[bytes]:
 
 async def _on_http_error(request: HttpRequest, err: Exception) -> Response:
     status = err.status_code if isinstance(err, HTTPException) else 500
-    what = {404: "there is no such route", 405: f"this route does not take {request.method}"}.get(status, "refused")
+    what = {404: "no such route", 405: f"this route does not accept {request.method}"}.get(status, "refused")
     return _Error(ApiError(status, f"{what}: {request.url.path[:100]}"))
 
 
@@ -310,7 +310,7 @@ async def _on_gone(request: HttpRequest, _: Exception) -> Response:
 
 
 async def _on_fault(_: HttpRequest, __: Exception) -> Response:
-    return _Error(ApiError(500, "the server has failed at this request; its log says more"))
+    return _Error(ApiError(500, "the server failed on this request; see its log"))
 
 
 class _Nothing:

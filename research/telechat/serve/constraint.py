@@ -67,7 +67,7 @@ class Grammars:
     def constraint(self, grammar: str, param: str) -> "Grammar":
         """A constraint for one answer. Raises ApiError: the library is missing or does not support the schema."""
         if not available():
-            raise ApiError(400, f"{param}: this server cannot constrain answers; its environment lacks the library "
+            raise ApiError(400, f"{param}: this server cannot constrain answers: its environment lacks the library "
                                 "llguidance (pip install 'telechat-mindspore[constrained]')", param)
         from llguidance import LLMatcher
         matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0)

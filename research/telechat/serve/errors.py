@@ -34,6 +34,6 @@ class ApiError(UserError):
 
 def too_long(found: int, asked: int, context: int) -> ApiError:
     """The error for a prompt of `found` tokens and an answer of up to `asked`, together more than the context."""
-    return ApiError(400, f"the prompt has {found} tokens and the answer may have {asked}, but the model's context is "
+    return ApiError(400, f"the prompt has {found} tokens and the answer up to {asked}, but the model's context is "
                          f"{context} tokens: shorten the prompt, or ask for a shorter answer", "messages",
                     "context_length_exceeded")

@@ -14,14 +14,14 @@ def read_body(data: bytes) -> JsonObject:
         if b"\\u" in data:
             json.dumps(body, ensure_ascii=False).encode("utf-8")          # half of a surrogate pair is no character
     except (UnicodeDecodeError, ValueError, RecursionError) as err:
-        raise ApiError(400, f"the body is no JSON: {str(err)[:120]}; expected a JSON object") from err
+        raise ApiError(400, f"the body is not valid JSON: {str(err)[:120]}; expected a JSON object") from err
     if not isinstance(body, dict):
         raise ApiError(400, f"the body is {_kind(body)}; expected a JSON object")
     return body
 
 
 def _no_json(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 def _kind(value: object) -> str:
@@ -77,7 +77,7 @@ class Fields:
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and not (
             isinstance(value, float) and not math.isfinite(value))         # an int may be too large for a float
         if not good or not low <= value <= high or (open_low and value == low):
-            raise self.wrong(key, f"a number {f'over {low:g}, at most' if open_low else f'from {low:g} to'} {high:g}")
+            raise self.wrong(key, f"a number {f'above {low:g}, at most' if open_low else f'from {low:g} to'} {high:g}")
         return float(value)
 
     def text(self, key: str) -> Optional[str]:

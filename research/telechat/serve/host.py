@@ -49,7 +49,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen(1024)
     except OSError as err:
-        raise ConfigError(f"--host, --port: {host}:{port} cannot be used: {err.strerror or err}; is another server "
+        raise ConfigError(f"--host, --port: cannot listen on {host}:{port}: {err.strerror or err}; is another server "
                           "running there?") from err
     return listener
 

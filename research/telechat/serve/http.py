@@ -123,10 +123,10 @@ class Guard:
         """Raises ApiError if the client is not allowed."""
         host = _host(headers.get("host", ""))
         if self.access.local and not self.access.keys and host not in _LOCAL:
-            raise ApiError(403, "a server without a key answers to names of this machine only; ask for localhost")
+            raise ApiError(403, "a server without a key only answers under this machine's own names; use localhost")
         origin = headers.get("origin")
         if origin and not self._may(origin, headers.get("host", "")):
-            raise ApiError(403, "this page may not ask the server; --allow_origin names those that may")
+            raise ApiError(403, "this page's origin is not allowed; start the server with --allow_origin")
         if scope["method"] == "OPTIONS":
             return
         path = scope["path"]
@@ -196,7 +196,7 @@ def encoded(value: object) -> bytes:
 async def read_bytes(scope: Scope, receive: Receive, limit: int, seconds: float) -> bytes:
     """The body of a request. Raises ApiError if it is too large or times out, ClientGone."""
     length = dict(scope["headers"]).get(b"content-length", b"0")
-    too_large = ApiError(413, f"the body is too large; at most {limit} bytes are read", code="body_too_large")
+    too_large = ApiError(413, f"the body is too large; the limit is {limit} bytes", code="body_too_large")
     if length.isdigit() and int(length) > limit:
         raise too_large
     data = bytearray()
@@ -205,7 +205,7 @@ async def read_bytes(scope: Scope, receive: Receive, limit: int, seconds: float)
         try:
             message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0.001))
         except asyncio.TimeoutError:
-            raise ApiError(408, f"the body did not come within {seconds:g} s") from None
+            raise ApiError(408, f"the body did not arrive within {seconds:g} s") from None
         if message["type"] == "http.disconnect":
             raise ClientGone
         data += message.get("body", b"")

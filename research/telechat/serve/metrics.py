@@ -22,11 +22,11 @@ class Metrics:
             return Histogram(f"telechat_{name}", what, buckets=buckets, registry=self.registry)
         self.requests = Counter("telechat_requests", "HTTP requests by route and status.", ["route", "status"],
                                 registry=self.registry)
-        self.queue_seconds = histogram("queue_seconds", "Time from a request to the reading of its prompt.", _LONG)
-        self.first_token_seconds = histogram("first_token_seconds", "Time from a request to its first token.", _LONG)
+        self.queue_seconds = histogram("queue_seconds", "From arrival to the start of the prompt.", _LONG)
+        self.first_token_seconds = histogram("first_token_seconds", "From arrival to the first token.", _LONG)
         self.between_tokens_seconds = histogram("between_tokens_seconds", "Time between two tokens of an answer.",
                                                 _SHORT)
-        self.request_seconds = histogram("request_seconds", "Time from a request to the end of its answer.", _LONG)
+        self.request_seconds = histogram("request_seconds", "From arrival to the end of the answer.", _LONG)
         self.registry.register(self)
 
     def collect(self) -> Iterator[Union[CounterMetricFamily, GaugeMetricFamily]]:
@@ -36,14 +36,14 @@ class Metrics:
             return
         for name, what, value in (
                 ("waiting", "Requests in the queue.", stats.waiting),
-                ("running", "Requests that are being answered.", stats.running),
+                ("running", "Requests being answered.", stats.running),
                 ("kv_blocks_total", "Blocks of the KV cache.", stats.blocks_total),
-                ("kv_blocks_used", "Blocks of the KV cache that running requests hold.", stats.blocks_used),
-                ("kv_blocks_cached", "Blocks kept for prompts that may come again.", stats.blocks_cached)):
+                ("kv_blocks_used", "Blocks of the KV cache held by running requests.", stats.blocks_used),
+                ("kv_blocks_cached", "Blocks kept for reuse by later prompts.", stats.blocks_cached)):
             yield GaugeMetricFamily(f"telechat_{name}", what, value=value)
         yield CounterMetricFamily("telechat_steps", "Steps of the engine.", value=stats.steps)
-        tokens = CounterMetricFamily("telechat_tokens", "Tokens of prompts, those of them found in the cache, and "
-                                                        "generated ones.", labels=["kind"])
+        tokens = CounterMetricFamily("telechat_tokens", "Prompt tokens, prompt tokens found in the cache, and "
+                                                        "generated tokens.", labels=["kind"])
         for kind, value in (("prompt", stats.prompt_tokens), ("cached", stats.cached_tokens),
                             ("generated", stats.generated_tokens)):
             tokens.add_metric([kind], value)

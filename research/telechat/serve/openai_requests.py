@@ -85,7 +85,7 @@ def read_chat(body: JsonObject, max_choices: int, max_messages: int) -> ChatBody
     tools, called = _read_tools(fields)
     schema = _read_schema(fields)
     if schema is not None and called:
-        raise ApiError(400, "response_format and a tool_choice that demands a call exclude each other",
+        raise ApiError(400, "response_format and a tool_choice that forces a call are mutually exclusive",
                        "response_format")
     return ChatBody(_read_asked(fields, max_choices, longest, top), messages, tools, called,
                     fields.flag("parallel_tool_calls", True), schema)
@@ -104,10 +104,10 @@ def read_completion(body: JsonObject, max_choices: int, max_prompts: int) -> Com
     asked = _read_asked(fields, max_choices, 16 if longest is None else longest, top)
     best = fields.integer("best_of", 1, max_choices)
     if best not in (None, asked.n):
-        raise fields.wrong("best_of", f"the value of n ({asked.n}), as answers are not ranked")
+        raise fields.wrong("best_of", f"the value of n ({asked.n}), because answers are not ranked")
     prompts = _read_prompts(fields)
     if len(prompts) * asked.n > max_prompts:
-        raise ApiError(400, f"prompt: {len(prompts)} prompts with {asked.n} answers each, but a request may ask for "
+        raise ApiError(400, f"prompt: {len(prompts)} prompts with {asked.n} answers each, but the limit per request is "
                             f"{max_prompts} answers", "prompt")
     return CompletionBody(asked, prompts, echo)
 
@@ -123,7 +123,7 @@ def _read_prompts(fields: Fields) -> List[Union[str, List[int]]]:
             return [prompt]
         if all(isinstance(one, list) and one and _are_tokens(one) for one in prompt):
             return list(prompt)
-    raise fields.wrong("prompt", "text, a list of texts, token ids, or a list of lists of token ids")
+    raise fields.wrong("prompt", "text, a list of strings, token ids, or a list of lists of token ids")
 
 
 def _are_tokens(values: List[object]) -> bool:
@@ -165,7 +165,7 @@ def _read_stop(fields: Fields) -> Tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or len(stops) > _STOPS or not all(
             isinstance(one, str) and 0 < len(one) <= _STOP_LENGTH for one in stops):
-        raise fields.wrong("stop", f"text, or a list of at most {_STOPS} texts of 1 to {_STOP_LENGTH} characters")
+        raise fields.wrong("stop", f"text, or a list of at most {_STOPS} strings of 1 to {_STOP_LENGTH} characters")
     return tuple(stops)
 
 

@@ -65,14 +65,14 @@ class Service:
         """The engine. Raises ApiError unless requests are accepted."""
         if self.engine is None or self.state != READY:
             what = {STARTING: "is loading its model", DRAINING: "is stopping and takes no new requests",
-                    BROKEN: "has failed and is ending"}.get(self.state, "is not ready")
+                    BROKEN: "has failed and is shutting down"}.get(self.state, "is not ready")
             raise ApiError(503, f"the server {what}", code=f"server_{self.state}", retry_after=5)
         return self.engine
 
     def check_model(self, name: object) -> None:
         """Raises ApiError if `name` is not the served model."""
         if name is not None and name != self.name:
-            raise ApiError(404, f"the model {str(name)[:80]!r} is not served here; it is {self.name!r}", "model",
+            raise ApiError(404, f"the model {str(name)[:80]!r} is not served here; it serves {self.name!r}", "model",
                            "model_not_found")
 
     # Called by the APIs
@@ -146,7 +146,7 @@ class Service:
             longest = 1                              # echo only: the token is not shown
         for token, _ in asked.sampling.get("logit_bias", ()):
             if token >= engine.vocab_size:
-                raise ApiError(400, f"logit_bias: token {token} is not among the {engine.vocab_size} of the model",
+                raise ApiError(400, f"logit_bias: token {token} is outside the vocabulary of {engine.vocab_size}",
                                "logit_bias")
         ends: FrozenSet[int] = frozenset() if asked.ignore_eos else self._ends(engine)
         return [self.choice(engine, ids, longest, asked.sampling, text(), end_tokens=ends,
@@ -176,11 +176,11 @@ class Service:
         if isinstance(prompt, str):
             ids = engine.renderer.vocab.encode(prompt)
             if not ids:
-                raise ApiError(400, "prompt: expected one token at least, found none", "prompt")
+                raise ApiError(400, "prompt: expected at least one token, found none", "prompt")
             return ids
         wrong = [token for token in prompt if token >= engine.vocab_size]
         if wrong:
-            raise ApiError(400, f"prompt: token {wrong[0]} is not among the {engine.vocab_size} of the model", "prompt")
+            raise ApiError(400, f"prompt: token {wrong[0]} is outside the vocabulary of {engine.vocab_size}", "prompt")
         return prompt
 
 
