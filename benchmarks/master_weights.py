@@ -171,20 +171,16 @@ def summary(losses: Dict[str, List[float]]) -> Dict[str, Dict[str, float]]:
 
 def draw(losses: Dict[str, List[float]], path: Path) -> None:
     """The curves, as a PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=110)
-    for (name, values), style in zip(losses.items(), ("-", "--", "-")):
-        axes.plot(smoothed(values), style, linewidth=2.2 if style == "-" else 1.4, label=name)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (mean of 20 steps)")
-    axes.set_title("Fine-tuning a small model at a learning rate of 1e-5, on a CPU", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    from research.telechat.common.picture import drawing, save
+    with drawing((7, 4), {}) as (figure, _):
+        axes = figure.subplots()
+        for (name, values), style in zip(losses.items(), ("-", "--", "-")):
+            axes.plot(smoothed(values), style, linewidth=2.2 if style == "-" else 1.4, label=name)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss (mean of 20 steps)")
+        axes.set_title("Fine-tuning a small model at a learning rate of 1e-5, on a CPU")
+        axes.legend()
+        save(figure, path)
 
 
 def main() -> int:

@@ -27,12 +27,12 @@ def rows(fall):
 def drawn(monkeypatch, found, tmp_path, language="en"):
     """The figure of a curve."""
     figures = []
-    real = report.png
+    real = picture.png
 
     def kept(figure):
         figures.append(figure)
         return real(figure)
-    monkeypatch.setattr(report, "png", kept)
+    monkeypatch.setattr(picture, "png", kept)
     draw_curve(found, str(tmp_path / "curve.png"), language)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     return figures[0]

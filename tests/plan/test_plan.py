@@ -77,7 +77,7 @@ FAULTS = {
              "must be a multiple of parallel_config.model_parallel (8)", None),
     "context without flash": (dict(cp=2, model={"use_flash_attention": False}), "use_flash_attention True", None),
     "ring with documents": (dict(cp=2, model={"use_ring_attention": True, "document_boundaries": True}),
-                            "no mask but the causal one", None),
+                            "supports only the causal mask", None),
     "ulysses heads": (dict(mp=4, cp=4, parallel_config={"context_parallel_algo": "ulysses_cp"}),
                       "model_config.num_heads (8) must be a multiple of model_parallel * context", None),
     "ulysses and ring": (dict(cp=2, model={"use_ring_attention": True},

@@ -57,6 +57,7 @@ def drawing(size: Tuple[float, float], chinese: Dict[str, str], language: str = 
     font = chinese_font() if language == "zh" else None
     fonts = [font] if font else []
     with matplotlib.rc_context({"font.sans-serif": [*fonts, "DejaVu Sans"], "axes.unicode_minus": not fonts,
+                                "axes.axisbelow": True,
                                 "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 8, "axes.grid": True,
                                 "grid.alpha": 0.3, "xtick.labelsize": 8, "ytick.labelsize": 8}):
         figure = Figure(figsize=size, dpi=110)

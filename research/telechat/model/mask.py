@@ -61,7 +61,7 @@ class AttentionMask(nn.Cell):
         self.compressed = config.use_attn_mask_compression and not self.per_sequence
         self.ring = config.use_ring_attention and config.parallel_config.context_parallel > 1
         if self.ring and self.per_sequence:
-            raise ConfigError("model_config.use_ring_attention knows no mask but the causal one: set mask_pad_tokens "
+            raise ConfigError("model_config.use_ring_attention supports only the causal mask: set mask_pad_tokens "
                               "and document_boundaries to False, or use_ring_attention to False")
         self.mask_pad = config.mask_pad_tokens
         self.pad_token_id = config.pad_token_id

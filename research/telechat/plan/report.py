@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from research.telechat.common.files import JsonObject
-from research.telechat.common.picture import save
+from research.telechat.common.picture import drawing, save
 from research.telechat.common.table import table
 from research.telechat.plan import checkpoints, hccl
 from research.telechat.plan.cost import (
@@ -133,28 +133,23 @@ def as_json(plan: Plan, rank: int, mfu: float) -> JsonObject:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """A PNG: memory of a card per pipeline stage as stacked bars, with the limit."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """A PNG: memory of a card per pipeline stage as stacked bars, with the limit. Raises ImportError."""
     memories = stages(plan)
-    figure, axes = pyplot.subplots(figsize=(max(5.0, 1.5 + 0.55 * plan.pp), 4.2))
     bottom = [0.0] * plan.pp
-    for key, name in _PARTS:
-        heights = [getattr(memory, key) / GB for memory in memories]
-        if any(heights):
-            axes.bar(range(plan.pp), heights, bottom=bottom, width=0.7, label=name.replace("*", " (estimated)"))
-            bottom = [low + height for low, height in zip(bottom, heights)]
-    axes.axhline(plan.limit_gb, color="black", linestyle="--", linewidth=1, label=f"limit {plan.limit_gb:g} GB")
-    axes.set_xticks(range(plan.pp))
-    axes.set_xlabel("pipeline stage")
-    axes.set_ylabel("GB per card")
-    axes.set_title(headline(plan).splitlines()[1], fontsize=9)
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.tight_layout()
-    figure.set_dpi(130)
-    save(figure, path)
-    pyplot.close(figure)
+    with drawing((max(6.5, 3.0 + 0.55 * plan.pp), 4.2), {}) as (figure, _):
+        axes = figure.subplots()
+        for key, name in _PARTS:
+            heights = [getattr(memory, key) / GB for memory in memories]
+            if any(heights):
+                axes.bar(range(plan.pp), heights, bottom=bottom, width=0.7, label=name.replace("*", " (estimated)"))
+                bottom = [low + height for low, height in zip(bottom, heights)]
+        axes.axhline(plan.limit_gb, color="black", linestyle="--", linewidth=1, label=f"limit {plan.limit_gb:g} GB")
+        axes.set_xticks(range(plan.pp))
+        axes.set_xlabel("pipeline stage")
+        axes.set_ylabel("GB per card")
+        axes.set_title(headline(plan).splitlines()[1], fontsize=9)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        save(figure, path)
 
 
 def compared(cost: Cost, compiled: JsonObject) -> List[List[object]]:

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple
 
-from research.telechat.common.files import JsonObject, whole
-from research.telechat.common.picture import ACCENT, DARK, LIGHT, Words, drawing, png
+from research.telechat.common.files import JsonObject
+from research.telechat.common.picture import ACCENT, DARK, LIGHT, Words, drawing, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,8 +108,7 @@ def draw_curve(rows: List[JsonObject], path: str, language: str = "en") -> None:
                 _panel(axis, rows, points, key, word)
         for axis in axes[1]:
             axis.set_xlabel(word("step"))
-        with whole(path) as beside:
-            beside.write_bytes(png(figure))
+        save(figure, Path(path))
 
 
 def _panel(axis: "Axes", rows: List[JsonObject], points: List[Tuple[int, float]], key: str, word: Words) -> None:
