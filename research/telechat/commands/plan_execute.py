@@ -20,16 +20,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that belong to --execute."""
     add = parser.add_argument
     add("--execute", action="store_true",
-        help="compile a small model of this plan for all ranks, compute in float64 what they compute, and compare it "
+        help="compile a small model of this plan for all ranks, execute it in float64, and compare the result "
              "with one rank; degrees are halved down to --ranks")
     add("--steps", type=int, default=2, help="with --execute: training steps")
     add("--sizes", nargs="+", default=[], metavar="KEY=VALUE",
-        help="with --execute: sizes of the small model other than the least, e.g. num_layers=4 seq_length=64")
-    add("--jobs", type=int, default=1, help="with --execute: ranks compiled at the same time (a core, 1.5 GB each)")
+        help="with --execute: sizes of the small model to override, e.g. num_layers=4 seq_length=64")
+    add("--jobs", type=int, default=1, help="with --execute: ranks compiled in parallel (a core and 1.5 GB each)")
     add("--declared_types", action="store_true",
         help="with --execute: compute in the types of the graph as well, and compare the rounding")
     add("--cpu", action="store_true",
-        help="with --execute: compare the uncut graph with a real step on the CPU as well")
+        help="with --execute: compare the unsharded graph with a real step on the CPU as well")
 
 
 def read_sizes(words: List[str]) -> Sizes:
@@ -62,14 +62,14 @@ def _training(plan: Compiled, whole: Compiled, args: argparse.Namespace) -> Json
     result = training.compare(plan, whole, args.steps)
     for step, (loss, norm) in enumerate(zip(result.losses, result.norms)):
         print(f"step {step}: loss {loss:.12f}, norm of the gradients {norm:.12f}")
-    print(f"largest difference to one rank: loss and norm {result.loss_gap:.1e}; of {len(result.differences)} "
+    print(f"largest difference from one rank: loss and norm {result.loss_gap:.1e}; of {len(result.differences)} "
           "parameters and moments, as a share of the largest change:")
     print(_show(result.differences))
-    print(f"tokens behind a label change its loss by {result.leak:.1e}")
+    print(f"tokens after a label change its loss by {result.leak:.1e}")
     model = plan.plan.model
     if model.use_ring_attention and plan.plan.cp > plan.plan.ulysses:
         other = training.compare(plan, whole, args.steps, operators={**OPERATORS, **attention.operators(True)})
-        print("ring attention asks the kernel for a band of no width; read as documented, as the diagonal, the plan "
+        print("ring attention asks the kernel for a zero-width band; read as documented, as the diagonal, the plan "
               f"differs by {result.worst:.1e}, read as empty by {other.worst:.1e}; only a device can tell "
               "(docs/parallel.md)")
     if result.stale:
@@ -81,7 +81,7 @@ def _prediction(plan: Compiled, whole: Compiled, args: argparse.Namespace) -> Js
     result = prediction.compare(plan, whole, args.steps + 1)
     for step, gap in enumerate(result.steps):
         print(f"{'decoding ' + str(step) if step else 'prompt'}: logits differ from those of one rank by {gap:.1e}")
-    print(f"decoding differs from reading prompt and answer at once by {result.again:.1e}")
+    print(f"decoding differs from one pass over prompt and answer by {result.again:.1e}")
     return result.as_json()
 
 
@@ -97,7 +97,7 @@ def _real_step(whole: Compiled, args: argparse.Namespace) -> JsonObject:
     print(f"a real float32 step on the CPU: loss differs by {gap:.1e}, parameters and moments by {worst:.1e} of the "
           "largest change")
     fault = "" if max(gap, worst) <= cpu_step.LIMIT else (
-        f"the graph computes something else than the model on the CPU: {max(gaps, key=lambda name: gaps[name])} "
+        f"the graph computes something other than the model on the CPU:  {max(gaps, key=lambda name: gaps[name])} "
         f"differs by {worst:.1e}, the loss by {gap:.1e} (limit {cpu_step.LIMIT:.0e})")
     return {"loss": gap, "differences": gaps, "fault": fault}
 
@@ -107,14 +107,14 @@ def execute_plan(recipe: JsonObject, args: argparse.Namespace) -> JsonObject:
     if args.steps < 1 or args.jobs < 1:
         raise ConfigError("--steps and --jobs: expected at least 1")
     if read_plan(recipe).device == "CPU":
-        raise ConfigError("--execute: context.device_target is CPU; graphs are compiled for Ascend, name its recipe")
+        raise ConfigError("--execute: context.device_target is CPU; graphs are compiled for Ascend, use its recipe")
     ranks = args.ranks or min(read_plan(recipe).ranks, MOST_RANKS)
     small = shrink(recipe, ranks, read_sizes(args.sizes))
     plan = read_plan(small)
     model = plan.model
     print(f"{ranks} ranks, {_degrees(plan)}; {model.num_layers} layers of width {model.hidden_size}, {model.num_heads} "
           f"heads, {model.seq_length} tokens")
-    whole = _compile(uncut(small), args, "the uncut model")
+    whole = _compile(uncut(small), args, "the unsharded model")
     cut = _compile(small, args, "the plan")
     print(f"compiled in {whole.seconds + cut.seconds:.0f} s of the compiler; graphs are kept")
     compare: Callable[..., JsonObject] = _training if plan.training else _prediction
