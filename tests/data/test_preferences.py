@@ -94,7 +94,7 @@ def test_only_the_chosen_answer_is_trained(form, turns, question, chosen, reject
     ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "whole dialogue"),
     ({"messages": [message("user", "q"), message("assistant", "b")], "rejected_response": "b"}, "the rejected one"),
     ({"messages": [message("user", "q"), message("assistant", "c")], "chosen": "a", "rejected": "b"}, "another answer"),
-    ({"prompt": "other", "chosen": [message("user", "q"), message("assistant", "a")], "rejected": "b"}, "begin with"),
+    ({"prompt": "other", "chosen": [message("user", "q"), message("assistant", "a")], "rejected": "b"}, "start with"),
     ({"instruction": "q", "input": "", "output": ["a", "b"]}, "'output' holds list"),
     ({"instruction": "q", "output": "c", "chosen": "a", "rejected": "b"}, "another answer|lack"),
     ({"prompt": "q", "chosen": 3, "rejected": "b"}, "an answer is '3'"),

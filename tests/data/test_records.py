@@ -113,7 +113,7 @@ def test_inline_markers_alternate_and_lose_nothing(text):
     (b'{"input": "a", "output": " \\n "}', "empty answer", "message 2"),
     (b"[" * 100000, "not JSON", "not JSON: "),
     (b"1" * 5000, "wrong shape|not JSON", ": "),
-    (b"", "too long", "longer than"),
+    (b"", "too long", "exceeds the length limit"),
 ])
 def test_unusable_records_are_named(line, kind, words):
     with pytest.raises(RecordError, match=re.escape(words)) as caught:

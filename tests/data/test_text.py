@@ -186,7 +186,7 @@ def test_folders_saved_by_datasets(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match="is a Arrow file: install the package pyarrow"):
             source_formats(sources)
     datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(ConfigError, match=r"splits holds the splits train, test; name those .*splits/train"):
+    with pytest.raises(ConfigError, match=r"splits contains the splits train, test; name those .*splits/train"):
         find_sources([str(tmp_path / "splits")])
     assert len(find_sources([str(tmp_path / "splits/train")])) == 1
     (tmp_path / "saved/data-00001-of-00002.arrow").unlink()
