@@ -257,8 +257,8 @@ FAULTS = [
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "no"}}}, "tool_choice", None),
     ({"response_format": {"type": "xml"}}, "response_format", None), ({"functions": [{}]}, "functions", "use tools"),
     ({"modalities": ["audio"]}, "modalities", None), ({"reasoning_effort": "high"}, "reasoning_effort", "medium"),
-    ({"skip_special_tokens": False}, "skip_special_tokens", "only value"),
-    ({"add_generation_prompt": False}, "add_generation_prompt", "only value"),
+    ({"skip_special_tokens": False}, "skip_special_tokens", "only supported value"),
+    ({"add_generation_prompt": False}, "add_generation_prompt", "only supported value"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": []}}}, "tool_choice", None),
 ]
 

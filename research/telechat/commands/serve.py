@@ -51,31 +51,31 @@ def build_parser() -> argparse.ArgumentParser:
     add("--load_checkpoint", help="checkpoint; default: that of the recipe")
     add("--tokenizer", default="", help="tokenizer.model or tokenizer.json; default: that of the recipe")
     add("--demo", nargs="?", const="quickstart_output", metavar="FOLDER",
-        help="serve the model that the quick start has trained (FOLDER: its results, default quickstart_output)")
-    add("--generation_config", default="", help="generation_config.json, or the folder that holds it: how answers are "
-                                                "chosen where a request says nothing; default: the recipe")
+        help="serve the model trained by the quick start (FOLDER: its results, default quickstart_output)")
+    add("--generation_config", default="", help="generation_config.json, or its folder: how tokens are "
+                                                "sampled unless a request says otherwise; default: the recipe")
     add("--use_parallel", type=str2bool, help="run as one of several processes (msrun)")
     add("--auto_trans_ckpt", type=str2bool, help="shard a complete checkpoint for the parallel plan")
     add("--output_dir", help="folder of logs")
-    add("--host", default="127.0.0.1", help="address to listen on; others than this machine need a key")
-    add("--port", type=int, default=8000, help="port to listen on (8070: as the official service)")
+    add("--host", default="127.0.0.1", help="address to listen on; any but this machine's own needs a key")
+    add("--port", type=int, default=8000, help="port to listen on (the official service uses 8070)")
     add("--served_model_name", help="name of the model in the API; default: trainer.model_name of the recipe")
-    add("--key_file", help=f"file with one key a line, of which clients send one; or the variable {KEY_VARIABLE}")
+    add("--key_file", help=f"file with one key per line, any of which clients may send; or the variable {KEY_VARIABLE}")
     add("--no_key", action="store_true", help="listen on other addresses without a key")
     add("--allow_origin", nargs="+", default=[], metavar="ORIGIN",
-        help="web pages of other servers that may ask, such as https://chat.example.org; * for all")
+        help="web origins that may send requests, such as https://chat.example.org; * for all")
     add("--open_metrics", action="store_true", help="/metrics needs no key")
-    add("--slots", type=int, default=16, help="answers that grow at once")
-    add("--deterministic", action="store_true", help="compute each answer by itself: slower, equal to the last bit")
-    add("--max_queue", type=int, default=64, help="requests that may wait; others get 429")
-    add("--queue_timeout", type=float, default=0, help="seconds that a request may wait; 0: any time")
-    add("--max_body", type=int, default=1 << 20, help="bytes of a request")
-    add("--max_messages", type=int, default=1024, help="messages of a conversation")
+    add("--slots", type=int, default=16, help="answers generated at the same time")
+    add("--deterministic", action="store_true", help="compute each answer on its own: slower, bit-identical")
+    add("--max_queue", type=int, default=64, help="maximum queued requests; more get 429")
+    add("--queue_timeout", type=float, default=0, help="maximum seconds in the queue; 0: no limit")
+    add("--max_body", type=int, default=1 << 20, help="maximum bytes of a request")
+    add("--max_messages", type=int, default=1024, help="maximum messages of a conversation")
     add("--max_connections", type=int, default=1024, help="open connections")
-    add("--requests_per_minute", type=int, default=0, help="of one address; 0: any number")
-    add("--grace", type=float, default=30, help="seconds that running requests have after SIGTERM")
-    add("--send_timeout", type=float, default=30, help="seconds that a client may take nothing of its answer")
-    add_sampling_options(parser, ", where a request says nothing")
+    add("--requests_per_minute", type=int, default=0, help="per client address; 0: no limit")
+    add("--grace", type=float, default=30, help="seconds for running requests after SIGTERM")
+    add("--send_timeout", type=float, default=30, help="seconds that a client may stop reading its answer")
+    add_sampling_options(parser, ", unless a request says otherwise")
     return parser
 
 
@@ -86,15 +86,15 @@ def read_keys(args: argparse.Namespace) -> Tuple[str, ...]:
         try:
             keys = [line.strip() for line in Path(args.key_file).read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as err:
-            raise ConfigError(f"--key_file: {args.key_file} cannot be read: {err}; expected one key a line") from err
+            raise ConfigError(f"--key_file: {args.key_file} cannot be read: {err}; expected one key per line") from err
         keys = [key for key in keys if key]
         if not keys:
-            raise ConfigError(f"--key_file: {args.key_file} holds no key; expected one a line")
+            raise ConfigError(f"--key_file: {args.key_file} contains no key; expected one per line")
     elif os.environ.get(KEY_VARIABLE):
         keys = [os.environ[KEY_VARIABLE].strip()]
     if not keys and not args.no_key and not is_loopback(args.host):
-        raise ConfigError(f"--host: {args.host} can be reached from other machines, which needs a key: give --key_file "
-                          f"or {KEY_VARIABLE}, or say --no_key")
+        raise ConfigError(f"--host: {args.host} is reachable from other machines, so a key is needed: pass --key_file "
+                          f"or {KEY_VARIABLE}, or --no_key")
     return tuple(keys)
 
 
@@ -113,8 +113,8 @@ def find_demo(folder: Path) -> Tuple[Path, Path]:
     tokenizer = folder / "tokenizer" / "tokenizer.model"
     checkpoints = sorted((folder / "finetune" / "checkpoint").rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not checkpoints or not tokenizer.is_file():
-        raise ConfigError(f"--demo: {folder} does not hold the results of the quick start; run bash "
-                          "scripts/quickstart.sh first, or name its folder")
+        raise ConfigError(f"--demo: {folder} does not contain the results of the quick start; run bash "
+                          "scripts/quickstart.sh first, or pass its folder")
     return checkpoints[-1], tokenizer
 
 
@@ -122,12 +122,12 @@ def complete(args: argparse.Namespace) -> None:
     """Fill in what --demo stands for, and check the rest. Raises ConfigError."""
     if args.demo:
         if args.config or args.load_checkpoint or args.tokenizer:
-            raise ConfigError("--demo: it brings its own --config, --load_checkpoint and --tokenizer; leave them out")
+            raise ConfigError("--demo: it sets --config, --load_checkpoint and --tokenizer itself; omit them")
         checkpoint, tokenizer = find_demo(Path(args.demo))
         args.config, args.load_checkpoint, args.tokenizer = _DEMO_RECIPE, str(checkpoint), str(tokenizer)
         args.output_dir = args.output_dir or str(Path(args.demo) / "serve")
     if not args.config:
-        raise ConfigError("--config is missing; give a predict recipe, e.g. research/telechat/predict_telechat_12b.yaml"
+        raise ConfigError("--config is missing; pass a predict recipe, e.g. research/telechat/predict_telechat_12b.yaml"
                           ", or --demo for the model of the quick start")
     for name, low, high in (("port", 0, 65535), ("slots", 1, 4096), ("max_queue", 0, 1_000_000), ("grace", 0, 86400),
                             ("max_body", 1024, 1 << 30), ("max_messages", 1, 1_000_000), ("queue_timeout", 0, 86400),
@@ -158,7 +158,7 @@ def load_engine(args: argparse.Namespace, overrides: "JsonObject", join: "Callab
                           "it with scripts/msrun_launcher.sh, or set --use_parallel False")
     if workers() > 1 and not config.use_parallel:
         raise ConfigError(f"use_parallel: {workers()} processes were started for one model; set --use_parallel True, "
-                          "or start one process for each model, on a --port of its own")
+                          "or start one process per model, each on its own --port")
     quieten()
     model = load_model(config)
     chosen = (read_generation_config(args.generation_config) if args.generation_config else
@@ -209,7 +209,7 @@ def follow(args: argparse.Namespace, overrides: "JsonObject") -> int:
         threading.Thread(target=pass_on_signals, name="signals", daemon=True).start()
     engine = load_engine(args, overrides, join)
     with followers[0] as follower:
-        _say(f"ready: rank {rank()} computes what rank 0 orders")
+        _say(f"ready: rank {rank()} follows rank 0")
         follower.run(engine.scheduler)  # type: ignore[arg-type]    # a Scheduler, see load_engine
         _say_launches(follower)
     return 0
@@ -218,7 +218,7 @@ def follow(args: argparse.Namespace, overrides: "JsonObject") -> int:
 def _end_if_stuck() -> None:
     """Called when rank 0 is gone. The main thread ends the process, unless it waits on the device for rank 0."""
     time.sleep(_STUCK)
-    print("error: rank 0 is gone; its own log says why", file=sys.stderr, flush=True)
+    print("error: rank 0 is gone; see its log", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -263,8 +263,8 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
 
     def ready() -> None:
         _say(f"ready: {name}\n  chat in a browser: {where}/\n  OpenAI's API:      {where}/v1\n"
-             "Ctrl-C or SIGTERM ends the server when running answers are finished, a second one at once.")
-    _say(f"loading {name}; {where}/ready says when it answers")
+             "Ctrl-C or SIGTERM stops the server once running answers are finished; a second one stops it at once.")
+    _say(f"loading {name}; {where}/ready responds with 200 when it is ready")
     host = Host(service, Web(app, listener, times, args.max_connections), times)
     with contextlib.ExitStack() as stack:
         leaders: List[Leader] = []

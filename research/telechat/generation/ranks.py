@@ -32,7 +32,7 @@ Address = Union[str, Tuple[str, int]]          # path of a Unix socket, or host 
 _BETWEEN_TRIES = 0.1                           # seconds
 _TO_END = 10.0                                 # seconds that other ranks have to read that they should
 DRAIN = "drain"                                # what another rank tells rank 0: finish what runs, then end
-_GONE = "rank 0 is gone; its own log says why"
+_GONE = "rank 0 is gone; see its log"
 
 
 class Tokens(NamedTuple):
@@ -145,7 +145,7 @@ class Leader(_Rank):
             try:
                 connection.send(what)
             except OSError as error:
-                raise WorkerError(f"a rank does not take orders any longer ({error}); its own log says why") from error
+                raise WorkerError(f"a rank stopped responding ({error}); see its log") from error
 
     def _listen(self) -> None:
         open_ones = list(self._connections)
@@ -158,7 +158,7 @@ class Leader(_Rank):
                     open_ones.remove(connection)
                     if not self._ending:
                         self._on_loss(f"another rank of the model (number {self._connections.index(connection) + 1} "
-                                      "to connect) is gone; its own log says why")
+                                      "to connect) is gone; see its log")
                         return
 
     def __enter__(self) -> "Leader":
@@ -226,8 +226,8 @@ class Follower(_Rank):
         """Rank 0's choices. Raises WorkerError: it is gone, or has computed something else than this rank."""
         found = self._next()
         if not isinstance(found, Tokens) or len(found.chosen) != len(places) or found[1:] != self.noted():
-            raise WorkerError(f"this rank does not compute what rank 0 does: {self.noted()[0]} launches with digest "
-                              f"{self.noted()[1]:08x} for {len(places)} sequences, but rank 0 says {found!r:.200}; all "
+            raise WorkerError(f"this rank diverged from rank 0:  {self.noted()[0]} launches with digest "
+                              f"{self.noted()[1]:08x} for {len(places)} sequences, but rank 0 has {found!r:.200}; all "
                               "ranks need the same options and the same version")
         return found.chosen
 

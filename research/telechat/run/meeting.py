@@ -31,8 +31,8 @@ def invite() -> Listener:
     try:
         listener = Listener((_host(), 0), backlog=1024, authkey=key)
     except OSError as err:
-        raise ConfigError(f"MS_SCHED_HOST: {_host()} is no address of this machine, where rank 0 runs ({err}); start "
-                          "the ranks from 0 on with scripts/msrun_launcher.sh on the machine that MASTER_ADDR names"
+        raise ConfigError(f"MS_SCHED_HOST: {_host()} is not an address of this machine (rank 0: {err}); start "
+                          "all ranks with scripts/msrun_launcher.sh on the machine that MASTER_ADDR names"
                           ) from err
     _FromFirst()(_tensor([listener.address[1], *key]))
     return listener

@@ -26,7 +26,7 @@ from research.telechat.serve.service import BROKEN, DRAINING, Service
 
 log = logging.getLogger("telechat.serve")
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-_FAILED = "the engine has failed; the server's log has the reason"
+_FAILED = "the engine failed; see the server's log"
 _AT_ONCE = 2.0                           # seconds after a second signal to notify the clients
 
 
@@ -154,7 +154,7 @@ class Host:
             engine.scheduler.run(self._stop)
         except Exception:
             self._service.fail(_FAILED)
-            log.exception("the engine has failed; the server ends")
+            log.exception("the engine failed; the server exits")
             self._web.stop()
             return 1
         self._web.stop()
@@ -170,7 +170,7 @@ class Host:
         if engine is None:
             print("interrupted", file=sys.stderr, flush=True)
             os._exit(INTERRUPTED)
-        log.warning("stopping: no new requests, those under way have %g s; a second signal ends at once",
+        log.warning("stopping: no new requests; running ones have %g s; a second signal stops at once",
                     self._times.grace)
         self._service.state = DRAINING
         engine.scheduler.drain()
@@ -178,7 +178,7 @@ class Host:
 
     def lose(self, reason: str) -> None:
         """End the process, all requests told: the engine will never finish its step. From another thread than it."""
-        log.error("the engine has failed; the server ends: %s", reason)
+        log.error("the engine failed; the server exits: %s", reason)
         self._service.fail(_FAILED)
         self._web.stop()
         os._exit(1)

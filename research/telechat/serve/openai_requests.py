@@ -133,7 +133,7 @@ def _are_tokens(values: List[object]) -> bool:
 def _read_asked(fields: Fields, max_choices: int, longest: Optional[int], top: int) -> Asked:
     for key, only in _AS_IT_IS.items():
         if fields.get(key) not in (None, only):
-            raise fields.wrong(key, f"{shown(only)}, the only value that this server has")
+            raise fields.wrong(key, f"{shown(only)}, the only supported value")
     sampling: JsonObject = {}
     temperature = fields.number("temperature", 0, 2)
     if temperature is not None:
@@ -208,7 +208,7 @@ def _read_tools(fields: Fields) -> Tuple[List[JsonObject], List[JsonObject]]:
     name = choice.get("function", {}).get("name") if isinstance(choice, dict) and isinstance(
         choice.get("function", {}), dict) else None
     if not isinstance(name, str) or name not in functions:
-        raise fields.wrong("tool_choice", "none, auto, required, or the function of one of tools")
+        raise fields.wrong("tool_choice", "none, auto, required, or one of the functions in tools")
     return tools, [functions[name]]
 
 

@@ -72,7 +72,7 @@ class Service:
     def check_model(self, name: object) -> None:
         """Raises ApiError if `name` is not the served model."""
         if name is not None and name != self.name:
-            raise ApiError(404, f"the model {str(name)[:80]!r} is not served here; it serves {self.name!r}", "model",
+            raise ApiError(404, f"the model {str(name)[:80]!r} is not served here; available: {self.name!r}", "model",
                            "model_not_found")
 
     # Called by the APIs
