@@ -105,6 +105,7 @@ def compile_training(job: JsonObject, report: Report) -> None:
     data = make_dataset(folder, job["columns"], job["length"], job["rows"])
     run(recipe, {"run_mode": "finetune", "train_dataset.data_loader.dataset_dir": str(data), "load_checkpoint": "",
                  "output_dir": str(folder / "output"), "use_parallel": job["ranks"] > 1,
+                 "check_free_disk": False,                               # no checkpoint is written
                  "runner_config.sink_mode": False}, register_path=str(PLUGIN))
 
 
