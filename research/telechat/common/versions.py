@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
+from research.telechat.common.deferred import deferred_imports
 from research.telechat.common.environment import rank
 from research.telechat.common.errors import ConfigError, OldVersionError
 
@@ -121,14 +122,16 @@ def check_versions() -> None:
 
 @contextlib.contextmanager
 def fitting_versions() -> Iterator[None]:
-    """Put around the imports of MindFormers and what is built on it: `check_versions`, and one line where they fail.
+    """Put around the imports of MindFormers and what is built on it: `check_versions`, no packages that are hardly ever
+    used (common/deferred.py), and one line where they fail.
 
     Raises ConfigError: the versions are at fault (`versions_at_fault`; it says what to install), the log folder cannot
     be written, or a module is missing. Other errors pass.
     """
     check_versions()
     try:
-        yield
+        with deferred_imports():
+            yield
     except (ImportError, AttributeError, OSError) as err:
         if versions_at_fault(err):
             formers, spores = installed_version("mindformers"), installed_version("mindspore")
