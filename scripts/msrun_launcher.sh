@@ -17,6 +17,8 @@
 # Environment: MF_LOG_SUFFIX=x appends _x to the names of the log folders. LOG_MF_PATH is where MindFormers logs
 # (default: output/log). PLOG_REDIRECT_TO_OUTPUT=True (or PLOG_REDICT_TO_OUTPUT, an earlier spelling) puts Ascend's own
 # logs under output/plog. TELECHAT_BIND_CORE=False leaves the workers free to run on any core; they are bound otherwise.
+# HCCL_CONNECT_TIMEOUT (default here: 1800, at most 7200; HCCL's own: 120): seconds that a rank waits for the others
+# before the first transfer. Ranks need different times to load their shards and compile: docs/parallel.md.
 set -u
 
 SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
@@ -87,6 +89,7 @@ command -v python >/dev/null || die "msrun starts its workers with 'python', and
 export PATH PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 export TELECHAT_LOCAL_WORKERS=$LOCAL_WORKER   # run/resources.py: how many ranks share this disk and memory
 
+export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1800}
 SUFFIX=${MF_LOG_SUFFIX:+_$MF_LOG_SUFFIX}
 LOG_DIR=$LOG_DIR$SUFFIX
 export LOG_MF_PATH="${LOG_MF_PATH:-$PWD/output/log$SUFFIX}"

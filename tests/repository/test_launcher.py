@@ -146,6 +146,13 @@ def test_log_folders(place):
     assert variables(PLOG_REDICT_TO_OUTPUT="True") == (f"{place}/output/log", f"{place}/output/plog")
 
 
+def test_ranks_wait_for_each_other_longer_than_hccl_does(place):
+    result = launch(place, "python job.py", "2", free_port(), "logs", "True", "60")
+    assert 120 < int(result.seen["HCCL_CONNECT_TIMEOUT"]) <= 7200
+    result = launch(place, "python job.py", "2", free_port(), "logs", "True", "60", HCCL_CONNECT_TIMEOUT="300")
+    assert result.seen["HCCL_CONNECT_TIMEOUT"] == "300"
+
+
 def test_one_worker_and_unbound_cores(place):
     result = launch(place, "python job.py", "1", free_port(), "logs", "True", "60", TELECHAT_BIND_CORE="False")
     assert result.returncode == 0 and "asks for plain python" in result.stdout
