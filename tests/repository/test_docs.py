@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import generated, model_table, plan_table, time_table
+from scripts import communication_table, generated, model_table, plan_table, time_table
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")])
@@ -29,6 +29,14 @@ def test_table_of_plans_is_current():
     text = (ROOT / "docs/parallel.md").read_text(encoding="utf-8")
     assert generated.with_part(text, "plan_table.py", plan_table.table()) == text, (
         "run: python scripts/plan_table.py --write")
+
+
+def test_table_of_communication_has_all_its_plans():
+    """Compiling them takes minutes; that planner and compiler agree is for tests/plan/test_sharding_compile.py."""
+    text = (ROOT / "docs/parallel.md").read_text(encoding="utf-8")
+    part = text.partition(generated.begin("communication_table.py"))[2].partition(generated.END)[0]
+    assert [line.split(" | ")[0] for line in part.splitlines() if line][2:] == [
+        f"| {row.name}" for row in communication_table.ROWS]
 
 
 def test_counts_equal_the_official_totals():
