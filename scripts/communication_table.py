@@ -1,4 +1,4 @@
-"""Write the table of what a step sends into docs/parallel.md: plans of a small model, compiled with the simulated runtime.
+"""Write the table of what a step sends into docs/parallel.md: plans of a small model, compiled for Ascend.
 
     python scripts/communication_table.py           # compile the plans (20 to 60 s each) and print the table
     python scripts/communication_table.py --write   # write it into docs/parallel.md
@@ -8,7 +8,8 @@ Bytes are counted in the compiled graph of one rank and are those of ring algori
 import copy
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence
+from types import MappingProxyType
+from typing import Any, Dict, List, Mapping, NamedTuple, Sequence
 
 from tqdm import tqdm
 
@@ -28,17 +29,21 @@ DOCUMENT = ROOT / "docs/parallel.md"
 SMALL = {"num_layers": 2, "hidden_size": 512, "num_heads": 8, "intermediate_size": 1536, "vocab_size": 4096,
          "seq_length": 512, "tie_word_embeddings": True, "compute_dtype": "float16", "param_init_type": "float16"}
 SEQUENCE_PARALLEL = {"use_seq_parallel": True}
+SLICES = "inputs of recomputed layers are kept in slices and gathered again (`recompute_slice_activation`)"
 PURPOSES = ("activations", "gradients", "parameters", "pipeline")
 
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class Row(NamedTuple):
-    """A plan of the table: degrees as (data, model, pipeline, context), sections that change the recipe, why it sends
-    more than the plan that it is compared with."""
+    """A plan of the table: degrees as (data, model, pipeline, context), sections and keys of the model that change the
+    recipe, and where the bytes come from that a plainer plan does not send."""
 
     name: str
     degrees: Sequence[int]
-    sections: Dict[str, Dict[str, Any]] = {}
-    model: Dict[str, Any] = {}
+    sections: Mapping[str, Dict[str, Any]] = _NOTHING
+    model: Mapping[str, Any] = _NOTHING
     rank: int = 0
     reason: str = ""
 
@@ -50,9 +55,9 @@ ROWS = (
     Row("dp8, optimizer parallel, parameters in float32", (8, 1, 1, 1), {"optimizer": {"master_weights": "float32"}},
         {"param_init_type": "float32"},
         reason="gradients are reduced in float32, and so is the tied table gathered; matrices are gathered in 16 bits"),
-    Row("dp2 mp4", (2, 4, 1, 1)),
+    Row("dp2 mp4", (2, 4, 1, 1), reason=SLICES),
     Row("dp2 mp4, loss in chunks", (2, 4, 1, 1), {}, {"loss_chunk_rows": 128},
-        reason="the gradient behind the head is summed once per pass over the chunks"),
+        reason="as above, and the gradient behind the head is summed in both passes over the chunks"),
     Row("dp2 mp4, sequence parallel", (2, 4, 1, 1), {"parallel_config": SEQUENCE_PARALLEL}),
     Row("dp2 mp4, sequence parallel, loss in chunks", (2, 4, 1, 1), {"parallel_config": SEQUENCE_PARALLEL},
         {"loss_chunk_rows": 128}, reason="rows are gathered once more for the head's second pass"),
@@ -61,9 +66,11 @@ ROWS = (
     Row("mp8 pp2, sequence parallel, 4 micro-batches, first stage", (1, 8, 2, 1), _PIPELINE),
     Row("mp8 pp2, sequence parallel, 4 micro-batches, last stage", (1, 8, 2, 1), _PIPELINE, rank=8),
     Row("dp4 cp2, keys and values gathered", (4, 1, 1, 2), {"parallel_config": _RING}),
-    Row("dp2 mp2 cp2, ring attention", (2, 2, 1, 2), {"parallel_config": _RING}, {"use_ring_attention": True}),
+    Row("dp2 mp2 cp2, ring attention", (2, 2, 1, 2), {"parallel_config": _RING}, {"use_ring_attention": True},
+        reason=SLICES),
     Row("dp2 mp2 cp2, ulysses", (2, 2, 1, 2),
-        {"parallel_config": {"context_parallel_algo": "ulysses_cp"}, "parallel": {"enable_alltoall": True}}),
+        {"parallel_config": {"context_parallel_algo": "ulysses_cp"}, "parallel": {"enable_alltoall": True}},
+        reason=SLICES),
 )
 
 
@@ -82,7 +89,7 @@ def small_recipe(row: Row) -> JsonObject:
 
 
 def sent(row: Row) -> JsonObject:
-    """{"all", each purpose, "planner"}: bytes that the rank of `row` sends. Raises ValueError if it does not compile."""
+    """{"all", each purpose, "planner"}: bytes that the rank of `row` sends. Raises ValueError: it does not compile."""
     recipe = small_recipe(row)
     plan = read_plan(recipe)
     faults = find_faults(plan)

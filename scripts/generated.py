@@ -34,8 +34,9 @@ def run(script: str, document: Path, part: Callable[[], str], what: str) -> int:
         if not (args.write or args.check):
             print(part())
             return 0
+        found = part()                               # may take minutes, in which the document can change
         old = document.read_text(encoding="utf-8")
-        new = with_part(old, script, part())
+        new = with_part(old, script, found)
         if args.check:
             if new != old:
                 print(f"error: {document} is not current; run: python scripts/{script} --write", file=sys.stderr)
