@@ -244,7 +244,7 @@ FAULTS = [
     ({"messages": [*MESSAGES, {"role": "system", "content": "x"}, *MESSAGES]}, "messages", "after other messages"),
     ({"messages": MESSAGES * 2000}, "messages", "found 2000"),
     ({"temperature": -1}, "temperature", "found -1"), ({"temperature": "hot"}, "temperature", "number"),
-    ({"temperature": True}, "temperature", "number"), ({"top_p": 0}, "top_p", "over 0"),
+    ({"temperature": True}, "temperature", "number"), ({"top_p": 0}, "top_p", "above 0"),
     ({"n": 99}, "n", "from 1 to 8"), ({"n": 0}, "n", None), ({"seed": 1.5}, "seed", "whole"),
     ({"stop": ""}, "stop", None), ({"stop": [1]}, "stop", None),
     ({"max_tokens": 0}, "max_tokens", None), ({"stream": "yes"}, "stream", "true or false"),
