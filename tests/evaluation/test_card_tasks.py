@@ -60,7 +60,7 @@ class TestPrograms:
         (tmp_path / "x.ckpt").touch()
         options = ["--config", RECIPE, "--load_checkpoint", tmp_path / "x.ckpt", "--data", data, "--tasks", "humaneval"]
         code, errors = run(capfd, *options)
-        assert code == 1 and errors[0].startswith("error: --tasks: humaneval runs programs that the model writes")
+        assert code == 1 and errors[0].startswith("error: --tasks: humaneval runs programs written by the model")
         assert run(capfd, *options, "--data_only") == (0, [])
 
     def test_isolation_that_cannot_be_had(self, data, monkeypatch, tmp_path):

@@ -134,7 +134,7 @@ def test_keys(served, tmp_path, monkeypatch):
     assert Judge(fake.url, "x").ask([]) == "[[1]]" and fake.requests[0][1] == "Bearer abc"
     for key in ("ab\nc", "ab\u00e9"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
-        with pytest.raises(ConfigError, match="OPENAI_API_KEY: expected a key of printable ASCII") as caught:
+        with pytest.raises(ConfigError, match="OPENAI_API_KEY: expected a one-line key of printable ASCII") as caught:
             Judge(fake.url, "x")
         assert "ab" not in str(caught.value).replace("printable", "")
 
@@ -171,14 +171,14 @@ def test_files_that_differ(data):
     path.write_text(good.replace("Write.", "Write\u2028on."), encoding="utf-8")
     assert read_bench("mt_bench", str(data)).questions[0].turns[0] == "Write\u2028on."
     path.write_text(good.replace('["Write.", "Again."]', "[]"), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"question 81: expected turns to be texts, found \[\]"):
+    with pytest.raises(ConfigError, match=r"question 81: expected turns to be strings, found \[\]"):
         read_bench("mt_bench", str(data))
     path.write_bytes("问题".encode("gbk"))
     with pytest.raises(ConfigError, match=r"question\.jsonl cannot be read as UTF-8"):
         read_bench("mt_bench", str(data))
     path.write_text(good, encoding="utf-8")
     (data / "mt_bench" / "reference_answer" / "gpt-4.jsonl").write_text('{"question_id": 111, "choices": []}')
-    with pytest.raises(ConfigError, match=r"gpt-4\.jsonl: question 111: expected choices\[0\].turns to be texts"):
+    with pytest.raises(ConfigError, match=r"gpt-4\.jsonl: question 111: expected choices\[0\].turns to be strings"):
         read_bench("mt_bench", str(data))
 
 
