@@ -2,19 +2,29 @@
 
     python benchmarks/serve.py                      hidden 256, 4 layers, vocabulary 8000, context 1024, float32
     python benchmarks/serve.py --long 4000 --context 4608          and what a long prompt does to the others
+    python benchmarks/serve.py --vllm PYTHON            beside vLLM, of whose environment PYTHON is the interpreter
 
-Rows: one by one (`model.stream`), all at once, and 1, 8 and 32 clients, each of which asks again after a pause of
+Rows: one by one (`model.stream`), all at once, and 1, 8, 16 and 32 clients, each of which asks again after a pause of
 exponentially distributed length (Poisson arrivals). Half of the requests are greedy, half are sampled. Times are those
 of `Scheduler.submit` and of the events, without HTTP.
+
+vLLM loads a model of the same sizes that `telechat convert --to llama` wrote, in float32, and gets the same requests
+and arrivals in its own process, without HTTP too. Both take turns, --rounds times, so that other load meets both; a
+ratio is the median of the rounds' ratios.
 """
 import argparse
+import contextlib
 import heapq
 import json
 import os
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 os.environ.setdefault("GLOG_v", "3")
 sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -139,12 +149,66 @@ def beside_long_prompt(model: Any, args: argparse.Namespace, prefill_tokens: int
             "between_median": float(np.median(reading)), "between_p99": float(np.percentile(reading, 99))}
 
 
+class Vllm:
+    """vLLM, in a process of its own (benchmarks/serve_vllm.py)."""
+
+    def __init__(self, process: "subprocess.Popen[str]"):
+        self._process = process
+        assert process.stdin is not None and process.stdout is not None
+        self._input, self._output = process.stdin, process.stdout
+
+    def ask(self, requests: List[Request], clients: int, args: argparse.Namespace) -> Dict[str, float]:
+        """Its figures. SystemExit: it has ended."""
+        def settings(sampling: Sampling) -> Dict[str, Any]:
+            return {name: SAMPLED[name] for name in ("temperature", "top_k", "top_p")} if sampling.do_sample else {
+                "temperature": 0}
+        job = {"requests": [[request.prompt, request.max_new_tokens, settings(request.sampling), request.seed]
+                            for request in requests], "clients": clients, "pause": args.pause, "seed": args.seed}
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(job), file=self._input, flush=True)
+        line = self._output.readline()
+        if not line:
+            raise SystemExit(f"error: vLLM has ended with exit code {self._process.wait()}; what it said is above")
+        answer = json.loads(line)
+        results = []
+        for times in answer["results"]:
+            timed = Timed()
+            timed.submitted, timed.tokens = times["submitted"], times["tokens"]
+            results.append(timed)
+        return figures(results, answer["started"])
+
+
+@contextlib.contextmanager
+def started_vllm(args: argparse.Namespace) -> Iterator[Vllm]:
+    """vLLM with an exported model of the sizes in `args`. SystemExit."""
+    from beside_llama import make_checkpoints
+
+    from research.telechat.spec.variants import get_variant
+    variant = replace(get_variant("telechat_12b"), num_layers=args.layers, hidden_size=args.hidden,
+                      num_heads=args.heads, intermediate_size=args.ffn, vocab_size=args.vocab,
+                      base_seqlen=args.context, training_seqlen=args.context)
+    with tempfile.TemporaryDirectory() as folder:
+        make_checkpoints(variant, Path(folder), ("llama",))
+        command = [args.vllm, str(Path(__file__).with_name("serve_vllm.py")), f"{folder}/llama", "--slots",
+                   str(args.slots), "--context", str(args.context), *(["--eager"] if args.eager else [])]
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            if process.stdout.readline() != "ready\n":
+                raise SystemExit(f"error: vLLM did not start (exit code {process.wait()}); what it said is above")
+            yield Vllm(process)
+        finally:
+            process.stdin.close()
+            process.wait(60)
+
+
 def parse(argv: Any = None) -> argparse.Namespace:
     """Options."""
     parser = argparse.ArgumentParser(description="Measure many requests at a time on a CPU.")
     add = parser.add_argument
     add("--requests", type=int, default=48, help="in each row")
-    add("--clients", type=int, nargs="*", default=[1, 8, 32])
+    add("--clients", type=int, nargs="*", default=[1, 8, 16, 32])
     add("--pause", type=float, default=0.1, help="seconds a client pauses, on average")
     add("--slots", type=int, default=16, help="sequences at once")
     add("--buckets", type=int, nargs="+", default=[1, 4, 16], help="batches that have a graph")
@@ -154,8 +218,39 @@ def parse(argv: Any = None) -> argparse.Namespace:
     add("--pieces", type=int, nargs="*", default=[64, 256], help="with --long, tokens of it that are read in a step")
     add_sizes(parser)
     add("--seed", type=int, default=0)
+    add("--vllm", metavar="PYTHON", help="interpreter of an environment with vLLM, to measure it as well")
+    add("--eager", action="store_true", help="with --vllm: without torch.compile")
+    add("--rounds", type=int, default=1, help="how often each row is measured")
     add("--json", help="write the figures there")
     return parser.parse_args(argv)
+
+
+def measure(runs: List[Tuple[str, Optional[int], Callable[[], List[Timed]]]], vllm: Optional[Vllm],
+            requests: List[Request], args: argparse.Namespace) -> List[Dict[str, Any]]:
+    """Measure and print the rows; where vLLM is measured too (not one by one), its rows follow ours."""
+    found: Dict[str, List[Dict[str, float]]] = {}
+    loads = {}
+    for _ in range(args.rounds):
+        for name, clients, run in runs:
+            loads[name] = loads[f"vLLM, {name}"] = os.getloadavg()[0]
+            started = time.perf_counter()
+            found.setdefault(name, []).append(figures(run(), started))
+            if vllm and clients is not None:
+                found.setdefault(f"vLLM, {name}", []).append(vllm.ask(requests, clients, args))
+    results: List[Dict[str, Any]] = []
+    for name, rounds in found.items():
+        row: Dict[str, Any] = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+        for key, other in (("times_one_by_one", "one by one"), ("times_vllm", f"vLLM, {name}")):
+            if other in found and other != name:
+                row[key] = statistics.median(mine["tokens_per_second"] / theirs["tokens_per_second"]
+                                             for mine, theirs in zip(rounds, found[other]))
+        results.append({"name": name, "load": loads[name], **row})
+        ratios = "".join(f", {row[key]:.2f} times {what}" for key, what in (
+            ("times_one_by_one", "one by one"), ("times_vllm", "vLLM")) if key in row)
+        print(f"{name:25} {row['tokens_per_second']:9.0f} "
+              f"{1000 * row['first_token_median']:13.1f} ms {1000 * row['first_token_p99']:9.1f} ms "
+              f"{1000 * row['between_median']:13.1f} ms {1000 * row['between_p99']:9.1f} ms{ratios}", flush=True)
+    return results
 
 
 def main(argv: Any = None) -> int:
@@ -170,21 +265,18 @@ def main(argv: Any = None) -> int:
     print(f"compiled {len(args.buckets) + 2} graphs in {time.perf_counter() - started:.1f} s; load "
           f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     requests = make_requests(args, args.requests)
-    runs: List[Tuple[str, Callable[[], List[Timed]]]] = [
-        ("one by one", lambda: one_by_one(model, requests)),
-        ("all at once", lambda: at_once(model.scheduler(settings), requests))]
+    runs: List[Tuple[str, Optional[int], Callable[[], List[Timed]]]] = [
+        ("one by one", None, lambda: one_by_one(model, requests)),
+        ("all at once", 0, lambda: at_once(model.scheduler(settings), requests))]
     for clients in args.clients:
-        runs.append((f"{clients} clients", lambda clients=clients: from_clients(
+        runs.append((f"{clients} clients", clients, lambda clients=clients: from_clients(
             model.scheduler(settings), requests, clients, args.pause, args.seed)))
-    print("                  tokens/s   first token, median and p99    between tokens, median and p99")
-    results = []
-    for name, run in runs:
-        started = time.perf_counter()
-        found = figures(run(), started)
-        results.append({"name": name, "load": os.getloadavg()[0], **found})
-        print(f"{name:16} {found['tokens_per_second']:9.0f} "
-              f"{1000 * found['first_token_median']:13.1f} ms {1000 * found['first_token_p99']:9.1f} ms "
-              f"{1000 * found['between_median']:13.1f} ms {1000 * found['between_p99']:9.1f} ms", flush=True)
+    with contextlib.ExitStack() as stack:
+        vllm = stack.enter_context(started_vllm(args)) if args.vllm else None
+        if vllm:
+            vllm.ask(requests, 0, args)                                  # warms it up
+        print("                           tokens/s   first token, median and p99    between tokens, median and p99")
+        results = measure(runs, vllm, requests, args)
     for pieces in args.pieces if args.long else ():
         beside_long_prompt(model, args, pieces)                          # the first time, memory is taken
         found = beside_long_prompt(model, args, pieces)
