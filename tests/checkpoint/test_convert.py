@@ -124,7 +124,7 @@ def test_numbers_beyond_float16_are_counted(tmp_path, capsys):
     source = write_official(tmp_path / "hf", variant, official)
     assert to_ms(source, tmp_path / "x.ckpt", "--dtype", "float16") == 0
     out = capsys.readouterr().out
-    assert "2 numbers were too large for float16 and became infinite, in lm_head.weight" in out
+    assert "2 values were too large for float16 and became infinite, in lm_head.weight" in out
     assert "0 NaN and 1 infinite values in 1 tensors of the input: lm_head.weight" in out
 
 

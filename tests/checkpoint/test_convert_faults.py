@@ -61,9 +61,9 @@ FAULTS = {
     "index not json": (lambda d: (d / INDEX).write_text("{"), [INDEX, "not valid JSON"]),
     "index empty": (lambda d: (d / INDEX).write_text("{}"), [INDEX, "weight_map"]),
     "index of another model": (lambda d: edit_json(d / INDEX, lambda j: j["weight_map"].update({"a.b": SHARD})),
-                               ["do not hold: a.b"]),
+                               ["are not in its files: a.b"]),
     "index incomplete": (lambda d: edit_json(d / INDEX, lambda j: j["weight_map"].pop(QUERY)),
-                         ["does not name", QUERY, "incomplete"]),
+                         ["lacks tensors", QUERY, "incomplete"]),
     "index leads elsewhere": (lambda d: edit_json(d / INDEX, lambda j: j["weight_map"].update({QUERY: "../x"})),
                               ["'../x'", "in the folder of the index"]),
     "tensor twice": (lambda d: (shutil.copy(d / SHARD, d / "model-00004-of-00003.safetensors"),
@@ -89,7 +89,7 @@ FAULTS = {
                                     ["10 are unknown", "transformer.h.1.mlp.up_proj.weight"]),
     "config of another family": (lambda d: edit_json(d / "config.json", lambda j: j.update(base_seqlen=8192)),
                                  ["telechat_12b has the layout 'telechat'"]),
-    "folder empty": (lambda d: [path.unlink() for path in d.iterdir()], ["holds no *.safetensors"]),
+    "folder empty": (lambda d: [path.unlink() for path in d.iterdir()], ["contains no *.safetensors"]),
     "folder missing": (lambda d: shutil.rmtree(d), ["does not exist"]),
 }
 

@@ -87,7 +87,7 @@ def of_zip(*names):
 
 STRANGERS = {
     b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 17750000\n":
-        "a pointer of Git LFS for 17,750,000 bytes",
+        "a Git LFS pointer for 17,750,000 bytes",
     b"/annex/objects/SHA256E-s123--abc.safetensors\n": "a git-annex or Xet pointer",
     b"\n <!DOCTYPE html><html><body>Sign in</body></html>": "a web page",
     b"<html>404</html>": "a web page",
@@ -190,7 +190,7 @@ def test_nested_bin_files_are_read_or_say_what_they_hold(model, tmp_path, capfd)
         "['model']; left out: optimizer, step": {"model": weights, "optimizer": moments, "step": 3},
         "['a']['module']": {"a": {"module": weights}},
         "['model']; left out: ema": {"model": weights, "ema": {"shadow": {"x": torch.ones(2)}}},
-        "as they are not tensors: step": {**weights, "step": 3},
+        "dropped, not tensors: step": {**weights, "step": 3},
         "prefixes added by a wrapper": {"state_dict": {f"module.{name}": value for name, value in weights.items()}},
     }
     for number, (words, content) in enumerate(read.items()):

@@ -309,7 +309,7 @@ def test_foreign_weights_are_one_line(small, tmp_path, capfd, drop, add, fault):
 
 def test_half_an_export_is_no_folder_to_load(small, tmp_path, capfd):
     (small / "model.safetensors").rename(partial_path(small / "model.safetensors"))
-    assert "holds no *.safetensors" in error_of(capfd, to_ms(small, tmp_path / "x.ckpt"))
+    assert "contains no *.safetensors" in error_of(capfd, to_ms(small, tmp_path / "x.ckpt"))
 
 
 def test_a_folder_of_another_model_and_a_single_file_are_refused(small, tmp_path, capfd):

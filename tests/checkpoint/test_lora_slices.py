@@ -160,7 +160,7 @@ def test_what_is_missing_is_named_in_one_line(fault, run_folder, tmp_path, capsy
         expected = [f"there is no {tmp_path / 'strategy'}", "--adapter_strategy"]
     elif fault == "other plan":
         more = ["--adapter_strategy", write_strategies(tmp_path / "other", layouts_of(adapter, 1, 2, 1, False), 1)]
-        expected = ["the strategy is for 2 ranks, and there is a folder rank_2"]
+        expected = ["the strategy is for 2 ranks, but there is a folder rank_2"]
     elif fault == "one slice":
         given = folder / "rank_0/t_rank_0-trainable_params-2_3.ckpt"
         expected = ["the adapter is for [", "the folder that contains rank_0, rank_1"]

@@ -243,7 +243,7 @@ def test_refuses_before_it_starts(eight_ranks, tmp_path, fault):
         arguments[1], expected = part, "no folder rank_7"
     elif fault == "fewer ranks":
         arguments[3] = write_strategies(tmp_path / "other", plan(1, 4, 1, False), 1)
-        expected = "is for 4 ranks, and there is a folder rank_4"
+        expected = "is for 4 ranks, but there is a folder rank_4"
     elif fault == "wrong shapes":          # of as many ranks, but cut otherwise
         arguments[3] = write_strategies(tmp_path / "other", plan(1, 4, 2, False), 2)
         recipe = tmp_path / "recipe.yaml"

@@ -200,7 +200,7 @@ class TestMistakes:
                 ([*model, "--perplexity", tmp_path / "records.jsonl"], "the format of"),
                 ([*model, "--perplexity", tmp_path / "empty.txt"], "empty.txt contains no text"),
                 ([*model, "--perplexity", text], "text.jsonl, record 2: wrong shape"),
-                ([*model, "--perplexity", broken], "broken.jsonl holds no record that can be read")):
+                ([*model, "--perplexity", broken], "broken.jsonl contains no readable record")):
             code, errors = run(capfd, *options)
             assert code == 1 and len(errors) == 1 and message in errors[0], (options, errors)
 
@@ -217,7 +217,7 @@ class TestMistakes:
         before = datasets.load_dataset
         for options, message in (
                 (["--tasks", "gsm8k"], "the data set openai/gsm8k (main) was not found"),
-                (["--tasks", "gsm8k", "--data", tmp_path], "has no files of the data set openai/gsm8k"),
+                (["--tasks", "gsm8k", "--data", tmp_path], "has no files for the data set openai/gsm8k"),
                 (["--tasks", "gsm8k", "--data", tmp_path / "none"], "none is not a folder"),
                 (["--tasks", "broken", "--include_path", own], "broken"),
                 (["--tasks", "brokn", "--include_path", own], "similar names: broken")):

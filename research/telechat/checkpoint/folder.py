@@ -133,7 +133,7 @@ def _open_folder(paths: List[Path], index: Optional[Path], kind: str) -> Checkpo
     wrong = [name for name, shard in weight_map.items()
              if name not in checkpoint.tensors or checkpoint.tensors[name].file.name != shard]
     if wrong:
-        raise CheckpointError(f"{index} lists tensors that are not in its files:  {summarise(wrong)}; index and files "
+        raise CheckpointError(f"{index} lists tensors that are not in its files: {summarise(wrong)}; index and files "
                               "belong to different checkpoints, or a file is damaged: copy or download the folder "
                               "again")
     extra = [name for name in checkpoint.tensors if name not in weight_map]

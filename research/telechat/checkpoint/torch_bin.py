@@ -125,7 +125,7 @@ def _weights_in(torch: ModuleType, content: object, path: Path) -> Tuple[JsonObj
     notes = []
     others = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if others:
-        notes.append(f"{path.name}: dropped, not tensors:  {summarise(others)}")
+        notes.append(f"{path.name}: dropped, not tensors: {summarise(others)}")
     if at and isinstance(content, dict):
         beside = [str(name) for name in content if name != at[0]]
         notes.append(f"{path.name}: the weights are in {_place(at)}"

@@ -97,7 +97,7 @@ def _real_step(whole: Compiled, args: argparse.Namespace) -> JsonObject:
     print(f"a real float32 step on the CPU: loss differs by {gap:.1e}, parameters and moments by {worst:.1e} of the "
           "largest change")
     fault = "" if max(gap, worst) <= cpu_step.LIMIT else (
-        f"the graph computes something other than the model on the CPU:  {max(gaps, key=lambda name: gaps[name])} "
+        f"the graph computes something other than the model on the CPU: {max(gaps, key=lambda name: gaps[name])} "
         f"differs by {worst:.1e}, the loss by {gap:.1e} (limit {cpu_step.LIMIT:.0e})")
     return {"loss": gap, "differences": gaps, "fault": fault}
 

@@ -226,7 +226,7 @@ class Follower(_Rank):
         """Rank 0's choices. Raises WorkerError: it is gone, or has computed something else than this rank."""
         found = self._next()
         if not isinstance(found, Tokens) or len(found.chosen) != len(places) or found[1:] != self.noted():
-            raise WorkerError(f"this rank diverged from rank 0:  {self.noted()[0]} launches with digest "
+            raise WorkerError(f"this rank diverged from rank 0: {self.noted()[0]} launches with digest "
                               f"{self.noted()[1]:08x} for {len(places)} sequences, but rank 0 has {found!r:.200}; all "
                               "ranks need the same options and the same version")
         return found.chosen

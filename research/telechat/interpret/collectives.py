@@ -174,6 +174,6 @@ def run(ranks: Dict[int, Execution], box: Box) -> Dict[int, Any]:
             raise ExecutionError(_stuck(waiting, sorted(results)))
     left = {key: len(values) for key, values in box.items() if values}
     if left:
-        raise ExecutionError("sent but never received (from, to, tag):  " + ", ".join(
+        raise ExecutionError("sent but never received (from, to, tag): " + ", ".join(
             f"{key} {count} times" for key, count in left.items()))
     return results

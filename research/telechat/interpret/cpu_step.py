@@ -72,7 +72,7 @@ def real_steps(whole: JsonObject, weights: Dict[str, np.ndarray], batches: Seque
         result = folder / "result.npz"
         if not result.is_file():
             said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
-            raise ExecutionError(f"the step on the CPU failed; its last output:  {said[-1][:300]}")
+            raise ExecutionError(f"the step on the CPU failed; its last output: {said[-1][:300]}")
         with np.load(result) as found:
             values = dict(found)
     return [float(value) for value in values.pop("__losses")], values

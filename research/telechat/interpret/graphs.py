@@ -81,7 +81,7 @@ def _compile_rank(recipe: JsonObject, plan: Plan, rank: int, target: Path, timeo
                               timeout, start=start, count=False)
         if not report["ok"]:
             said = (report["details"] or report["error"].splitlines())[0]
-            raise ConfigError(f"rank {rank} of the scaled-down plan does not compile:  {said[:400]}")
+            raise ConfigError(f"rank {rank} of the scaled-down plan does not compile: {said[:400]}")
         programs = {name: read_program(work / f"{name}.mindir", runtime.mindspore_folder())
                     for name in report["graphs"]}
         strategies = {path.name: path.read_bytes() for path in sorted(work.glob("output/strategy/*.ckpt"))}

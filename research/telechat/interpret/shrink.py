@@ -91,7 +91,7 @@ def shrink(recipe: JsonObject, ranks: int, sizes: Sizes) -> JsonObject:
         model.update(batch_size=2, block_size=BLOCK_SIZE, num_blocks=BLOCKS, max_decode_length=model["seq_length"])
     faults = find_faults(read_plan(small), ranks)
     if faults:
-        raise ConfigError(f"the scaled-down recipe cannot run:  {faults[0]}")
+        raise ConfigError(f"the scaled-down recipe cannot run: {faults[0]}")
     return small
 
 

@@ -224,7 +224,7 @@ def stage_layers(plan: Plan) -> List[List[int]]:
             f"{plan.model.num_layers} layers on {plan.pp * plan.virtual_stages} stages leave {rest} to be added")
     layers = [[share + value for value in row] for row in rows]
     if min(map(min, layers)) < 0 or any(count < 1 for row in layers for count in row[1:-1]):
-        raise ConfigError(f"model_config.offset {offset!r} leaves a pipeline stage with no layers:  {layers}")
+        raise ConfigError(f"model_config.offset {offset!r} leaves a pipeline stage with no layers: {layers}")
     return layers
 
 

@@ -46,10 +46,10 @@ def search_table(found: Sequence[Found], now: StepTime) -> str:
                      f"{time.seconds:.2f}", f"{time.tokens_per_second / time.ranks:,.0f}",
                      f"{_PARTS[time.limit]} {_share(time, time.limit)}"])
     first = found[0].time
-    lines = [table(rows), "", "estimate for the first:  " + ", ".join(
+    lines = [table(rows), "", "estimate for the first: " + ", ".join(
         f"{_PARTS[name]} {seconds:.2f} s" for name, seconds in first.parts.items() if seconds >= 0.005)]
     if now.ranks == first.ranks and now.tokens == first.tokens:
-        lines.append(f"the recipe as given:  {now.seconds:.2f} s per step, {now.tokens_per_second / now.ranks:,.0f} "
+        lines.append(f"the recipe as given: {now.seconds:.2f} s per step, {now.tokens_per_second / now.ranks:,.0f} "
                      f"tokens/s/card; the first plan takes {1 - first.seconds / now.seconds:.0%} less time")
     return "\n".join(lines)
 
