@@ -73,7 +73,7 @@ def test_wrapped_checkpoints_convert(model, tmp_path, prefix, capfd):
 
 def test_two_tensors_of_one_name_are_an_error(model, tmp_path, capfd):
     tensors = {**model[1], "transformer._orig_mod.ln_f.weight": model[1]["transformer.ln_f.weight"]}
-    assert "are both transformer.ln_f.weight" in error_of(
+    assert "both become transformer.ln_f.weight" in error_of(
         capfd, to_ms(write_official(tmp_path / "hf", model[0], tensors), tmp_path / "x.ckpt"))
 
 

@@ -150,7 +150,7 @@ def test_what_is_missing_is_named_in_one_line(fault, run_folder, tmp_path, capsy
         lost.unlink()
         given, more = folder / "rank_0/t_rank_0-trainable_params-2_3.ckpt", ["--adapter_strategy",
                                                                               tmp_path / "strategy"]
-        expected = [f"{lost} does not exist; the strategy is for 4 ranks"]
+        expected = [f"{lost} does not exist; the strategy has 4 ranks"]
     elif fault == "folder":
         for rank in (2, 3):
             (folder / f"rank_{rank}").rename(tmp_path / f"away_{rank}")

@@ -75,7 +75,7 @@ def test_a_disk_that_is_too_small(job, told):
     with pytest.raises(ConfigError) as fault:
         resources.check_resources(job(2 * TB), 0)
     text = str(fault.value)
-    assert "\n" not in text and "where 2 TB are free" in text and "4 checkpoints at once" in text
+    assert "\n" not in text and "which has 2 TB free" in text and "4 checkpoints at once" in text
     assert "all 64 ranks" in text and "--check_free_disk False" in text
     resources.check_resources(job(6 * TB), 0)
     assert "at most 4 at once" in told[-1] and "6 TB are free" in told[-1]
