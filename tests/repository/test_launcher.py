@@ -2,9 +2,11 @@
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,17 @@ env >environment
 for word; do case $word in --log_dir=*) logs=${word#*=} ;; esac; done
 [ -z "$FAKE_LOGS" ] || cp "$FAKE_LOGS"/*.log "$logs"
 exit ${FAKE_EXIT:-0}
+"""
+
+
+# One worker, which ends when SIGTERM asks it to.
+SERVING_MSRUN = """#!/bin/bash
+for word; do case $word in --master_port=*) port=${word#*=} ;; esac; done
+MS_SCHED_PORT=$port MS_ROLE=MS_WORKER RANK_ID=0 bash -c '
+    trap "echo >drained; exit 0" TERM
+    echo >up
+    while :; do sleep 0.05; done' &
+wait $!
 """
 
 
@@ -245,6 +258,22 @@ def test_devices(monkeypatch, tmp_path):
     assert launcher_check.check_devices(command, 8) == []
     assert launcher_check.device_target(str(ROOT / "research/telechat/finetune_telechat_12b.yaml")) == "Ascend"
     assert launcher_check.device_target(str(ROOT / "research/telechat/finetune_telechat_tiny_cpu.yaml")) == "CPU"
+
+
+def test_a_server_may_finish_its_answers(place):
+    (place / "bin" / "msrun").write_text(SERVING_MSRUN)
+    (place / "serve.py").write_text("")
+    process = subprocess.Popen(["bash", str(LAUNCHER), "serve.py --port 0", "1", free_port(), "logs", "True", "60"],
+                               cwd=place, stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}"})
+    until = time.monotonic() + 300
+    while not (place / "up").exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and (place / "drained").exists(), output
+    assert "finishes the answers under way" in output
 
 
 def test_failed_job_is_reported(place):
