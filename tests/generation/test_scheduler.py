@@ -30,7 +30,8 @@ def run_schedule(seed):
     border = int(rng.randint(8, 30)) if rng.rand() < 0.3 else None
     engine = FakeEngine(border=border, pieces=bool(rng.rand() < 0.9))
     settings = Settings(slots=int(rng.randint(1, 6)), buckets=tuple(sorted(set(rng.randint(1, 6, 2).tolist()))),
-                        prefill_tokens=int(rng.choice([3, 8, 256])), reuse=bool(rng.rand() < 0.7))
+                        prefill_tokens=int(rng.choice([3, 8, 256])), reuse=bool(rng.rand() < 0.7),
+                        beside_tokens=int(rng.choice([1, 5])))
     scheduler = Scheduler(engine, settings)
     events, requests, tickets, order = {}, {}, {}, []
     for number in range(rng.randint(1, 6)):
@@ -104,6 +105,25 @@ def test_long_prompt_does_not_stop_the_others():
         scheduler.step()
         assert len(short) == before + 1
     assert [type(event) for event in long] == [Started, Token]
+
+
+@pytest.mark.parametrize(("deterministic", "expected"), [(False, [8, 2, 2, 2]), (True, [8, 8, 8, 6])])
+def test_a_long_prompt_takes_smaller_pieces_beside_others(deterministic, expected):
+    """And those that come behind it are not kept waiting; where pieces may not depend on others, they do not."""
+    engine = FakeEngine(num_blocks=40)
+    scheduler = Scheduler(engine, Settings(prefill_tokens=8, beside_tokens=2, deterministic=deterministic))
+    scheduler.submit(Request((1,) * 4, Sampling(), 20))
+    scheduler.step()
+    events = []
+    scheduler.submit(Request((2,) * 30, Sampling(), 2))
+    scheduler.submit(Request((3,) * 6, Sampling(), 2), events.append)
+    read = []
+    for _ in range(4):
+        before = engine.read_tokens
+        scheduler.step()
+        read.append(engine.read_tokens - before)
+    assert read == expected
+    assert any(isinstance(event, Token) for event in events) is not deterministic
 
 
 def test_whole_prompts_are_read_a_few_at_a_time():

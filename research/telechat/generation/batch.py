@@ -115,6 +115,7 @@ class Row:
         self.blocks: List[int] = []
         self.table = np.zeros(0, np.int32)
         self.cached = 0
+        self.long = False                                    # its prompt is prefilled in many steps
         self.scaling: Hashable = None
         self.root: Hashable = None                           # key under which its blocks are shared; None: not shared
         self.scores: Any = None                              # of the part of its prompt read so far

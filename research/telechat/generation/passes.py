@@ -18,16 +18,18 @@ class Settings:
     slots: int = 16                    # sequences at once
     buckets: Tuple[int, ...] = (1, 4, 16)      # batch sizes with a graph, ascending; batches are padded to the next one
     prefill_tokens: int = PREFILL_TOKENS       # prefill limit per step, and size of the pieces
+    beside_tokens: int = 64            # of a prompt longer than prefill_tokens, per step while others decode
     max_queue: int = 64                # requests that may wait
     reuse: bool = True                 # share the cache of common prefixes
     together: bool = False             # sequences that start together keep their slots until all have finished
     deterministic: bool = False        # compute each sequence separately
 
     def __post_init__(self) -> None:
-        if self.slots < 1 or self.prefill_tokens < 1 or list(self.buckets) != sorted(set(self.buckets)) or (
-                not self.buckets or self.buckets[0] < 1):
-            raise ConfigError(f"scheduler: expected positive slots and prefill_tokens, and ascending buckets, found "
-                              f"{self.slots}, {self.prefill_tokens} and {self.buckets}")
+        counts = (self.slots, self.prefill_tokens, self.beside_tokens, self.buckets[0] if self.buckets else 0)
+        if min(counts) < 1 or list(self.buckets) != sorted(set(self.buckets)):
+            raise ConfigError(f"scheduler: expected positive slots, prefill_tokens and beside_tokens, and ascending "
+                              f"buckets, found {self.slots}, {self.prefill_tokens}, {self.beside_tokens} and "
+                              f"{self.buckets}")
 
     def bucket(self, count: int) -> int:
         """The smallest bucket for `count` sequences, or the largest."""
@@ -44,7 +46,8 @@ class Passes:
         """One step: every prefilled sequence decodes its next token, the others are prefilled further. -> where the
         logits are; those of finished sequences are undefined."""
         growing = [row for row in running if row.cached and row.cached == row.length - 1]
-        readings = self._read([row for row in running if not row.finished and row not in growing])
+        readings = self._read([row for row in running if not row.finished and row not in growing],
+                              any(not row.finished for row in growing))
         return readings + self._advance(growing)
 
     def place(self, row: Row) -> bool:
@@ -64,17 +67,28 @@ class Passes:
             return False
         row.use(shared + own)
         row.cached = len(shared) * pool.block_size
+        row.long = row.length - row.cached > self.settings.prefill_tokens
         return True
 
-    def _read(self, rows: List[Row]) -> List[Reading]:
-        """Prefill prompts: short ones together; long ones, and those with a cached prefix, piece by piece."""
-        left = self.settings.prefill_tokens
+    def _read(self, rows: List[Row], beside: bool) -> List[Reading]:
+        """Prefill prompts: short ones together; long ones, and those with a cached prefix, piece by piece.
+
+        beside: other sequences decode in this step, and would wait.
+        """
+        left = left_of_long = self.settings.prefill_tokens
+        if beside and not self.settings.deterministic:             # there, pieces may not depend on others
+            left_of_long = min(left, self.settings.beside_tokens)
         whole: List[Row] = []
         readings: List[Reading] = []
         for row in rows:
             size = row.length - row.cached
             if not self.settings.together:
                 size = min(size, self.settings.prefill_tokens) if self.engine.pieces else size
+                if row.long and self.engine.pieces:
+                    size = min(size, left_of_long)
+                    left_of_long -= size
+                    if not size:
+                        continue
                 if left < size and left < self.settings.prefill_tokens:
                     break                                          # the first one is prefilled, however long it is
             left -= size
