@@ -125,8 +125,8 @@ class Routes:
         body = await self._asked_of_model(request, CHAT_KEYS)
         limits = self.service.limits
         asked = read_chat(body, limits.choices, limits.messages)
+        engine = self.service.ready()                    # before there are answers that nobody would close
         answers = await until_gone(request.receive, self.service.chat(asked))
-        engine = self.service.ready()
         writer = ChatWriter(self.service.name, engine.renderer.vocab, asked.asked.n, asked.asked.top_logprobs >= 0)
         return await self._respond(request, answers, writer, asked.asked)
 
@@ -134,8 +134,8 @@ class Routes:
         body = await self._asked_of_model(request, COMPLETION_KEYS)
         limits = self.service.limits
         asked = read_completion(body, limits.choices, limits.answers)
-        answers, echoes = await until_gone(request.receive, self.service.completion(asked))
         vocab = self.service.ready().renderer.vocab
+        answers, echoes = await until_gone(request.receive, self.service.completion(asked))
         writer = CompletionWriter(self.service.name, vocab, len(asked.prompts) * asked.asked.n,
                                   asked.asked.top_logprobs >= 0, echoes, asked.asked.max_tokens == 0)
         return await self._respond(request, answers, writer, asked.asked)
