@@ -220,7 +220,6 @@ def test_ranks_that_share_the_evaluation_read_no_record_twice(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(("loader", "found"), [
-    ({"type": "BlendedMegatronDatasetDataLoader"}, "BlendedMegatronDatasetDataLoader shifts"),
     ({"type": "HFDataLoader", "handler": [{"type": "Other"}, {"type": "PackingHandler"}]},
      "HFDataLoader with PackingHandler shifts"),
     ({"type": "CommonDataLoader", "handler": {"type": "AlpacaInstructDataHandler"}},

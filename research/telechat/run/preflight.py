@@ -6,7 +6,7 @@ read once (data/scan.py).
 import os
 import re
 from pathlib import Path
-from typing import Dict, List, Tuple, Union
+from typing import Dict, List, Optional, Tuple, Union
 
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig
@@ -19,6 +19,7 @@ from research.telechat.data.scan import check_dataset as check_files
 from research.telechat.model import kernels
 from research.telechat.recipe.fields import FIELDS
 from research.telechat.recipe.settings import dtype_name
+from research.telechat.run import megatron
 from research.telechat.run.batches import sequences_per_step, steps_per_epoch
 from research.telechat.spec.parameters import parameters
 from research.telechat.telechat_config import TelechatConfig
@@ -114,6 +115,13 @@ def check_dataset(config: MindFormerConfig, section: str) -> None:
     if not loader:
         raise ConfigError(f"the recipe has no section {section}.data_loader; inherit it (base_config: "
                           "../../configs/telechat/finetune.yaml)")
+    if loader.get("type") == megatron.THEIRS:
+        model = model_config(config)
+        megatron.settle(config, section, model)
+        _settle_columns(config, section, model)
+        if section == "train_dataset":
+            _check_enough_records(config, "the Megatron data set")
+        return
     _check_labels(loader, section)
     if loader.get("type") != "MindDataset":
         return
@@ -122,13 +130,7 @@ def check_dataset(config: MindFormerConfig, section: str) -> None:
         raise ConfigError(f"{section}: no data set given; pass --{section} FILE_OR_FOLDER (made by "
                           "research/telechat/telechat_preprocess.py)")
     model = model_config(config)
-    columns = ["input_ids", "labels", *(["actual_seq_len"] if model.document_boundaries else [])]
-    if config[section].get("input_columns") != columns:
-        logger.info("%s.input_columns: %s, as model_config.document_boundaries is %s.", section, columns,
-                    model.document_boundaries)
-        config[section]["input_columns"] = columns
-    if model.document_boundaries:            # MindFormers passes columns by name; the model calls the third so
-        config[section]["construct_args_key"] = ["input_ids", "labels", "input_position"]
+    _settle_columns(config, section, model)
     for each in path if isinstance(path, (list, tuple)) else [path]:
         note = check_files(each, vocab_size=model.vocab_size, seq_length=model.seq_length,
                            pad_token_id=model.pad_token_id, document_boundaries=model.document_boundaries,
@@ -138,6 +140,17 @@ def check_dataset(config: MindFormerConfig, section: str) -> None:
             logger.warning("%s: %s", section, note)
     if section == "train_dataset":
         _check_enough_records(config, path)
+
+
+def _settle_columns(config: MindFormerConfig, section: str, model: TelechatConfig) -> None:
+    """The columns that this model reads."""
+    columns = ["input_ids", "labels", *(["actual_seq_len"] if model.document_boundaries else [])]
+    if config[section].get("input_columns") != columns:
+        logger.info("%s.input_columns: %s, as model_config.document_boundaries is %s.", section, columns,
+                    model.document_boundaries)
+        config[section]["input_columns"] = columns
+    if model.document_boundaries:            # MindFormers passes columns by name; the model calls the third so
+        config[section]["construct_args_key"] = ["input_ids", "labels", "input_position"]
 
 
 def _check_labels(loader: MindFormerConfig, section: str) -> None:
@@ -175,9 +188,18 @@ def record_count(files: List[str]) -> int:
     return MindDataset(files, shuffle=False).get_dataset_size()
 
 
+def training_records(config: MindFormerConfig) -> Optional[int]:
+    """Records of the training set; None where the plugin does not know the loader."""
+    loader = (config.get("train_dataset") or {}).get("data_loader") or {}
+    if loader.get("type") == megatron.OURS:
+        return megatron.samples(loader)
+    files = training_files(config)
+    return record_count(files) if files else None
+
+
 def _check_enough_records(config: MindFormerConfig, path: Union[str, Path]) -> None:
     """ConfigError where the data set holds less than one batch: training would end at once without a step."""
-    records, batch = record_count(training_files(config)), sequences_per_step(config)
+    records, batch = training_records(config) or 0, sequences_per_step(config)
     if not steps_per_epoch(config, records):
         raise ConfigError(f"train_dataset: {path} has {records} records, fewer than one step's batch of {batch} "
                           "(batch_size * data_parallel * micro-batches * accumulation); lower runner_config.batch_size "

@@ -21,7 +21,7 @@ from research.telechat.common.files import JsonObject
 from research.telechat.recipe.settings import dtype_name
 from research.telechat.run.batches import sequences_per_step, steps_per_epoch, worker_count
 from research.telechat.run.manifests import facts_of_run, settle_with_checkpoint
-from research.telechat.run.preflight import model_config, record_count, training_files
+from research.telechat.run.preflight import model_config, training_files, training_records
 from research.telechat.spec.flops import flops_per_token
 
 _TRUE = (True, "True", "true")
@@ -65,9 +65,8 @@ def _chosen_file(config: MindFormerConfig, chosen: Name) -> Path:
 
 def counts_of_run(config: MindFormerConfig) -> JsonObject:
     """What the steps of this training are counted by, as manifests keep it."""
-    files = training_files(config)
-    records = record_count(files) if files else None
-    most = config.train_dataset.data_loader.get("num_samples") if files else None
+    records = training_records(config)
+    most = config.train_dataset.data_loader.get("num_samples") if records else None
     return {"sequences_per_step": sequences_per_step(config), "records": records,
             "steps_per_epoch": steps_per_epoch(config, records, most) if records else None}
 
@@ -113,10 +112,10 @@ def _note_precision(config: MindFormerConfig, chosen: Name) -> None:
 
 def total_steps(config: MindFormerConfig) -> int:
     """Steps of the whole training; 0 where the number of records is not known."""
-    files = training_files(config)
-    if not files:
+    records = training_records(config)
+    if not records:
         return 0
-    steps = steps_per_epoch(config, record_count(files), config.train_dataset.data_loader.get("num_samples"))
+    steps = steps_per_epoch(config, records, config.train_dataset.data_loader.get("num_samples"))
     return steps * int((config.get("runner_config") or {}).get("epochs", 1))
 
 
