@@ -5,17 +5,21 @@
 
 Prompts and answers have mixed lengths, as those of a benchmark have: most are short, a few take the whole limit. The
 same requests go once through `TelechatLM`, as `telechat evaluate` sends them, and once through `model.generate` in
-batches of the same size, each of which ends with its longest answer. Both compile before the clock starts.
+batches of the same size, each of which ends with its longest answer. Both compile before the clock starts. Passes
+through the weights are counted as well: they do not depend on what else the machine does.
 """
 import argparse
+import functools
 import json
 import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
+from typing import Counter as Counts
 
 os.environ.setdefault("GLOG_v", "3")
 sys.path[:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -74,6 +78,26 @@ def by_batches(model: Any, requests: List[Tuple[List[int], int]], size: int) -> 
         model.generate(padded, attention_mask=mask, max_new_tokens=max(answer for _, answer in batch), do_sample=False)
 
 
+def passes_of(engine: Any, way: Callable[[], None]) -> int:
+    """Passes through the model's weights while `way` runs: prompts or pieces of them, and steps of all answers."""
+    counted: Counts[str] = Counter()
+    kept = {name: getattr(engine, name) for name in ("read", "read_piece", "advance")}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            counted[name] += 1
+            return kept[name](*args)
+        return call
+    for name in kept:
+        setattr(engine, name, counting(name))
+    try:
+        way()
+    finally:
+        for name in kept:
+            delattr(engine, name)
+    return sum(counted.values())
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description="Requests per second of an evaluation.")
@@ -98,7 +122,8 @@ def main() -> None:
             "batches": lambda some: by_batches(model, some, args.batch_size)}
     figures: Dict[str, float] = {}
     for name, way in ways.items():
-        way(requests)                                      # compiles every shape
+        # The first time compiles every shape.
+        figures[f"{name}_passes"] = passes_of(model.scheduler().engine, functools.partial(way, requests))
         times = []
         for _ in range(args.repeat):
             started = time.perf_counter()
@@ -106,6 +131,7 @@ def main() -> None:
             times.append(time.perf_counter() - started)
         figures[f"{name}_requests_per_second"] = args.requests / min(times)
     figures["ratio"] = figures["scheduler_requests_per_second"] / figures["batches_requests_per_second"]
+    figures["ratio_of_passes"] = figures["batches_passes"] / figures["scheduler_passes"]
     figures["load"] = os.getloadavg()[0]
     for key, value in figures.items():
         print(f"{key}: {value:.2f}")

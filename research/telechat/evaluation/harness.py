@@ -241,13 +241,14 @@ class TelechatLM(TemplateLM):
                        each.thoughts_only) for each in group]
 
     def _answers(self, prompts: List["_Prompt"]) -> List["_Listener"]:
-        """The answer to each prompt, in order. As soon as one ends, the next request takes its slot."""
+        """The answer to each prompt, in order. As soon as one ends, the next request takes its slot; those that may be
+        longest come first, so that no slot waits for them at the end."""
         groups: Dict[str, List[_Prompt]] = {}
         for prompt in prompts:
             key = json.dumps([prompt.settings, self._reasons(prompt.ids)], sort_keys=True)
             groups.setdefault(key, []).append(prompt)
         asked = sorted((each for group in groups.values() for each in self._asked(group)),
-                       key=lambda each: -len(each.request.prompt))
+                       key=lambda each: (-each.request.max_new_tokens, -len(each.request.prompt)))
         if not asked:
             return []
         scheduler = self.model.scheduler(self._settings(asked))
