@@ -1,7 +1,7 @@
 """Numbers and switches as people write them in YAML, lists on the command line, and documents that are too large."""
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.telechat.common.errors import ConfigError
@@ -22,7 +22,8 @@ def test_any_spelling_of_a_number_is_that_number(number, spelling):
 
 @pytest.mark.parametrize(("text", "value"), [
     ("2e-5", 2e-5), ("1E-4", 1e-4), ("1.e-4", 1e-4), (".5e-3", .5e-3), ("5e5", 5e5), ("0.1", 0.1), ("3", 3),
-    ("1_000", 1000), ("e5", "e5"), ("1e", "1e"), ("1e-", "1e-"), ("1.2.3e4", "1.2.3e4"), ("0x10", 16), ("None", "None"),
+    ("1_000", 1000), ("010", 10), ("-007", -7), ("1:30", "1:30"), ("1:30.5", "1:30.5"),
+    ("e5", "e5"), ("1e", "1e"), ("1e-", "1e-"), ("1.2.3e4", "1.2.3e4"), ("0x10", 16), ("None", "None"),
     ("v1e5", "v1e5"), ("1e5.ckpt", "1e5.ckpt"), ("'2e-5'", "2e-5"), ("[1e-5, a]", [1e-5, "a"])])
 def test_what_is_a_number(text, value):
     found = load(f"a: {text}")["a"]
@@ -31,11 +32,44 @@ def test_what_is_a_number(text, value):
 
 @pytest.mark.parametrize(("value", "over", "expected"), [
     ("2e-5", 1e-5, 2e-5), ("4", 1, 4), (4e0, 1, 4), (1e-6, 0, 1e-6), (1e3, 0.5, 1e3), ("1_000", 2, 1000),
-    ("False", True, False), ("no", True, False), ("checkpoint", True, "checkpoint"), ("4", "", "4"), ("4", None, "4"),
-    (None, 3, None), ([1], 3, [1]), (True, 1, True), (2.5, 1, 2.5)])
+    ("False", True, False), ("no", True, False), (1, True, 1), ("4", "", "4"), ("4", None, "4"),
+    (None, 3, None), ([1], 3, [1]), (2.5, 1, 2.5)])
 def test_a_base_recipe_decides_the_kind(value, over, expected):
     found = conform(value, over, "k")
     assert (found, type(found)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize(("key", "value", "over", "said"), [
+    ("do_eval", "Ture", False, "expected True or False, found the text 'Ture'"),
+    ("runner_config.sink_mode", "", True, "expected True or False, found the text ''"),
+    ("runner_config.epochs", True, 2, "expected a number, such as 2, found True"),
+    ("runner_config.epochs", 2.5, 2, "expected a whole number, such as 2, found 2.5"),
+    ("train_dataset.batch_size", "1e-1", 4, "expected a whole number, such as 4, found 0.1"),
+    ("optimizer.learning_rate", float("nan"), 1e-5, "expected a number, such as 1e-05, found nan"),
+    ("optimizer.learning_rate", "inf", 1e-5, "expected a number, such as 1e-05, found inf")])
+def test_what_would_count_as_something_else_is_refused(key, value, over, said):
+    with pytest.raises(ConfigError) as err:
+        conform(value, over, key)
+    assert str(err.value) == f"{key}: {said}"
+    assert conform("newest.ckpt", False, "resume_training") == "newest.ckpt"
+    assert conform("yes", False, "resume_training") is True
+
+
+@settings(max_examples=40)
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=6), st.integers(0, 3))
+def test_a_key_that_is_there_twice_is_refused(keys, depth):
+    text = "".join(f"{'  ' * depth}{key}: {number}\n" for number, key in enumerate(keys))
+    text = "".join(f"{'  ' * level}level{level}:\n" for level in range(depth)) + text
+    if len(set(keys)) == len(keys):
+        assert load(text)
+    else:
+        with pytest.raises(yaml.YAMLError, match=r"is there twice, in lines \d+ and \d+"):
+            load(text)
+
+
+def test_a_key_over_a_merged_one_is_no_second_one():
+    assert load("a: &x {k: 1, l: 2}\nb: {<<: *x, k: 3}\nc: {<<: *x}") == {
+        "a": {"k": 1, "l": 2}, "b": {"k": 3, "l": 2}, "c": {"k": 1, "l": 2}}
 
 
 @pytest.mark.parametrize("text", ["1,000", "2k", "auto", "None", "1e-5 # rate", ""])

@@ -1,9 +1,11 @@
 """Values as people write them in YAML and on command lines: numbers, switches, and documents of a bounded size.
 
-YAML 1.1 reads `2e-5` as text, because it wants a dot and a signed exponent (https://yaml.org/type/float.html); YAML 1.2
-and everybody else reads a number. `load` follows YAML 1.2 here. What a key of a base recipe holds says what a recipe
-over it may hold: see `conform`.
+YAML 1.1 reads `2e-5` as text, because it wants a dot and a signed exponent (https://yaml.org/type/float.html), `010` as
+8 and `1:30` as 90 (https://yaml.org/type/int.html); YAML 1.2 and everybody else reads 0.00002, 10 and text. `load`
+follows YAML 1.2 here. A key that is there twice is an error: PyYAML keeps the last one. What a key of a base recipe
+holds says what a recipe over it may hold: see `conform`.
 """
+import math
 import re
 from typing import Any, Dict
 
@@ -18,8 +20,46 @@ MAX_VALUES = 100_000               # once all aliases are expanded
 _SWITCHES = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
 
 
+_TEXT_TOO = {"resume_training", "async_save", "shuffle"}           # switches that also take a name
+_WHOLE = {"epochs", "batch_size", "gradient_accumulation_steps", "micro_batch_num", "micro_batch_interleave_num",
+          "data_parallel", "model_parallel", "pipeline_stage", "context_parallel", "seq_length", "num_layers",
+          "hidden_size", "num_heads", "warmup_steps", "save_checkpoint_steps", "keep_checkpoint_max", "seed",
+          "eval_step_interval", "sink_size", "num_parallel_workers", "profile_start_step", "profile_stop_step"}
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads a number with an exponent and no dot, or an unsigned exponent, as a number."""
+    """SafeLoader that reads numbers as YAML 1.2 does and refuses a mapping with a key twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """As PyYAML, which keeps the last of equal keys. Raises ConstructorError."""
+        node = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        lines: Dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise yaml.constructor.ConstructorError(None, None, (
+                        f"the key {key.value!r} is there twice, in lines {lines[key.value]} and {line}, and only one "
+                        "of them would count; join them"), None)
+                lines[key.value] = line
+        return node
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        """Digits are a decimal number, with a zero in front, too; `1:30` is text."""
+        text = str(self.construct_scalar(node))  # type: ignore[no-untyped-call]
+        if re.fullmatch(r"[-+]?[0-9_]+", text):
+            return int(text.replace("_", ""))
+        return text if ":" in text else super().construct_yaml_int(node)  # type: ignore[no-untyped-call]
+
+    def construct_yaml_float(self, node: Any) -> Any:
+        """`1:30.5` is text."""
+        text = str(self.construct_scalar(node))  # type: ignore[no-untyped-call]
+        return text if ":" in text else super().construct_yaml_float(node)  # type: ignore[no-untyped-call]
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}",  # type: ignore[no-untyped-call]
+                            getattr(_Loader, f"construct_yaml_{_kind}"))
 
 
 _EXPONENT = re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
@@ -66,16 +106,27 @@ def conform(value: object, over: object, key: str) -> object:
     A whole number written with an exponent becomes an integer where one was. Everything else stays as it is.
 
     Raises:
-        ConfigError: text where a number was, that is no number.
+        ConfigError: text where a number or a switch was, that is none; a switch or no finite number where a number was;
+            a fraction of what is counted.
     """
+    name = key.rpartition(".")[2]
     if isinstance(over, bool):
-        return _SWITCHES.get(value.lower(), value) if isinstance(value, str) else value
+        if not isinstance(value, str) or (name in _TEXT_TOO and value.lower() not in _SWITCHES):
+            return value
+        if value.lower() not in _SWITCHES:
+            raise ConfigError(f"{key}: expected True or False, found the text {value!r}")
+        return _SWITCHES[value.lower()]
     if not isinstance(over, (int, float)):
         return value
     if isinstance(value, str):
         value = _number(value, key, over)
-    if isinstance(over, int) and isinstance(value, float) and value.is_integer() and abs(value) < 2 ** 53 and over:
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ConfigError(f"{key}: expected a number, such as {over}, found {value}")
+    if isinstance(over, int) and isinstance(value, float) and value.is_integer() and abs(value) < 2 ** 53 and (
+            over or name in _WHOLE):
         return int(value)
+    if name in _WHOLE and isinstance(value, float):
+        raise ConfigError(f"{key}: expected a whole number, such as {over}, found {value}")
     return value
 
 
