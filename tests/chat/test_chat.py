@@ -342,6 +342,23 @@ def test_generation_config_file(tmp_path):
         read_generation_config(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"max_new_token": 5}, "max_new_token is not a generation setting; did you mean max_new_tokens?"),
+    ({"num_beams": 4}, "num_beams is 4, which is not supported; expected 1"),
+    ({"no_repeat_ngram_size": 3, "min_p": None}, "no_repeat_ngram_size is 3"),
+    ({"suppress_tokens": [7]}, r"suppress_tokens is \[7\]"), ({"typical_p": 0.9}, "typical_p is 0.9")])
+def test_settings_that_would_be_dropped_are_refused(tmp_path, settings, said):
+    from research.telechat.chat.api import read_generation_config
+    with pytest.raises(ConfigError, match=said):
+        read_generation_config(settings)
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    if "max_new_token" not in settings:                  # of a file, unknown names are only logged
+        with pytest.raises(ConfigError, match=said):
+            read_generation_config(tmp_path)
+    neutral = {"num_beams": 1, "typical_p": 1.0, "suppress_tokens": [], "use_cache": True, "_from_model_config": True}
+    assert read_generation_config({**neutral, "top_k": 3}).top_k == 3
+
+
 def test_ctrl_c_waits_for_a_token(renderer):
     from research.telechat.chat import interrupt as interrupt
 

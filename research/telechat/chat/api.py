@@ -27,6 +27,17 @@ GENERATION_FILE = "generation_config.json"
 GenerationSource = Union[str, Path, JsonObject, GenerationConfig, None]
 _READ = ("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
          "min_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "user_token_id", "bot_token_id")
+# Of transformers' settings, those that do not change answers here, and values that leave answers as they are.
+_WITHOUT_EFFECT = {"transformers_version", "use_cache", "cache_implementation", "return_dict_in_generate",
+                   "output_scores", "output_logits", "start_token_id", "seed", "max_time"}
+_NEUTRAL: JsonObject = {
+    "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "diversity_penalty": 0, "length_penalty": 1,
+    "early_stopping": False, "typical_p": 1, "min_p": 0, "top_h": 0, "epsilon_cutoff": 0, "eta_cutoff": 0,
+    "penalty_alpha": 0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None, "bad_words_ids": None, "force_words_ids": None, "suppress_tokens": None,
+    "begin_suppress_tokens": None, "sequence_bias": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "guidance_scale": 1, "min_length": 0, "stop_strings": None, "renormalize_logits": False,
+    "remove_invalid_values": False, "constraints": None, "presence_penalty": 0, "frequency_penalty": 0}
 
 
 class GenerativeModel(Protocol):
@@ -53,8 +64,29 @@ def read_generation_config(source: GenerationSource) -> GenerationConfig:
     if isinstance(source, (str, Path)):
         path = Path(source)
         values = read_json_object(path / GENERATION_FILE if path.is_dir() else path, "generation config")
+    _check_unread(values, strict=isinstance(source, dict))
     known = {key: values[key] for key in _READ if values.get(key) is not None}
     return GenerationConfig(**known)
+
+
+def _check_unread(values: JsonObject, strict: bool) -> None:
+    """Settings that are not read: ConfigError for those that would change answers and, if `strict`, for unknown names;
+    otherwise a line in the log names the unknown ones."""
+    unknown = []
+    for key, value in values.items():
+        if key in _READ or key in _WITHOUT_EFFECT or key.startswith("_") or value is None:
+            continue
+        if key not in _NEUTRAL:
+            unknown.append(key)
+        elif value not in (_NEUTRAL[key], []):
+            raise ConfigError(f"generation config: {key} is {value!r}, which is not supported; expected "
+                              f"{_NEUTRAL[key]!r}, or leave it out")
+    if unknown and strict:
+        near = difflib.get_close_matches(unknown[0], _READ, n=1)
+        raise ConfigError(f"generation config: {unknown[0]} is not a generation setting"
+                          + (f"; did you mean {near[0]}?" if near else f"; valid settings: {', '.join(_READ)}"))
+    if unknown:
+        logger.warning("generation config: not read: %s", ", ".join(unknown))
 
 
 def check_tokenizer(tokenizer: object, config: Any) -> Vocab:

@@ -77,7 +77,10 @@ def read_settings(given: Optional[JsonObject]) -> JsonObject:
     wanted = next((limit for limit in limits if limit is not None), DEFAULT_NEW_TOKENS)
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
         raise ConfigError(f"generation_kwargs.max_gen_toks: expected a positive whole number, found {wanted!r}")
-    sample = bool(given.pop("do_sample", False)) and given.get("temperature") != 0
+    sample = given.pop("do_sample", None) or False
+    if not isinstance(sample, bool):
+        raise ConfigError(f"generation_kwargs.do_sample: expected true or false, found {sample!r}")
+    sample = sample and given.get("temperature") != 0
     settings = {"do_sample": sample, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0,
                 "min_new_tokens": 0}
     for name in _SETTINGS:

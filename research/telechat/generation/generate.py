@@ -306,8 +306,9 @@ class _Record:
 
 def _sampling(config: GenerationConfig) -> Sampling:
     """The sampling settings of `config`. Raises ConfigError if one is invalid."""
-    least = config.min_new_tokens or 0
-    return Sampling(bool(config.do_sample), config.temperature or 1.0 if not config.do_sample else config.temperature,
+    least, sample = config.min_new_tokens or 0, config.do_sample
+    sample = bool(sample) if sample is None or sample in (0, 1) else sample             # and not "false"
+    return Sampling(sample, config.temperature or 1.0 if not config.do_sample else config.temperature,
                     config.top_k, config.top_p, config.repetition_penalty or 1.0, least)
 
 

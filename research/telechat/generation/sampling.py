@@ -35,10 +35,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         # Published settings combine temperature 0 with do_sample False.
-        checks = (("temperature", self.temperature, "a number above 0 (for greedy decoding, set do_sample to False)",
+        checks = (("do_sample", self.do_sample, "True or False", isinstance(self.do_sample, (bool, np.bool_))),
+                  ("min_new_tokens", self.min_new_tokens, "a whole number from 0",
+                   _whole(self.min_new_tokens) and self.min_new_tokens >= 0),
+                  ("temperature", self.temperature, "a number above 0 (for greedy decoding, set do_sample to False)",
                    _number(self.temperature) and self.temperature >= (0 if not self.do_sample else 1e-9)),
                   ("top_k", self.top_k, "a whole number, 0 for all tokens",
-                   self.top_k is None or (isinstance(self.top_k, (int, np.integer)) and self.top_k >= 0)),
+                   self.top_k is None or (_whole(self.top_k) and self.top_k >= 0)),
                   ("top_p", self.top_p, "a number above 0, at most 1",
                    self.top_p is None or (_number(self.top_p) and 0 < self.top_p <= 1)),
                   ("repetition_penalty", self.repetition_penalty, "a number above 0 (1: none)",
@@ -56,6 +59,10 @@ class Sampling:
         """Whether the choice is the argmax of the unmodified logits."""
         return (not self.do_sample and self.repetition_penalty == 1.0 and self.min_new_tokens == 0
                 and not self.presence_penalty and not self.frequency_penalty and not self.logit_bias)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _number(value: object) -> bool:
