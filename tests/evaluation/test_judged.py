@@ -1,13 +1,22 @@
 """AlignBench and MT-bench: files as published, answers, a made-up judge on the loopback, interruptions."""
+import json
+from types import SimpleNamespace as Space
 
+import numpy as np
 import pytest
+from evaluation_fixtures import RECIPE
 from judged_fixtures import FakeJudge, write_judged_sets
+from scheduler_fixtures import FakeEngine
+from vocab_fixtures import train_sentencepiece
 
+from research.telechat.commands import evaluate as command
 from research.telechat.common.errors import ConfigError
 from research.telechat.evaluation import judge as judging
 from research.telechat.evaluation.asking import answer_all
 from research.telechat.evaluation.judge import Judge, Store, digest, judge_all
 from research.telechat.evaluation.judged import align_rating, align_score, mt_rating, outcome, read_bench
+from research.telechat.generation.scheduler import Scheduler
+from research.telechat.text.renderer import Renderer, get_template
 
 
 class Canned:
@@ -200,3 +209,49 @@ def test_mistakes(data, tmp_path):
     with pytest.raises(ConfigError, match=r"question 111 .math. has no reference answer"):
         read_bench("mt_bench", str(data))
     assert digest("a", "b") != digest("ab", "")
+
+
+class Hum(FakeEngine):
+    """Says the same word to everything, and counts its answers."""
+
+    def __init__(self, vocab, end):
+        super().__init__(64, 16, 512)
+        self.vocab_size, self.word, self.end, self.answers = len(vocab), vocab.encode("hm")[-1], end, 0
+
+    def look(self, row, end):
+        row_end = int(row.tokens[end - 1]) == self.word
+        self.answers += row_end
+        return np.arange(self.vocab_size) == (self.end if row_end else self.word)
+
+
+def test_command(data, served, tmp_path, monkeypatch, capsys):
+    """--judge from the command line to the report; a second run asks nobody, another judge's model is asked again."""
+    pytest.importorskip("lm_eval")
+    from research.telechat.telechat_tokenizer import TelechatTokenizer
+    tokenizer = TelechatTokenizer(str(train_sentencepiece(tmp_path / "tokenizer.model")))
+    engine = Hum(tokenizer.vocab, Renderer(get_template("telechat"), tokenizer.vocab).end_id)
+    checkpoint = tmp_path / "x.ckpt"
+    checkpoint.write_bytes(b"weights")
+    config = Space(parallel_config=Space(data_parallel=1, context_parallel=1, pipeline_stage=1), seq_length=512,
+                   chat_template="telechat", eos_token_id=2, compute_dtype="float32")
+    model = Space(config=config, scheduler=lambda settings=None: Space(engine=engine) if settings is None else
+                  Scheduler(engine, settings))
+    recipe = Space(load_checkpoint=str(checkpoint), context=Space(device_target="CPU"))
+    monkeypatch.setattr(command, "open_model", lambda *_: (model, tokenizer, recipe))
+    judge = served(lambda body: "Rating: [[6]] {'综合得分': 8}")
+
+    def evaluate(*more):
+        return command.main(["--config", str(RECIPE), "--load_checkpoint", str(checkpoint), "--data", str(data),
+                             "--output", str(tmp_path / "report.json"), "--judge", "alignbench,mt_bench", *more])
+    assert evaluate("--judge_url", judge.url) == 0, capsys.readouterr()
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert {name: (each["score"], each["questions"], each["judgments"], each["unread"])
+            for name, each in report["judged"].items()} == {"alignbench": (8, 3, 3, 0), "mt_bench": (6, 2, 4, 0)}
+    assert report["judge"] == {"url": judge.url, "model": "gpt-4"}
+    assert "hm" in judge.requests[0][2]["messages"][-1]["content"]
+    assert (engine.answers, len(judge.requests)) == (7, 7) and "mt_bench" in capsys.readouterr().out
+    assert evaluate("--judge_url", judge.url) == 0 and (engine.answers, len(judge.requests)) == (7, 7)
+    assert evaluate("--judge_url", judge.url, "--judge_model", "other") == 0
+    assert (engine.answers, len(judge.requests)) == (7, 14) and judge.requests[-1][2]["model"] == "other"
+    capsys.readouterr()
+    assert evaluate() == 1 and "error: --judge needs --judge_url" in capsys.readouterr().err

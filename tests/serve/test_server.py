@@ -194,7 +194,7 @@ def test_langchain(server):
 
 
 def test_lm_eval(server, model):
-    """Log-likelihoods over HTTP equal those of the adapter in one process."""
+    """Log-likelihoods and chat answers over HTTP equal those of the adapter in one process."""
     require(importlib.util.find_spec("lm_eval"), "needs lm-evaluation-harness (the extra `evaluation`)")
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
@@ -212,13 +212,16 @@ def test_lm_eval(server, model):
     assert context + continuation == here._encode_pair(*texts[0])[0] + here._encode_pair(*texts[0])[1]
     for (found, greedy), (expected, expected_greedy) in zip(there.loglikelihood(asked), here.loglikelihood(asked)):
         assert abs(found - expected) < 1e-3 and greedy == expected_greedy
-    until = Instance("generate_until", {}, (json.dumps(ASKED, ensure_ascii=False),
-                                            {"until": ["。"], "max_gen_toks": 6, "temperature": 0}), 0)
     from lm_eval.models.api_models import JsonChatStr
-    chat = LocalChatCompletion(base_url=f"{server.url}/v1/chat/completions", model=name(server), max_length=CONTEXT)
-    until.arguments = (JsonChatStr(until.args[0]), until.args[1])
-    answer = server.post("/v1/chat/completions", messages=ASKED, max_tokens=6, temperature=0, stop="。")
-    assert chat.generate_until([until]) == [answer["choices"][0]["message"]["content"]]
+    chat = LocalChatCompletion(base_url=f"{server.url}/v1/chat/completions", model=name(server), max_length=CONTEXT,
+                               num_concurrent=2)
+    talk = [*ASKED, {"role": "assistant", "content": "颜色不同。"}, {"role": "user", "content": "The quick brown"}]
+    settings = [{"until": ["。"], "max_gen_toks": 6, "temperature": 0}, {"until": ["\n\n"], "max_gen_toks": 12}]
+    cases = [(messages, each) for messages in (ASKED, talk) for each in settings]
+    answers = chat.generate_until([Instance("generate_until", {}, (
+        JsonChatStr(json.dumps(messages, ensure_ascii=False)), dict(each)), 0) for messages, each in cases])
+    assert answers == here.generate_until([Instance("generate_until", {}, (
+        here.apply_chat_template(messages), each), 0) for messages, each in cases]) and any(answers)
 
 
 def test_curl(server):

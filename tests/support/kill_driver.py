@@ -1,10 +1,11 @@
-"""run_mindformer.py that kills itself with SIGKILL: `python kill_driver.py WHAT N ARGUMENTS...`.
+"""A command that kills itself with SIGKILL: `python kill_driver.py WHAT N [SCRIPT] ARGUMENTS...`.
 
 WHAT: step (beginning of the Nth step), tensor (Nth tensor written to a checkpoint), rename (before the Nth checkpoint
-gets its name), replace (before the Nth meta.json), stop (SIGSTOP at the Nth step). RANK_ID must be KILL_RANK if set.
-Not a test itself.
+gets its name), replace (before the Nth os.replace), rank (before the Nth rank is transformed), stop (SIGSTOP at the Nth
+step). SCRIPT: ends with .py; default run_mindformer.py. RANK_ID must be KILL_RANK if set. Not a test itself.
 """
 import os
+import runpy
 import signal
 import sys
 from pathlib import Path
@@ -35,8 +36,14 @@ def main() -> int:
         elif what == "tensor":
             for name in ("_write_parameter_data", "_write_parameter_bytes_data"):
                 setattr(saving, name, deadly(getattr(saving, name)))
+        elif what == "rank":
+            import mindspore
+            mindspore.transform_checkpoint_by_rank = deadly(mindspore.transform_checkpoint_by_rank)
         else:
             setattr(os, what, deadly(getattr(os, what)))
+    if arguments[0].endswith(".py"):
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
     return run.main(arguments)
 
 
