@@ -12,7 +12,8 @@ from research.telechat.text.renderer import BOT, Renderer, get_template
 from research.telechat.text.vocab import Vocab
 
 OFF = st.sampled_from([("weight", 0), ("weight", 0.0), ("loss", False), ("train", False), ("train", "false"),
-                       ("training", 0), ("loss_scale", 0.0), ("mask", True)])
+                       ("training", 0), ("loss_scale", 0.0), ("mask", True), ("loss_mask", 0),
+                       ("step_loss_mask", 0), ("no_loss", True), ("compute_loss", False), ("learnable", "0")])
 ON = st.sampled_from([("weight", 1), ("weight", 1.0), ("weight", None), ("loss", True), ("loss", None),
                       ("train", "true"), ("mask", False), None])
 

@@ -40,7 +40,7 @@ def test_a_base_recipe_decides_the_kind(value, over, expected):
 
 
 @pytest.mark.parametrize(("key", "value", "over", "said"), [
-    ("do_eval", "Ture", False, "expected True or False, found the text 'Ture'"),
+    ("do_eval", "Yess", False, "expected True or False, found the text 'Yess'"),
     ("runner_config.sink_mode", "", True, "expected True or False, found the text ''"),
     ("runner_config.epochs", True, 2, "expected a number, such as 2, found True"),
     ("runner_config.epochs", 2.5, 2, "expected a whole number, such as 2, found 2.5"),

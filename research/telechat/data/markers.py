@@ -10,9 +10,11 @@ from research.telechat.common.files import JsonObject
 from research.telechat.text.call_forms import CALL_ROLES
 from research.telechat.text.messages import BOT, MEDIA, REASONING, ROLE_ALIASES, Message, divided
 
-# False excludes a message from the loss: OpenAI's weight, ms-swift's loss, Axolotl's train and training.
-TRAINED = ("weight", "loss", "loss_weight", "loss_scale", "train", "training", "trainable")
-MASKED = ("mask", "masked")                  # true excludes it
+# False excludes a message from the loss: OpenAI's weight, ms-swift's loss, Axolotl's train and training, the loss_mask
+# and step_loss_mask of trainers of reinforcement learning.
+TRAINED = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask", "step_loss_mask", "train", "training",
+           "trainable", "learnable", "is_train", "train_on_turn", "compute_loss", "calculate_loss")
+MASKED = ("mask", "masked", "no_loss", "ignore_loss")          # true excludes it
 _PARTIAL = ("train_detail", "training_detail", "train_on_spans")         # parts of a text: not supported
 _READ = frozenset(("role", "content", "tool_calls", "function_call", "tools", *TRAINED, *MASKED, *_PARTIAL, *MEDIA))
 _OF_PART = ("type", "text")                  # keys of a part of a content

@@ -7,7 +7,7 @@ holds says what a recipe over it may hold: see `conform`.
 """
 import math
 import re
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import yaml
 
@@ -32,33 +32,33 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         """As PyYAML, which keeps the last of equal keys. Raises ConstructorError."""
-        node = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
-        lines: Dict[str, int] = {}
+        node = super().compose_mapping_node(anchor)
+        lines: Dict[Tuple[str, str], int] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                line = key.start_mark.line + 1
-                if key.value in lines:
+                line, name = key.start_mark.line + 1, (key.tag, key.value)
+                if name in lines:
                     raise yaml.constructor.ConstructorError(None, None, (
-                        f"the key {key.value!r} is there twice, in lines {lines[key.value]} and {line}, and only one "
+                        f"the key {key.value!r} is there twice, in lines {lines[name]} and {line}, and only one "
                         "of them would count; join them"), None)
-                lines[key.value] = line
+                lines[name] = line
         return node
 
     def construct_yaml_int(self, node: Any) -> Any:
         """Digits are a decimal number, with a zero in front, too; `1:30` is text."""
-        text = str(self.construct_scalar(node))  # type: ignore[no-untyped-call]
+        text = str(self.construct_scalar(node))
         if re.fullmatch(r"[-+]?[0-9_]+", text):
             return int(text.replace("_", ""))
-        return text if ":" in text else super().construct_yaml_int(node)  # type: ignore[no-untyped-call]
+        return text if ":" in text else super().construct_yaml_int(node)
 
     def construct_yaml_float(self, node: Any) -> Any:
         """`1:30.5` is text."""
-        text = str(self.construct_scalar(node))  # type: ignore[no-untyped-call]
-        return text if ":" in text else super().construct_yaml_float(node)  # type: ignore[no-untyped-call]
+        text = str(self.construct_scalar(node))
+        return text if ":" in text else super().construct_yaml_float(node)
 
 
 for _kind in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}",  # type: ignore[no-untyped-call]
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}",
                             getattr(_Loader, f"construct_yaml_{_kind}"))
 
 
