@@ -248,7 +248,8 @@ def test_command(data, served, tmp_path, monkeypatch, capsys):
     assert {name: (each["score"], each["questions"], each["judgments"], each["unread"])
             for name, each in report["judged"].items()} == {"alignbench": (8, 3, 3, 0), "mt_bench": (6, 2, 4, 0)}
     assert report["judge"] == {"url": judge.url, "model": "gpt-4"}
-    assert "hm" in judge.requests[0][2]["messages"][-1]["content"]
+    word = tokenizer.vocab.decode([engine.word]).strip()
+    assert any(f"答：{word}\n" in asked["messages"][-1]["content"] for _, _, asked in judge.requests)
     assert (engine.answers, len(judge.requests)) == (7, 7) and "mt_bench" in capsys.readouterr().out
     assert evaluate("--judge_url", judge.url) == 0 and (engine.answers, len(judge.requests)) == (7, 7)
     assert evaluate("--judge_url", judge.url, "--judge_model", "other") == 0
