@@ -1,4 +1,5 @@
 """docs/recipes.md explains every key, once, and truly: defaults are compared with the installed MindFormers."""
+import importlib
 import inspect
 import re
 import subprocess
@@ -153,6 +154,8 @@ def test_optional_keys_exist():
     """A key that no recipe sets is one that MindFormers, MindSpore or the plugin reads."""
     plugin = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "research/telechat").rglob("*.py"))
     general = set(template_sections()["general_config"].keys())
+    trainer = Path(importlib.import_module("mindformers.trainer.trainer").__file__).read_text(encoding="utf-8")
+    general |= set(re.findall(r"self\.config\.(\w+)", trainer))
     for key, entry in ENTRIES.items():
         name = key.rpartition(".")[2]
         if not entry.optional or key.startswith(f"{recipe_table.MODEL}."):
