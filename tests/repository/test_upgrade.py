@@ -6,17 +6,9 @@ import re
 import shlex
 from pathlib import Path
 
+import checkpoint_fixtures as checkpoints
 import pytest
 import yaml
-from checkpoint_fixtures import (
-    assert_same,
-    from_floats,
-    mindspore_tensors,
-    official_tensors,
-    read_safetensors,
-    small_variant,
-    write_safetensors,
-)
 
 from research.telechat.checkpoint.manifest import FOLDER_NAME, load_manifest, manifest_path
 from research.telechat.commands import convert, plan, transform
@@ -50,27 +42,28 @@ def test_options_of_the_commands_exist(words):
 
 
 def test_52b_of_an_earlier_converter(tmp_path):
-    variant = small_variant("telechat_52b", heads=8, head_dim=16, ffn=64)
-    official = official_tensors(variant, "F32")
+    variant = checkpoints.small_variant("telechat_52b", heads=8, head_dim=16, ffn=64)
+    official = checkpoints.official_tensors(variant, "F32")
     old = tmp_path / "OLD.safetensors"
-    write_safetensors(old, mindspore_tensors(variant, official, mp=8), {"format": "ms"})
+    checkpoints.write_safetensors(old, checkpoints.mindspore_tensors(variant, official, mp=8), {"format": "ms"})
     (tmp_path / "config.json").write_text(json.dumps(hf_config(variant)))
     words = [word.replace("OLD.ckpt", str(old)).replace("NEW.ckpt", str(tmp_path / "NEW.safetensors"))
              for word in converting("--source_mp")]
     assert convert.torch_to_mindspore(words) == 0
-    assert_same(read_safetensors(tmp_path / "NEW.safetensors"), mindspore_tensors(variant, official))
+    found = checkpoints.read_safetensors(tmp_path / "NEW.safetensors")
+    checkpoints.assert_same(found, checkpoints.mindspore_tensors(variant, official))
 
 
 def test_a_complete_checkpoint_gets_a_manifest(tmp_path):
-    variant = small_variant("telechat2_7b")
-    tensors = mindspore_tensors(variant, official_tensors(variant, "F32"))
-    write_safetensors(tmp_path / "OLD.safetensors", tensors, {"format": "ms"})
+    variant = checkpoints.small_variant("telechat2_7b")
+    tensors = checkpoints.mindspore_tensors(variant, checkpoints.official_tensors(variant, "F32"))
+    checkpoints.write_safetensors(tmp_path / "OLD.safetensors", tensors, {"format": "ms"})
     (tmp_path / "OFFICIAL").mkdir()
     (tmp_path / "OFFICIAL/config.json").write_text(json.dumps(hf_config(variant)))
     (words,) = [words[2:] for words in COMMANDS if "OFFICIAL" in words]
     names = {"OLD.ckpt": "OLD.safetensors", "NEW.ckpt": "NEW.safetensors", "OFFICIAL": "OFFICIAL"}
     assert convert.torch_to_mindspore([str(tmp_path / names[word]) if word in names else word for word in words]) == 0
-    assert_same(read_safetensors(tmp_path / "NEW.safetensors"), tensors)
+    checkpoints.assert_same(checkpoints.read_safetensors(tmp_path / "NEW.safetensors"), tensors)
     facts = load_manifest(manifest_path(tmp_path / "NEW.safetensors", False)).model
     assert facts.name == "telechat2_7b" and facts.to_variant().rms_norm_eps == 1e-5
     assert not (tmp_path / FOLDER_NAME).exists()
@@ -78,14 +71,14 @@ def test_a_complete_checkpoint_gets_a_manifest(tmp_path):
 
 def test_fused_weights_of_telechat2_are_refused(tmp_path, capfd):
     """What `--qkv_concat True` made: w_qkv and w_gate_hidden in a model whose table has neither."""
-    variant = small_variant("telechat2_7b")
-    tensors = mindspore_tensors(variant, official_tensors(variant, "F32"))
+    variant = checkpoints.small_variant("telechat2_7b")
+    tensors = checkpoints.mindspore_tensors(variant, checkpoints.official_tensors(variant, "F32"))
     for layer in range(variant.num_layers):
         for old in ("attention.wq", "attention.wk_v", "feed_forward.w1", "feed_forward.w3"):
             del tensors[f"model.layers.{layer}.{old}.weight"]
         for new in ("attention.w_qkv", "feed_forward.w_gate_hidden"):
-            tensors[f"model.layers.{layer}.{new}.weight"] = from_floats("F32", [0.0])
-    write_safetensors(tmp_path / "old.safetensors", tensors, {"format": "ms"})
+            tensors[f"model.layers.{layer}.{new}.weight"] = checkpoints.from_floats("F32", [0.0])
+    checkpoints.write_safetensors(tmp_path / "old.safetensors", tensors, {"format": "ms"})
     (tmp_path / "config.json").write_text(json.dumps(hf_config(variant)))
     assert convert.torch_to_mindspore(["--from_mindspore", str(tmp_path / "old.safetensors"), "--mindspore_path",
                                        str(tmp_path / "new.ckpt"), "--model_name", "telechat2_7b"]) == 1
