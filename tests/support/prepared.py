@@ -2,8 +2,9 @@
 
 One process imports everything and then forks for every start: `run` and `start` take a script and its arguments as
 subprocess does, and the child executes it as `python SCRIPT ARGUMENTS` would, with its own environment, folder, output
-and signals. Not for what such a child cannot show: order of sets (its hash seed is the parent's), and variables that
-are read while packages are imported. Tests of those, and the runs that others are compared with, start Python anew.
+and signals. `put_python` makes a program `python` that does so, for shells and launchers. Not for what such a child
+cannot show: order of sets (its hash seed is the parent's), and variables that are read while packages are imported.
+Tests of those, and the runs that others are compared with, start Python anew.
 """
 import atexit
 import gc
@@ -13,6 +14,8 @@ import os
 import resource
 import runpy
 import select
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +24,7 @@ import tempfile
 import threading
 import traceback
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("mindspore.dataset", "mindspore.mindrecord", "mindformers.trainer", "matplotlib.pyplot",
@@ -120,23 +123,58 @@ def run(args: Sequence[str], cwd: Path = ROOT, env: Optional[Dict[str, str]] = N
     return subprocess.CompletedProcess(list(args), process.returncode, *texts)
 
 
+def put_python(path: Path) -> None:
+    """Write a program `path` that runs `SCRIPT ARGUMENTS` in a process forked from the prepared one, with the standard
+    streams, folder, environment, cores and signals that it has itself. It is sys.executable there, for the processes
+    which that one starts. Anything else (-c, -m), and what is to load other libraries, it leaves to Python."""
+    with _lock:
+        if False not in _servers:
+            _servers[False] = Server()
+    python = shlex.quote(sys.executable)
+    program = shlex.join([sys.executable, "-I", "-S", str(Path(__file__).with_name("prepared_python.py")),
+                          _servers[False].path, str(path)])
+    path.write_text(f"""#!/bin/sh
+case $1 in -*) exec {python} "$@" ;; esac
+[ "$LD_LIBRARY_PATH" = {shlex.quote(os.environ.get("LD_LIBRARY_PATH", ""))} ] || exec {python} "$@"
+exec {program} "$@"
+""")
+    path.chmod(0o755)
+
+
+def with_programs(env: Optional[Dict[str, str]] = None) -> Dict[str, str]:
+    """This environment and `env`, in which `python` and `msrun` are forked from the prepared process."""
+    folder = Path(tempfile.mkdtemp(prefix="telechat-programs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    put_python(folder / "python")
+    (folder / "msrun").write_text(f"""#!/bin/sh
+exec {folder}/python {shlex.quote(str(Path(sys.executable).with_name("msrun")))} "$@"
+""")
+    (folder / "msrun").chmod(0o755)
+    return {**os.environ, **(env or {}), "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
 # ---- the process that forks
 
 
-def become(job: Dict[str, Any]) -> None:
-    """Make this process what `job` asks for."""
+def become(job: Dict[str, Any], streams: Sequence[int]) -> None:
+    """Make this process what `job` asks for. streams: descriptors of the three standard ones, or none."""
     os.chdir(job["cwd"])
     os.environ.clear()
     os.environ.update(job["env"])
-    inputs = os.open(os.devnull, os.O_RDONLY)
-    output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    error = os.open(job["error"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if job["error"] else output
-    for descriptor, target in ((inputs, 0), (output, 1), (error, 2)):
+    if not streams:
+        inputs = os.open(os.devnull, os.O_RDONLY)
+        output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        error = os.open(job["error"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if job["error"] else output
+        streams = [inputs, output, error]
+    for target, descriptor in enumerate(streams):
         os.dup2(descriptor, target)
+    if "program" in job:
+        os.sched_setaffinity(0, job["cores"])
+        sys.executable = job["program"]
     if job["limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
     sys.argv = job["args"]
-    sys.path[0] = str(Path(job["args"][0]).parent)
+    sys.path[0] = str(Path(job["args"][0]).resolve().parent)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()           # as in a process of its own
 
@@ -149,9 +187,9 @@ def execute(script: str) -> None:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
         code = end.code
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
-        code = 1
+        code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     threading._shutdown()
     atexit._run_exitfuncs()
     if isinstance(code, str):
@@ -159,11 +197,23 @@ def execute(script: str) -> None:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    if code == -signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(code or 0)
 
 
-def serve(path: str) -> Optional[Dict[str, Any]]:
-    """Fork for every job that comes in by the socket at `path` until the input ends. In a child: its job."""
+def receive(connection: socket.socket) -> Tuple[Dict[str, Any], List[int]]:
+    """The job that comes by `connection`, and the standard streams that come with it, if any."""
+    data, streams, _, _ = socket.recv_fds(connection, 1 << 16, 3)
+    while not data.endswith(b"\n"):
+        data += connection.recv(1 << 16)
+    return json.loads(data), streams
+
+
+def serve(path: str) -> Optional[Tuple[Dict[str, Any], List[int]]]:
+    """Fork for every job that comes in by the socket at `path` until the input ends. In a child: its job and its
+    standard streams."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
@@ -184,13 +234,17 @@ def serve(path: str) -> Optional[Dict[str, Any]]:
             connection.close()
             continue
         listener.close()                             # a process that only waits for the next one and says how it ended
-        job = json.loads(connection.makefile("r").readline())
+        job, streams = receive(connection)
         child = os.fork()
         if not child:
             connection.close()
-            return job
+            return job, streams
         os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+        for descriptor in streams:
+            os.close(descriptor)
         connection.sendall(f"{child}\n".encode())
+        if streams and connection in select.select([connection, os.pidfd_open(child)], [], [])[0]:
+            os.kill(child, signal.SIGKILL)           # who has asked for it was killed
         _, status = os.waitpid(child, 0)
         try:
             connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
@@ -205,10 +259,10 @@ def main() -> None:
         importlib.import_module(module)
     gc.collect()
     gc.freeze()                                      # so that children need not copy what they do not change
-    job = serve(sys.argv[1])
-    if job is None:
+    work = serve(sys.argv[1])
+    if work is None:
         os._exit(0)
-    become(job)
+    become(*work)
     execute(sys.argv[0])
 
 

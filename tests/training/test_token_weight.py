@@ -2,10 +2,10 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import prepared
 import pytest
 from mindformers.tools.register import MindFormerConfig
 from training_fixtures import RECIPE, SEQ, SIZES, VOCAB, read_log, run, write_records
@@ -47,10 +47,10 @@ def test_data_parallel_ranks_are_one(whole, tmp_path):
     """Two ranks, with and without accumulation, have loss, norm, moments and weights of one process."""
     port = str(20000 + os.getpid() % 20000)
     done = subprocess.run(
-        [str(Path(sys.executable).parent / "msrun"), "--worker_num", "2", "--local_worker_num", "2", "--join", "True",
+        ["msrun", "--worker_num", "2", "--local_worker_num", "2", "--join", "True",
          "--master_port", port, "--log_dir", str(tmp_path / "log"), str(ROOT / "tests/support/weight_driver.py"),
          str(tmp_path)], cwd=tmp_path, text=True, capture_output=True, check=False, timeout=600,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+        env=prepared.with_programs())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for rank in range(2):
         for name in ("plain", "accumulated"):
@@ -103,7 +103,7 @@ def test_accumulation_through_the_command_line_and_resumption(uneven):
     for row, right in zip(found, expected):
         assert row["loss"] == pytest.approx(right["loss"], rel=2e-6)
         assert row["global_norm"] == pytest.approx(right["global_norm"], rel=2e-6)
-        assert row["tokens_per_second_per_card"] == pytest.approx(4 * SEQ / row["seconds"], rel=1e-2)
+        assert row["tokens_per_second_per_card"] == pytest.approx(4 * SEQ / row["seconds"], rel=1e-2, abs=0.06)
     shown = [float(loss) for loss in re.findall(r"loss:\[([0-9.]+)/", done.stdout + done.stderr)]
     assert shown and shown[0] == pytest.approx(expected[0]["loss"], abs=1e-5)
     train(data, folder / "parts", "--epochs", "4", *parts, "--resume_training", "True")
