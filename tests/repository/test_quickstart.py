@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import prepared
 import pytest
 from golden import SHARED, needs_shared
 
@@ -251,8 +252,11 @@ def test_progress_follows_the_log(tmp_path, capsys):
 @pytest.mark.long
 @pytest.mark.timeout(1800)      # a minute or two of work, but on a busy machine...
 def test_whole_quickstart(tmp_path):
-    output = tmp_path / "out"
-    command = [sys.executable, "scripts/quickstart.py", "--output", str(output)]
+    """Its commands are forked from a process that has MindSpore imported; that they start Python as users do, too, is
+    in test_readme_commands.py."""
+    output, python = tmp_path / "out", tmp_path / "python"
+    prepared.put_python(python)
+    command = [str(python), "scripts/quickstart.py", "--output", str(output)]
     before = set(ROOT.iterdir())
     first = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=1500)
     assert first.returncode == 0, first.stdout + first.stderr
