@@ -101,6 +101,12 @@ def vocab_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory):
+    """Folder for compiled graphs (training_fixtures.kept_graph). What others are compared with compiles its own."""
+    return tmp_path_factory.mktemp("graphs")
+
+
 @pytest.fixture(scope="session")
 def ascend_plugin():
     """MindSpore's Ascend plug-in, which compiles with the simulated runtime."""

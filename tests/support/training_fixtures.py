@@ -1,4 +1,5 @@
 """Small trainings through run_mindformer.py: records, the command, and the ways to run it."""
+import hashlib
 import json
 import os
 import signal
@@ -48,21 +49,39 @@ def run_new(arguments, cwd=ROOT, script="run_mindformer.py"):
     return done
 
 
-def run(arguments, script="run_mindformer.py", code=0, **env):
-    """run_mindformer.py in a process that has its packages already (prepared.py); it must end with `code`."""
-    done = prepared.run([ROOT / script, *arguments], env={"GLOG_v": "3", **env})
+def kept_graph(folder, arguments):
+    """The environment of a training that takes its compiled graph from `folder` if one was there that differed in no
+    more than where it wrote, whether it resumed, and its callbacks; it keeps it there for the next one.
+
+    MindSpore does not ask whether a kept graph is the right one. So where trainings are compared, the one at the end
+    must compile for itself: what a graph with the wrong constants would change, its numbers show.
+    """
+    words = [word for name, word in zip(["", *arguments], arguments)
+             if not {name, word} & {"--output_dir", "--resume_training", "--callbacks"}]
+    key = hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
+    return {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": f"{folder}/{key}"}
+
+
+def run(arguments, script="run_mindformer.py", code=0, graphs=None, **env):
+    """run_mindformer.py in a process that has its packages already (prepared.py); it must end with `code`. graphs:
+    folder for its compiled graph, see kept_graph."""
+    kept = kept_graph(graphs, arguments) if graphs else {}
+    done = prepared.run([ROOT / script, *arguments], env={"GLOG_v": "3", **kept, **env})
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
-def run_on_full_disk(arguments, limit):
-    """run_mindformer.py where no file may exceed `limit` bytes, which stands for a disk that is full in its middle."""
-    return prepared.run([ROOT / "run_mindformer.py", *arguments], env={"GLOG_v": "3"}, limit=limit)
+def run_on_full_disk(arguments, limit, graphs=None):
+    """run_mindformer.py where no file may exceed `limit` bytes, which stands for a disk that is full in its middle.
+    graphs: see kept_graph."""
+    kept = kept_graph(graphs, arguments) if graphs else {}
+    return prepared.run([ROOT / "run_mindformer.py", *arguments], env={"GLOG_v": "3", **kept}, limit=limit)
 
 
-def run_killed(what, number, arguments):
-    """run_mindformer.py, which kill_driver.py must have killed at the `number`th `what`."""
-    run([what, str(number), *arguments], script="tests/support/kill_driver.py", code=-signal.SIGKILL)
+def run_killed(what, number, arguments, graphs=None):
+    """run_mindformer.py, which kill_driver.py must have killed at the `number`th `what`. graphs: see kept_graph."""
+    run([what, str(number), *arguments], script="tests/support/kill_driver.py", code=-signal.SIGKILL,
+        **(kept_graph(graphs, arguments) if graphs else {}))
 
 
 def run_two(arguments, logs, script="run_mindformer.py", before=(), **env):

@@ -24,9 +24,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def unbroken(data, tmp_path_factory):
+def unbroken(data, graphs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
-    run(arguments(data, folder / "out", *REMAINDER))
+    run(arguments(data, folder / "out", *REMAINDER), graphs=graphs)
     return folder / "out"
 
 
@@ -38,9 +38,9 @@ def values(path):
 
 
 @pytest.mark.slow
-def test_resuming_with_remainders_changes_nothing(data, unbroken, tmp_path):
+def test_resuming_with_remainders_changes_nothing(data, unbroken, graphs, tmp_path):
     again = arguments(data, tmp_path / "out", *REMAINDER, "--resume_training", "True")
-    run_killed("step", 6, again)
+    run_killed("step", 6, again, graphs)
     done = run(again)
     assert "the newest complete checkpoint (step 4)" in done.stdout + done.stderr
     assert "has parameters in" not in done.stdout + done.stderr
