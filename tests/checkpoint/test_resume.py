@@ -109,15 +109,16 @@ def files(folder):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_ten_kills_at_random_moments_change_nothing(data, unbroken, tmp_path):
-    """Among the moments are those while a checkpoint is written, before it is named, and before meta.json changes."""
+def test_ten_kills_at_random_moments_change_nothing(data, unbroken, graphs, tmp_path):
+    """Among the moments are those while a checkpoint is written, before it is named, and before meta.json changes. The
+    last run and the one that it is compared with compile their own graphs."""
     chance = random.Random(20240607)
     ranges = {"step": (1, 4), "tensor": (1, 240), "rename": (1, 3), "replace": (2, 4)}
     killed = []
     for _ in range(10):
         what = chance.choice(list(ranges))
         number = chance.randint(*ranges[what])
-        run_killed(what, number, shuffled(data, tmp_path / "out", "--resume_training", "True"))
+        run_killed(what, number, shuffled(data, tmp_path / "out", "--resume_training", "True"), graphs)
         killed.append((what, number))
     last = run(shuffled(data, tmp_path / "out", "--resume_training", "True"))
     assert "the newest complete checkpoint (step" in last.stdout + last.stderr
@@ -158,14 +159,14 @@ def test_adapter_with_dropout_resumes_exactly(by_layer, data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["stop", "continue"])
-def test_full_disk(setting, data, unbroken, tmp_path):
+def test_full_disk(setting, data, unbroken, graphs, tmp_path):
     """A limit on the size of files stands for the full disk: writing fails in the middle of the checkpoint."""
     folder = tmp_path / "out"
     subprocess.run(["cp", "-r", str(unbroken), str(folder)], check=True)
     before = files(folder)
     limit = (folder / "checkpoint/rank_0/t_rank_0-8_4.ckpt").stat().st_size // 2
     done = run_on_full_disk(shuffled(data, folder, "--resume_training", "True", epochs=9,
-                                     extra=f", on_save_error: {setting}"), limit)
+                                     extra=f", on_save_error: {setting}"), limit, graphs)
     output = done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert files(folder) == before
