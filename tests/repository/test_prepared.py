@@ -107,7 +107,7 @@ def test_a_program_python_is_as_good_as_python(tmp_path, python):
 
 
 def test_what_it_runs_ends_with_it(tmp_path, python):
-    (tmp_path / "sleep.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "sleep.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(30)\nprint(1)\n")
     with subprocess.Popen([python, "sleep.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         child = int(process.stdout.readline())
         assert child != process.pid

@@ -94,11 +94,11 @@ def test_adapters_equal_those_of_a_training_that_saves_between_its_steps(data, t
 
 
 @pytest.mark.slow
-def test_killed_while_writing_resumes_from_the_complete_one(data, unbroken, tmp_path):
+def test_killed_while_writing_resumes_from_the_complete_one(data, unbroken, graphs, tmp_path):
     """Killed within the first, the second and the third checkpoint; what is half is never chosen."""
     start = training(data, tmp_path / "out", "--resume_training", "True")
     for number, chosen in ((20, 0), (90, 4), (90, 8)):
-        run_killed("tensor", number, start)
+        run_killed("tensor", number, start, graphs)
         assert resume.choose(tmp_path / "out/checkpoint", 1).step == chosen
         assert list((tmp_path / "out/checkpoint/rank_0").glob("*.tmp"))
     run(start)
