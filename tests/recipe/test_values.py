@@ -52,6 +52,7 @@ def test_what_would_count_as_something_else_is_refused(key, value, over, said):
         conform(value, over, key)
     assert str(err.value) == f"{key}: {said}"
     assert conform("newest.ckpt", False, "resume_training") == "newest.ckpt"
+    assert conform("newest.ckpt", False, "--resume_training") == "newest.ckpt"
     assert conform("yes", False, "resume_training") is True
 
 

@@ -109,7 +109,7 @@ def conform(value: object, over: object, key: str) -> object:
         ConfigError: text where a number or a switch was, that is none; a switch or no finite number where a number was;
             a fraction of what is counted.
     """
-    name = key.rpartition(".")[2]
+    name = key.rpartition(".")[2].lstrip("-")
     if isinstance(over, bool):
         if not isinstance(value, str) or (name in _TEXT_TOO and value.lower() not in _SWITCHES):
             return value
