@@ -253,10 +253,10 @@ def test_refuses_before_it_starts(eight_ranks, tmp_path, fault):
         expected = "the strategy belongs to another run"
     elif fault == "no strategy":
         del arguments[2:4]
-        expected = "no --source_strategy"
+        expected = "--source_strategy is missing"
     elif fault == "not a strategy":
         arguments[3] = next((slices / "rank_0").iterdir())
-        expected = "no strategy file"
+        expected = "not a strategy file"
     else:
         target.mkdir()
         (target / "mine").write_text("keep")
