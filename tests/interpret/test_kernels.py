@@ -164,7 +164,7 @@ def test_paged_cache():
         expected = by_loops(query[row].reshape(1, 4, 1, 4), k[row].reshape(1, count, 2, 4).swapaxes(1, 2),
                             v[row].reshape(1, count, 2, 4).swapaxes(1, 2), lambda b, i, j: True)
         np.testing.assert_allclose(found[row].reshape(4, 4), expected[0, :, 0], atol=1e-14)
-    with pytest.raises(ExecutionError, match="2 tokens, but 1 slots"):
+    with pytest.raises(ExecutionError, match="2 tokens for 1 slots"):
         cache.store(heads(2, 8), keys, np.array([0]))
     with pytest.raises(ExecutionError, match="cache of 24 tokens"):
         cache.store(heads(1, 8), keys, np.array([24]))

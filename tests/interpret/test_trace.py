@@ -49,7 +49,7 @@ def test_cuts_orders_and_partial_sums_are_no_difference():
 
 def test_the_first_is_named():
     found = first_difference(of_ranks(RmsNorm=1e-3, Mul=1e-2), trace(*UNCUT))
-    assert str(found) == "RmsNorm in norm, by 2.0e-03 of its largest number"
+    assert str(found) == "RmsNorm in norm, by 2.0e-03 of its largest value"
     assert first_difference(of_ranks(Mul=1e-6), trace(*UNCUT)).key.op == "Mul"
     assert first_difference(of_ranks(MatMul=1, Add=1, RmsNorm=1, Mul=1), trace(*UNCUT)).key.op == "MatMul"
 

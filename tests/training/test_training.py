@@ -171,7 +171,7 @@ def test_records_of_another_length(capsys, small_data, tmp_path):
 
 def test_fewer_records_than_a_batch(capsys, small_data, tmp_path):
     line = mistake(capsys, command(small_data, tmp_path, "--batch_size", "5"))
-    assert "holds 4 records, fewer than one step's batch of 5" in line
+    assert "has 4 records, fewer than one step's batch of 5" in line
 
 
 def test_token_ids_beyond_the_vocabulary(capsys, small_data, tmp_path):
