@@ -215,7 +215,7 @@ def parse(argv: Any = None) -> argparse.Namespace:
     add("--prompt", type=int, default=64, help="tokens of the longest prompt")
     add("--new", type=int, default=64, help="tokens of the longest answer")
     add("--long", type=int, default=0, help="tokens of a long prompt that comes while others are answered")
-    add("--pieces", type=int, nargs="*", default=[64, 256], help="with --long, tokens of it that are read in a step")
+    add("--pieces", type=int, nargs="*", default=[32, 256], help="with --long, tokens of it that are read in a step")
     add_sizes(parser)
     add("--seed", type=int, default=0)
     add("--vllm", metavar="PYTHON", help="interpreter of an environment with vLLM, to measure it as well")

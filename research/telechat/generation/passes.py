@@ -18,7 +18,7 @@ class Settings:
     slots: int = 16                    # sequences at once
     buckets: Tuple[int, ...] = (1, 4, 16)      # batch sizes with a graph, ascending; batches are padded to the next one
     prefill_tokens: int = PREFILL_TOKENS       # prefill limit per step, and size of the pieces
-    beside_tokens: int = 64            # of a prompt longer than prefill_tokens, per step while others decode
+    beside_tokens: int = 32            # of a prompt longer than prefill_tokens, per step while others decode
     max_queue: int = 64                # requests that may wait
     reuse: bool = True                 # share the cache of common prefixes
     together: bool = False             # sequences that start together keep their slots until all have finished
