@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from research.telechat.plan.plan import read_plan
+from research.telechat.recipe.read import read_recipe
 from scripts import communication_table, generated, model_table, plan_table, time_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +39,15 @@ def test_table_of_communication_has_all_its_plans():
     part = text.partition(generated.begin("communication_table.py"))[2].partition(generated.END)[0]
     assert [line.split(" | ")[0] for line in part.splitlines() if line][2:] == [
         f"| {row.name}" for row in communication_table.ROWS]
+
+
+def test_every_plan_of_several_cards_was_executed():
+    text = (ROOT / "docs/parallel.md").read_text(encoding="utf-8")
+    part = text.partition(generated.begin("execute_recipes.py"))[2].partition(generated.END)[0]
+    executed = {line.split(" | ")[0].strip("| ") for line in part.splitlines()}
+    recipes = (ROOT / "research/telechat").glob("*.yaml")
+    several = {path.stem for path in recipes if read_plan(read_recipe(path)).ranks > 1}
+    assert several and not several - executed, "run: python scripts/execute_recipes.py NAME --write"
 
 
 def test_counts_equal_the_official_totals():
