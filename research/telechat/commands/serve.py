@@ -11,7 +11,6 @@ Needs the packages of the extra `serve`. docs/server.md has the routes, the limi
 What begins threads when it is imported, as NumPy does, is imported in functions: signals are blocked before.
 """
 import argparse
-import contextlib
 import ipaddress
 import logging
 import os
@@ -177,13 +176,12 @@ def load_engine(args: argparse.Namespace, overrides: "JsonObject", join: "Callab
                   frozenset(end_tokens(chosen.eos_token_id)))
 
 
-def lead(host: "Host", stack: contextlib.ExitStack) -> "Leader":
-    """Rank 0 of several: the others follow its scheduler, until `stack` ends."""
+def lead(host: "Host") -> "Leader":
+    """Rank 0 of several: the others follow its scheduler, until it is closed."""
     from research.telechat.generation.ranks import DRAIN, Leader
     from research.telechat.run.meeting import invite
-    leader = Leader(invite(), workers() - 1, on_word=lambda word: host.drain() if word == DRAIN else None,
-                    on_loss=host.lose)
-    return stack.enter_context(leader)
+    return Leader(invite(), workers() - 1, on_word=lambda word: host.drain() if word == DRAIN else None,
+                  on_loss=host.lose)
 
 
 def follow(args: argparse.Namespace, overrides: "JsonObject") -> int:
@@ -266,16 +264,19 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
              "Ctrl-C or SIGTERM stops the server once running answers are finished; a second one stops it at once.")
     _say(f"loading {name}; {where}/ready responds with 200 when it is ready")
     host = Host(service, Web(app, listener, times, args.max_connections), times)
-    with contextlib.ExitStack() as stack:
-        leaders: List[Leader] = []
+    leaders: List[Leader] = []
 
-        def join() -> "Ranks":
-            leaders.append(lead(host, stack))
-            return leaders[0]
+    def join() -> "Ranks":
+        leaders.append(lead(host))
+        return leaders[0]
+    code = 1
+    try:
         code = host.run(lambda: load_engine(args, overrides, join), ready)
+    finally:
         for leader in leaders:
             leader.close(code != 1)
-            _say_launches(leader)
+    for leader in leaders:
+        _say_launches(leader)
     return code
 
 
