@@ -35,7 +35,7 @@ from research.telechat.interpret.shrink import shrink, uncut
 from research.telechat.plan.plan import read_plan
 from research.telechat.recipe.legacy import translate
 from research.telechat.recipe.read import read_recipe, set_key
-from scripts.generated import begin, with_part
+from scripts import generated
 
 DOCUMENT = ROOT / "docs/parallel.md"
 SCRIPT = "execute_recipes.py"
@@ -130,9 +130,7 @@ def row_of(name: str, small: JsonObject, found: Tuple[str, str]) -> List[str]:
 
 def known_rows(text: str) -> Dict[str, List[str]]:
     """The rows that the document has, by recipe."""
-    part = text.partition(begin(SCRIPT))[2].partition("<!--")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
-    return {row[0]: row for row in rows[2:]}
+    return {row[0]: row for row in generated.rows(text, SCRIPT)}
 
 
 def run() -> int:
@@ -173,7 +171,8 @@ def run() -> int:
         if args.write:
             text = DOCUMENT.read_text(encoding="utf-8")
             rows = {**known_rows(text), row[0]: row}
-            write_text(DOCUMENT, with_part(text, SCRIPT, markdown([HEAD, *(rows[name] for name in sorted(rows))])))
+            part = markdown([HEAD, *(rows[name] for name in sorted(rows))])
+            write_text(DOCUMENT, generated.with_part(text, SCRIPT, part))
     return 1 if failed else 0
 
 

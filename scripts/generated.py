@@ -2,7 +2,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Callable
+from typing import Callable, List
 
 from research.telechat.common.files import write_text
 
@@ -21,6 +21,13 @@ def with_part(text: str, script: str, part: str) -> str:
     if not mark or not end:
         raise ValueError(f"the marks {begin(script)} and {END} are missing")
     return f"{before}{mark}\n{part}\n{end}{after}"
+
+
+def rows(text: str, script: str) -> List[List[str]]:
+    """Cells of the table that `script` has written into `text`, without its head."""
+    part = text.partition(begin(script))[2].partition("<!--")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()
+            if line.startswith("|")][2:]
 
 
 def run(script: str, document: Path, part: Callable[[], str], what: str) -> int:

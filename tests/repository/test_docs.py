@@ -36,15 +36,13 @@ def test_table_of_plans_is_current():
 def test_table_of_communication_has_all_its_plans():
     """Compiling them takes minutes; that planner and compiler agree is for tests/plan/test_sharding_compile.py."""
     text = (ROOT / "docs/parallel.md").read_text(encoding="utf-8")
-    part = text.partition(generated.begin("communication_table.py"))[2].partition(generated.END)[0]
-    assert [line.split(" | ")[0] for line in part.splitlines() if line][2:] == [
-        f"| {row.name}" for row in communication_table.ROWS]
+    assert [row[0] for row in generated.rows(text, "communication_table.py")] == [
+        row.name for row in communication_table.ROWS]
 
 
 def test_every_plan_of_several_cards_was_executed():
     text = (ROOT / "docs/parallel.md").read_text(encoding="utf-8")
-    part = text.partition(generated.begin("execute_recipes.py"))[2].partition(generated.END)[0]
-    executed = {line.split(" | ")[0].strip("| ") for line in part.splitlines()}
+    executed = {row[0] for row in generated.rows(text, "execute_recipes.py")}
     recipes = (ROOT / "research/telechat").glob("*.yaml")
     several = {path.stem for path in recipes if read_plan(read_recipe(path)).ranks > 1}
     assert several and not several - executed, "run: python scripts/execute_recipes.py NAME --write"

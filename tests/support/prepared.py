@@ -4,7 +4,7 @@ One process imports everything and then forks for every start: `run` and `start`
 subprocess does, and the child executes it as `python SCRIPT ARGUMENTS` would, with its own environment, folder, output
 and signals. `put_python` makes a program `python` that does so, for shells and launchers. Not for what such a child
 cannot show: order of sets (its hash seed is the parent's), and variables that are read while packages are imported.
-Tests of those, and the runs that others are compared with, start Python anew.
+Tests of those, and the runs that others are compared with, start a fresh Python.
 """
 import atexit
 import gc

@@ -72,7 +72,7 @@ def run(arguments, script="run_mindformer.py", code=0, graphs=None, **env):
 
 
 def run_on_full_disk(arguments, limit, graphs=None):
-    """run_mindformer.py where no file may exceed `limit` bytes, which stands for a disk that is full in its middle.
+    """run_mindformer.py where no file may exceed `limit` bytes, as on a disk that fills up in the middle.
     graphs: see kept_graph."""
     kept = kept_graph(graphs, arguments) if graphs else {}
     return prepared.run([ROOT / "run_mindformer.py", *arguments], env={"GLOG_v": "3", **kept}, limit=limit)

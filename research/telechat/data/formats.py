@@ -109,8 +109,7 @@ def _system(record: JsonObject, messages: Tuple[Message, ...] = ()) -> List[Mess
     if given is not None:
         texts = [text for text in (*texts, given) if text.strip()]
     if any(text != texts[0] for text in texts):
-        raise RecordError("two system prompts", f"{texts[0][:30]!r} and {texts[-1][:30]!r}; keep only one"
-                                                "")
+        raise RecordError("two system prompts", f"{texts[0][:30]!r} and {texts[-1][:30]!r}; keep only one")
     return [Message(SYSTEM, texts[0])] if texts and (given is None or not given.strip()) else []
 
 

@@ -175,7 +175,8 @@ def provide_helpers() -> None:
         for name in _COMPILED:
             setattr(module, name, getattr(megatron, name))
         sys.modules[_HELPERS] = module
-        importlib.import_module(_HELPERS.rpartition(".")[0]).helpers = module     # type: ignore[attr-defined]
+        package, _, own = _HELPERS.rpartition(".")
+        vars(importlib.import_module(package))[own] = module
 
 
 @MindFormerRegister.register(MindFormerModuleType.DATASET_LOADER)
