@@ -54,9 +54,10 @@ class Found:
         whole = self.plan.recompute
         layers = self.plan.model.num_layers
         count = sum(whole) if isinstance(whole, list) else layers if whole else 0
-        if count:
-            return "all layers" if count == layers else f"{count} of {layers} layers"
-        return "silu, mul" if self.plan.select_recompute else "nothing"
+        if count == layers:
+            return "all layers"
+        parts = [f"{count} of {layers} layers"] if count else []
+        return ", ".join(parts + ["silu, mul"] * bool(self.plan.select_recompute)) or "nothing"
 
 
 def shapes(plan: Plan, cards: int, sequences: int) -> Iterator[Shape]:
