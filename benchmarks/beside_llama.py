@@ -3,6 +3,7 @@
     python benchmarks/beside_llama.py                                     decoding, prompts and a training step
     python benchmarks/beside_llama.py --tasks decode --batch 1 --rounds 5
     python benchmarks/beside_llama.py --hidden 1024 --layers 8 --ffn 2816 --heads 16         weights beyond the caches
+    python benchmarks/beside_llama.py --vllm ENVIRONMENT/bin/python          beside vLLM, from its own environment
 
 A checkpoint of random weights in the shape of TeleChat-12B is made in a temporary folder and converted by the command
 that users run, to MindSpore and to Llama, in float32. Each side has a process of its own, and they take turns with
@@ -32,7 +33,7 @@ from generate import Clock
 
 from research.telechat.spec.variants import Variant, get_variant
 
-SIDES = ("telechat", "transformers")
+SIDES = ("telechat", "transformers", "vllm")
 TASKS = ("decode", "prefill", "train")
 TOLERANCE = 1e-3                           # between the losses of a training step of both
 
@@ -123,6 +124,42 @@ class Transformers:
         return float(loss)
 
 
+class Vllm:
+    """vLLM's Llama, without torch.compile, in the interpreter of --vllm."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_LOGGING_LEVEL", "ERROR"), ("HF_HUB_OFFLINE", "1"),
+                            ("VLLM_NO_USAGE_STATS", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+                            ("VLLM_ENABLE_V1_MULTIPROCESSING", "0")):
+            os.environ.setdefault(name, value)
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+        self._engine: Any = LLMEngine.from_engine_args(EngineArgs(
+            model=str(folder / "llama"), skip_tokenizer_init=True, dtype="float32", max_model_len=args.context,
+            block_size=32, max_num_seqs=max(args.batch), max_num_batched_tokens=max(args.context, 2048),
+            enforce_eager=True, enable_prefix_caching=False))
+
+    def generate(self, prompts: List[List[int]], new: int, clock: Any) -> List[List[int]]:
+        """Greedy answers of `new` tokens."""
+        from vllm import SamplingParams
+        params = SamplingParams(max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False, temperature=0)
+        clock.put(None)
+        for number, prompt in enumerate(prompts):
+            self._engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+        found: Dict[str, List[int]] = {}
+        while self._engine.has_unfinished_requests():
+            outputs = self._engine.step()
+            if len(outputs) == len(prompts):          # not a step that has read some of the prompts only
+                clock.put(None)
+            for output in outputs:
+                found[output.request_id] = list(output.outputs[0].token_ids)
+        return [found[str(number)] for number in range(len(prompts))]
+
+    def train(self, ids: np.ndarray) -> float:
+        """vLLM does not train."""
+        raise NotImplementedError
+
+
 class _Watching:
     """A stopping criterion that never stops: transformers streams one sequence only, and asks this for any number."""
 
@@ -166,7 +203,7 @@ def carry_out(side: Any, args: argparse.Namespace, job: Dict[str, Any]) -> Dict[
 def worker(args: argparse.Namespace) -> None:
     """Answer each job on stdin, one JSON a line, by one on stdout."""
     with contextlib.redirect_stdout(sys.stderr):
-        side = (Telechat if args.worker == "telechat" else Transformers)(args, Path(args.folder))
+        side = {"telechat": Telechat, "transformers": Transformers, "vllm": Vllm}[args.worker](args, Path(args.folder))
     for line in sys.stdin:
         with contextlib.redirect_stdout(sys.stderr):
             answer = carry_out(side, args, json.loads(line))
@@ -174,12 +211,12 @@ def worker(args: argparse.Namespace) -> None:
 
 
 class Side:
-    """A process that measures one side."""
+    """A process that measures one side, by `interpreter`."""
 
-    def __init__(self, name: str, folder: str, options: Sequence[str]):
+    def __init__(self, name: str, folder: str, options: Sequence[str], interpreter: str = sys.executable):
         self.name = name
         self._log = open(Path(folder) / f"{name}.log", "w+", encoding="utf-8")   # noqa: SIM115 (closed with it)
-        self._process = subprocess.Popen([sys.executable, __file__, *options, "--worker", name, "--folder", folder],
+        self._process = subprocess.Popen([interpreter, __file__, *options, "--worker", name, "--folder", folder],
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True)
 
     def ask(self, **job: Any) -> Dict[str, Any]:
@@ -258,7 +295,7 @@ def jobs(args: argparse.Namespace) -> List[Dict[str, Any]]:
         found += [{"task": "decode", "batch": batch, "prompt": args.prompt, "new": args.new} for batch in args.batch]
     if "prefill" in args.tasks:
         found += [{"task": "prefill", "batch": 1, "prompt": length, "new": 1} for length in args.prefill]
-    if "train" in args.tasks:
+    if "train" in args.tasks and not args.vllm:
         found.append({"task": "train", "batch": args.train[0], "prompt": args.train[1], "steps": 3})
     return found
 
@@ -268,7 +305,8 @@ def measure(args: argparse.Namespace, options: Sequence[str]) -> List[Dict[str, 
     rows = []
     with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
         make_checkpoints(shape_of(args), Path(folder))
-        sides = [Side(name, folder, options) for name in SIDES]
+        peer = Side("vllm", folder, options, args.vllm) if args.vllm else Side("transformers", folder, options)
+        sides = [Side("telechat", folder, options), peer]
         try:
             for job in jobs(args):
                 if job["task"] == "train":
@@ -281,21 +319,21 @@ def measure(args: argparse.Namespace, options: Sequence[str]) -> List[Dict[str, 
                     row = compare(sides, args.rounds, job, *(("tokens_per_second", False) if job["task"] == "decode"
                                                              else ("first", True)))
                 rows.append(row)
-                print(line(row), flush=True)
+                print(line(row, peer.name), flush=True)
         finally:
             for side in sides:
                 side.end()
     return rows
 
 
-def line(row: Dict[str, Any]) -> str:
+def line(row: Dict[str, Any], peer: str) -> str:
     """One row as text."""
     spread = f"{row['ratio']:.2f} times as fast ({row['lowest_ratio']:.2f} to {row['highest_ratio']:.2f})"
     if row["task"] == "decode":
-        return (f"decode, batch {row['batch']:3}: {row['ours']:7.0f} tokens/s, transformers {row['theirs']:7.0f}: "
-                f"{spread}; growth {row['growth']:.2f}, transformers {row['growth_of_theirs']:.2f}")
+        return (f"decode, batch {row['batch']:3}: {row['ours']:7.0f} tokens/s, {peer} {row['theirs']:7.0f}: "
+                f"{spread}; growth {row['growth']:.2f}, {peer} {row['growth_of_theirs']:.2f}")
     what = "prompt" if row["task"] == "prefill" else "train "
-    return (f"{what} of {row['batch']} x {row['prompt']:4}: {row['ours'] * 1e3:7.1f} ms, transformers "
+    return (f"{what} of {row['batch']} x {row['prompt']:4}: {row['ours'] * 1e3:7.1f} ms, {peer} "
             f"{row['theirs'] * 1e3:7.1f} ms: {spread}")
 
 
@@ -316,6 +354,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add("--vocab", type=int, default=8000)
     add("--context", type=int, help="tokens of the longest sequence (default: 1024, or what the prompts need)")
     add("--rounds", type=int, default=5, help="turns of which the medians count")
+    add("--vllm", metavar="PYTHON", help="compare with vLLM, which this interpreter can import, not with transformers; "
+        "without a training step")
     add("--work_dir", help="where the temporary folder is made")
     add("--json", type=Path, help="write the figures there")
     add("--worker", choices=SIDES, help=argparse.SUPPRESS)

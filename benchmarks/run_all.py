@@ -3,6 +3,7 @@
     python benchmarks/run_all.py --write docs/benchmarks.md                     everything, some 30 minutes on two cores
     python benchmarks/run_all.py --write docs/benchmarks.md --only generation   the others keep their last figures
     python benchmarks/run_all.py --tokenizer tokenizer.model --write ...        with an official tokenizer
+    python benchmarks/run_all.py --vllm ENVIRONMENT/bin/python --write ...      beside vLLM as well
     python benchmarks/run_all.py --quick                                        tiny sizes: does everything run?
 
 Each benchmark is a command of its own (listed on the page) and states a limit measured in the same run beside its
@@ -40,7 +41,7 @@ class Step(NamedTuple):
 
 
 # {work}: temporary folder, {conversations}: made of the examples' sentences, {tokenizer}: --tokenizer, or the quick
-# start's.
+# start's, {vllm}: --vllm, without which such a step is left out.
 # Every command also gets --json FILE.
 _PREPROCESS = ["benchmarks/preprocess.py", "--input_dataset_file", "{conversations}",
                "--vocab_file_path", "{tokenizer}", "--work_dir", "{work}"]
@@ -80,6 +81,9 @@ STEPS = (
     Step("beside_llama", "Beside transformers' LlamaForCausalLM, on the same weights", ["benchmarks/beside_llama.py"],
          ["benchmarks/beside_llama.py", "--batch", "1", "--new", "8", "--rounds", "1", "--prompt", "8", "--prefill",
           "40", "--train", "1", "16", *_SMALL], page.beside_llama_rows),
+    Step("beside_vllm", "Beside vLLM's Llama on a CPU (without torch.compile), on the same weights",
+         ["benchmarks/beside_llama.py", "--vllm", "{vllm}"], ["benchmarks/beside_llama.py", "--vllm", "{vllm}"],
+         page.beside_llama_rows),
     Step("serving", "Many requests at a time, without HTTP", ["benchmarks/serve.py"],
          ["benchmarks/serve.py", "--requests", "4", "--clients", "2", "--prompt", "8", "--new", "8", "--slots", "4",
           "--buckets", "4", *_SMALL], page.serving_rows),
@@ -198,6 +202,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--render", action="store_true", help="run nothing, only write the page anew")
     parser.add_argument("--tokenizer", type=Path, help="of an official checkpoint (default: that of the quick start, "
                         "which is small and quick)")
+    parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vLLM, as "
+                        "scripts/check_vllm.py makes it")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, for a test of the benchmarks themselves")
     parser.add_argument("--json", type=Path, help="results (default: output/benchmarks.json, or benchmarks-quick.json)")
     parser.add_argument("--work_dir", type=Path, help="where 15 GB of temporary files go")
@@ -208,9 +214,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     results = read_results(store)
     with tempfile.TemporaryDirectory(dir=args.work_dir, prefix="telechat-benchmarks-") as folder:
         work = Path(folder)
-        places = {"work": folder, "conversations": str(work / "conversations.jsonl"), "tokenizer": ""}
+        places = {"work": folder, "conversations": str(work / "conversations.jsonl"), "tokenizer": "",
+                  "vllm": args.vllm or ""}
         for step in () if args.render else STEPS:
-            if step.name not in args.only:
+            if step.name not in args.only or ("{vllm}" in step.command and not args.vllm):
                 continue
             if "{tokenizer}" in step.command and not places["tokenizer"]:
                 places["tokenizer"] = str(args.tokenizer or make_tokenizer(work))
@@ -225,7 +232,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.write:
         write(args.write, page.page(results, page.machine(), {step.name: step.title for step in STEPS},
                                     {step.name: " ".join(["python", *step.command]) for step in STEPS}))
-    failed = [name for name in names if "rows" not in results.get(name, {})]
+    failed = [step.name for step in STEPS if "rows" not in results.get(step.name, {})
+              and (args.vllm or "{vllm}" not in step.command)]
     if failed:
         print(f"error: without figures: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
