@@ -1,6 +1,7 @@
 """Preprocessing that meets bad input, is interrupted, or loses a worker: one line, nothing half done."""
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from needs import require
 from preprocess_fixtures import SAMPLES, SCRIPT, report, run, write_lines
 
 from research.telechat.common.errors import ConfigError, WorkerError
+from research.telechat.data import mindrecord
 from research.telechat.data.workers import _guard, ordered_map
 
 
@@ -71,12 +73,23 @@ def test_empty_input_makes_no_data_set(tmp_path, vocab_files, capsys):
     assert_one_error(capsys, code, "the files hold no records", out)
 
 
-def test_full_disk_is_one_error(tmp_path, vocab_files, capsys, monkeypatch):
+def test_full_disk_is_one_error(tmp_path, vocab_files, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, before[1]))      # a write beyond it fails, as on a full disk
+    try:
+        code, out = run(tmp_path, vocab_files["12b"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_one_error(capsys, code, "is the disk full?): ", out)
+
+
+def test_full_disk_under_the_writer_of_other_releases(tmp_path, vocab_files, capsys, monkeypatch):
     from mindspore.mindrecord import FileWriter
 
     def full(*_):
         raise RuntimeError("Exception thrown.\n\n[ERROR] Failed to write file: No space left\n\nC++ stack")
 
+    monkeypatch.setattr(mindrecord, "_COMPARED", ())
     monkeypatch.setattr(FileWriter, "write_raw_data", full)
     code, out = run(tmp_path, vocab_files["12b"])
     assert_one_error(capsys, code, "is the disk full?): [ERROR] Failed to write file: No space left", out)

@@ -3,7 +3,7 @@
     python research/telechat/telechat_preprocess.py --input_dataset_file data.jsonl --output_path OUT \
         --vocab_file_path tokenizer.model --max_length 2048
 
-See docs/data.md for formats, options and what comes out. It needs no NPU, and MindSpore only for writing.
+See docs/data.md for formats, options and what comes out. It needs no NPU, and of MindSpore only the writer.
 """
 import argparse
 import json

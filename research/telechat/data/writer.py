@@ -1,7 +1,8 @@
 """Writes a data set of MindRecord files, all or nothing.
 
 Everything is written into a hidden folder next to the result and moved into place at the end, meta.json last.
-MindSpore, whose import takes seconds, is imported in a thread while the first records are being produced.
+Where data/mindrecord.py needs all of MindSpore, whose import takes seconds, a thread imports it while the first records
+are being produced.
 """
 import contextlib
 import os
@@ -11,7 +12,7 @@ import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 
@@ -21,9 +22,7 @@ from research.telechat.common.hashing import file_sha256
 from research.telechat.common.lock import output_lock
 from research.telechat.common.versions import install_line, installed_version
 from research.telechat.data.meta import META_FILE, OLD_META_FILE, REPORT_FILE, UNFINISHED, is_part, reason, write_meta
-
-if TYPE_CHECKING:
-    from mindspore.mindrecord import FileWriter
+from research.telechat.data.mindrecord import RecordWriter, direct_extension, open_writer
 
 DATASET_NAME = "new_dataset.mindrecord"
 EXTRA_FILES = ("lengths.png",)
@@ -60,7 +59,7 @@ class DatasetWriter:
             raise ConfigError(f"records of {self._record_bytes} bytes exceed MindRecord's limit "
                               f"({_MOST_PAGE // 2}); choose a smaller length")
         self._held: List[Dict[str, np.ndarray]] = []
-        self._writer: Optional[FileWriter] = None
+        self._writer: Optional[RecordWriter] = None
         self._layout: Optional[Tuple[int, int]] = None
         self._names: List[str] = []
         self._import: Optional[threading.Thread] = None
@@ -105,7 +104,7 @@ class DatasetWriter:
 
     def add(self, record: Dict[str, np.ndarray]) -> None:
         """Append one record."""
-        if self._import is None:
+        if not self.records and direct_extension() is None:
             self._import = threading.Thread(target=_import_mindrecord, daemon=True)
             self._import.start()
         self._held.append(record)
@@ -152,31 +151,22 @@ class DatasetWriter:
             if count < self._batch and whole_batches:
                 return
             batch, self._held = self._held[:count], self._held[count:]
-            self._call(writer.write_raw_data, batch)
+            self._call(writer.write, batch)
             self._room -= count
             if self._room <= 0:
                 self._close_file()
 
-    def _open_file(self) -> "FileWriter":
+    def _open_file(self) -> RecordWriter:
         """Start the next file; returns its writer."""
         if self._import is not None:
             self._import.join()
-        try:
-            from mindspore.mindrecord import FileWriter
-        except ImportError as err:
-            raise ConfigError(f"MindSpore, which writes the data set, cannot be imported: {err}; activate the "
-                              "environment that has it") from err
-
         stem, suffix = DATASET_NAME.split(".")
         name = f"{stem}_{len(self._names)}.{suffix}" if self._names else DATASET_NAME
-        self._names.append(name)
-        self._room = self._file_records
-        writer = self._writer = FileWriter(str(self._temporary / name), 1, overwrite=True)
         if self._layout is None:
             self._layout = self._page_and_header()
-        writer.set_page_size(self._layout[0])
-        writer.set_header_size(self._layout[1])
-        writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in self.columns}, "telechat")
+        writer = self._writer = open_writer(self._temporary / name, list(self.columns), *self._layout)
+        self._names.append(name)
+        self._room = self._file_records
         return writer
 
     def _page_and_header(self) -> Tuple[int, int]:
@@ -205,7 +195,7 @@ class DatasetWriter:
 
 
 def _import_mindrecord() -> None:
-    os.environ.setdefault("GLOG_v", "4")         # its errors are raised as exceptions anyway
+    os.environ.setdefault("GLOG_v", "4")         # as in data/mindrecord.py
     with contextlib.suppress(ImportError):       # reported when it is needed
         import mindspore.mindrecord  # noqa: F401
 
