@@ -1,4 +1,4 @@
-"""Command: check kernels, models and cards of the device that is here against NumPy. See docs/doctor.md."""
+"""Command: compare this machine's kernels, models and cards with NumPy. See docs/doctor.md."""
 import sys
 from pathlib import Path
 

@@ -66,7 +66,7 @@ FURTHER: Dict[str, Further] = {
     "documents back to back, loss in chunks": Further("finetune_telechat2_7b", 4, 1, {
         "model.model_config.document_boundaries": True, "model.model_config.loss_chunk_rows": 24}),
     "hybrid context parallelism": Further("finetune_telechat2_7b", 4, 1, _HYBRID),
-    "hybrid context parallelism, keys sent around": Further("finetune_telechat2_7b", 4, 1, {
+    "hybrid context parallelism, ring attention": Further("finetune_telechat2_7b", 4, 1, {
         **_HYBRID, "model.model_config.use_ring_attention": True}),
     "tied embeddings on two stages": Further("finetune_telechat_7b", 2, 2, _STAGES),
     "virtual stages": Further("finetune_telechat2_7b", 2, 4, {
@@ -109,7 +109,7 @@ def execute(small: JsonObject, jobs: int) -> Tuple[str, str]:
     plan, whole = compiled(small, jobs, start=start), compiled(uncut(small), jobs, start=start)
     first, others = "", "-"
     if plan.plan.training:
-        ring = "keys sent around" in features(plan.plan)               # read as MindSpore means it (docs/parallel.md)
+        ring = "ring attention" in features(plan.plan)               # read as MindSpore means it (docs/parallel.md)
         operators = {**OPERATORS, **attention.operators(empty_band=True)} if ring else OPERATORS
         steps = training.compare(plan, whole, operators=operators)
         fault, first, others = steps.fault(), f"{steps.loss_gap:.1e}", f"{max(steps.differences.values()):.1e}"

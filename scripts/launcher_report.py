@@ -258,7 +258,7 @@ def main() -> int:
     """Print the report; 0 even if it found an error, 1 if there is no such folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("log_dir", type=Path, help="the LOG_DIR of msrun_launcher.sh")
-    parser.add_argument("--since", type=float, default=0.0, help="leave out logs older than this (epoch, s)")
+    parser.add_argument("--since", type=float, default=0.0, help="ignore logs older than this (Unix time)")
     parser.add_argument("--workers", type=int, default=0, help="workers of the whole job, on all machines")
     args = parser.parse_args()
     if not args.log_dir.is_dir():

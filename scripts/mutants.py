@@ -58,7 +58,7 @@ def read_mutants(path: Path = LIST) -> List[Mutant]:
     names = [mutant.name for mutant in mutants]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ConfigError(f"{path}: {twice[0]} is there twice; give each mutant a name of its own")
+        raise ConfigError(f"{path}: duplicate name {twice[0]}; give each mutant its own name")
     return mutants
 
 

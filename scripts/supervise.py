@@ -174,7 +174,7 @@ def _written(log_dir: Path, rank: int) -> float:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Entry point; 0 if the job ended well, at the first or a later start."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--max_restarts", type=int, default=0, help="how often to start the job again (default: 0)")
+    parser.add_argument("--max_restarts", type=int, default=0, help="number of restarts (default: 0)")
     parser.add_argument("--hang_timeout", type=float, default=1800, help="seconds without output of any worker")
     parser.add_argument("--log_dir", type=Path, default=Path("output/msrun_log"), help="where worker_N.log are")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")

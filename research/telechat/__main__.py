@@ -19,17 +19,17 @@ class Command(NamedTuple):
 
 
 COMMANDS: Dict[str, Command] = {
-    "doctor": Command("doctor:main", "check the device that is here: kernels, models, cards, against NumPy"),
+    "doctor": Command("doctor:main", "self-test: compare this machine's kernels, models and cards with NumPy"),
     "run": Command("run:main", "fine-tune, evaluate or predict from a recipe (run_mindformer.py)"),
-    "convert": Command("convert:main", "checkpoints between the official layout, MindSpore's and Llama's"),
-    "preprocess": Command("preprocess:main", "make a data set from conversations and texts"),
+    "convert": Command("convert:main", "convert checkpoints between the official, MindSpore and Llama layouts"),
+    "preprocess": Command("preprocess:main", "create a data set from conversations and texts"),
     "chat": Command("predict:main", "answer the questions of a file, or chat in the terminal"),
-    "serve": Command("serve:main", "answer over HTTP: OpenAI's API, a chat page"),
-    "plan": Command("plan:main", "check a parallel plan, count what it costs, execute it, find the fastest"),
-    "evaluate": Command("evaluate:main", "score a checkpoint on tasks, or on texts by perplexity"),
+    "serve": Command("serve:main", "serve over HTTP: OpenAI's API and a chat page"),
+    "plan": Command("plan:main", "check a parallel plan, estimate its cost, execute it, search for the fastest"),
+    "evaluate": Command("evaluate:main", "evaluate a checkpoint on benchmarks, or by perplexity"),
     "transform": Command("transform:main", "merge and split distributed checkpoints"),
     "merge-lora": Command("merge_lora:main", "merge a LoRA adapter into its base weights"),
-    "peft": Command("peft:main", "LoRA adapters to and from Hugging Face PEFT"),
+    "peft": Command("peft:main", "convert LoRA adapters to and from Hugging Face PEFT"),
 }
 
 

@@ -113,7 +113,7 @@ FAULTS = {  # check: (method, what becomes of its answer)
     "attention, dropout (bfloat16)": ("attention", only(form_of("dropout"), other_mask_backward)),
     "attention, prompts back to back (bfloat16)": ("flat_attention", lambda y, dtype, qkv, lengths, kv: NumpyDevice(
         ).flat_attention(dtype, qkv, np.array([lengths.sum()]), kv)),
-    "attention, a band of no width": ("band_sees_keys", lambda _: True),
+    "attention, zero-width band": ("band_sees_keys", lambda _: True),
     **{f"cache, writing ({dtype})": ("store", only(dtype_is(dtype), slot_minus_one_is_the_last)) for dtype in DTYPES},
     **{f"cache, paged attention ({dtype})": ("paged_attention", only(dtype_is(dtype), without_length))
        for dtype in DTYPES}}
@@ -199,9 +199,9 @@ def test_plans_equal_to_one_card_pass_and_others_do_not():
 
 def test_plans_that_are_not_made_say_why():
     alone = examine(plan_named("plan, model parallel"), NumpyDevice())
-    assert (alone.verdict, alone.found) == ("skipped", "needs 2 cards, here is 1")
+    assert (alone.verdict, alone.found) == ("skipped", "needs 2 cards, found 1")
     eight = examine(plan_named("plan, data, model and pipeline parallel"), NumpyDevice(0, 2))
-    assert (eight.verdict, eight.found) == ("skipped", "is made with 8 cards, here are 2")
+    assert (eight.verdict, eight.found) == ("skipped", "needs 8 cards, found 2")
 
 
 def test_overflow_must_be_seen_and_must_not_spoil_weights():

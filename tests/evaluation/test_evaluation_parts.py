@@ -184,8 +184,8 @@ class TestMistakes:
         (tmp_path / "x.ckpt").touch()
         model = ["--config", RECIPE, "--load_checkpoint", tmp_path / "x.ckpt"]
         for options, message in (
-                (model, "give either --tasks"),
-                ([*model, "--tasks", "a", "--perplexity", text], "give either --tasks"),
+                (model, "pass either --tasks"),
+                ([*model, "--tasks", "a", "--perplexity", text], "pass either --tasks"),
                 (["--tasks", "gsm8k"], "--config is missing"),
                 (["--tasks", "gsm8k", "--config", RECIPE], "--load_checkpoint is missing"),
                 (["--tasks", "gsm8k", "--config", "none.yaml"], "none.yaml does not exist"),

@@ -202,7 +202,7 @@ def test_degrees_are_halved():
 
 
 def test_kept_graphs_that_cannot_be_read(tmp_path, monkeypatch):
-    """A file that is no graph is named and removed, not believed."""
+    """A file that is not a graph is named and removed, not believed."""
     monkeypatch.setattr(graphs_module.runtime, "cache_folder", lambda: tmp_path)
     recipe = uncut(small("data parallel, tied"))
     file = tmp_path / "graphs" / graphs_module._key(recipe) / "rank_0.gz"

@@ -99,7 +99,7 @@ def test_logits_and_loss_are_float32():
 
 @pytest.mark.parametrize("softmax_type, value", [("float32", -1e30), ("float16", -3e4)])
 def test_forbidden_scores(softmax_type, value):
-    """Far below every score and still a number, so that a query without any key is no NaN."""
+    """Far below every score and still a number, so that a query without any key is not NaN."""
     settings = config(softmax_compute_type=softmax_type)
     mask = AttentionMask(settings).construct(Tensor(np.zeros((1, 4), np.int32)), None, None)
     assert forbidden_score(settings.softmax_compute_type) == value and str(mask.dtype) == softmax_type.capitalize()

@@ -129,7 +129,7 @@ def test_command_prints_writes_and_draws(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--search", "--model", "telechat2_115b"], "give --cards N"),
+    (["--search", "--model", "telechat2_115b"], "pass --cards N"),
     (["--search", "--model", "telechat3_99b", "--cards", "8"], "telechat3_99b"),
     (["--search", "--model", "telechat2_115b", "--cards", "8"], "fits 8 cards of 58 GB"),
     (["--search", "--model", "telechat_7b", "--cards", "8", "--margin", "1"], "--margin"),

@@ -34,7 +34,7 @@ def test_lists_that_cannot_be_read(tmp_path):
     file = tmp_path / "list.yaml"
     entry = "- {name: a, file: b, old: c, new: d, test: e}\n"
     file.write_text(entry + entry)
-    with pytest.raises(ConfigError, match="a is there twice"):
+    with pytest.raises(ConfigError, match="duplicate name a"):
         mutants.read_mutants(file)
     file.write_text("- {name: a, wrong: b}\n")
     with pytest.raises(ConfigError, match=r"list\.yaml: .*wrong"):

@@ -32,7 +32,7 @@ def parts_of(message):
 
 
 def text_of(node):
-    """The text that an expression makes, with GAP for values and every branch of a choice; None: it is no text."""
+    """The text that an expression makes, with GAP for values and every branch of a choice; None: it is not text."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else None
     if isinstance(node, ast.JoinedStr):

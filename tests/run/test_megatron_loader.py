@@ -75,7 +75,7 @@ def test_ranks_of_an_evaluation_read_each_sample_once(prefix, tmp_path):
     ({"config": {"split": "half"}}, "config.split: expected the shares"),
     ({"config": {"split": "9,1,0"}}, "for valid holds 0 tokens in 0 documents"),
     ({"config": {"data_path": []}}, "data_path: no data set is named"),
-    ({"config": {"data_path": ["0.5", "nowhere"]}}, "nowhere is no Megatron data set: there is no file nowhere.idx"),
+    ({"config": {"data_path": ["0.5", "nowhere"]}}, "nowhere is not a Megatron data set: there is no file nowhere.idx"),
     ({"sizes": [0, 1, 0]}, "one above 0 for train, found"),
     ({"phase": "dev"}, "phase: expected train, valid, test, found 'dev'"),
     ({"datasets_type": "BertDataset"}, "expected datasets_type: GPTDataset"),

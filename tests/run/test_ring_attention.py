@@ -1,4 +1,4 @@
-"""Ring attention is refused where the device's kernel reads a band of no width as the diagonal. The kernel is the
+"""Ring attention is refused where the device's kernel reads a zero-width band as the diagonal. The kernel is the
 interpreter's, by both readings."""
 import numpy as np
 import pytest

@@ -137,7 +137,7 @@ def main():
     findings = [examine(check, device)._asdict() for check in checks
                 if not wanted or any(word in check.name for word in wanted)]
     executor.operators.update(attention.operators())                    # a band as documented
-    band = examine(next(check for check in checks if check.name.endswith("a band of no width")), device)
+    band = examine(next(check for check in checks if check.name.endswith("zero-width band")), device)
     result = {"findings": findings, "executed": sorted(executor.executed), "band": band._asdict()}
     Path(sys.argv[1]).write_text(json.dumps(result))
 

@@ -183,22 +183,22 @@ def test_wrong_conversations_are_named(vocabs, messages, words):
 def test_what_a_template_has_no_place_for(vocabs):
     template = get_template("telechat")
     renderer = Renderer(template, vocabs["12b"])
-    with pytest.raises(ConversationError, match="no place for tools"):
+    with pytest.raises(ConversationError, match="does not support tools"):
         renderer.render([user("a"), bot("b")], tools=[{"name": "f"}])
-    with pytest.raises(ConversationError, match="no place for tools"):
+    with pytest.raises(ConversationError, match="does not support tools"):
         renderer.render([user("a"), bot("b"), {"role": "tool", "content": "c"}, bot("d")])
     messages = [system("be brief"), user("a"), bot("b")]
     assert renderer.render(messages) == renderer.render(messages[1:])
     prepending = Renderer(template, vocabs["12b"], system_policy="prepend")
     assert prepending.render(messages) == renderer.render([user("be brief\na"), bot("b")])
-    with pytest.raises(ConversationError, match="no place for a system prompt"):
+    with pytest.raises(ConversationError, match="has no system prompt"):
         Renderer(template, vocabs["12b"], system_policy="error").render(messages)
 
 
 @pytest.mark.parametrize("options,words", [
     ({"user_token": "<_usr>"}, "the user token '<_usr>' of the template telechat is not in the vocabulary"),
     ({"bot_token": "a"}, "the bot token 'a' of the template telechat is an ordinary piece of text in"),
-    ({"system_policy": "shout"}, "system policy 'shout' is unknown"),
+    ({"system_policy": "shout"}, "unknown system policy 'shout'"),
 ])
 def test_wrong_markers_are_named(vocabs, options, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
@@ -206,7 +206,7 @@ def test_wrong_markers_are_named(vocabs, options, words):
 
 
 def test_wrong_template_is_named(vocabs):
-    with pytest.raises(ConfigError, match="chat template 'llama' is unknown; known are telechat2_start, telechat2"):
+    with pytest.raises(ConfigError, match="chat template 'llama' is unknown; expected one of telechat2_start"):
         get_template("llama")
     with pytest.raises(ConfigError, match="'<_user>' of the template telechat is not in"):
         Renderer(get_template("telechat"), vocabs["52b"])

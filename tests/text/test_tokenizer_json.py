@@ -164,11 +164,11 @@ def test_what_tokenizer_json_has_no_words_for(tmp_path, options, fault):
         tokenizer_json(vocab)
 
 
-def test_a_template_refuses_what_it_has_no_place_for(vocabs):
+def test_a_template_refuses_what_it_does_not_support(vocabs):
     _, tokenizer, _ = loaded(vocabs["12b"], "telechat")
-    with pytest.raises(Exception, match="no place for tools"):
+    with pytest.raises(Exception, match="does not support tools"):
         tokenizer.apply_chat_template([user("a")], tools=TOOLS)
-    with pytest.raises(Exception, match="role tool has no place"):
+    with pytest.raises(Exception, match="role tool is not supported by this template"):
         tokenizer.apply_chat_template([user("a"), bot("b"), {"role": "tool", "content": "c"}])
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert tokenizer.apply_chat_template(parts, return_dict=False) == tokenizer.apply_chat_template(

@@ -156,7 +156,7 @@ def check_source_mp(checkpoint: Checkpoint, variant: Variant, match: Match, sour
     recognised = max(_EXPLAINED, 20 / len(sample[0]))      # ten times what chance explains of this many rows
     if scores[best] > recognised and scores[best] > 2 * scores[given]:
         looks = ("this project's order, without --source_mp" if best == own else f"--source_mp {best}")
-        said = ("no --source_mp was given" if source_mp is None else f"--source_mp {source_mp} was given")
+        said = ("--source_mp is not set" if source_mp is None else f"--source_mp is {source_mp}")
         raise CheckpointError(f"{said}, but the rows of {match.found[fused[0].ms_name]} and others are ordered as for "
                               f"{looks}: that order explains {scores[best]:.0%} of the variance of the row sizes, the "
                               f"given one {scores[given]:.0%}; convert {'without' if best == own else 'with'} "

@@ -1,4 +1,4 @@
-"""Files as people have them: what a file is that is no checkpoint, and names of tensors that a wrapper has made longer.
+"""Files that are not checkpoints: what they are instead; and tensor names with prefixes added by wrappers.
 
 checkpoint/reader.py and torch_bin.py read files; they ask here when they cannot.
 """

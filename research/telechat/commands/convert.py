@@ -65,28 +65,28 @@ def _positive(text: str) -> int:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that both commands have."""
     parser.add_argument("--model_name", choices=list(VARIANTS), metavar="NAME",
-                        help=f"one of {', '.join(VARIANTS)}; may be left out where a config.json tells")
+                        help=f"one of {', '.join(VARIANTS)}; optional if there is a config.json")
     parser.add_argument("--config", type=Path, metavar="CONFIG.JSON",
                         help="official config.json with the sizes (default: the one in the input's folder)")
-    parser.add_argument("--dtype", choices=list(_DTYPES), help="type of the result (default: as it is)")
+    parser.add_argument("--dtype", choices=list(_DTYPES), help="type of the result (default: unchanged)")
     parser.add_argument("--max_shard_size", type=_size, metavar="SIZE",
                         help="largest file of a folder of shards, such as 5GB (default: 5GB; 1GB for .bin)")
     parser.add_argument("--verify", action="store_true",
                         help="verify the input against the hashes in its manifest, if it has one; read the result "
                              "back and compare every tensor")
     parser.add_argument("--overwrite", action="store_true",
-                        help="replace files that are in the way and that no conversion wrote")
+                        help="replace existing files that no conversion wrote")
     parser.add_argument("--checkpoint_conflict", choices=CONFLICT, default="stop",
-                        help="what wins where --config or --model_name contradict the manifest of a MindSpore "
+                        help="what wins if --config or --model_name contradict the manifest of a MindSpore "
                              "checkpoint: recipe (the options), checkpoint (the manifest); default: stop")
     parser.add_argument("--strict", action="store_true",
                         help="read the input once beforehand and stop if it has NaN or infinity (otherwise they are "
-                             "counted on the way)")
+                             "counted during conversion)")
     parser.add_argument("--workers", type=_positive, metavar="N", help="threads (default: number of cores, 2 to 4)")
     parser.add_argument("--source_mp", type=_positive, metavar="N",
-                        help="52B: the MindSpore checkpoint comes from an earlier converter run with --mp N")
+                        help="52B: the MindSpore checkpoint was made by an earlier converter with --mp N")
     parser.add_argument("--mp", type=_positive, metavar="N",
-                        help="accepted from earlier commands and not needed: the result fits every degree")
+                        help="accepted for old commands, no effect: the result fits every degree")
 
 
 def sizes_for(args: argparse.Namespace, folder: Path) -> Optional[Sizes]:
@@ -97,7 +97,7 @@ def sizes_for(args: argparse.Namespace, folder: Path) -> Optional[Sizes]:
     config = read_hf_config(path)
     if is_llama_config(config):
         raise ConfigError(f"{path / 'config.json' if path.is_dir() else path} is that of a Llama layout, the weights "
-                          "have another; give the official config.json with --config")
+                          "have another; pass the official config.json with --config")
     try:
         return Sizes(variant_from_hf(config, args.model_name), config)
     except ConfigError as err:
@@ -156,7 +156,7 @@ def sizes_from_llama(args: argparse.Namespace, path: Path, folder: Path) -> Size
 def sizes_from_table(args: argparse.Namespace, folder: Path) -> Sizes:
     """Sizes of --model_name as published."""
     if args.model_name is None:
-        raise ConfigError(f"--model_name is needed, because {folder} holds no config.json; "
+        raise ConfigError(f"--model_name is needed, because {folder} contains no config.json; "
                           f"one of {', '.join(VARIANTS)}")
     return Sizes(get_variant(args.model_name), None)
 
@@ -170,7 +170,7 @@ def sizes_from_shapes(args: argparse.Namespace, checkpoint: Checkpoint, folder: 
             config = json.loads(text)
             return Sizes(variant_from_hf(config, args.model_name), config)
         except (ValueError, AttributeError, TypeError) as err:
-            raise ConfigError(f"{checkpoint.files[0]}: the config in its metadata is unusable: {err}; give the "
+            raise ConfigError(f"{checkpoint.files[0]}: the config in its metadata is unusable: {err}; pass the "
                               "config.json of this model with --config") from err
     sizes = sizes_from_table(args, folder)
     variant = sizes.variant
@@ -180,7 +180,7 @@ def sizes_from_shapes(args: argparse.Namespace, checkpoint: Checkpoint, folder: 
         return sizes                                       # the check of names says what is wrong
     if embedding.shape[1] != variant.hidden_size:
         raise ConfigError(f"{checkpoint.files[0]} has hidden size {embedding.shape[1]}, {args.model_name} has "
-                          f"{variant.hidden_size}; give the config.json of this model with --config")
+                          f"{variant.hidden_size}; pass the config.json of this model with --config")
     layers = {int(match[1]) for match in map(re.compile(r"model\.layers\.(\d+)\.").match, checkpoint.tensors) if match}
     return Sizes(replace(variant, num_layers=max(layers) + 1, vocab_size=embedding.shape[0],
                          intermediate_size=down.shape[1]), None)
@@ -223,7 +223,7 @@ def add_torch_to_mindspore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=["ckpt", "safetensors"], default="ckpt",
                         help="in a folder: mindspore.ckpt (default), or safetensors in shards with an index")
     parser.add_argument("--source_format", choices=["auto", "safetensors", "bin"], default="auto",
-                        help="which files of --torch_path to read (default: safetensors where there are any)")
+                        help="which files of --torch_path to read (default: safetensors if there are any)")
     add_options(parser)
     parser.set_defaults(convert=convert_to_mindspore)
 
@@ -247,14 +247,14 @@ def add_mindspore_to_torch(parser: argparse.ArgumentParser) -> None:
 def add_any_to_any(parser: argparse.ArgumentParser) -> None:
     """The options of `telechat convert --from IN --to LAYOUT OUT`."""
     parser.add_argument("--from", type=Path, required=True, metavar="IN", dest="source",
-                        help="a checkpoint of any layout, which its tensors tell: a folder, or one file")
+                        help="a checkpoint of any layout (detected): a folder, or one file")
     parser.add_argument("--to", choices=[OFFICIAL, LLAMA, MINDSPORE], required=True, dest="layout",
                         help="layout of the result")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the result, or one file (not for llama)")
     parser.add_argument("--format", choices=["safetensors", "ckpt", "bin"], default="safetensors",
                         help="files in the folder (default: safetensors)")
     parser.add_argument("--source_format", choices=["auto", "safetensors", "bin"], default="auto",
-                        help="which files of IN to read (default: safetensors where there are any)")
+                        help="which files of IN to read (default: safetensors if there are any)")
     add_export_options(parser)
     add_options(parser)
     parser.set_defaults(convert=convert_any)

@@ -1,12 +1,11 @@
-"""Check what this project computes on the device that is here, before anyone trains on it.
+"""Compare what this machine's device computes with NumPy, before you train on it.
 
     telechat doctor                                            one card, or a CPU
     telechat doctor --json doctor.json                         a file to attach to an issue
     telechat doctor --only attention cache                     checks whose names contain a word
     bash scripts/msrun_launcher.sh "-m research.telechat doctor" 8 8118 output/doctor True 600        eight cards
 
-Every number is compared with NumPy. The exit code is 1 if something is wrong; what to avoid in a recipe is said then
-(docs/doctor.md).
+The exit code is 1 if something is wrong; the output then says what to avoid in a recipe (docs/doctor.md).
 """
 import argparse
 import logging
@@ -20,6 +19,7 @@ from typing import Dict, List, Optional, TextIO
 import numpy as np
 
 from research.telechat.commands import transform
+from research.telechat.commands.help_text import HelpFormatter
 from research.telechat.common.command import run_command
 from research.telechat.common.console import only_own_warnings
 from research.telechat.common.environment import writes
@@ -33,12 +33,12 @@ from research.telechat.doctor.registry import all_checks, chosen
 
 def build_parser() -> argparse.ArgumentParser:
     """All options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--json", type=Path, help="file to write the findings to")
-    add("--overwrite", action="store_true", help="let --json replace a file that this command has not written")
+    add("--json", type=Path, help="file to write the results to")
+    add("--overwrite", action="store_true", help="let --json replace a file that this command did not write")
     add("--only", nargs="+", default=[], metavar="WORD", help="only checks whose names contain one of these words")
-    add("--list", action="store_true", help="print the names of all checks, and make none")
+    add("--list", action="store_true", help="print the names of all checks and exit")
     add("--timeout", type=float, default=300, help="seconds that one check may take; it ends the command")
     return parser
 

@@ -26,6 +26,7 @@ from research.telechat.commands.evaluate_card import (
     stores,
     weights_of,
 )
+from research.telechat.commands.help_text import HelpFormatter
 from research.telechat.common.command import run_command
 from research.telechat.common.environment import rank, writes
 from research.telechat.common.errors import ConfigError
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     """All options."""
     parser = argparse.ArgumentParser(description="Evaluate a TeleChat checkpoint.", allow_abbrev=False,
+                                     formatter_class=HelpFormatter,
                                      epilog="Keys of the recipe can be set as in run_mindformer.py: "
                                             "--model.model_config.seq_length 4096.")
     add = parser.add_argument
@@ -77,11 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--judge_url", default="", help="of a server with OpenAI's chat API, e.g. http://host:8000/v1; its key comes "
                                         "from TELECHAT_JUDGE_KEY or OPENAI_API_KEY")
     add("--judge_model", default="gpt-4", help="name of the judge's model there")
-    add("--judge_parallel", type=int, default=4, help="judgments asked for at a time")
+    add("--judge_parallel", type=int, default=4, help="concurrent requests to the judge")
     add("--perplexity", default="", help="instead of tasks: texts or conversations, in a file or folder that "
                                          "preprocessing reads")
-    add("--num_fewshot", type=int, help="solved examples in front of each question; default: the task's own")
-    add("--limit", type=float, help="questions of each task; under 1: the share of them")
+    add("--num_fewshot", type=int, help="few-shot examples before each question; default: the task's")
+    add("--limit", type=float, help="number of questions per task; below 1: a fraction of them")
     add("--batch_size", type=int, default=8, help="requests computed together")
     add("--include_path", help="folder with task files (YAML) of your own")
     add("--data", help="folder with data sets as files, used instead of the hub")
@@ -92,10 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system", help="system prompt, with --apply_chat_template")
     add("--thinking_tokens", type=int, default=DEFAULT_THINKING, help="for the reasoning before each answer, of models "
                                                                       "that reason; it is not scored")
-    add("--seed", type=int, default=1234, help="of the choice of examples, and of sampling")
+    add("--seed", type=int, default=1234, help="seed for choosing examples and for sampling")
     add("--output", default="output/evaluation.json", help="report; the chart gets the same name with .png")
-    add("--overwrite", action="store_true", help="replace --output and what lies beside it even if not of this command")
-    add("--samples", action="store_true", help="write every question with its answer, too")
+    add("--overwrite", action="store_true", help="replace --output and the files next to it even if this "
+                                                   "command did not write them")
+    add("--samples", action="store_true", help="also write every question with its answer")
     add("--use_parallel", type=str2bool, help="run as one of several processes (msrun)")
     add("--auto_trans_ckpt", type=str2bool, help="shard a complete checkpoint for the parallel plan")
     add("--output_dir", help="folder of logs")
@@ -106,7 +109,7 @@ def check(args: argparse.Namespace) -> List[str]:
     """The names of the tasks. Raises ConfigError for what can be told from the command line alone."""
     names = task_names(args)
     if sum(map(bool, (names, args.perplexity, args.card, args.judge))) != 1:
-        raise ConfigError("give either --tasks NAME,NAME or --perplexity FILE or --card or --judge NAME"
+        raise ConfigError("pass either --tasks NAME,NAME or --perplexity FILE or --card or --judge NAME"
                           + ("" if names else "; tasks are, for example, ceval-valid, cmmlu, mmlu, gsm8k and bbh"))
     if args.judge and not args.judge_url:
         raise ConfigError("--judge needs --judge_url, the server of the model that rates the answers")
@@ -127,7 +130,7 @@ def check(args: argparse.Namespace) -> List[str]:
     if not 0 <= args.seed < 2 ** 31:
         raise ConfigError(f"--seed: expected a whole number from 0 to 2^31 - 1, found {args.seed}")
     if args.system and not args.apply_chat_template and not args.judge:
-        raise ConfigError("--system needs --apply_chat_template: without it there is no place for a system prompt")
+        raise ConfigError("--system needs --apply_chat_template: without it there is no system prompt")
     output = Path(args.output)
     if output.is_dir() or output.suffix != ".json":
         raise ConfigError(f"--output: expected the name of a .json file, found {args.output}")
@@ -136,7 +139,7 @@ def check(args: argparse.Namespace) -> List[str]:
     if args.data_only:
         return names
     if not args.config:
-        raise ConfigError("--config is missing; give a predict recipe, e.g. "
+        raise ConfigError("--config is missing; pass a predict recipe, e.g. "
                           "research/telechat/predict_telechat_12b.yaml")
     checkpoint = args.load_checkpoint or read_recipe(resolve_config(args.config)).get("load_checkpoint")
     if not checkpoint:

@@ -39,11 +39,11 @@ def base_tensors(base: Checkpoint, adapter: Adapter) -> Dict[str, OutTensor]:
                if name.startswith(("model.", "lm_head.")) and "_delta_lora_" not in name}
     for name, (a, b) in adapter.pairs.items():
         if name not in tensors:
-            raise CheckpointError(f"the adapter has {name}, which {base.files[0]} lacks; give the checkpoint that the "
+            raise CheckpointError(f"the adapter has {name}, which {base.files[0]} lacks; pass the checkpoint that the "
                                   "adapter was trained on")
         if tensors[name].shape != (len(b), a.shape[1]):
             raise CheckpointError(f"{name}: the adapter is for [{len(b)}, {a.shape[1]}], {base.files[0]} has "
-                                  f"{list(tensors[name].shape)}; give the checkpoint that the adapter was trained on, "
+                                  f"{list(tensors[name].shape)}; pass the checkpoint that the adapter was trained on, "
                                   "and for an adapter that is sharded over ranks the folder that contains rank_0, "
                                   "rank_1, ...")
     strange = next((tensor for tensor in tensors.values() if tensor.dtype not in RAW), None)
@@ -98,9 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lora_alpha", type=float, help="default: from adapter_config.json next to the adapter")
     parser.add_argument("--verify", action="store_true", help=VERIFY_HELP)
     parser.add_argument("--checkpoint_conflict", choices=CONFLICT, default="stop",
-                        help="what counts where the manifests differ: checkpoint (the base's), recipe (the adapter's); "
+                        help="what wins if the manifests differ: checkpoint (the base's), recipe (the adapter's); "
                              "default: stop")
-    parser.add_argument("--again", action="store_true", help="merge even if the base has this adapter already")
+    parser.add_argument("--again", action="store_true", help="merge even if the base already contains this adapter")
     parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     return parser
 

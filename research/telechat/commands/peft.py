@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
                                                               "--adapter, if that contains rank_0, rank_1, ...")
     parser.add_argument("--peft_dir", type=Path, required=True, help=f"folder with {PEFT_NAMES[0]} and {CONFIG_NAME}")
     parser.add_argument("--layout", choices=(OFFICIAL, LLAMA), default=OFFICIAL, help="export: for the official model "
-                        "(default), or for a folder of the Llama layout; import: its names tell")
+                        "(default), or for a folder of the Llama layout; import: detected")
     parser.add_argument("--model_name", choices=list(VARIANTS), help="the model, sizes as published")
     parser.add_argument("--config", type=Path, help="config.json of a model of other sizes, official or Llama's")
     parser.add_argument("--lora_alpha", type=float, help="default: from adapter_config.json")

@@ -1,4 +1,4 @@
-"""Plan a training or prediction job before anyone books a cluster: check it, count what it costs, compile it.
+"""Plan a training or prediction job before you book a cluster: check it, estimate its cost, compile it.
 
     python scripts/plan.py --config research/telechat/finetune_telechat2_115b.yaml --ranks 64
     python scripts/plan.py --config ... --ranks 64 --rank 63 --compile       # by MindSpore's own compiler, minutes
@@ -8,7 +8,7 @@
     python scripts/plan.py --search --model telechat2_115b --cards 64 --picture plans.png      # the fastest plan
     python scripts/plan.py --config ... --ranks 8 --execute                  # computes a small model, compares it
 
-Keys of the recipe are set as run_mindformer.py takes them. The exit code is 1 if the plan cannot run, or computes
+Keys of the recipe are set as in run_mindformer.py. The exit code is 1 if the plan cannot run, or computes
 something else than one rank. No NPU is needed: graphs are compiled for Ascend and executed in NumPy, and activations
 are estimated (docs/parallel.md).
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import List, Optional, Tuple
 
 from research.telechat.commands import plan_execute, plan_search
+from research.telechat.commands.help_text import HelpFormatter
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, read_json_object, refuse_foreign, write_text
@@ -41,21 +42,22 @@ LIMIT = "context.max_device_memory"
 def build_parser() -> argparse.ArgumentParser:
     """All options."""
     parser = argparse.ArgumentParser(
+        formatter_class=HelpFormatter,
         description=__doc__.splitlines()[0],
         epilog="Any key of the recipe can be set as well: --parallel_config.model_parallel 8")
     add = parser.add_argument
     add("--config", help="recipe")
-    add("--command", help="instead of --config: the command that is to run; checked if it is run_mindformer.py's")
-    add("--ranks", "--cards", type=int, help="cards of the job; without it, those that the recipe is for")
-    add("--device", choices=DEVICES, help="hardware that the plan is for (docs/cluster.md); default: A2, Atlas 800T A2")
-    add("--rank", type=int, default=0, help="the card whose communication is shown and that is compiled for")
+    add("--command", help="instead of --config: the command to check; checked if it is run_mindformer.py's")
+    add("--ranks", "--cards", type=int, help="cards of the job; default: those of the recipe")
+    add("--device", choices=DEVICES, help="hardware to plan for (docs/cluster.md); default: A2, Atlas 800T A2")
+    add("--rank", type=int, default=0, help="card whose communication is shown, and which is compiled")
     add("--check", action="store_true", help="only check for errors; prints nothing if there are none")
     add("--compile", action="store_true", help="compile for Ascend with a simulated runtime, and compare")
     add("--layers", type=int, help="plan and compile with this number of decoder layers; one per stage is quick")
     add("--micro_batches", type=int, help="plan and compile with this number of micro-batches")
-    add("--mfu", type=float, default=0.4, help="model FLOPs utilisation that tokens per second are given for")
-    add("--json", type=Path, help="file to write everything to")
-    add("--picture", type=Path, help="PNG file to draw the memory of each stage to")
+    add("--mfu", type=float, default=0.4, help="model FLOPs utilisation assumed for tokens per second")
+    add("--json", type=Path, help="file to write all figures to")
+    add("--picture", type=Path, help="PNG file for a plot of the memory per stage")
     add("--overwrite", action="store_true", help="let --json and --picture replace files that plan did not write")
     add("--keep", type=Path, help="with --compile: folder that keeps log, graph and strategy files")
     add("--timeout", type=float, default=3600, help="with --compile and --execute: seconds for one rank")

@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--model", help="instead of --config: the model whose fine-tuning recipe is searched, e.g. telechat2_115b")
     add("--global_batch", type=int, help="with --search: sequences of a step on all cards; default: the recipe's")
     add("--seq_length", type=int, help="with --search: tokens per sequence; default: the recipe's")
-    add("--margin", type=float, default=MARGIN, help="with --search: share of max_device_memory that stays free")
+    add("--margin", type=float, default=MARGIN, help="with --search: fraction of max_device_memory to leave free")
     add("--write_recipe", type=Path, metavar="FILE",
         help="with --search: recipe of the best plan; default: finetune_MODEL_N_cards.yaml here")
 
@@ -42,7 +42,7 @@ def run_search(recipe: JsonObject, args: argparse.Namespace) -> int:
     """Search, print, write; returns the exit code. Raises ConfigError."""
     from tqdm import tqdm
     if not args.ranks or args.ranks < 1:
-        raise ConfigError("--search needs the number of cards: give --cards N")
+        raise ConfigError("--search needs the number of cards: pass --cards N")
     if not 0 <= args.margin < 1:
         raise ConfigError(f"--margin: expected a share of at least 0, below 1, found {args.margin:g}")
     if args.seq_length:

@@ -74,11 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
 def read_questions(path: str) -> List[Question]:
     """The lines of an input file; invalid ones carry their error. ConfigError: no such file, or nothing in it."""
     if not path:
-        raise ConfigError("--input_file is missing; give a file of JSON lines, or --interactive")
+        raise ConfigError("--input_file is missing; pass a file of JSON lines, or --interactive")
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as err:
-        raise ConfigError(f"--input_file: {path} cannot be read: {err.strerror or err}; give a file of JSON "
+        raise ConfigError(f"--input_file: {path} cannot be read: {err.strerror or err}; pass a file of JSON "
                           "lines") from err
     questions = [_question(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not questions:
@@ -172,7 +172,7 @@ def run(args: argparse.Namespace, rest: List[str]) -> int:
         raise ConfigError("--interactive needs a single process; leave --use_parallel out")
     questions = [] if args.interactive else read_questions(args.input_file)
     if not args.yaml_file:
-        raise ConfigError("--yaml_file is missing; give a predict recipe, e.g. "
+        raise ConfigError("--yaml_file is missing; pass a predict recipe, e.g. "
                           "research/telechat/predict_telechat_12b.yaml")
     tools = read_tools(args.tools_file)
     overrides = {**overrides_of(args, ["load_checkpoint", "use_parallel", "auto_trans_ckpt", "output_dir", "use_past"]),

@@ -16,6 +16,7 @@ from typing import Iterator, List, Optional, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from research.telechat.commands.help_text import HelpFormatter
 from research.telechat.common.command import run_command
 from research.telechat.common.environment import cores
 from research.telechat.common.errors import ConfigError
@@ -42,8 +43,8 @@ _CHUNK_BYTES = 1 << 19
 
 def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """The options; see `--help`."""
-    parser = argparse.ArgumentParser(description="Make a MindRecord data set from conversations and from texts.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Create a MindRecord data set from conversations and texts.",
+                                     formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--input_dataset_file", nargs="+", required=True, metavar="PATH",
         help="files (.jsonl, .json, also .gz or .zst; .csv, .parquet, .arrow, .txt), folders of them, or a JSON file "
@@ -52,31 +53,31 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--vocab_file_path", required=True, metavar="FILE", help="tokenizer.model or tokenizer.json of the model")
     add("--max_length", type=int, default=2048, help="seq_length of the recipe; records are one token longer")
     add("--seed", type=int, default=2024, help="for the order of the conversations and texts")
-    add("--model_name", choices=list(VARIANTS), help="model whose template is used; default: told by the vocabulary")
-    add("--template", choices=list(TEMPLATES), help="template by its own name, instead of --model_name")
+    add("--model_name", choices=list(VARIANTS), help="model whose template to use; default: by the vocabulary")
+    add("--template", choices=list(TEMPLATES), help="name of the template, instead of --model_name")
     for role in ("start", "user", "bot", "end", "pad"):
         add(f"--{role}_token", help="marker in front of each conversation; default: none" if role == "start" else
-            "another marker than the template's")
+            "replaces the template's marker")
     add("--format", choices=["auto", *DATA_FORMATS], default="auto",
-        help="of the records; auto: told by their keys; text: documents, trained on every token")
+        help="format of the records; auto: detected from their keys; text: documents, trained on every token")
     add("--long", choices=LONG_MODES, default="split", help="what to do with conversations and texts longer than a "
         "record")
     add("--overlap", type=int, default=1, help="tokens shared by two pieces of a long text, without loss in the second")
     add("--txt_documents", choices=["file", "line"], default="file", help="what is a document of a .txt file")
-    add("--max_tokens", type=int, default=None, help="write at most that many tokens, padding aside, of all files in "
-        "proportion; default: all")
+    add("--max_tokens", type=int, default=None, help="write at most this number of tokens without padding, from all "
+        "files in proportion; default: all")
     add("--system_prompt", choices=["ignore", "prepend", "error"], default="ignore",
-        help="where the template has no place for one: leave out and count, put before the first question, or refuse")
+        help="if the template has no system prompt: drop and count it, put it before the first question, or refuse")
     add("--padding_side", choices=["left", "right"], help="default: as the family's official code")
     add("--document_boundaries", action="store_true",
         help="store where each conversation ends (column actual_seq_len), so that they do not attend to each other")
-    add("--max_documents", type=int, default=128, help="length of that column: most documents in a record, padding too")
-    add("--max_errors", type=int, default=100, help="stop at that many unusable records; -1: never")
-    add("--shuffle_buffer", type=int, default=8192, help="conversations among which the next is chosen; 0: keep order")
+    add("--max_documents", type=int, default=128, help="length of that column: at most this number of documents per "
+        "record, counting padding as one")
+    add("--max_errors", type=int, default=100, help="stop at this number of unusable records; -1: never")
+    add("--shuffle_buffer", type=int, default=8192, help="conversations to shuffle among; 0: keep the order")
     add("--pack_window", type=int, default=256, help="records that are filled at the same time")
-    add("--file_megabytes", type=int, default=2048, help="begin another file at that many megabytes of tokens")
-    add("--overwrite", action="store_true", help="replace files in DIR that are in the way and that this command did "
-        "not write")
+    add("--file_megabytes", type=int, default=2048, help="start a new file after this number of megabytes of tokens")
+    add("--overwrite", action="store_true", help="replace existing files in DIR that this command did not write")
     add("--lang", choices=LANGUAGES, default="en", help="language of lengths.png")
     add("--num_workers", type=int, default=None, help="processes that tokenise; default: one per core")
     args = parser.parse_args(argv)

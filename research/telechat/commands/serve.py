@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, List, Optional, Tuple, Union
 
+from research.telechat.commands.help_text import HelpFormatter
 from research.telechat.common.command import INTERRUPTED, run_command
 from research.telechat.common.environment import rank, workers, writes
 from research.telechat.common.errors import ConfigError
@@ -42,7 +43,7 @@ _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
 def build_parser() -> argparse.ArgumentParser:
     """All options."""
     from research.telechat.recipe.options import add_sampling_options, str2bool
-    parser = argparse.ArgumentParser(description="Serve a TeleChat model over HTTP.",
+    parser = argparse.ArgumentParser(description="Serve a TeleChat model over HTTP.", formatter_class=HelpFormatter,
                                      epilog="Keys of the recipe can be set as in run_mindformer.py: "
                                             "--model.model_config.seq_length 4096.")
     add = parser.add_argument
@@ -51,16 +52,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", default="", help="tokenizer.model or tokenizer.json; default: that of the recipe")
     add("--demo", nargs="?", const="quickstart_output", metavar="FOLDER",
         help="serve the model trained by the quick start (FOLDER: its results, default quickstart_output)")
-    add("--generation_config", default="", help="generation_config.json, or its folder: how tokens are "
-                                                "sampled unless a request says otherwise; default: the recipe")
+    add("--generation_config", default="", help="generation_config.json, or its folder: sampling settings for "
+                                                "requests that set none; default: the recipe's")
     add("--use_parallel", type=str2bool, help="run as one of several processes (msrun)")
     add("--auto_trans_ckpt", type=str2bool, help="shard a complete checkpoint for the parallel plan")
     add("--output_dir", help="folder of logs")
-    add("--host", default="127.0.0.1", help="address to listen on; any but this machine's own needs a key")
+    add("--host", default="127.0.0.1", help="address to listen on; other than loopback it needs a key")
     add("--port", type=int, default=8000, help="port to listen on (the official service uses 8070)")
     add("--served_model_name", help="name of the model in the API; default: trainer.model_name of the recipe")
     add("--key_file", help=f"file with one key per line, any of which clients may send; or the variable {KEY_VARIABLE}")
-    add("--no_key", action="store_true", help="listen on other addresses without a key")
+    add("--no_key", action="store_true", help="allow other addresses than loopback without a key")
     add("--allow_origin", nargs="+", default=[], metavar="ORIGIN",
         help="web origins that may send requests, such as https://chat.example.org; * for all")
     add("--open_metrics", action="store_true", help="/metrics needs no key")
@@ -70,11 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--queue_timeout", type=float, default=0, help="maximum seconds in the queue; 0: no limit")
     add("--max_body", type=int, default=1 << 20, help="maximum bytes of a request")
     add("--max_messages", type=int, default=1024, help="maximum messages of a conversation")
-    add("--max_connections", type=int, default=1024, help="open connections")
+    add("--max_connections", type=int, default=1024, help="maximum open connections")
     add("--requests_per_minute", type=int, default=0, help="per client address; 0: no limit")
     add("--grace", type=float, default=30, help="seconds for running requests after SIGTERM")
-    add("--send_timeout", type=float, default=30, help="seconds that a client may stop reading its answer")
-    add_sampling_options(parser, ", unless a request says otherwise")
+    add("--send_timeout", type=float, default=30, help="seconds after which a client that does not read its answer is "
+                                                       "disconnected")
+    add_sampling_options(parser, ", unless the request sets it")
     return parser
 
 

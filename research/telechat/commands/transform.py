@@ -1,15 +1,15 @@
-"""Merge and split distributed checkpoints: from the slices of one parallel plan to those of another, or to one file.
+"""Merge and split distributed checkpoints: from the shards of one parallel plan to those of another, or to one file.
 
     python scripts/transform_checkpoint.py --source output/checkpoint_network --source_strategy output/strategy \
-        --target merged                                                    # slices -> one complete checkpoint
+        --target merged                                                    # shards -> one complete checkpoint
     python scripts/transform_checkpoint.py --source merged --target shards --target_strategy STRATEGY
     python scripts/transform_checkpoint.py --source A --source_strategy SA --target B --target_strategy SB
 
 A strategy is a file, or the folder with those of all ranks (or of one rank per pipeline stage): a run writes them to
 output/strategy, `--only_save_strategy True` writes them and stops, and scripts/plan.py --compile --keep DIR writes one
-without any card. MindSpore's transform functions do the work, rank by rank, on .ckpt files (slices in safetensors are
-copied into such first, the result is .ckpt); the result is then checked, every byte, by arithmetic of our own
-(checkpoint/strategy.py), and only then gets its name.
+without any card. MindSpore's transform functions do the work, rank by rank, on .ckpt files (shards in safetensors are
+copied to .ckpt first; the result is .ckpt). Every byte of the result is then checked by independent arithmetic
+(checkpoint/strategy.py) before it is renamed into place.
 """
 import argparse
 import os
@@ -43,6 +43,7 @@ from research.telechat.checkpoint.strategy import (
     region,
     strategy_files,
 )
+from research.telechat.commands.help_text import HelpFormatter
 from research.telechat.common.command import run_command
 from research.telechat.common.environment import cores
 from research.telechat.common.errors import CheckpointError
@@ -185,15 +186,15 @@ def check_space(folder: Path, source: Side, opened: Dict[int, Checkpoint], targe
 
 def build_parser() -> argparse.ArgumentParser:
     """All options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--source", type=Path, required=True, help="folder with rank_0, rank_1, ..., or a complete checkpoint")
-    add("--source_strategy", type=Path, help="file or folder; none: the source is complete")
-    add("--target", type=Path, required=True, help="folder to make")
-    add("--target_strategy", type=Path, help="file or folder; none: make one complete checkpoint")
+    add("--source_strategy", type=Path, help="file or folder; without it: the source is complete")
+    add("--target", type=Path, required=True, help="folder to create")
+    add("--target_strategy", type=Path, help="file or folder; without it: create one complete checkpoint")
     add("--config", help="recipe of the model; shapes are checked against it")
-    add("--prefix", default="telechat", help="beginning of the names of the files made")
-    add("--no_verify", action="store_true", help="do not read everything again to compare it")
+    add("--prefix", default="telechat", help="prefix of the new files' names")
+    add("--no_verify", action="store_true", help="do not read the result back and compare it")
     add("--verify", action="store_true", help=VERIFY_HELP)
     return parser
 

@@ -34,8 +34,8 @@ def refuse_foreign(paths: Iterable[Path], ours: Callable[[Path], bool], overwrit
     foreign = [path for path in paths if not overwrite and os.path.lexists(path) and not ours(path)]
     if foreign:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
-        raise OverwriteError(f"{foreign[0]}{more} would be replaced, and is not a file that this command wrote, or was "
-                             "changed since; name another place, or give --overwrite to replace it. Nothing was "
+        raise OverwriteError(f"{foreign[0]}{more} would be replaced, but this command did not write it, or it was "
+                             "changed since; choose another place, or pass --overwrite to replace it. Nothing was "
                              "written")
 
 

@@ -143,9 +143,9 @@ def _alive(holder: JsonObject) -> bool:
 
 def _busy(path: Path, output: Path, holder: Optional[JsonObject]) -> OutputBusyError:
     if holder is None:
-        return OutputBusyError(f"{output} is being written by another process (lock file {path}); wait for it, or name "
-                               "another place")
+        return OutputBusyError(f"{output} is being written by another process (lock file {path}); wait for it, or "
+                               "choose another place")
     who = (f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}: "
            f"{holder.get('command')}")
     stale = "" if _here(holder) else f"; if that process is gone, remove {path}"
-    return OutputBusyError(f"{output} is being written by {who}; wait for it, or name another place{stale}")
+    return OutputBusyError(f"{output} is being written by {who}; wait for it, or choose another place{stale}")

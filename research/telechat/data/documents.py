@@ -28,12 +28,12 @@ class Document(NamedTuple):
 
 
 def is_document(record: object) -> bool:
-    """Whether a parsed record that is no conversation is certainly a document: it has `text`."""
+    """Whether a parsed record that is not a conversation is certainly a document: it has `text`."""
     return isinstance(record, dict) and isinstance(record.get(TEXT_KEYS[0]), str)
 
 
 def holds_text(record: object) -> bool:
-    """Whether a parsed record that is no conversation may be a document: a text under any of the keys, without a
+    """Whether a parsed record that is not a conversation may be a document: a text under any of the keys, without a
     speaker."""
     return isinstance(record, dict) and "role" not in record and "from" not in record and isinstance(
         next((record[key] for key in TEXT_KEYS if record.get(key) is not None), None), str)
@@ -50,7 +50,7 @@ def read_document(record: object) -> Document:
     if not isinstance(record[key], str):
         raise RecordError("wrong shape", f"key {key!r} holds {type(record[key]).__name__}; expected text")
     if not record[key].strip() and CONTINUES not in record:
-        raise RecordError("empty text", f"key {key!r} holds no text")
+        raise RecordError("empty text", f"key {key!r} contains no text")
     train = record_trains(record)
     notes = () if train else ("record left out of the loss by its marker",)
     return Document(record[key], record.get(CONTINUES) is not True, train, notes,

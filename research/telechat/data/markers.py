@@ -30,7 +30,7 @@ _SWITCHES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "
 RECORD_LEFT_OUT = "record left out of the loss by its marker"
 HISTORY_LEFT_OUT = "earlier answers left out of the loss by 'mask_history'"
 LEFT_OUT = "answer left out of the loss by its marker"
-NO_REASONING = "reasoning of an answer dropped: the template has no place for it"
+NO_REASONING = "reasoning of an answer dropped: the template does not support it"
 
 
 def flag(value: object) -> Optional[bool]:

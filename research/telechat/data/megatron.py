@@ -44,7 +44,7 @@ def read_index(prefix: str) -> Index:
     for file in (index, tokens):
         if not file.is_file():
             more = "; leave the ending out" if Path(prefix).is_file() else ""
-            raise ConfigError(f"data_path: {prefix} is no Megatron data set: there is no file {file}{more}")
+            raise ConfigError(f"data_path: {prefix} is not a Megatron data set: there is no file {file}{more}")
     data = index.read_bytes() if index.stat().st_size < 1 << 12 else np.memmap(index, np.uint8, "r")
     head = len(MAGIC) + _HEADER.size
     if len(data) < head or bytes(data[:len(MAGIC)]) != MAGIC:

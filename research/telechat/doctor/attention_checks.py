@@ -154,6 +154,6 @@ def checks(dtypes: Sequence[str], sizes: Sizes) -> List[Check]:
                   "model_config.attention_dropout_prob over 0"),
             Check(f"attention, prompts back to back ({main})", partial(_flat, dtype=main, dim=sizes.dim),
                   "model_config.is_dynamic: True", fused=True),
-            Check("attention, a band of no width", _band,
+            Check("attention, zero-width band", _band,
                   "model_config.use_ring_attention: True (parallel_config.context_parallel_algo: ulysses_cp instead)",
                   fused=True)]

@@ -60,12 +60,12 @@ def _round_trip(transform: Transform) -> Outcome:
         for checkpoint in opened.values():
             checkpoint.close()
     fine = pieces == again == 0 and parts == [(8, 8)] * 4
-    return Outcome("4 slices of half the rows, exactly; merged, what was cut",
-                   f"{len(parts)} slices of {parts[0]}, off by {pieces:.1e}; merged off by {again:.1e}", fine)
+    return Outcome("4 shards of half the rows, exactly; merged, the original",
+                   f"{len(parts)} shards of {parts[0]}, off by {pieces:.1e}; merged off by {again:.1e}", fine)
 
 
 def checks(transform: Transform) -> List[Check]:
     """The round trip."""
     def run(_device: Device) -> Outcome:
         return _round_trip(transform)
-    return [Check("checkpoint, cut and merged", run, "telechat transform, auto_trans_ckpt: True")]
+    return [Check("checkpoint, sharded and merged", run, "telechat transform, auto_trans_ckpt: True")]

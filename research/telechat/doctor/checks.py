@@ -74,9 +74,9 @@ def relative(pairs: Sequence[Sequence[float]], limit: float, what: str) -> Outco
 def why_not(check: Check, fused: bool, cards: int) -> str:
     """Why a check is skipped on a device, '' if it runs."""
     if check.fused and not fused:
-        return "this kernel is Ascend's; models here use the composed one, which is checked"
+        return "Ascend-only kernel; here models use the composed one, which is checked"
     if cards < check.cards:
-        return f"needs {check.cards} cards, here is 1" if cards == 1 else f"needs {check.cards} cards, here are {cards}"
+        return f"needs {check.cards} cards, found {cards}"
     return ""
 
 

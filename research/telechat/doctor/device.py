@@ -82,7 +82,7 @@ class Device(Protocol):
         """Prompts back to back: query [T, N, D], key and value [T, N_kv, D] -> shape of query."""
 
     def band_sees_keys(self) -> bool:
-        """Whether flash attention sees a key in a band of no width (sparse mode 4, both windows 0)."""
+        """Whether flash attention sees a key in a zero-width band (sparse mode 4, both windows 0)."""
 
     def rms_norm(self, dtype: str, eps: float, x: Array, weight: Array, dy: Array) -> Tuple[Array, ...]:
         """Result and the gradients of x and weight."""

@@ -54,9 +54,10 @@ _7B, _12B, _GROUPED, _52B = (f"research/telechat/finetune_{name}.yaml" for name 
 _ULYSSES = {"parallel_config.context_parallel_algo": "ulysses_cp", "parallel.enable_alltoall": True}
 _P = "parallel_config."
 KINDS = (
-    Kind("data parallel, cut optimizer", _7B, _degrees(data_parallel="N"), "parallel.enable_parallel_optimizer: True"),
-    Kind("data parallel, whole optimizer", _7B, {**_degrees(data_parallel="N"),
-                                                  "parallel.enable_parallel_optimizer": False},
+    Kind("data parallel, sharded optimizer", _7B, _degrees(data_parallel="N"),
+         "parallel.enable_parallel_optimizer: True"),
+    Kind("data parallel, replicated optimizer", _7B, {**_degrees(data_parallel="N"),
+                                                      "parallel.enable_parallel_optimizer": False},
          f"{_P}data_parallel over 1"),
     Kind("model parallel", _12B, {**_degrees(model_parallel="N"), f"{_P}use_seq_parallel": False},
          f"{_P}model_parallel over 1"),
@@ -160,7 +161,7 @@ class _Wholes:
 
 def _plan(device: Device, kind: Kind, wholes: _Wholes, fused: bool) -> Outcome:
     if device.ranks not in kind.cards:
-        raise Skip(f"is made with {', '.join(map(str, kind.cards))} cards, here are {device.ranks}")
+        raise Skip(f"needs {', '.join(map(str, kind.cards))} cards, found {device.ranks}")
     recipe = small(kind, device.ranks)
     batches = batches_of(recipe, STEPS)
     whole = wholes.of(device, recipe, batches)
@@ -195,7 +196,7 @@ def _overflow(device: Device, fused: bool) -> Outcome:
 def _resumed(device: Device, fused: bool) -> Outcome:
     """Four steps in one run, and the last two resumed from the checkpoint of the second."""
     if device.ranks > 1:
-        raise Skip("is made with 1 card")
+        raise Skip("needs a single card")
     recipe = _alone(fused)
     model = read_plan(recipe).model
     records = np.random.default_rng(SEED).integers(6, model.vocab_size, (4, model.seq_length + 1))
@@ -205,7 +206,7 @@ def _resumed(device: Device, fused: bool) -> Outcome:
     gaps = {name: gap(resumed[name], value) for name, value in whole.items() if name in resumed}
     worst = max(gaps, key=lambda name: gaps[name])
     found = f"differ by {gaps[worst]:.1e} ({worst})" if not missing else f"lack {', '.join(sorted(missing)[:3])}"
-    return Outcome(f"weights and moments of a training without a break, within {limit:.0e}", found,
+    return Outcome(f"weights and moments of an uninterrupted run, within {limit:.0e}", found,
                    not missing and gaps[worst] <= limit)
 
 

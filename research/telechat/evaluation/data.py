@@ -134,7 +134,7 @@ def _advice(path: str, name: Optional[str], files: Dict[str, List[str]], err: Ex
     offline = " (HF_DATASETS_OFFLINE or HF_HUB_OFFLINE is set)" if any(
         os.environ.get(key, "0") not in ("", "0") for key in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE")) else ""
     return (f"{what} was not found on the hub or in its cache{offline}: {reason}. Put its files under "
-            f"DIR/{Path(path).name}/ and give --data DIR, or run this command with --data_only on a machine with a "
+            f"DIR/{Path(path).name}/ and pass --data DIR, or run this command with --data_only on a machine with a "
             "network and copy its HF_HOME (see docs/evaluation.md)")
 
 

@@ -165,7 +165,7 @@ class Rank:
 
     def _assign(self, node: Node, target: Any, value: Any) -> np.ndarray:
         if not isinstance(target, Reference):
-            raise ExecutionError(f"rank {self.number}: {node} writes to something that is no parameter")
+            raise ExecutionError(f"rank {self.number}: {node} writes to something that is not a parameter")
         old, parameter = self.values[target.key], self.program.parameters[target.key]
         new = settle(_ASSIGNMENTS[node.op](old, value), parameter.dtype, self.precise)
         if new.size != old.size:
@@ -177,7 +177,7 @@ class Rank:
         key, value, keys, values, slots = inputs[:5]
         for x, target in ((key, keys), (value, values)):
             if not isinstance(target, Reference):
-                raise ExecutionError(f"rank {self.number}: {node} writes to something that is no parameter")
+                raise ExecutionError(f"rank {self.number}: {node} writes to something that is not a parameter")
             self.values[target.key] = cache.store(self._by_value(x), self.values[target.key], self._by_value(slots))
         return self._by_value(key)
 

@@ -42,7 +42,7 @@ class CountedDropout(nn.Dropout):
     """x / (1 - p) where the mask is 1, else 0; x itself in evaluation. An nn.Dropout, so that it is found as one.
 
     p: probability that an element is dropped; key: what the mask depends on besides `step`; step: Parameter [1] int32,
-    which whoever owns it counts. It belongs to the optimizer, so it is no parameter of this cell.
+    which whoever owns it counts. It belongs to the optimizer, so it is not a parameter of this cell.
     """
 
     def __init__(self, p: float, key: Tuple[int, ...], step: Parameter):

@@ -40,7 +40,7 @@ def _column(batch: int, value: int) -> Tensor:
 
 
 def forbidden_score(softmax_dtype: mstype.Type) -> float:
-    """What is added to a score to take it out of the softmax; finite, so that a row of only such scores is no NaN."""
+    """What is added to a score to take it out of the softmax; finite, so that a row of only such scores is not NaN."""
     return -3e4 if softmax_dtype == mstype.float16 else -1e30
 
 

@@ -80,7 +80,7 @@ class ModelSettings:
         "None: neither", choices=("TELECHAT", "None", "PI", "NTK", "YARN"))
     scaling_factor: float = _rotary(1.0, "stretch of PI, NTK and YARN")
     yarn_beta_fast: float = _rotary(32.0, "YARN: turns within base_seqlen tokens, above which a frequency stays")
-    yarn_beta_slow: float = _rotary(1.0, "YARN: turns within base_seqlen tokens, below which it is stretched whole")
+    yarn_beta_slow: float = _rotary(1.0, "YARN: turns within base_seqlen tokens, below which it is stretched fully")
     attention_factor: float = _rotary(1.0, "factor on cos and sin at every length (YARN)")
     training_seqlen: int = _rotary(8192, "tokens; context the weights were trained with", positive=True)
     base_seqlen: int = _rotary(8192, "tokens; L of the official rule and of YARN", positive=True)
@@ -95,7 +95,7 @@ class ModelSettings:
         choices=("O0", "O1", "O2"))
     compute_dtype: str = _precision("float16", "matrix multiplications", choices=DTYPES)
     param_init_type: str = _precision(
-        "float16", "parameters; full training without a word of them: float32", choices=DTYPES)
+        "float16", "parameters; full training: float32 unless set", choices=DTYPES)
     embedding_init_type: str = _precision(
         None, "embedding table; None: as param_init_type", choices=DTYPES, filled=True)
     norm_init_type: str = _precision(
@@ -110,7 +110,7 @@ class ModelSettings:
         0.0, "dropout after attention output and down projection, training only", ratio=True)
     attention_dropout_prob: float = _regular(0.0, "dropout of the attention probabilities, training only", ratio=True)
     initializer_range: float = _regular(0.02, "standard deviation of new weights")
-    chat_template: str = _token("", "how conversations are written (text/templates.py); '': as the vocabulary tells")
+    chat_template: str = _token("", "how conversations are written (text/templates.py); '': as the vocabulary suggests")
     bos_token_id: int = _token(1, "start of a conversation")
     eos_token_id: EndTokens = _token(2, "end of an answer; one id or a list")    # noqa: RUF009 (as the others)
     pad_token_id: int = _token(3, "padding")
@@ -137,7 +137,7 @@ class ModelSettings:
     top_p: float = _generation(1.0, "sample among the likeliest tokens that hold this share of probability")
     repetition_penalty: float = _generation(1.0, "over 1: tokens seen before become less likely")
     share_layer_graphs: bool = _compile(
-        True, "on one device, equal decoder layers are compiled once; False: each by itself, as on several devices")
+        True, "on one device, equal decoder layers are compiled once; False: each separately, as on several devices")
     train_layer_by_layer: Optional[bool] = _compile(
         None, "one small graph for all layers, which are recomputed in the backward pass; None: in one process on a "
         "CPU, with more than 8 layers")

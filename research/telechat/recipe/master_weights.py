@@ -40,8 +40,8 @@ def _refusal(recipe: JsonObject, key: str, dtype: str) -> ConfigError:
     return ConfigError(
         f"model_config.{key} is {dtype} without master weights: a weight would change only by updates above "
         f"{_HALF_STEP[dtype]} of it (half a step of {dtype}), and at learning rate {_learning_rate(recipe)} most of "
-        "the training would be lost; set optimizer.master_weights to remainder, or the type to float32 (none trains "
-        "like this anyway; docs/training.md, Master weights)")
+        "the training would be lost; set optimizer.master_weights to remainder, or the type to float32 (to none to "
+        "train like this anyway; docs/training.md, Master weights)")
 
 
 def _check_optimizer(optimizer: JsonObject) -> None:

@@ -46,11 +46,12 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     """What a checkpoint says against what the recipe says (run/published.py)."""
     meaning = parser.add_mutually_exclusive_group()
     meaning.add_argument("--as_published", dest="checkpoint_meaning", action="store_const", const="as_published",
-                         help="TeleChat2 checkpoint without manifest: compute it as the model is published")
+                         help="TeleChat2 checkpoint without manifest: use the published settings")
     meaning.add_argument("--as_before", dest="checkpoint_meaning", action="store_const", const="as_before",
-                         help="the same: as earlier versions of this plugin did, for weights fine-tuned with them")
+                         help="the same: use the settings of earlier versions of this plugin, for weights fine-tuned "
+                              "with them")
     parser.add_argument("--checkpoint_conflict", choices=("stop", "recipe", "checkpoint"),
-                        help="which wins where recipe and checkpoint contradict each other (default: stop)")
+                        help="which wins if recipe and checkpoint contradict each other (default: stop)")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, when: str = "") -> None:
@@ -73,7 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--eval_dataset", "--eval_dataset_dir", dest="eval_dataset", help="MindRecord file or folder to evaluate on")
     add("--predict_data", nargs="+", help="question, raw prompt, or text file with one per line")
     add("--raw", type=str2bool, nargs="?", const=True, default=False,
-        help="predict: leave plain text as it is instead of writing it as the model's template demands")
+        help="predict: pass plain text unchanged instead of formatting it with the model's template")
     add("--predict_batch_size", type=int, help="prompts answered together")
     add("--adapter_id", nargs="+", help="LoRA to predict with")
     add("--modal_type", nargs="+", help=argparse.SUPPRESS)
@@ -86,7 +87,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--strategy_load_checkpoint", help="strategy file to load")
     add("--resume_training", type=parse_value, help="True, or the name of the checkpoint to resume from")
     add("--output_dir", help="folder of logs, checkpoints and results")
-    add("--seed", type=int, help="of initialisation and shuffling")
+    add("--seed", type=int, help="seed of initialisation and shuffling")
     add("--use_parallel", type=str2bool, help="run as one of several processes (msrun)")
     add("--mode", type=int, choices=(0, 1), help="0: graph mode, 1: PyNative mode")
     add("--device_id", type=int, help="card of a single process")

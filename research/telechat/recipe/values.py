@@ -2,7 +2,7 @@
 
 YAML 1.1 reads `2e-5` as text, because it wants a dot and a signed exponent (https://yaml.org/type/float.html), `010` as
 8 and `1:30` as 90 (https://yaml.org/type/int.html); YAML 1.2 and everybody else reads 0.00002, 10 and text. `load`
-follows YAML 1.2 here. A key that is there twice is an error: PyYAML keeps the last one. What a key of a base recipe
+follows YAML 1.2 here. A duplicate key is an error: PyYAML keeps the last one. What a key of a base recipe
 holds says what a recipe over it may hold: see `conform`.
 """
 import math
@@ -39,8 +39,8 @@ class _Loader(yaml.SafeLoader):
                 line, name = key.start_mark.line + 1, (key.tag, key.value)
                 if name in lines:
                     raise yaml.constructor.ConstructorError(None, None, (
-                        f"the key {key.value!r} is there twice, in lines {lines[name]} and {line}, and only one "
-                        "of them would count; join them"), None)
+                        f"duplicate key {key.value!r} in lines {lines[name]} and {line}, of which only one would be "
+                        "used; merge them"), None)
                 lines[name] = line
         return node
 

@@ -104,7 +104,7 @@ def _sets(keys: JsonObject, place: str, phase: str) -> Tuple[List[str], List[flo
     own = keys.get(f"{phase}_data_path")
     names = own if own is not None else keys.get("data_path")
     if not names:
-        raise ConfigError(f"{place}.config.data_path: no data set is named; give the list of the files' names without "
+        raise ConfigError(f"{place}.config.data_path: no data set is named; pass the list of the files' names without "
                           ".bin and .idx, or of weights and names in turn (docs/data.md)")
     shares = [1.0 if name == phase else 0.0 for name in _PHASES]
     if own is None:

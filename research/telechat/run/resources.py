@@ -145,8 +145,8 @@ def _tell_memory(config: MindFormerConfig, plan: Plan) -> None:
         what = f"auto_trans_ckpt, which reads all of {config.load_checkpoint} in {processes} process(es)"
         items.append((whole * min(processes, len(here)), what))
         if whole >= LARGE_CHECKPOINT and config.get("load_ckpt_format") == "ckpt":
-            logger.warning("auto_trans_ckpt: each rank's shard is cut from the full checkpoint: %s are read for each "
-                           "of the %d ranks; shard it once beforehand with scripts/transform_checkpoint.py "
+            logger.warning("auto_trans_ckpt: each rank loads the full checkpoint to take its shard: %s are read for "
+                           "each of the %d ranks; shard it once beforehand with scripts/transform_checkpoint.py "
                            "(docs/parallel.md), or use safetensors, which are read in part.",
                            size(whole), plan.ranks)
     elif whole and plan.ranks == 1:

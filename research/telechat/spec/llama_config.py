@@ -69,7 +69,7 @@ def llama_config(variant: Variant, dtype: str, max_length: Optional[int] = None,
     limit = constant_length(variant)
     if length > limit:
         raise ConfigError(f"the rotary embedding of this model is another one for {length} tokens than for shorter "
-                          f"sequences, which Llama has no place for; give --max_length of at most {limit} (this "
+                          f"sequences, which Llama cannot express; pass --max_length of at most {limit} (this "
                           "project's own server follows the rule at any length)")
     theta, _ = rope_scaling(rule, length)
     attention_bias, mlp_bias = llama_biases(variant)
@@ -93,8 +93,8 @@ def is_llama_config(config: JsonObject) -> bool:
     return bool(config.get("model_type") == "llama" or ARCHITECTURE in (config.get("architectures") or ()))
 
 
-NO_ORIGIN = (f"it is a Llama without the key {ORIGIN!r}, which this project writes: a Llama that is no TeleChat cannot "
-             "be converted; for a TeleChat from elsewhere give --model_name")
+NO_ORIGIN = (f"it is a Llama without the key {ORIGIN!r}, which this project writes: a Llama that is not a TeleChat "
+             "cannot be converted; for a TeleChat from elsewhere pass --model_name")
 
 
 def origin(config: JsonObject) -> Optional[JsonObject]:
@@ -129,4 +129,4 @@ def check_llama_config(config: JsonObject, variant: Variant) -> None:
             got, (int, float)) else want == got
         if not equal:
             raise ConfigError(f"key {key!r} is {got!r}, the TeleChat model has {want!r}; it is another model, or was "
-                              "changed in a way that TeleChat has no place for")
+                              "changed in a way that TeleChat cannot express")

@@ -37,7 +37,7 @@ class RopeRule:
     length: int = 0                  # tokens; not 0: scale as for a sequence of this length, whatever its own is
     table_dtype: str = "float32"     # cos and sin are rounded to it: "float16", "bfloat16" or "float32"
     beta_fast: float = 32.0          # YARN: turns within base_seqlen tokens, above which a frequency stays
-    beta_slow: float = 1.0           # YARN: turns within base_seqlen tokens, below which it is stretched whole
+    beta_slow: float = 1.0           # YARN: turns within base_seqlen tokens, below which it is stretched fully
     attention_factor: float = 1.0    # factor on cos and sin at every length
 
 

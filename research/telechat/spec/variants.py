@@ -135,7 +135,7 @@ def changed_since(before: Optional[str], now: str) -> bool:
 def get_variant(name: str) -> Variant:
     """The variant called `name`; ConfigError lists the known ones."""
     if name not in VARIANTS:
-        raise ConfigError(f"model name {name!r} is unknown; known are {', '.join(VARIANTS)}")
+        raise ConfigError(f"model name {name!r} is unknown; expected one of {', '.join(VARIANTS)}")
     return VARIANTS[name]
 
 

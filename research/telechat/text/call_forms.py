@@ -14,7 +14,7 @@ from research.telechat.text.literals import clean, read_json, read_literal
 
 CALL_ROLES = ("function_call", "tool_call")          # a bot's message that is nothing but calls, as JSON
 REPAIRED = "tool call written as a Python object, read as JSON"
-UNUSED = "key of a tool call beside name and arguments not used"
+UNUSED = "key of a tool call other than name and arguments not used"
 _ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs")
 _BESIDE = frozenset(("name", "function", "type", "id", "call_id", "tool_call_id", "index", *_ARGUMENTS))
 _BETWEEN = re.compile(r"(?:[\s,;]|</?tool_call>)*")   # two calls in a text
@@ -44,11 +44,11 @@ def calls_of(value: object, number: int, notes: Notes = None) -> Tuple[str, ...]
         except (ValueError, RecursionError):
             values = [_literal(value, notes)]
             if values == [None]:
-                raise ConversationError(f"message {number}: a tool call is no JSON ({value[:40]!r}); expected an "
+                raise ConversationError(f"message {number}: a tool call is not JSON ({value[:40]!r}); expected an "
                                         "object with name and arguments") from None
     calls = [call for item in values for call in (item if isinstance(item, list) else [item])]
     if not calls:
-        raise ConversationError(f"message {number}: it should call a tool, but holds no call")
+        raise ConversationError(f"message {number}: it should call a tool, but contains no call")
     return tuple(text for call in calls for text in (
         calls_of(call, number, notes) if isinstance(call, str) else (call_text(call, number, notes),)))
 

@@ -78,7 +78,7 @@ def _with_markers(renderer: Renderer) -> List[str]:
                   + _quoted(template.think_end) + " -}}{%- else -%}{{- " + _quoted(template.answer_start)
                   + " -}}{%- endif -%}"]
     lines += ["{{- " + bot_text + " + " + _quoted(end) + " -}}",
-              "{%- else -%}{{- raise_exception('role ' + message.role + ' has no place in this template') -}}",
+              "{%- else -%}{{- raise_exception('role ' + message.role + ' is not supported by this template') -}}",
               "{%- endif -%}", "{%- endfor -%}",
               "{%- if add_generation_prompt -%}{{- " + _quoted(bot + (think or "")) + " -}}{%- endif -%}"]
     return lines
@@ -97,7 +97,7 @@ def _no_system(template: Template) -> List[str]:
     """A family without system prompt: it is left out, as by the official chat code; tools are refused."""
     if template.tools_block is not None:
         return []
-    return ["{%- if tools -%}{{- raise_exception('this model has no place for tools') -}}{%- endif -%}"]
+    return ["{%- if tools -%}{{- raise_exception('this model does not support tools') -}}{%- endif -%}"]
 
 
 def _head(renderer: Renderer) -> List[str]:
@@ -170,5 +170,5 @@ def _in_words(renderer: Renderer) -> List[str]:
             "{{- " + end + " if loop.last and not add_generation_prompt else " + _quoted(template.text_end or "")
             + " -}}",
             f"{{%- elif message.role not in {_SYSTEM} -%}}",
-            "{{- raise_exception('role ' + message.role + ' has no place in this template') -}}",
+            "{{- raise_exception('role ' + message.role + ' is not supported by this template') -}}",
             "{%- endif -%}", "{%- endfor -%}"]

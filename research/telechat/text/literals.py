@@ -19,7 +19,7 @@ _PLAIN = (tokenize.NEWLINE, tokenize.NL, tokenize.ENDMARKER, tokenize.INDENT, to
 def read_json(text: str, notes: Optional[List[str]] = None) -> Any:
     """The value of a JSON text, lone surrogates replaced, which is appended to `notes`.
 
-    ValueError: it is no JSON, has NaN or Infinity, or a key twice.
+    ValueError: it is not JSON, has NaN or Infinity, or a key twice.
     """
     try:
         return clean(json.loads(text, parse_constant=_no_json, object_pairs_hook=unique_keys), notes)
@@ -52,7 +52,7 @@ def _clean(value: object) -> Any:
 def read_literal(text: str) -> Any:
     """The value of a Python literal of dicts, lists, texts, finite numbers, True, False and None.
 
-    ValueError: it is something else, has a key twice or one that is no text, or two texts in a row, which Python would
+    ValueError: it is something else, has a key twice or one that is not text, or two texts in a row, which Python would
     join (that is how NumPy prints a list of them).
     """
     if len(text) > _LONGEST:
@@ -64,7 +64,7 @@ def read_literal(text: str) -> Any:
             tree = ast.parse(text.strip(), mode="eval")
         return _value(tree.body)
     except (SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as err:
-        raise ValueError(f"no Python literal: {err}") from None
+        raise ValueError(f"not a Python literal: {err}") from None
 
 
 def _look_at_tokens(text: str) -> None:
@@ -86,7 +86,7 @@ def _value(node: ast.AST) -> object:
         for key, value in zip(node.keys, node.values):
             name = _value(key) if key is not None else None
             if not isinstance(name, str):
-                raise ValueError("a key that is no text")
+                raise ValueError("a key that is not text")
             pairs.append((name, _value(value)))
         return unique_keys(pairs)
     if isinstance(node, ast.List):
@@ -107,4 +107,4 @@ def _value(node: ast.AST) -> object:
 
 
 def _no_json(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")

@@ -65,14 +65,14 @@ class Renderer:
             vocab: a `research.telechat.text.vocab.Vocab`, or what has its `encode`, `encode_batch` and `markers`.
             start_token: marker in front of every conversation (and prompt). None: none, as the official code does.
             user_token, bot_token, end_token, pad_token: other pieces than the template's.
-            system_policy: what happens to a system prompt where the template has no place for one: "ignore" leaves it
+            system_policy: what happens to a system prompt if the template does not support one: "ignore" leaves it
                 out, as the official chat code does; "prepend" puts it in front of the first question; "error" refuses.
 
         Raises:
             ConfigError: a marker that the vocabulary does not have as one.
         """
         if system_policy not in SYSTEM_POLICIES:
-            raise ConfigError(f"system policy {system_policy!r} is unknown; known are {', '.join(SYSTEM_POLICIES)}")
+            raise ConfigError(f"unknown system policy {system_policy!r}; expected one of {', '.join(SYSTEM_POLICIES)}")
         self.template, self.vocab, self.system_policy = template, vocab, system_policy
         self._text_end = template.text_end or ""
         self.as_text = template.text_end is not None and user_token in (None, template.user) and (
@@ -143,7 +143,7 @@ class Renderer:
             tools: descriptions of the tools, as the template's family writes them into the system prompt.
 
         Raises:
-            ConversationError: roles out of order, content that is no text, or what the template has no place for.
+            ConversationError: roles out of order, content that is not text, or what the template does not support.
         """
         plan = self.plan(messages, tools)
         rendered = self.assemble(plan, [self.vocab.encode(text) for text in plan.texts])

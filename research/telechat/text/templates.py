@@ -112,7 +112,7 @@ TEMPLATES: Dict[str, Template] = {template.name: template for template in (
 def get_template(name: str) -> Template:
     """The template called `name` (`Variant.chat_template` names it); ConfigError lists the known ones."""
     if name not in TEMPLATES:
-        raise ConfigError(f"chat template {name!r} is unknown; known are {', '.join(TEMPLATES)}")
+        raise ConfigError(f"chat template {name!r} is unknown; expected one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 

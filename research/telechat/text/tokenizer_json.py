@@ -195,6 +195,6 @@ def _read_model(vocab: Vocab, data: bytes) -> Tuple[List[Piece], Dict[str, bool]
     if blanks:
         faults.append("it removes blanks")
     if faults:
-        raise VocabError(f"vocabulary {vocab.path} cannot be written as tokenizer.json: {' and '.join(faults)}; give "
+        raise VocabError(f"vocabulary {vocab.path} cannot be written as tokenizer.json: {' and '.join(faults)}; pass "
                          "the model's official folder with --copy_from")
     return pieces, settings

@@ -9,7 +9,7 @@ _NO_TOOLS = "leave them out, or use a TeleChat2 model"
 
 
 class Turns(NamedTuple):
-    """A conversation. `system`: None where it brings no system prompt, or the template has no place for one."""
+    """A conversation. `system`: None where it brings no system prompt, or the template does not support one."""
 
     system: Optional[str]
     turns: List[List[Message]]           # each: user or tools, then bot; in a prompt one of them may be missing
@@ -30,10 +30,10 @@ def read_turns(messages: Sequence[MessageLike], tools: Tools, last: str, templat
         system_policy: see `Renderer`.
 
     Raises:
-        ConversationError: roles out of order, or what the template has no place for.
+        ConversationError: roles out of order, or what the template does not support.
     """
     if tools and template.tools_block is None:
-        raise ConversationError(f"the template {template.name} has no place for tools; {_NO_TOOLS}")
+        raise ConversationError(f"the template {template.name} does not support tools; {_NO_TOOLS}")
     checked = [to_message(message, number) for number, message in enumerate(messages, 1)]
     if template.think_start is not None:
         checked = [divided(message) for message in checked]
@@ -59,7 +59,7 @@ def read_turns(messages: Sequence[MessageLike], tools: Tools, last: str, templat
         else:
             turns.append([message])
         if message.role == TOOL and template.tools_block is None:
-            raise ConversationError(f"message {number}: the template {template.name} has no place for tools; "
+            raise ConversationError(f"message {number}: the template {template.name} does not support tools; "
                                     f"{_NO_TOOLS}")
     if not turns:
         raise ConversationError("there is no user message in the conversation; it needs one at least")
@@ -69,7 +69,7 @@ def read_turns(messages: Sequence[MessageLike], tools: Tools, last: str, templat
                                 + ("the bot's answer" if last == BOT else "a user's question"))
     if system is not None and not has_system:
         if system_policy == "error":
-            raise ConversationError(f"the template {template.name} has no place for a system prompt; "
+            raise ConversationError(f"the template {template.name} has no system prompt; "
                                     "leave it out, or choose a system policy other than error")
         if system_policy == "prepend" and system:
             turn = next(turn for turn in turns if turn[0].role != BOT)
