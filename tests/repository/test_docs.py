@@ -84,6 +84,21 @@ def test_files_that_documents_name_exist(path):
     assert not missing(path.read_text(encoding="utf-8"), bare=False)
 
 
+def anchors(path):
+    """Anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return {re.sub(r"[^\w -]", "", line.lstrip("# ")).strip().lower().replace(" ", "-")
+            for line in text.splitlines() if line.startswith("#")}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_links_between_documents_lead_somewhere(path):
+    for file, anchor in re.findall(r"\]\(([\w./-]*)(?:#([\w-]+))?\)", path.read_text(encoding="utf-8")):
+        target = path.parent / file if file else path
+        assert target.exists(), f"{path.name} links to {file}, which does not exist"
+        assert not anchor or anchor in anchors(target), f"{path.name} links to {file}#{anchor}, which is no heading"
+
+
 def prose(path):
     """(line, text) of the docstrings and comments of a Python file."""
     source = path.read_text(encoding="utf-8")
