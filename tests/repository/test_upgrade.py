@@ -10,8 +10,12 @@ import checkpoint_fixtures as checkpoints
 import pytest
 import yaml
 
+from research.telechat.__main__ import COMMANDS as ENTRY
 from research.telechat.checkpoint.manifest import FOLDER_NAME, load_manifest, manifest_path
-from research.telechat.commands import convert, plan, transform
+from research.telechat.commands import convert, plan, predict, preprocess, train_legacy, transform
+from research.telechat.common.errors import ConfigError
+from research.telechat.data.meta import check_dataset_meta, check_hashes, write_meta
+from research.telechat.data.writer import DATASET_NAME
 from research.telechat.recipe.options import build_parser
 from research.telechat.recipe.read import read_recipe
 from research.telechat.spec.hf_config import hf_config
@@ -25,6 +29,15 @@ MAINS = {"research/telechat/convert_weight_torch_to_ms.py": convert.torch_to_min
          "scripts/transform_checkpoint.py": transform.main, "scripts/plan.py": plan.main}
 
 
+def options_of(main):
+    """Options that --help shows."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    return set(re.findall(r"--\w+", said.getvalue()))
+
+
 def converting(option):
     """The words behind the script of the page's only conversion with `option`."""
     (words,) = [words for words in COMMANDS if option in words]
@@ -34,11 +47,7 @@ def converting(option):
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[1:4]))
 def test_options_of_the_commands_exist(words):
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as end:
-        MAINS[words[1]](["--help"])
-    assert end.value.code == 0
-    assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--\w+", said.getvalue()))
+    assert {word for word in words if word.startswith("--")} <= options_of(MAINS[words[1]])
 
 
 def test_52b_of_an_earlier_converter(tmp_path):
@@ -127,6 +136,61 @@ def test_modules_have_moved_as_the_table_says():
         assert len(olds) == len(news)
         assert not any((ROOT / "research/telechat" / name).exists() for name in olds)
         assert all((ROOT / "research/telechat" / name).is_file() for name in news)
+
+
+@pytest.mark.parametrize(("name", "main"), [
+    ("run_telechat.py", train_legacy.main), ("run_telechat_predict.py", predict.main),
+    ("convert_weight_torch_to_ms.py", convert.torch_to_mindspore), ("scripts/transform_checkpoint.py", transform.main)])
+def test_options_of_the_table_of_commands_exist(name, main):
+    """Of the same name as before where the row says so, else those in its last cell."""
+    (row,) = [row for row in rows("Commands")[1:] if name in " ".join(row)]
+    said = row[0] if "the same options" in row[1] else row[1]
+    options = set(re.findall(r"--\w+", said + row[1])) - {"--output_chat"}
+    assert options and options <= options_of(main)
+
+
+def test_preprocessing_has_its_old_options():
+    """Those of the README's commands, which are MindFormers'."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
+        preprocess.parse_arguments(["--help"])
+    for option in ("input_dataset_file", "output_path", "vocab_file_path", "max_length", "start_token", "user_token",
+                   "bot_token", "end_token", "pad_token"):
+        assert f"--{option}" in said.getvalue()
+    assert any("telechat_preprocess.py" in row[0] and DATASET_NAME in row[1] for row in rows("Commands"))
+
+
+def test_scripts_of_earlier_commits_are_there():
+    (row,) = [row for row in rows("From earlier commits of this project") if row[0].startswith("`scripts/plan.py`")]
+    for name in re.findall(r"[\w/]+\.py", row[0]):
+        assert (ROOT / "scripts" / Path(name).name).is_file(), name
+    assert {"plan", *re.findall(r"`([\w-]+)`", row[1])} - {"telechat plan"} <= set(ENTRY)
+
+
+def test_prompts_are_those_of_the_templates():
+    prompts = {row[0]: row for row in rows("Prompts")[1:]}
+    assert "`<_user>question<_bot>`" in prompts["7B, 12B"][1]
+    assert (TEMPLATES["telechat"].user, TEMPLATES["telechat"].bot) == ("<_user>", "<_bot>")
+    start = TEMPLATES["telechat2_start"]
+    assert f"`{start.prompt_start}{start.user}question{start.bot}`" in prompts[
+        "TeleChat2, fine-tuned with `research/telechat2`"][1]
+    assert TEMPLATES["telechat2"].default_for == "always"                    # the system prompt of the last row
+
+
+def test_data_sets_of_earlier_commits(tmp_path):
+    """Without hashes sizes are checked; a set of TeleChat2 has the template of that time."""
+    (tmp_path / DATASET_NAME).write_bytes(b"12345")
+    write_meta(tmp_path, {"records": 3, "record_length": 65, "max_token_id": 99, "pad_token_id": 3, "vocab_size": 100,
+                          "tokenizer": "t.model", "columns": ["input_ids", "labels"], "template": "telechat2",
+                          "files": {DATASET_NAME: 5}})
+    fits = {"vocab_size": 100, "seq_length": 64, "pad_token_id": 3}
+    assert check_hashes(tmp_path) == 0
+    assert check_dataset_meta(tmp_path, **fits, template="telechat2_before") is None
+    with pytest.raises(ConfigError, match="uses the chat template 'telechat2_before'"):
+        check_dataset_meta(tmp_path, **fits, template="telechat2")
+    (tmp_path / DATASET_NAME).write_bytes(b"1234")
+    with pytest.raises(ConfigError, match="should have 5 bytes and has 4"):
+        check_dataset_meta(tmp_path, **fits, template="telechat2_before")
 
 
 def test_settings_that_keep_the_old_numbers_exist():
