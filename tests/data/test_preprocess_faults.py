@@ -15,7 +15,7 @@ from preprocess_fixtures import SAMPLES, SCRIPT, report, run, write_lines
 
 from research.telechat.common.errors import ConfigError, WorkerError
 from research.telechat.data import mindrecord
-from research.telechat.data.workers import _guard, ordered_map
+from research.telechat.data.workers import Aside, _guard, ordered_map
 
 
 def assert_one_error(capsys, code, words, out=None):
@@ -140,7 +140,7 @@ def test_rerun_after_a_kill_is_clean(tmp_path, vocab_files):
 
 def test_killed_worker_is_an_error(tmp_path, vocab_files):
     process, out = start_slow_run(tmp_path, vocab_files["12b"])
-    os.kill(children(process.pid)[0], signal.SIGKILL)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)         # the first one only draws
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and "a worker process died (exit code -9" in err and "Traceback" not in err
     assert not out.exists() or not list(out.iterdir())
@@ -184,3 +184,29 @@ def test_ordered_map(workers):
 def test_fault_in_a_worker_comes_with_its_traceback():
     with pytest.raises(WorkerError, match="ZeroDivisionError"):
         list(ordered_map(partial(partial, _break), iter(range(50)), 2))
+
+
+def only_there(item):
+    if os.getpid() == item["here"]:
+        raise AssertionError("called in this process")
+    return item["value"] * 2
+
+
+def only_here(item):
+    if os.getpid() != item["here"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item["value"] * 2
+
+
+@pytest.mark.parametrize("function, apart", [(only_there, True), (only_here, True), (only_here, False)])
+def test_a_call_aside_has_its_result_whatever_happens_to_the_process(function, apart):
+    item = {"here": os.getpid(), "value": 3}
+    with Aside(time.time, function, apart) as aside:
+        aside.start(item)
+        assert aside.result(item) == 6
+    assert not multiprocessing.active_children()
+
+
+def test_a_call_aside_that_was_never_started_happens_here():
+    with Aside(time.time, only_here) as aside:
+        assert aside.result({"here": os.getpid(), "value": 4}) == 8

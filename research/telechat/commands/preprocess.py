@@ -11,7 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence
+from typing import Callable, Iterator, List, Optional, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -21,7 +21,7 @@ from research.telechat.common.command import run_command
 from research.telechat.common.environment import cores
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.files import JsonObject, write_text
-from research.telechat.common.picture import LANGUAGES
+from research.telechat.common.picture import LANGUAGES, prepare_drawing
 from research.telechat.common.printable import one_line, printable
 from research.telechat.data.budget import TokenBudget
 from research.telechat.data.encoding import Encoded, Encoder, source_formats
@@ -30,7 +30,7 @@ from research.telechat.data.packing import LONG_MODES, FirstFitPacker, ShuffleBu
 from research.telechat.data.records import DATA_FORMATS
 from research.telechat.data.report import Report, format_report, ignored_line
 from research.telechat.data.sources import Source, find_sources, read_chunks, read_evenly, total_bytes
-from research.telechat.data.workers import ordered_map
+from research.telechat.data.workers import Aside, ordered_map
 from research.telechat.data.writer import DatasetWriter
 from research.telechat.spec.variants import VARIANTS, get_variant
 from research.telechat.text.renderer import Renderer, detect_template, get_template
@@ -127,20 +127,32 @@ def preprocess(args: argparse.Namespace) -> dict:
     packer = FirstFitPacker(length, args.pack_window, slots - 1 if slots else length, args.seed)
     shuffle = ShuffleBuffer(args.shuffle_buffer, args.seed)
     budget = TokenBudget(args.max_tokens)
-    with DatasetWriter(Path(args.output_path), columns, args.file_megabytes << 20, args.overwrite) as writer:
+    with DatasetWriter(Path(args.output_path), columns, args.file_megabytes << 20, args.overwrite) as writer, Aside(
+            prepare_drawing, partial(_picture, args.lang), args.num_workers > 1) as picture:
         chunks = read_chunks(sources, args.seed, _CHUNK_BYTES) if args.max_tokens is None else read_evenly(
             sources, args.seed, min(max(args.max_tokens // 16, 1 << 10), _CHUNK_BYTES))
         results = ordered_map(partial(_itself, encoder), chunks, args.num_workers)
-        for pack in pack_all(_pieces(results, sources, report, args.max_errors, budget), shuffle, packer):
+        pieces = _pieces(results, sources, report, args.max_errors, budget)
+        for pack in pack_all(_then(pieces, partial(picture.start, report)), shuffle, packer):
             writer.add(to_record(pack, length, renderer.pad_id, side, slots))
         if not writer.records:
             raise ConfigError(_nothing(sources, report))
         summary = _summary(report, writer, started, budget)
-        extra = {"lengths.png": report.histogram_png(args.lang)}
+        extra = {"lengths.png": picture.result(report)}
         files = writer.finish(_meta(args, renderer, side, summary), extra)
         summary = _summary(report, writer, started, budget)
         write_text(Path(args.output_path) / REPORT_FILE, json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     return {**summary, "files": [str(file) for file in files]}
+
+
+def _then(pieces: Iterator[np.ndarray], call: Callable[[], object]) -> Iterator[np.ndarray]:
+    """The pieces; behind the last one, while the buffers are emptied, `call` is called."""
+    yield from pieces
+    call()
+
+
+def _picture(language: str, report: Report) -> Optional[bytes]:
+    return report.histogram_png(language)
 
 
 def _itself(encoder: Encoder) -> Encoder:

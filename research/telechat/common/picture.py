@@ -39,6 +39,13 @@ class Words:
         return self._chinese.get(text, text).format(**values)
 
 
+def prepare_drawing() -> None:
+    """Import what `drawing` needs, if it is there, which takes a second."""
+    with contextlib.suppress(ImportError):
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure  # noqa: F401
+
+
 @contextlib.contextmanager
 def drawing(size: Tuple[float, float], chinese: Dict[str, str], language: str = "en"
             ) -> Iterator[Tuple["Figure", Words]]:

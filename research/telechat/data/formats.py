@@ -34,6 +34,7 @@ from research.telechat.text.messages import REASONING, TOOL, Tools, join_calls
 from research.telechat.text.renderer import BOT, SYSTEM, USER, Message, to_message
 
 _SYSTEMS = ("system", "system_prompt")
+_INLINE = re.compile("(<_user>|<_bot>)")
 
 
 class Conversation(NamedTuple):
@@ -164,7 +165,7 @@ def _refuse(record: JsonObject, used: Tuple[str, ...], messages: List[Message], 
     """RecordError if a key of another format has texts that the messages lack: they would be lost."""
     contents = [message.content for message in messages]
     for key in (*_CARRIES, "context") if data_format == "prompt" else _CARRIES:
-        if key not in used and not all(any(text in content for content in contents)
+        if key in record and key not in used and not all(any(text in content for content in contents)
                                        for text in texts_of(record.get(key))):
             raise RecordError("key of another format", f"key {key!r} in a record of the format {data_format!r} has "
                                                        "text that its messages lack; remove it, or move it there")
@@ -204,7 +205,7 @@ def split_inline(text: str) -> Tuple[List[Message], bool]:
     """
     if text.startswith("<_user>"):
         text = text[len("<_user>"):]
-    pieces = re.split("(<_user>|<_bot>)", text)
+    pieces = _INLINE.split(text)
     parts = [pieces[0]]
     whole = True
     for marker, piece in zip(pieces[1::2], pieces[2::2]):

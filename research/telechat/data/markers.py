@@ -26,6 +26,7 @@ _NUMBERS = ("loss", "train", "loss_scale", "loss_weight")            # those for
 _LAST_ONLY = "mask_history"
 _ALL_TRAINED = ("train_on_prompt", "train_on_inputs", "train_on_input")
 _REFUSED = ("chosen", "rejected")
+_WHOLE_RECORD = frozenset((*MEDIA, *_REFUSED, *_ALL_TRAINED, *_RECORD_FLAGS))        # what record_trains looks at
 _SWITCHES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 RECORD_LEFT_OUT = "record left out of the loss by its marker"
 HISTORY_LEFT_OUT = "earlier answers left out of the loss by 'mask_history'"
@@ -124,6 +125,8 @@ def _record_switch(record: JsonObject, key: str) -> Optional[bool]:
 
 def record_trains(record: JsonObject) -> bool:
     """Whether a whole record is trained. RecordError if it has a marker that cannot be honoured."""
+    if record.keys().isdisjoint(_WHOLE_RECORD):          # as nearly always, and this is asked of each record
+        return True
     for key in MEDIA:
         if not is_empty(record.get(key)):
             raise RecordError("not text alone", f"key {key!r} holds {str(record[key])[:40]!r}; a text model cannot use "
@@ -136,7 +139,7 @@ def record_trains(record: JsonObject) -> bool:
         if flag(record.get(key)):
             raise RecordError("loss marker", f"key {key!r}: the question is marked for training; only answers are "
                                              "trained")
-    return all(_record_switch(record, key) is not False for key in _RECORD_FLAGS)
+    return all(_record_switch(record, key) is not False for key in _RECORD_FLAGS if key in record)
 
 
 def trains_last_only(record: JsonObject) -> bool:

@@ -17,6 +17,7 @@ from research.telechat.text.messages import BOT, SYSTEM, USER
 PAIR = "preference pair: only the chosen answer is trained"
 CHOSEN = ("chosen", "preferred_output")
 REJECTED = ("rejected", "non_preferred_output", "rejected_response", "rejected_messages")
+_OF_PAIRS = (*CHOSEN, *REJECTED)
 LISTS = ("messages", "dialog", "conversations")
 QUESTIONS = ("prompt", "query", "question")
 ANSWERS = ("completion", "response", "answer")
@@ -38,7 +39,9 @@ def is_pair(record: JsonObject) -> bool:
     A text such as "False" or "no" alone under `chosen` or `rejected` is a label; two of them may be answers if the
     record has no other one.
     """
-    given = [(key, record[key]) for key in (*CHOSEN, *REJECTED)
+    if record.keys().isdisjoint(_OF_PAIRS):
+        return False
+    given = [(key, record[key]) for key in _OF_PAIRS
              if isinstance(record.get(key), (str, list, dict)) and not is_empty(record[key])]
     labels = [key for key, value in given if key in ("chosen", "rejected") and isinstance(value, str) and (
         flag(value) is not None or value.strip().lower() in ("yes", "no"))]

@@ -367,8 +367,8 @@ class _JsonValues:
 
 def _wraps(value: object) -> bool:
     """Whether a value is an object that is not a record but has a list of records."""
-    return isinstance(value, dict) and not told_format(value) and any(
-        isinstance(item, list) and item and told_format(item[0]) for item in value.values())
+    return isinstance(value, dict) and any(
+        isinstance(item, list) and item and told_format(item[0]) for item in value.values()) and not told_format(value)
 
 
 def is_metadata(path: Path) -> bool:

@@ -185,21 +185,25 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4              # values of ModelProto.
 def _read_symbols(path: Path, data: bytes) -> Tuple[List[Tuple[str, int, int, int]], bool]:
     """Symbols that are not learnt pieces: (piece, id, type, where the byte of the type lies); and add_dummy_prefix."""
     symbols = []
-    token_id = 0
+    token_id = position = 0
+    size = len(data)
     seen = set()
     dummy_prefix = True                                  # the format's default
     try:
-        for field, _, start, end in fields(data, 0, len(data)):
+        while position < size:
+            # A learnt piece is its text and a score of five bytes, nothing else. To see just that, rather than look at
+            # every field, keeps the reading of 100 000 pieces short.
+            if data[position] == 0x0A == data[position + 2] and data[position + 1] == data[position + 3] + 7 < 0x80:
+                token_id += 1
+                position += 2 + data[position + 1]
+                continue
+            field, _, start, end = next(fields(data, position, size))
+            position = end
             seen.add(field)
             if field == 1:                               # repeated SentencePiece pieces
-                # A learnt piece is its text and a score of five bytes, nothing else. To see just that, rather than
-                # look at every field, keeps the reading of 100 000 pieces short.
-                if data[start] == 0x0A and start + data[start + 1] + 7 == end:
-                    kind = kind_at = 0
-                else:
-                    parts = {number: (a, b) for number, _, a, b in fields(data, start, end)}
-                    kind_at = parts[3][0] if 3 in parts else 0
-                    kind = data[kind_at] if kind_at else 0
+                parts = {number: (a, b) for number, _, a, b in fields(data, start, end)}
+                kind_at = parts[3][0] if 3 in parts else 0
+                kind = data[kind_at] if kind_at else 0
                 if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
                     a, b = parts[1]
                     symbols.append((data[a:b].decode(), token_id, kind, kind_at))
@@ -208,8 +212,8 @@ def _read_symbols(path: Path, data: bytes) -> Tuple[List[Tuple[str, int, int, in
                 for number, _, a, _ in fields(data, start, end):
                     if number == 3:                      # add_dummy_prefix
                         dummy_prefix = bool(data[a])
-        if not token_id:
-            raise ValueError("no pieces")
+        if not token_id or position > size:
+            raise ValueError("no pieces, or half a piece at the end")
     except (IndexError, ValueError, KeyError) as err:
         raise VocabError(f"vocabulary file {path} is neither a SentencePiece model nor a {JSON_FILE}, or it is "
                          "truncated; copy it again from the official model's folder and compare its size") from err
