@@ -1,6 +1,6 @@
 """All commands under one name: `python -m research.telechat COMMAND ...`, or `telechat COMMAND ...` once installed.
 
-A command's module is imported when it is called for, so that this one starts in no time and needs no MindSpore.
+A command's module is imported when it is used, so that this one starts in no time and needs no MindSpore.
 """
 import difflib
 import sys

@@ -42,7 +42,7 @@ class TelechatTokenizer(PreTrainedTokenizer):
     Raises VocabError for a file that cannot be read, or a token that is not a marker in it.
     """
 
-    template_name: Optional[str] = None      # of text/templates.py; None: as the vocabulary tells
+    template_name: Optional[str] = None      # of text/templates.py; None: detected from the vocabulary
     vocab_files_names: Dict[str, str] = {"vocab_file": MODEL_FILE}     # noqa: RUF012 (MindFormers' own form)
     model_input_names: List[str] = ["input_ids", "attention_mask"]      # noqa: RUF012
 

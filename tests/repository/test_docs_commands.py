@@ -9,15 +9,16 @@ import re
 import runpy
 import shlex
 import sys
+from importlib import import_module
 from unittest import mock
 
 import pytest
 from readme_fixtures import BLOCK, ROOT, launched, watched
 
-from research.telechat import __main__ as entry
 from research.telechat.commands import plan as plan_command
 from research.telechat.recipe.read import read_recipe, resolve_config
 
+ENTRY = import_module(".__main__", "research.telechat")
 PAGES = sorted(path.stem for path in ROOT.glob("docs/*.md"))
 OURS = ("python", "bash", "telechat")
 FOREIGN = ("cp", "curl", "docker", "export", "kubectl", "lm_eval", "pip", "sbatch", "vllm", "vllm-mindspore")
@@ -49,7 +50,7 @@ def options_of(*words):
     with (mock.patch.object(sys, "argv", [words[0], *words[1:], "--help"]), mock.patch.object(sys, "path", [*sys.path]),
           contextlib.redirect_stdout(said), contextlib.suppress(SystemExit)):
         if words[0] == "telechat":
-            entry.main([*words[1:], "--help"])
+            ENTRY.main([*words[1:], "--help"])
         else:
             runpy.run_path(str(ROOT / words[0]), run_name="__main__")
     return frozenset(re.findall(r"--\w+", said.getvalue()))
@@ -59,7 +60,7 @@ def program_of(words):
     """(program and subcommands, the words behind them) of a command without `python` or `bash`."""
     if words[0] == "telechat" or words[:2] == ["-m", "research.telechat"]:
         rest = words[1:] if words[0] == "telechat" else words[2:]
-        names = {*entry.COMMANDS, "torch-to-ms", "ms-to-torch"}
+        names = {*ENTRY.COMMANDS, "torch-to-ms", "ms-to-torch"}
         count = next((at for at, word in enumerate(rest) if word not in names), len(rest))
         return ("telechat", *rest[:count]), rest[count:]
     return (words[0],), words[1:]

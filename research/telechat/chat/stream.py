@@ -10,7 +10,7 @@ class Piece(NamedTuple):
 
 
 class StopFilter:
-    """Lets text through up to the stop string that is complete first, the same however the text is cut."""
+    """Lets text through up to the stop string that is complete first, however the text is divided into pieces."""
 
     def __init__(self, stops: Sequence[str]):
         self._stops = [stop for stop in stops if stop]
@@ -43,7 +43,7 @@ _CLOSE = "</think>"
 
 
 class ThinkFilter:
-    """Tells reasoning from the answer behind it, the same however the text is cut.
+    """Tells reasoning from the answer behind it, however the text is divided into pieces.
 
     Args:
         thinking: the text begins within the reasoning, as the prompt has opened it. It ends at </think>; line ends

@@ -35,7 +35,7 @@ def disagreements_of(recipe: Variant, checkpoint: Variant, only: Sequence[str] =
         ours, theirs = getattr(recipe, key), getattr(checkpoint, key)
         if key == "n_kv_heads":
             ours, theirs = recipe.kv_heads, checkpoint.kv_heads
-        if ours != theirs and not (key == "chat_template" and "" in (ours, theirs)):     # '': as the vocabulary tells
+        if ours != theirs and not (key == "chat_template" and "" in (ours, theirs)):     # '': detected
             found.append(Disagreement(key, ours, theirs))
     return found
 

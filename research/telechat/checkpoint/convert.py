@@ -241,7 +241,7 @@ def _write(stream: Stream, source: Source, target: Target, transfers: Dict[str, 
 
 
 class _Tracker:
-    """Tells the journal from time to time how many tensors of a file are complete and on disk."""
+    """Records in the journal from time to time how many tensors of a file are complete and on disk."""
 
     def __init__(self, output: OutputFile, journal: Journal, ordered: Sequence[Transfer], done: int,
                  found: Dict[str, Dict[str, int]]) -> None:
@@ -265,7 +265,7 @@ class _Tracker:
             self.save()                # by the thread that completed it; the others continue meanwhile
 
     def save(self) -> None:
-        """Bring the complete tensors to disk and say so. A .bin file counts only as a whole."""
+        """Sync the complete tensors to disk and record that. A .bin file counts only as a whole."""
         with self._lock:
             prefix = self._prefix
         if self._output.layout.kind != "bin" and prefix:

@@ -101,7 +101,7 @@ def manifest_path(output: Path, folder: bool) -> Path:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write it, whole or not at all: the same bytes for the same contents."""
+    """Write it atomically: the same bytes for the same contents."""
     value: JsonObject = {"format": "telechat manifest", "format_version": FORMAT_VERSION,
                          "telechat_version": __version__, "kind": manifest.kind}
     if manifest.model is not None:

@@ -88,7 +88,7 @@ def check_named(side: Side, opened: Dict[int, Checkpoint], names: Set[str]) -> N
 
 
 def first_slices(side: Side, opened: Dict[int, Checkpoint], name: str) -> Dict[tuple, int]:
-    """One rank for each distinct region of a parameter. Raises CheckpointError where slices contradict the strategy."""
+    """One rank for each distinct region of a parameter. Raises CheckpointError if shards contradict the strategy."""
     holders = [rank for rank, checkpoint in opened.items() if name in checkpoint.tensors]
     shape = opened[holders[0]].tensors[name].shape
     layout = layout_of(side.strategy, name, len(shape))
@@ -117,7 +117,7 @@ def first_slices(side: Side, opened: Dict[int, Checkpoint], name: str) -> Dict[t
 
 
 def whole_shape(regions: Dict[tuple, int]) -> tuple:
-    """Shape of a parameter from the regions of its slices."""
+    """Shape of a parameter from the regions of its shards."""
     return tuple(max(area[axis][1] for area in regions) for axis in range(len(next(iter(regions)))))
 
 
@@ -132,7 +132,7 @@ def read_bytes(checkpoint: Checkpoint, name: str) -> np.ndarray:
 
 
 def read_whole(side: Side, opened: Dict[int, Checkpoint], name: str) -> np.ndarray:
-    """A parameter put together from its slices, as raw items."""
+    """A parameter reassembled from its shards, as raw items."""
     regions = first_slices(side, opened, name)
     parts = {area: read_bytes(opened[rank], name) for area, rank in regions.items()}
     whole = np.empty(whole_shape(regions), next(iter(parts.values())).dtype)

@@ -49,7 +49,7 @@ class Strategy(NamedTuple):
         return self.stage_ranks * self.stages
 
     def holders(self, name: str) -> List[int]:
-        """Ranks that hold a slice of a parameter."""
+        """Ranks that hold a shard of a parameter."""
         layout = self.layouts[name]
         return [stage * self.stage_ranks + rank for stage in layout.stages for rank in range(self.stage_ranks)]
 
@@ -198,7 +198,7 @@ def _optimizer_cut(layout: Layout, place: Sequence[int]) -> Tuple[int, int]:
 
 
 def full_shape(layout: Layout, slice_shape: Sequence[int]) -> Tuple[int, ...]:
-    """Shape of a parameter from that of one slice of it."""
+    """Shape of a parameter from that of one shard of it."""
     shape = []
     for axis, size in enumerate(slice_shape):
         cut = layout.tensor_map[axis] if axis < len(layout.tensor_map) else ()

@@ -2,7 +2,7 @@
 
 The place of every byte is known before the first is written, so that any thread can write any part of any tensor.
 Everything is written to `<name>.partial` next to its final place and renamed when all of it is complete and on disk; a
-journal remembers how far an interrupted run came. Which tensors, and what is in them, is checkpoint/convert.py's job.
+journal records the progress, so that an interrupted run can resume. checkpoint/convert.py decides what is written.
 """
 import contextlib
 import hashlib
@@ -190,7 +190,7 @@ class OutputFile:
             os.fsync(self._descriptor)
 
     def finish(self) -> None:
-        """All tensors are written: bring the file to disk and close it."""
+        """All tensors are written: sync the file to disk and close it."""
         if self._buffers:
             from research.telechat.checkpoint.torch_bin import save_bin
             tensors = self.layout.tensors
@@ -221,7 +221,7 @@ class OutputFile:
 
 
 class Journal:
-    """How far a conversion came: for every file of the result the number of its tensors that are on disk, and what was
+    """Progress of a conversion: for every file of the result the number of its tensors that are on disk, and what was
     `found` in them (any JSON object).
 
     It belongs to one plan (a digest of inputs and options); a run with another plan starts over.

@@ -3,7 +3,7 @@
     python scripts/evaluate.py --config research/telechat/predict_telechat_12b.yaml --load_checkpoint CKPT \
         --tokenizer DIR --tasks ceval-valid,gsm8k --num_fewshot 5 --output output/evaluation.json
 
-Prints a table; writes a JSON report and, beside it, a bar chart. Names, data and checkpoint are checked before the
+Prints a table; writes a JSON report and, next to it, a bar chart. Names, data and checkpoint are checked before the
 model is loaded. On several cards: scripts/msrun_launcher.sh, with --use_parallel True; every process gets the same
 requests, the first one writes. See docs/evaluation.md.
 """
@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> List[str]:
-    """The names of the tasks. Raises ConfigError for what can be told from the command line alone."""
+    """The names of the tasks. Raises ConfigError for errors visible from the command line alone."""
     names = task_names(args)
     if sum(map(bool, (names, args.perplexity, args.card, args.judge))) != 1:
         raise ConfigError("pass either --tasks NAME,NAME or --perplexity FILE or --card or --judge NAME"
@@ -197,7 +197,7 @@ def run_tasks(lm: "TelechatLM", loaded: JsonObject, args: argparse.Namespace, fi
                        + ", ".join(kept[:5]) + (", ..." if len(kept) > 5 else "")), flush=True)
     random.seed(args.seed)
     np.random.seed(args.seed)
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")      # bootstrapping in forked processes would hang beside MindSpore
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")      # forking next to MindSpore's threads would hang
     limit = int(args.limit) if args.limit is not None and args.limit >= 1 else args.limit
     result: JsonObject = evaluate(
         lm=lm, task_dict=loaded, limit=limit, log_samples=args.samples, bootstrap_iters=1000,
@@ -238,7 +238,7 @@ def prepare(args: argparse.Namespace, names: List[str]) -> AtHand:
 
 def measure(args: argparse.Namespace, found: AtHand, kept: Any, opened: Any, report: JsonObject, first: bool
             ) -> Tuple[JsonObject, Dict[str, JsonObject]]:
-    """(result of the harness, outcomes of the judged benchmarks by name); `notes` of the report: what had to be cut."""
+    """(result of the harness, outcomes of the judged benchmarks by name); `notes` of the report: truncations."""
     with fitting_versions():
         from research.telechat.evaluation.harness import TelechatLM
     model, tokenizer, _ = opened

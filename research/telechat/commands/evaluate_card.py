@@ -82,7 +82,7 @@ def leave_out_scored(found: AtHand) -> None:
 
 
 def stores(output: Path) -> Tuple[Store, Store]:
-    """Answers and judgments of earlier runs, beside the report. Raises ConfigError."""
+    """Answers and judgments of earlier runs, next to the report. Raises ConfigError."""
     return (Store(output.with_name(f"{output.stem}.answers.jsonl"), "answers"),
             Store(output.with_name(f"{output.stem}.judgments.jsonl"), "judgments"))
 

@@ -1,7 +1,7 @@
 """Command: base checkpoint + LoRA adapter -> full MindSpore checkpoint, W + lora_alpha / r B A.
 
     python scripts/merge_lora.py --base BASE.ckpt --adapter output/checkpoint_trainable/rank_0/X.ckpt --output OUT.ckpt
-    python scripts/merge_lora.py --base BASE.ckpt --adapter output/checkpoint_trainable --output OUT.ckpt  # slices
+    python scripts/merge_lora.py --base BASE.ckpt --adapter output/checkpoint_trainable --output OUT.ckpt  # shards
 
 Streams: no more than one block of rows of one weight is in memory. The result has the types of the base. Converting
 adapters to and from PEFT is convert_lora.py. See docs/training.md.

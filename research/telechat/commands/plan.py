@@ -98,7 +98,7 @@ def read_command(command: str) -> Optional[Tuple[str, JsonObject]]:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Refuse, before anything is counted, files that are not this command's. Raises ConfigError."""
+    """Refuse up front to overwrite files that this command did not write. Raises ConfigError."""
     if args.picture and args.picture.suffix.lower() != ".png":
         raise ConfigError(f"--picture: expected the name of a .png file, found {args.picture}")
     refuse_foreign([args.json] if args.json else [], is_plan, args.overwrite)

@@ -57,7 +57,7 @@ from research.telechat.spec.parameters import parameters, summarise
 
 def check_shapes(shapes: Dict[str, tuple], config: str) -> None:
     """CheckpointError where whole parameters have other shapes than the recipe's model: a strategy of another run may
-    fit the number of ranks and cut nothing evenly wrong."""
+    fit the number of ranks and divide every shape evenly, but wrongly."""
     plan = read_plan(read_recipe(resolve_config(config)))
     size = {param.ms_name: param.shape for param in parameters(to_variant(plan.model))}
     wrong = [f"{name} {list(shape)}, the recipe says {list(size[name])}" for name, shape in shapes.items()
@@ -123,7 +123,7 @@ def write_target_manifest(folder: Path, target: Side, files: Dict[int, Path]) ->
 
 
 def verify(source: Side, target: Side, names: Set[str]) -> None:
-    """Compare every element of the target's slices with the source's. Raises CheckpointError."""
+    """Compare every element of the target's shards with the source's. Raises CheckpointError."""
     from tqdm import tqdm
     before, after = open_ranks(source.files), open_ranks(target.files)
     stage_ranks = target.strategy.stage_ranks if target.strategy else 1
@@ -157,7 +157,7 @@ def check_target(args: argparse.Namespace) -> None:
 
 
 def make_work_folder(parent: Path, name: str) -> Path:
-    """A folder beside the target, whose lock is held; those of runs that were killed are removed."""
+    """A folder next to the target, whose lock is held; those of killed runs are removed."""
     for left in parent.iterdir():
         if re.fullmatch(rf"\.{re.escape(name)}\.\d+\.transform", left.name):
             shutil.rmtree(left, ignore_errors=True)

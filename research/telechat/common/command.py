@@ -4,7 +4,7 @@
     1    an error the user can fix, a file that cannot be read or written, or too little memory
     2    a command line that is not understood (argparse)
     130  Ctrl-C, SIGTERM or SIGHUP; what the command does at its end has been done
-    141  the reader of the output has gone (as in `... | head`)
+    141  the reader of the output has exited (as in `... | head`)
 """
 import contextlib
 import errno
@@ -45,7 +45,7 @@ def run_command(body: Callable[[], Optional[int]], interrupted: str = "", memory
             try:
                 return body() or 0
             finally:
-                sys.stdout.flush()                         # a reader who has gone is noticed here, not at the exit
+                sys.stdout.flush()                         # a closed pipe is noticed here, not at the exit
     except UserError as err:
         return _say(f"error: {one_line(err)}")
     except KeyboardInterrupt:

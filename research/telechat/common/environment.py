@@ -1,4 +1,4 @@
-"""Where the plugin lies, and what the machine and the launcher say about this process."""
+"""Location of the plugin, and facts about this process from the machine and the launcher."""
 import os
 from pathlib import Path
 

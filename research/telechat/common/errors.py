@@ -1,4 +1,4 @@
-"""Errors of the user's making. A command prints their message as one line and exits with code 1 (common/command.py).
+"""Errors that the user can fix. A command prints their message as one line and exits with code 1 (common/command.py).
 
 Each message says what is wrong (the file, line, key or tensor), what was expected, what was found and what to do.
 """

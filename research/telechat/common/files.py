@@ -24,7 +24,7 @@ def whole(path: Union[str, Path]) -> Iterator[Path]:
 
 
 def write_text(path: Union[str, Path], text: str) -> None:
-    """A text file in UTF-8, whole or not at all."""
+    """Write a text file in UTF-8 atomically."""
     with whole(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
@@ -94,7 +94,7 @@ def read_json_object(path: Union[str, Path], what: str) -> JsonObject:
 
 
 def write_json(path: Union[str, Path], value: object) -> None:
-    """`value` as indented JSON, whole or not at all; what JSON does not know is written as its str()."""
+    """Write `value` as indented JSON, atomically; types that JSON lacks are written as their str()."""
     write_text(path, json_text(value))
 
 

@@ -84,7 +84,7 @@ def png(figure: "Figure") -> bytes:
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write the figure as a PNG file, whole or not at all. Raises OSError."""
+    """Write the figure as a PNG file, atomically. Raises OSError."""
     with whole(path) as beside:
         beside.write_bytes(png(figure))
 

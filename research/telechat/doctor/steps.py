@@ -71,7 +71,7 @@ def _strategy(folder: Path) -> Optional[Strategy]:
 
 
 def _place(strategy: Optional[Strategy], name: str, shape: Sequence[int]) -> Tuple[Tuple[slice, ...], Tuple[int, ...]]:
-    """Where a parameter's slice of `shape` lies, and the shape of the whole parameter."""
+    """Where a parameter's shard of `shape` lies, and the shape of the whole parameter."""
     if strategy is None or name not in strategy.layouts:
         return tuple(slice(0, size) for size in shape), tuple(shape)
     layout = strategy.layouts[name]

@@ -86,7 +86,7 @@ def _json(path: Path) -> JsonObject:
 def _lines(path: Path, needed: Sequence[str]) -> List[JsonObject]:
     """The records of a .jsonl file, each with the fields `needed`. Raises ConfigError."""
     records = []
-    for number, line in enumerate(_text(path).split("\n"), 1):       # U+2028 may stand in a text
+    for number, line in enumerate(_text(path).split("\n"), 1):       # U+2028 may occur in a text
         if not line.strip():
             continue
         try:

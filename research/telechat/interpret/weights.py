@@ -38,7 +38,7 @@ def random_weights(program: Program, seed: int = 0) -> Weights:
 
 
 def _place(compiled: Compiled, name: str, rank: int, shape: Sequence[int], held: Sequence[int]) -> Tuple[slice, ...]:
-    """Where a rank's slice of shape `held` lies in a parameter.
+    """Where a rank's shard of shape `held` lies in a parameter.
 
     Parameters that the strategy files do not list (frozen ones, and all of a prediction) may be sharded along one axis
     over model parallelism, whose ranks are neighbours.

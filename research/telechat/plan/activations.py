@@ -1,4 +1,4 @@
-"""Bytes that live between the forward and the backward pass: activations, masks, logits. An estimate, and its reasons.
+"""Bytes that live between the forward and the backward pass: activations, masks, logits. An estimate, derived below.
 
 What is counted is what the gradients of the operators read again, plus what exists at the same time while one layer, or
 the loss, is worked on. Tensors that nothing reads again are free at once: results that are cast or transposed to

@@ -1,4 +1,4 @@
-"""What saving and loading checkpoints of a plan take: bytes on disk and in the host's memory. Pure Python."""
+"""Cost of saving and loading checkpoints of a plan: bytes on disk and in host memory. Pure Python."""
 import dataclasses
 import math
 from typing import List
@@ -10,7 +10,7 @@ DISK_GB_PER_SECOND = 2.0               # an assumption: what the cards of one ma
 
 
 def weight_bytes(plan: Plan, rank: int) -> int:
-    """Bytes of the parameters that a rank holds: its slice of a checkpoint of weights."""
+    """Bytes of the parameters that a rank holds: its shard of a checkpoint of weights."""
     return memory_of(plan, stage_of(plan, rank)).parameters
 
 
@@ -49,7 +49,7 @@ def lines(plan: Plan) -> List[str]:
 
 
 def checkpoints_at_once(keep: int, every: int, interval: int, steps: int) -> int:
-    """Checkpoints that lie on the disk together at most, with the one that is being written before an old one goes.
+    """Maximum number of checkpoints on the disk at once, including the one being written before an old one is deleted.
 
     Args:
         keep: how many of the last ones are kept.

@@ -348,7 +348,7 @@ def _pipeline_faults(plan: Plan) -> List[str]:
 
 
 def find_faults(plan: Plan, ranks: Optional[int] = None) -> List[str]:
-    """Everything that keeps the plan from running, one line each with what to change. ranks: devices there are."""
+    """Everything that keeps the plan from running, one line each with what to change. ranks: available devices."""
     return _device_faults(plan, ranks) + _width_faults(plan) + _sequence_faults(plan) + _pipeline_faults(plan)
 
 

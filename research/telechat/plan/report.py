@@ -1,4 +1,4 @@
-"""A plan and its costs for people: tables, a JSON object, a picture. The figures come from plan/cost.py."""
+"""A plan and its costs as tables, a JSON object and a picture. The figures come from plan/cost.py."""
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 

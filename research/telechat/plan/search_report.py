@@ -1,4 +1,4 @@
-"""What a search found, for people: a table, a picture, and the best plan as a recipe."""
+"""The result of a search as a table, a picture, and the best plan as a recipe."""
 import copy
 import os
 from dataclasses import replace

@@ -1,6 +1,6 @@
-"""Keys of the entries of lists in a recipe, the callbacks: a misspelt one is answered before MindSpore is imported.
+"""Keys of the entries of lists in a recipe, the callbacks: a misspelt one is reported before MindSpore is imported.
 
-MindFormers passes them on to the class that `type` names, which may take any key without a word.
+MindFormers passes them on to the class that `type` names, which may accept any key silently.
 """
 import difflib
 from typing import Dict, Tuple
@@ -27,10 +27,10 @@ KEYS: Dict[str, Tuple[str, ...]] = {
 
 
 def check_entries(recipe: JsonObject) -> None:
-    """Look at the keys of the callbacks that are known here.
+    """Check the keys of known callbacks.
 
-    Raises ConfigError: a key that looks like a slip for one that the class has, or one that a class of this plugin
-    lacks. Other keys of MindFormers' classes may belong to a version that is not known here, and pass.
+    Raises ConfigError: a key that looks like a misspelling of one that the class has, or that a class of this plugin
+    lacks. Other keys of MindFormers' classes may belong to a newer version, and pass.
     """
     for name in LISTS:
         entries = recipe.get(name)

@@ -50,7 +50,7 @@ def _callbacks(recipe: JsonObject) -> Iterator[str]:
 
 
 def _profile(recipe: JsonObject) -> Iterator[str]:
-    """MindFormers has a default for `profile_level` and reads `profiler_level`."""
+    """MindFormers has a default for `profile_level` but reads `profiler_level`."""
     if "profile_level" in recipe:
         level = recipe.pop("profile_level")
         recipe.setdefault("profiler_level", level)

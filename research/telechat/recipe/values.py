@@ -1,4 +1,4 @@
-"""Values as people write them in YAML and on command lines: numbers, switches, and documents of a bounded size.
+"""Values as users write them in YAML and on command lines: numbers, switches, and documents of a bounded size.
 
 YAML 1.1 reads `2e-5` as text, because it wants a dot and a signed exponent (https://yaml.org/type/float.html), `010` as
 8 and `1:30` as 90 (https://yaml.org/type/int.html); YAML 1.2 and everybody else reads 0.00002, 10 and text. `load`

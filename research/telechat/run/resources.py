@@ -1,4 +1,4 @@
-"""What a training takes of the machine besides the card: disk for its checkpoints, host memory to load and save them.
+"""What training needs of the machine besides the card: disk for its checkpoints, host memory to load and save them.
 
 The disk is checked before anything is built, as a full one ends the training in the middle of its first save.
 """
@@ -133,7 +133,7 @@ def checkpoint_size(config: MindFormerConfig) -> int:
 
 
 def _tell_memory(config: MindFormerConfig, plan: Plan) -> None:
-    """Name the host memory that loading and saving take; warn where it is not there, or a better way exists."""
+    """Log the host memory that loading and saving take; warn if it is not available, or if there is a better way."""
     here = local_ranks(plan.ranks)
     share, whole = sum(saved_bytes(plan, rank) for rank in here), checkpoint_size(config)
     monitor = _monitor(config)

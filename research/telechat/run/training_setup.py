@@ -102,7 +102,7 @@ def continued_step(config: MindFormerConfig, file: Path, step: int) -> int:
 
 
 def _note_precision(config: MindFormerConfig, chosen: Name) -> None:
-    """Say where the checkpoint to resume from has another precision than this run."""
+    """Log if the checkpoint to resume from has another precision than this run."""
     note = precision_note(_chosen_file(config, chosen),
                           dtype_name(model_config(config).param_init_type),
                           (config.get("optimizer") or {}).get("master_weights") == "remainder")

@@ -177,7 +177,7 @@ class Host:
         self._after(self._times.grace, self._stop.set)
 
     def lose(self, reason: str) -> None:
-        """End the process, all requests told: the engine will never finish its step. From another thread than it."""
+        """Fail all requests and end the process: the engine will never finish its step. Called from another thread."""
         log.error("the engine failed; the server exits: %s", reason)
         self._service.fail(_FAILED)
         self._web.stop()

@@ -56,7 +56,7 @@ def calls_of(value: object, number: int, notes: Notes = None) -> Tuple[str, ...]
 def call_text(call: object, number: int, notes: Notes = None) -> str:
     """A call as the JSON text that TeleChat2 writes, the arguments as they were where they are a JSON text.
 
-    Raises ConversationError: no name, arguments that are no object, or something beside them that would be lost.
+    Raises ConversationError: no name, arguments that are not an object, or further keys that would be lost.
     """
     given = call if isinstance(call, dict) else {}
     inner = given.get("function")

@@ -1,13 +1,13 @@
 """The table of chat templates: how each family of TeleChat writes a conversation. Data only, no rendering.
 
 `Variant.chat_template` (spec/variants.py) names the template of a model, and so does a recipe's `chat_template`; where
-neither is known, the vocabulary tells the family.
+neither is known, the family is detected from the vocabulary.
 
 TeleChat2 has two forms. `telechat2` is the Jinja template that its tokenizers since November 2024 carry: a system
-prompt always, one line end behind it. `telechat2_start` is what the code of the first 115B writes when asked:
+prompt always, followed by one line end. `telechat2_start` is how the code of the first 115B writes prompts:
 `<_start><_user>question<_bot>`, without a system prompt and without line ends. `telechat2_before` is what this
-plugin's first versions did, for weights fine-tuned with them: the second form when asked, and in training a system
-prompt always, with two line ends.
+plugin's first versions did, for weights fine-tuned with them: the second form in prompts, and in training always a
+system prompt, with two line ends.
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,7 +97,7 @@ TEMPLATES: Dict[str, Template] = {template.name: template for template in (
     _TELECHAT2,
     Template("telechat", needs=("<_user>", "<_bot>")),
     Template("telechat_52b", end=("</s>",), text_end="<_end>", needs=("</s>",)),
-    # The rest can only be told by the model's name.
+    # The rest can only be distinguished by the model's name.
     Template("telechat_system", system="<_system>"),
     replace(_TELECHAT2, name="telechat2_think", think_start="<think>\n", needs=()),
     _TELECHAT3,
@@ -131,5 +131,5 @@ def detect_template(vocab: HasMarkers) -> Template:
 
 
 def choose_template(vocab: HasMarkers, name: Optional[str] = None) -> Template:
-    """The template called `name`; without a name the one that `vocab` tells. Raises ConfigError."""
+    """The template called `name`; without a name the one detected from `vocab`. Raises ConfigError."""
     return get_template(name) if name else detect_template(vocab)

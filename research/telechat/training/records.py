@@ -1,4 +1,4 @@
-"""Which records of the data a training step has read, to find the one that made the loss NaN.
+"""Finds the records that a training step has read, to identify the one that made the loss NaN.
 
 The order of the data is a function of seed, epoch and step, so that the batches of any step can be read once more, also
 where the device fetched them by itself (sink mode). MindSpore is imported by the function that reads the files.

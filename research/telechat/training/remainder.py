@@ -1,4 +1,4 @@
-"""What a 16-bit parameter lacks to its float32 value, kept in 16 bits: master weights for half their price.
+"""The remainder of a 16-bit parameter to its float32 value, kept in 16 bits: master weights at half the memory.
 
 Of the float32 master w, the parameter is p = w rounded to bfloat16 (or float16), the remainder s = (w - p) times 2^12,
 rounded to float16 and limited to its largest number. The next step starts from p + s / 2^12. w - p is exact in float32,
@@ -48,6 +48,6 @@ def joined(parameter: Tensor, remainder: Tensor) -> Tensor:
 
 
 def low_part(master: Tensor, stored: Tensor) -> Tensor:
-    """What `stored`, `master` rounded to 16 bits, lacks: the remainder, float16."""
+    """The remainder of `stored`, which is `master` rounded to 16 bits, as float16."""
     scaled = (master - F.cast(stored, mstype.float32)) * REMAINDER_SCALE
     return F.cast(F.maximum(F.minimum(scaled, _LARGEST), -_LARGEST), mstype.float16)

@@ -36,7 +36,7 @@ def watch() -> None:
 
 
 def sync(path: str) -> None:
-    """Bring a file to disk, so that a power failure cannot empty it. OSError where it is not there."""
+    """Sync a file to disk, so that a power failure cannot empty it. Raises OSError if it does not exist."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,9 @@
 """Saving checkpoints while training: MindFormers' CheckpointMonitor, made safe. Choosing one is checkpoint/resume.py.
 
-What it adds: nothing old is deleted before the new file is complete and on disk; a failed save (disk full) leaves no
-partial file and stops or continues by setting; weights of a step whose loss or norm is not finite are never saved;
-names and counters continue after a resumption as in one run; every Nth checkpoint can be kept for good. All of this
-also holds for files that a thread writes in the background (`async_save`): a write counts when it is complete.
+What it adds: old checkpoints are deleted only once the new one is complete and on disk; a failed save (disk full)
+leaves no partial file and stops or continues by setting; weights of a step whose loss or norm is not finite are
+never saved; names and counters continue after a resumption as in one run; every Nth checkpoint can be kept for good.
+All of this also holds for background writes (`async_save`): a write counts when it is complete.
 """
 import contextlib
 import copy
@@ -156,7 +156,7 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
     def save_checkpoint_network(self, cb_params: "StepParams") -> None:
         """Save weights or adapter alone where the recipe says so; then delete what is outdated."""
         if self.saved and self.save_network_params and not self.save_trainable_params:
-            self._settle()                             # they are worth nothing without the checkpoint
+            self._settle()                             # they are useless without the checkpoint
         if not self.saved:
             return
         self._guarded(super().save_checkpoint_network, cb_params)
@@ -211,13 +211,13 @@ class TelechatCheckpointMonitor(CheckpointMonitor):
             self._report(self._finish_write() or self._failure(cb_params, err), err)
 
     def _settle(self) -> None:
-        """Wait for the write beside the training, if there is one; a failure stops the training or not."""
+        """Wait for a background write, if there is one; a failure stops the training or not, by setting."""
         fault = self._finish_write()
         if fault:
             self._report(fault, None)
 
     def _finish_write(self) -> Optional[str]:
-        """Wait for the write beside the training; then do what follows a save. Returns why it failed, or None."""
+        """Wait for a background write; then do what follows a save. Returns why it failed, or None."""
         if self._write is None:
             return None
         write, self._write = self._write, None

@@ -18,7 +18,7 @@ _TENSORBOARD = {"tokens_per_second_per_card": "tokens per second per card", "mfu
 
 
 class Tracker:
-    """Sends rows to a tracker. What fails there is logged once and never ends the training."""
+    """Sends rows to a tracker. Its errors are logged once and never end the training."""
 
     def __init__(self, module: str, arguments: Optional[Mapping[str, object]] = None):
         """
@@ -59,7 +59,7 @@ class Tracker:
     def _call(self, function: Callable[..., object], *values: object, **named: object) -> None:
         try:
             function(*values, **named)
-        except Exception as err:                                 # a tracker must not cost a training
+        except Exception as err:                                 # a failing tracker must not end a training
             if not self._failed:
                 logger.error("%s: %s; training continues, further errors of it are not reported.", self.name, err)
             self._failed = True
