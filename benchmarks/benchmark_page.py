@@ -29,7 +29,7 @@ HEADS = {
     "by_layer": ["model", "further steps (median), first step", "memory", "time of a whole step"],
     "loss": ["step", "time (median)", "memory", "memory of the first line"],
     "master_weights": ["weights kept as", "share of the exact distance (relative error)",
-                       "limit: AdamW in float64", "fall of the loss, of that in float32"],
+                       "limit: AdamW in float64", "decrease of the loss, relative to float32"],
     "generation": ["sequences at once", "decoding (median), first token", "limit: reading weights and cache",
                    "share of the limit"],
     "large_generation": ["sequences at once", "decoding (median), first token", "limit: reading weights and cache",
@@ -38,7 +38,7 @@ HEADS = {
     "beside_vllm": ["what", "this project (median)", "vLLM (median)", "times as fast (lowest, highest)"],
     "serving": ["requests", "tokens/s, first token (median)", "between tokens: median, 99th percentile",
                 "tokens/s, times one by one"],
-    "streams": ["rounds of", "read to the end, left on the way", "lost, blocks of the cache not given back",
+    "streams": ["rounds of", "read to the end, dropped by the client", "lost; blocks of the cache not freed",
                 "memory after the second round, at the end"],
     "planner": ["quantity", "compiled", "reference: the planner's arithmetic", "planner against compiled"],
 }
@@ -47,7 +47,7 @@ _TARGETS = {"preprocessing": "Target: at most 3 times.", "conversion": "Target: 
             "beside_llama": "Target: 1.3 times in decoding, 1.2 in reading prompts and in training; decoding of 16 "
             "sequences grows by at most 10 % over 256 tokens.",
             "beside_vllm": "Target: 1.1 times in decoding, 1.0 in reading prompts.",
-            "large_generation": "Target: 60 % of the limit.", "streams": "Target: nothing lost, nothing kept."}
+            "large_generation": "Target: 60 % of the limit.", "streams": "Target: no answer lost, no block leaked."}
 
 
 def preprocessing_rows(figures: Any) -> List[List[str]]:
@@ -215,7 +215,7 @@ def page(results: Dict[str, Any], described: Dict[str, str], titles: Mapping[str
 
 Written by `python benchmarks/run_all.py --write docs/benchmarks.md`; do not edit it by hand. Everything measured was
 measured on a CPU. **Nothing here was measured on an NPU**; what others published for Ascend is at the end. A figure is
-the median of several runs, and stands beside a limit that was measured in the same run, so that machines compare.
+the median of several runs, and is shown with a limit measured in the same run, so that machines can be compared.
 
 | machine | |
 | --- | --- |

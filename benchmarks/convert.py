@@ -1,4 +1,4 @@
-"""Benchmark: time and peak memory of checkpoint conversion, beside a plain copy of the same bytes on the same disk.
+"""Benchmark: time and peak memory of checkpoint conversion, compared with a copy of the same bytes on the same disk.
 
     python benchmarks/convert.py --work_dir DIR [--gigabytes 4.8] [--cold] [--json FILE]
 

@@ -1,8 +1,8 @@
 """Speed of generation: prompts, tokens, first token, and how near the memory's limit. Random weights, greedy, CPU.
 
     python benchmarks/generate.py                       hidden 256, 4 layers, vocabulary 8000, context 1024, float32
-    python benchmarks/generate.py --torch               beside PyTorch, the same formulas and sizes, on the same cores
-    python benchmarks/generate.py --slow                beside MindFormers' own loop, and without a cache
+    python benchmarks/generate.py --torch               and PyTorch, the same formulas and sizes, on the same cores
+    python benchmarks/generate.py --slow                and MindFormers' own loop, and without a cache
 
 Everything goes through `model.generate` as users call it. A figure is the best of --repeat runs; the load of the
 machine is printed, as other programs disturb such short steps. Measured figures are in docs/chat.md.
@@ -115,8 +115,8 @@ def parse(argv: Any = None) -> argparse.Namespace:
     add("--new", type=int, default=256, help="tokens of each answer")
     add_sizes(parser)
     add("--repeat", type=int, default=3, help="runs of which the best counts")
-    add("--torch", action="store_true", help="measure PyTorch beside it")
-    add("--slow", action="store_true", help="measure MindFormers' own loop and generation without a cache beside it")
+    add("--torch", action="store_true", help="measure PyTorch as well")
+    add("--slow", action="store_true", help="also measure MindFormers' own loop, and generation without a cache")
     add("--json", help="write the figures there")
     return parser.parse_args(argv)
 

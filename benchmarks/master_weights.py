@@ -6,7 +6,7 @@
 
 The table: TelechatAdamW, the optimizer of the recipes, takes 1000 steps with a cosine from 1e-5 on weights of standard
 deviation 0.02 and gradients of noise with a drift, all of which bfloat16 holds exactly, so that every kind starts alike
-and is pushed alike. Beside it AdamW in float64. Share: the distance travelled, projected on the exact one.
+and is pushed alike. The reference is AdamW in float64. Share: the distance travelled, projected on the exact one.
 Relative error: the distance from the exact end, as a part of the exact distance.
 
 The curves: a small model learns a made-up language, then is tuned on another one at 1e-5 with each kind.

@@ -1,11 +1,11 @@
-"""Benchmark: preprocessing beside the bare tokenizer, which is its limit.
+"""Benchmark: preprocessing compared with the bare tokenizer, which is its limit.
 
     python benchmarks/preprocess.py --input_dataset_file data.jsonl --vocab_file_path tokenizer.model \
         [--repeat 40] [--max_length 1024] [--rounds 3] [--json FILE]
 
-Repeats the file so many times in a temporary folder, then takes turns: the text of all conversations through one thread
-of the tokenizer, and the whole command, a process of its own whose wall time counts from its start until it has ended,
-writing included. Memory is the greatest sum of the proportional set sizes of all its processes, looked at ten times a
+Repeats the file --repeat times in a temporary folder, then takes turns: the text of all conversations through one
+thread of the tokenizer, and the whole command, a process of its own whose wall time counts from start to end, writing
+included. Memory is the greatest sum of the proportional set sizes of all its processes, looked at ten times a
 second. Several --repeat give the growth. Target: the command needs at most 3 times what the bare tokenizer does.
 """
 import argparse

@@ -90,8 +90,8 @@ def published_section() -> str:
 
 Sources: {SOURCES}, tables of model performance on Atlas 800T A2. The figures are of MindFormers' own implementations
 of that time, not of this plugin, and were not reproduced. MFU is the share of {PEAK / 1e12:.0f} TFLOP/s, the published
-dense 16-bit peak of {CHIP}; that the published figures come from this chip is assumed. Operations per token are 6
-for each weight that is multiplied with, and 12 x layers x hidden size x length for attention; recomputation does not
+dense 16-bit peak of {CHIP}; it is assumed that the published figures come from this chip. Operations per token are 6
+for each weight of the matrices, and 12 x layers x hidden size x length for attention; recomputation does not
 count.
 
 ### Fine-tuning, published

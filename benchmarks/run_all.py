@@ -3,12 +3,12 @@
     python benchmarks/run_all.py --write docs/benchmarks.md                     everything, some 30 minutes on two cores
     python benchmarks/run_all.py --write docs/benchmarks.md --only generation   the others keep their last figures
     python benchmarks/run_all.py --tokenizer tokenizer.model --write ...        with an official tokenizer
-    python benchmarks/run_all.py --vllm ENVIRONMENT/bin/python --write ...      beside vLLM as well
+    python benchmarks/run_all.py --vllm ENVIRONMENT/bin/python --write ...      compare with vLLM too
     python benchmarks/run_all.py --quick                                        tiny sizes: does everything run?
 
-Each benchmark is a command of its own (listed on the page) and states a limit measured in the same run beside its
-figure. One that fails has its error on the page and does not lose the others. All results lie in output/benchmarks.json
-(--json); how they are shown is in benchmark_page.py, what is not measured in published.py. Run it on a quiet machine:
+Each benchmark is a command of its own (listed on the page) and states, next to its figure, a limit measured in the
+same run. One that fails has its error on the page and does not affect the others. Results are kept in
+output/benchmarks.json (--json); how they are shown is in benchmark_page.py, what is not measured in published.py. Run it on a quiet machine:
 what other programs used before and after is on the page.
 """
 import argparse
@@ -54,7 +54,7 @@ _LARGE = ["--batch", "1", "--new", "64", "--hidden", "1024", "--layers", "8", "-
 _SMALL = ["--hidden", "64", "--layers", "1", "--heads", "4", "--ffn", "128", "--vocab", "512", "--context", "64"]
 _STREAMS = ["benchmarks/serve_streams.py", "--start", "--tokenizer", "{tokenizer}"]
 STEPS = (
-    Step("preprocessing", "Preprocessing: made-up conversations to MindRecord", [*_PREPROCESS, "--repeat", "40"],
+    Step("preprocessing", "Preprocessing: synthetic conversations to MindRecord", [*_PREPROCESS, "--repeat", "40"],
          [*_PREPROCESS, "--repeat", "1", "--rounds", "1", "--max_length", "256", "--num_workers", "1"],
          page.preprocessing_rows),
     Step("conversion", "Conversion of checkpoints", _CONVERT,
@@ -70,7 +70,7 @@ STEPS = (
     Step("loss", "A training step whose head and loss are computed for all tokens at once, and in eight chunks",
          ["benchmarks/train.py", "--loss", "2048"], ["benchmarks/train.py", "--loss", "32", "--steps", "1"],
          page.loss_rows),
-    Step("master_weights", "How much of a fine-tuning at a learning rate of 1e-5 arrives in the weights",
+    Step("master_weights", "How much of fine-tuning at a learning rate of 1e-5 reaches the weights",
          ["benchmarks/master_weights.py"],
          ["benchmarks/master_weights.py", "--steps", "20", "--size", "64", "--tune", "5", "--learn", "5"],
          page.master_weights_rows),
@@ -78,16 +78,17 @@ STEPS = (
          ["benchmarks/generate.py", "--batch", "1", "--new", "8", "--repeat", "1", *_SMALL], page.generation_rows),
     Step("large_generation", "Generation with weights beyond the caches", ["benchmarks/generate.py", *_LARGE],
          ["benchmarks/generate.py", "--batch", "1", "--new", "8", "--repeat", "1", *_SMALL], page.generation_rows),
-    Step("beside_llama", "Beside transformers' LlamaForCausalLM, on the same weights", ["benchmarks/beside_llama.py"],
+    Step("beside_llama", "Compared with transformers' LlamaForCausalLM, on the same weights",
+         ["benchmarks/beside_llama.py"],
          ["benchmarks/beside_llama.py", "--batch", "1", "--new", "8", "--rounds", "1", "--prompt", "8", "--prefill",
           "40", "--train", "1", "16", *_SMALL], page.beside_llama_rows),
-    Step("beside_vllm", "Beside vLLM's Llama on a CPU (without torch.compile), on the same weights",
+    Step("beside_vllm", "Compared with vLLM's Llama on a CPU (without torch.compile), on the same weights",
          ["benchmarks/beside_llama.py", "--vllm", "{vllm}"], ["benchmarks/beside_llama.py", "--vllm", "{vllm}"],
          page.beside_llama_rows),
-    Step("serving", "Many requests at a time, without HTTP", ["benchmarks/serve.py"],
+    Step("serving", "Concurrent requests, without HTTP", ["benchmarks/serve.py"],
          ["benchmarks/serve.py", "--requests", "4", "--clients", "2", "--prompt", "8", "--new", "8", "--slots", "4",
           "--buckets", "4", *_SMALL], page.serving_rows),
-    Step("streams", "Streams of a server, half of which their clients leave",
+    Step("streams", "Streams of a server, half of them dropped by their clients",
          [*_STREAMS, "--seconds", "300"], [*_STREAMS, "--seconds", "1", "--streams", "4"], page.streams_rows),
     Step("planner", "Two layers of the 7B recipe compiled for one Ascend card of eight, by a simulated runtime",
          ["scripts/plan.py", "--config", _SEVEN, "--layers", "2", "--compile"],
@@ -141,7 +142,7 @@ def run_step(step: Step, quick: bool, places: Dict[str, str], work: Path) -> Dic
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.part")
     beside.write_text(text, encoding="utf-8")
@@ -156,7 +157,7 @@ def read_results(path: Path) -> Dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as err:
-        print(f"warning: {path} cannot be read and is begun anew: {err}", file=sys.stderr)
+        print(f"warning: {path} cannot be read and is started over: {err}", file=sys.stderr)
         return {}
 
 
@@ -199,7 +200,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the page there: docs/benchmarks.md")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME",
                         help=f"run only these, the others keep what --json holds: {', '.join(names)}")
-    parser.add_argument("--render", action="store_true", help="run nothing, only write the page anew")
+    parser.add_argument("--render", action="store_true", help="run nothing, only write the page again")
     parser.add_argument("--tokenizer", type=Path, help="of an official checkpoint (default: that of the quick start, "
                         "which is small and quick)")
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vLLM, as "

@@ -1,4 +1,4 @@
-"""Speed of many requests at a time: the scheduler beside answers one by one. Random weights, CPU, in one process.
+"""Speed of concurrent requests: the scheduler compared with one request at a time. Random weights, CPU, one process.
 
     python benchmarks/serve.py                      hidden 256, 4 layers, vocabulary 8000, context 1024, float32
     python benchmarks/serve.py --long 4000 --context 4608          and what a long prompt does to the others

@@ -5,7 +5,7 @@
     python benchmarks/serve_streams.py --start --tokenizer tokenizer.model         serves random weights itself
 
 Asks this machine only, at most 1,000 streams at once for at most an hour. Prints a line for each round; exit code 1 at
-the first fault.
+the first failure.
 """
 import argparse
 import asyncio

@@ -1,9 +1,9 @@
-"""Benchmark: one training step on the CPU beside PyTorch, and how compilation grows with the number of layers.
+"""Benchmark: one training step on the CPU compared with PyTorch, and how compilation grows with the number of layers.
 
     python benchmarks/train.py [--rounds 5] [--steps 4] [--json FILE]            step time
-    python benchmarks/train.py --compile 8 64 [--json FILE]                      compile time of so many layers
-    python benchmarks/train.py --by_layer 16 [--json FILE]  so many layers, as a whole and layer by layer
-    python benchmarks/train.py --loss 2048 [--json FILE]    so many tokens, loss of all at once and in chunks
+    python benchmarks/train.py --compile 8 64 [--json FILE]                      compile time of N layers
+    python benchmarks/train.py --by_layer 16 [--json FILE]  N layers, as a whole and layer by layer
+    python benchmarks/train.py --loss 2048 [--json FILE]    N tokens, loss at once and in chunks
 
 One step is forward pass, backward pass, clipping by the global norm and AdamW, in float32, of a model of TeleChat-12B's
 shape (hidden 256, 4 layers, 8 heads, feed-forward 768, vocabulary 8000, sequence 256, batch 4). The PyTorch model is
@@ -223,7 +223,7 @@ def figures_of_worker(what: str, *arguments: str) -> List[float]:
 
 
 def measure_compile(layers: List[int]) -> List[Dict[str, float]]:
-    """Seconds until the end of the first step, building not counted, of small models of so many layers."""
+    """Seconds until the end of the first step, building not counted, of small models of `layers` layers."""
     results = []
     for count in layers:
         (seconds,) = figures_of_worker(f"{count} layers", "compile", "--steps", str(count))

@@ -3,7 +3,7 @@ the plan is from one rank.
 
     python scripts/execute_recipes.py --jobs 4                         # all recipes for several cards, 8 ranks each
     python scripts/execute_recipes.py 'finetune_telechat2_*' --write   # some; the table keeps the rows of the others
-    python scripts/execute_recipes.py --further --write                # kinds of plans that no recipe is of
+    python scripts/execute_recipes.py --further --write                # kinds of plans that no recipe has
 
 A recipe takes minutes: each of its ranks is compiled, in a process forked from one that has imported MindSpore.
 research/telechat/interpret/graphs.py keeps the graphs, and recipes whose small models are equal are executed once. The
@@ -137,7 +137,7 @@ def run() -> int:
     """Carry out the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="?", default="*", help="pattern of their names")
-    parser.add_argument("--ranks", type=int, default=8, help="at most so many; degrees are halved")
+    parser.add_argument("--ranks", type=int, default=8, help="at most this number; degrees are halved")
     parser.add_argument("--further", action="store_true", help="the kinds that no recipe is of; `recipes` is a pattern "
                                                                "of their names, ranks and layers are given")
     parser.add_argument("--layers", type=int, default=0, help="of the small models; default: two, or one per stage")

@@ -186,7 +186,7 @@ def check_port(port: int) -> List[str]:
             sock.bind(("", port))
         except OSError as err:
             return [f"port {port} is not free ({err.strerror}), perhaps an earlier job still runs: stop it "
-                    f"(`ss -ltnp 'sport = :{port}'` shows which), or name another port with the 6-argument form"]
+                    f"(`ss -ltnp 'sport = :{port}'` shows it), or pass another port with the 6-argument form"]
     return []
 
 

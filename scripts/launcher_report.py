@@ -24,7 +24,7 @@ HARMLESS = re.compile(r"CPU device is not supported|if you are trying to run wit
 # What stops a job by itself although it speaks of connections, and what it means.
 CAUSES = (("Failed to create the TCP server",
            "The scheduler could not listen on its port: something else does, perhaps the scheduler of a second "
-           "launcher on this machine. Start one launcher per machine, or name another MASTER_PORT."),)
+           "launcher on this machine. Start one launcher per machine, or use another MASTER_PORT."),)
 TIMED_OUT = re.compile(r"worker (\d+) is the first one timed out|The node: (\d+) is timed out")   # of the scheduler
 STOPPED = 15               # the signal with which MindSpore ends a worker when another one is lost
 NOT_COMPLETE = "some processes in the cluster are not successfully spawned"
@@ -177,7 +177,7 @@ def report_killed(rank: int, signal: int, logs: List[Path]) -> str:
     """Text about a process that was killed."""
     text = [(f"{name_of(rank)} failed first: it was killed by signal {signal} and could write no error." if signal else
              f"{name_of(rank)} failed first: it ended without writing an error, so it was killed perhaps.")
-            + (" That is mostly want of memory: see `dmesg | tail`." if signal == 9 else "")]
+            + (" Usually the host ran out of memory: see `dmesg | tail`." if signal == 9 else "")]
     for path in logs:
         if rank_of(path) == rank:
             text += [f"The end of {path.name}:", *last_lines(path)]
@@ -243,7 +243,7 @@ def report(folder: Path, since: float = 0.0, workers: int = 0) -> str:
             return text
     if failure is None:
         text = [f"No worker's log in {folder} holds an error.",
-                "A worker that was killed, for want of memory perhaps, writes none: see `dmesg | tail`.",
+                "A killed worker writes none; perhaps the host ran out of memory: see `dmesg | tail`.",
                 f"The end of {ranks[-1].name}:"]
         return "\n".join(text + last_lines(ranks[-1]))
     path, finding = failure
@@ -262,7 +262,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=0, help="workers of the whole job, on all machines")
     args = parser.parse_args()
     if not args.log_dir.is_dir():
-        print(f"error: log folder not found: {args.log_dir}; give the LOG_DIR of msrun_launcher.sh", file=sys.stderr)
+        print(f"error: log folder not found: {args.log_dir}; pass the LOG_DIR of msrun_launcher.sh", file=sys.stderr)
         return 1
     print(report(args.log_dir, args.since, args.workers))
     return 0

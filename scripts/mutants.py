@@ -1,9 +1,9 @@
-"""Mutation testing of how the model is cut and what it computes: make single mistakes and see the tests find them.
+"""Mutation testing of the model and its sharding: injects one error at a time and checks that a test finds it.
 
     python scripts/mutants.py                       # all of scripts/mutants.yaml, in a copy of the checkout
     python scripts/mutants.py 'mask' --list         # those whose name or file has the word; only show them
 
-Each mistake is made in a temporary copy, and the test named beside it, which passes without, is run: it must fail. The
+Each mistake is made in a temporary copy, and the test listed with it, which passes otherwise, is run: it must fail. The
 exit code is 1 if a mistake survives or its text is not in the file. Not part of the tests; those check that the list
 is up to date.
 """
@@ -78,7 +78,7 @@ def faults(mutant: Mutant, root: Path = ROOT) -> List[str]:
     found = []
     text = (root / PLUGIN / mutant.file).read_text(encoding="utf-8")
     if text.count(mutant.old) != 1 or mutant.old == mutant.new:
-        found.append(f"{mutant.name}: `old` stands {text.count(mutant.old)} times in {mutant.file}, expected once, and "
+        found.append(f"{mutant.name}: `old` occurs {text.count(mutant.old)} times in {mutant.file}, expected once, and "
                      "`new` is something else")
     if bool(mutant.test) == bool(mutant.equivalent):
         found.append(f"{mutant.name}: expected a test or the reason why none can find it")
@@ -90,7 +90,7 @@ def faults(mutant: Mutant, root: Path = ROOT) -> List[str]:
 
 
 def copy_checkout(target: Path) -> None:
-    """The files of this checkout that git knows or does not ignore, and what lies beside it for tests."""
+    """The files of this checkout that git knows or does not ignore, and what tests need next to it."""
     listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
                             check=True, capture_output=True, text=True).stdout
     for name in filter(None, listed.split("\0")):

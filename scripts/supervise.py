@@ -158,7 +158,7 @@ def hang(log_dir: Path, workers: Dict[int, int], timeout: float) -> str:
     stopped = [rank for rank, pid in sorted(workers.items()) if state(pid) == "T"]
     quiet = stopped or sorted(workers, key=lambda rank: _written(log_dir, rank))[:1]
     if not quiet:
-        return f"the job hangs: no worker has written for {timeout:g} s; no worker turned up"
+        return f"the job hangs: no worker has written for {timeout:g} s; no worker started"
     who = f"rank {quiet[0]} {'is stopped' if stopped else 'was the first to fall silent'}"
     return (f"the job hangs: no worker has written for {timeout:g} s; {who}. End of its log:\n"
             f"{last_lines(log_dir, quiet[0])}")
@@ -181,7 +181,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
-        parser.error("no command; write it after --")
+        parser.error("no command; pass it after --")
     if args.max_restarts < 0 or args.hang_timeout <= 0:
         parser.error("--max_restarts must not be negative, --hang_timeout must be positive")
     if args.max_restarts and not any("--resume_training" in word for word in command):

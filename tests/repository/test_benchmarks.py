@@ -110,7 +110,7 @@ def test_results_of_the_last_run_are_kept_or_their_loss_is_said(tmp_path, capsys
     store.write_text(json.dumps({"machine": {}, "training": result(), "unknown": 1}))
     assert list(run_all.read_results(store)) == ["training"]
     store.write_text("{")
-    assert run_all.read_results(store) == {} and "is begun anew" in capsys.readouterr().err
+    assert run_all.read_results(store) == {} and "is started over" in capsys.readouterr().err
 
 
 def test_rows_of_each_benchmark():
