@@ -8,8 +8,8 @@
 
 Each benchmark is a command of its own (listed on the page) and states, next to its figure, a limit measured in the
 same run. One that fails has its error on the page and does not affect the others. Results are kept in
-output/benchmarks.json (--json); how they are shown is in benchmark_page.py, what is not measured in published.py. Run it on a quiet machine:
-what other programs used before and after is on the page.
+output/benchmarks.json (--json); benchmark_page.py shows them, published.py has what is not measured. Run it on a quiet
+machine: what other programs used before and after is on the page.
 """
 import argparse
 import datetime
