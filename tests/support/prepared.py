@@ -141,15 +141,17 @@ exec {program} "$@"
     path.chmod(0o755)
 
 
-def with_programs(env: Optional[Dict[str, str]] = None) -> Dict[str, str]:
-    """This environment and `env`, in which `python` and `msrun` are forked from the prepared process."""
+def with_programs(env: Optional[Dict[str, str]] = None, launcher: bool = True) -> Dict[str, str]:
+    """This environment and `env`, in which `python` and, with `launcher`, `msrun` are forked from the prepared process.
+    The processes of a forked msrun are no descendants of what has started it."""
     folder = Path(tempfile.mkdtemp(prefix="telechat-programs-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     put_python(folder / "python")
-    (folder / "msrun").write_text(f"""#!/bin/sh
+    if launcher:
+        (folder / "msrun").write_text(f"""#!/bin/sh
 exec {folder}/python {shlex.quote(str(Path(sys.executable).with_name("msrun")))} "$@"
 """)
-    (folder / "msrun").chmod(0o755)
+        (folder / "msrun").chmod(0o755)
     return {**os.environ, **(env or {}), "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
