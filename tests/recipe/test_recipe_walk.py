@@ -5,9 +5,9 @@ simulated runtime (ascend_sim), as the last rank of their plan (with pipeline pa
 and must send and hold what the planner says; those for a CPU compile on the CPU. Nothing is executed.
 
 Made small, so that a compilation takes about ten seconds: width, length and vocabulary, the layers (two; with more
-pipeline stages one per stage and virtual stage, the fewest that the planner permits), and micro-batches (one per
-stage). The plan, the variant's conventions, precision, recomputation, adapters, cache and everything else stay as the
-recipe has them.
+pipeline stages one per stage and virtual stage, the fewest that the planner permits), virtual stages (two where more
+would need more than eight layers), and micro-batches (one per stage). The plan, the variant's conventions, precision,
+recomputation, adapters, cache and everything else stay as the recipe has them.
 """
 import copy
 import json
@@ -42,9 +42,14 @@ def in_chunks(plan):
     return plan.training and at_once < rows
 
 
+def fewest_virtual_stages(plan):
+    """Virtual stages of the small model."""
+    return plan.virtual_stages if plan.pp * plan.virtual_stages <= 8 else min(2, plan.virtual_stages)
+
+
 def fewest_layers(plan):
     """Layers of the small model."""
-    return max(2, plan.pp * plan.virtual_stages)
+    return max(2, plan.pp * fewest_virtual_stages(plan))
 
 
 def shrunk(recipe):
@@ -57,6 +62,8 @@ def shrunk(recipe):
     values = (fewest_layers(plan), 32 * heads, 96 * heads, heads, kv_heads,
               4096 + (plan.model.vocab_size % plan.mp > 0), 256 * plan.cp, 96 if in_chunks(plan) else None)
     small["model"]["model_config"].update(zip(SIZES, values))
+    if plan.virtual_stages > 1:
+        small["model"]["model_config"]["pp_interleave_num"] = fewest_virtual_stages(plan)
     if plan.pp > 1:
         small["parallel_config"]["micro_batch_num"] = plan.pp
     return small
@@ -79,9 +86,10 @@ def test_small_recipe_differs_in_sizes_only(path):
     recipe = read_recipe(path)
     before, after = read_plan(recipe), read_plan(shrunk(recipe))
     differ = {key for key, value in vars(before.model).items() if value != getattr(after.model, key)}
-    assert differ <= set(SIZES) and find_faults(after, after.ranks) == []
+    assert differ <= {*SIZES, "pp_interleave_num"} and find_faults(after, after.ranks) == []
     other = {key for key, value in vars(before).items() if key != "model" and value != getattr(after, key)}
-    assert other <= {"micro_batches"}
+    assert other <= {"micro_batches", "virtual_stages"}
+    assert (before.virtual_stages > 1) == (after.virtual_stages > 1)
     config = {key: value for key, value in shrunk(recipe)["model"]["model_config"].items()
               if key not in ("type", "auto_register")}
     assert TelechatConfig(parallel_config=recipe["parallel_config"], **config).num_layers == fewest_layers(before)

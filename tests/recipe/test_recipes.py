@@ -108,13 +108,19 @@ def result_of(script, folder):
     return json.loads(lines[0].split(" ", 1)[1])
 
 
-@pytest.mark.slow
-def test_classes_exist_once_when_mindformers_copies_the_files(tmp_path):
-    """MindFormers' auto_register, as its own run_mindformer.py uses it on these recipes, yields the real classes."""
-    script = """
-import json, os, sys
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
+    """[{name: module} of the registered classes before and after the model's was, whether MindFormers has the real
+    classes]. MindFormers copies the files that `auto_register` names."""
+    return result_of("""
+import json
+import mindformers
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-for reference, kind in (("telechat_config.TelechatConfig", "config"), ("telechat.TelechatForCausalLM", "models"),
+known = lambda: {name: cls.__module__ for group in MindFormerRegister.registry.values() for name, cls in group.items()}
+before = known()
+MindFormerRegister.auto_register("telechat.TelechatForCausalLM", module_type="models")
+after = known()
+for reference, kind in (("telechat_config.TelechatConfig", "config"),
                         ("telechat_tokenizer.TelechatTokenizer", "tokenizer"),
                         ("telechat_tokenizer_fast.TelechatTokenizerFast", "tokenizer")):
     MindFormerRegister.auto_register(reference, module_type=kind)
@@ -124,13 +130,18 @@ from research.telechat.telechat_tokenizer import TelechatTokenizer
 found = [MindFormerRegister.get_cls("config", "TelechatConfig") is TelechatConfig,
          MindFormerRegister.get_cls("models", "TelechatForCausalLM") is TelechatForCausalLM,
          MindFormerRegister.get_cls("tokenizer", "TelechatTokenizer") is TelechatTokenizer]
-print("RESULT", json.dumps(found))
-"""
-    assert result_of(script, tmp_path) == [True, True, True]
+print("RESULT", json.dumps([before, after, found]))
+""", tmp_path_factory.mktemp("registered"))
 
 
 @pytest.mark.slow
-def test_everything_that_recipes_name_is_registered_with_the_model(tmp_path):
+def test_classes_exist_once_when_mindformers_copies_the_files(registered):
+    """MindFormers' auto_register, as its own run_mindformer.py uses it on these recipes, yields the real classes."""
+    assert registered[2] == [True, True, True]
+
+
+@pytest.mark.slow
+def test_everything_that_recipes_name_is_registered_with_the_model(registered):
     """MindFormers' own run_mindformer.py loads what `auto_register` names, nothing else of the plugin: the optimizer,
     the training step and the callbacks of a recipe, named by `type` alone, must come with the model's class."""
     def sections(value):
@@ -144,16 +155,7 @@ def test_everything_that_recipes_name_is_registered_with_the_model(tmp_path):
     # TelechatProcessor: of old recipes, kept for them; nothing makes one.
     alone = {section["type"] for section in found if "auto_register" not in section} - {"TelechatProcessor"}
     assert {"TelechatTrainOneStepCell", "TelechatTrainingLog", "CheckpointMonitor"} <= alone
-    script = """
-import json, sys
-import mindformers
-from mindformers.tools.register import MindFormerRegister
-known = lambda: {name: cls.__module__ for group in MindFormerRegister.registry.values() for name, cls in group.items()}
-before = known()
-MindFormerRegister.auto_register("telechat.TelechatForCausalLM", module_type="models")
-print("RESULT", json.dumps([before, known()]))
-"""
-    before, after = result_of(script, tmp_path)
+    before, after, _ = registered
     assert sorted(alone - after.keys()) == []
     assert not before["CheckpointMonitor"].startswith("research"), "MindFormers' own, before the plugin replaces it"
     assert after["CheckpointMonitor"] == "research.telechat.training.saving"

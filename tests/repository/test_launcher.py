@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import prepared
 import pytest
 
 from scripts import launcher_check
@@ -311,6 +312,7 @@ def test_two_real_workers(tmp_path):
     good = launch(tmp_path, "python job.py run '<_user> 你好'", "2", free_port(), "logs", "True", "120", timeout=300)
     assert good.returncode == 0, good.stdout + good.stderr
     assert [(tmp_path / f"sum_{rank}").read_text() for rank in (0, 1)] == ["3.0 <_user> 你好"] * 2
+    prepared.put_python(tmp_path / "bin" / "python")             # MindSpore is imported already
     bad = launch(tmp_path, "python job.py fail x", "2", free_port(), "logs", "True", "120", timeout=300)
     assert bad.returncode == 1
     assert "Rank 1 failed first" in bad.stdout and "ValueError: rank one has no data" in bad.stdout

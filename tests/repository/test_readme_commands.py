@@ -3,7 +3,8 @@
 A command changes in three ways only: placeholders become names of this test's files, sizes and device are set behind
 it, as users set keys of a recipe, and questions are fewer where a benchmark has thousands. What needs a cluster is
 planned by test_readme.py, and what another test runs already is named in ELSEWHERE. A command in none of these, or in
-two, fails here.
+two, fails here. The first command of each program starts Python as a user does; later ones are forked from a process
+that has MindSpore imported (prepared.py).
 """
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
 import numpy as np
+import prepared
 import pytest
 import reference
 from checkpoint_fixtures import (
@@ -86,13 +88,18 @@ class Place:
     """A folder that looks like the root of the repository, with small models; each command is run there once."""
 
     def __init__(self, root: Path):
-        self.root, self.path, self.done = root, root / "path/to", set()
+        self.root, self.path, self.done, self.started = root, root / "path/to", set(), set()
         self.path.mkdir(parents=True)
         for name in ("research", "scripts", "configs", "examples", "run_mindformer.py"):
             (root / name).symlink_to(ROOT / name)
         shutil.copy(ROOT / "examples/conversations.jsonl", root / "multi_turn_example.jsonl")
-        (root / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-        (root / "python").chmod(0o755)
+        self.programs = {}
+        for kind in ("new", "forked"):
+            self.programs[kind] = root / f"programs_{kind}/python"
+            self.programs[kind].parent.mkdir()
+        self.programs["new"].write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        self.programs["new"].chmod(0o755)
+        prepared.put_python(self.programs["forked"])
         self.vocab_files = train_families(self.path)
         self.models = {name: self.model(name) for name in ("telechat_7b", "telechat_12b", "telechat_52b",
                                                            "telechat2_7b")}
@@ -116,8 +123,12 @@ class Place:
 
     def call(self, command: str, stdin: str = "") -> str:
         """What a command prints; its exit code must be 0."""
-        env = {**os.environ, "PATH": f"{self.root}:{os.environ['PATH']}", "GLOG_v": "3", "HF_HUB_OFFLINE": "1"}
-        if "evaluate" not in command:                 # which is what needs torch
+        program = command.split()[1]
+        kind = "forked" if program in self.started else "new"
+        self.started.add(program)
+        path = f"{self.programs[kind].parent}:{os.environ['PATH']}"
+        env = {**os.environ, "PATH": path, "GLOG_v": "3", "HF_HUB_OFFLINE": "1"}
+        if kind == "new" and "evaluate" not in command:                 # which is what needs torch
             env["PYTHONPATH"] = str(ROOT / "tests/support/without_torch")
         done = subprocess.run(["bash", "-c", command], cwd=self.root, text=True, capture_output=True, check=False,
                               timeout=600, input=stdin, env=env)
