@@ -354,8 +354,7 @@ def find_faults(plan: Plan, ranks: Optional[int] = None) -> List[str]:
 
 def find_notes(plan: Plan) -> List[str]:
     """Plans that run, but probably not as intended; one line each."""
-    notes = []
-    vocab = plan.model.vocab_size
+    notes, vocab = [], plan.model.vocab_size
     if plan.mp > 1 and not plan.vocab_emb_dp and vocab % plan.mp:
         notes.append(f"vocab_size {vocab} is not a multiple of model_parallel {plan.mp}: embedding table and head are "
                      "replicated on every card")
