@@ -18,6 +18,7 @@ from checkpoint_fixtures import (
 from convert_fixtures import error_of, to_ms, to_torch
 
 from research.telechat.checkpoint import torch_bin as checkpoint_torch_bin
+from research.telechat.checkpoint.plain_bin import open_plain_bin
 from research.telechat.spec.hf_config import hf_config
 
 
@@ -102,6 +103,40 @@ def test_code_in_a_bin_is_not_run(model, tmp_path, capfd, monkeypatch):
     import torch
     torch.save([1, 2], file)
     assert "not a dictionary of tensors" in error_of(capfd, to_ms(model[2], tmp_path / "x.ckpt"))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_weights_alone_are_read_without_torch(dtype, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    variant = small_variant("telechat_52b")
+    tensors = official_tensors(variant, dtype, any_bits=True)
+    folder = write_bin(tmp_path / "hf", variant, tensors)
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    name = "transformer.ln_f.weight" if "transformer.ln_f.weight" in state else next(iter(state))
+    state[name] = torch.nn.Parameter(torch.cat([state[name], state[name]])[len(state[name]):])   # behind others
+    torch.save(state, folder / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert to_ms(folder, tmp_path / "x.safetensors") == 0
+    assert_same(read_safetensors(tmp_path / "x.safetensors"), mindspore_tensors(variant, tensors))
+
+
+def test_all_but_weights_is_left_to_torch(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    file, weight = tmp_path / "x.bin", torch.arange(6.0).reshape(2, 3)
+    torch.save({"weight": weight}, file)
+    whole = file.read_bytes()
+    assert open_plain_bin([file]).tensors["weight"].shape == (2, 3)
+    for content in ({"weight": weight.t()}, {"weight": weight.double()}, {"weight": weight, "epoch": 3}, [weight],
+                    {"state_dict": {"weight": weight}}, {"weight": weight, "x": _Attack()}, {}):
+        torch.save(content, file)
+        assert open_plain_bin([file]) is None, content
+    torch.save({"weight": weight}, file, _use_new_zipfile_serialization=False)
+    assert open_plain_bin([file]) is None
+    for damaged in (whole[:-30], whole[:len(whole) // 2], whole.replace(b"little", b"bigbig"), b""):
+        file.write_bytes(damaged)
+        assert open_plain_bin([file]) is None
     assert not (tmp_path / "executed").exists()
 
 

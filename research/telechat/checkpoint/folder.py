@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Tuple
 
 from research.telechat.checkpoint.foreign import prefix_note, unwrapped
+from research.telechat.checkpoint.plain_bin import open_plain_bin
 from research.telechat.checkpoint.reader import BIN_INDEX_NAME, INDEX_NAMES, Checkpoint, open_ckpt, open_safetensors
 from research.telechat.common.errors import CheckpointError, ConfigError
 from research.telechat.common.files import read_json_object
@@ -98,7 +99,10 @@ def _without_wrappers(checkpoint: Checkpoint) -> Checkpoint:
 def open_files(paths: List[Path], kind: str) -> Checkpoint:
     """Open `paths`, all of one kind: "safetensors", "ckpt" (one file) or "bin"."""
     if kind == "bin":
-        from research.telechat.checkpoint.torch_bin import open_bin  # torch: only who reads .bin needs it
+        plain = open_plain_bin(paths)
+        if plain is not None:
+            return plain
+        from research.telechat.checkpoint.torch_bin import open_bin  # imports torch: only who reads others needs it
         return open_bin(paths)
     return open_ckpt(paths[0]) if kind == "ckpt" else open_safetensors(paths)
 

@@ -5,12 +5,13 @@ and data/meta.py's.
 """
 import hashlib
 import heapq
+import mmap
 import os
 import threading
 from pathlib import Path
 from typing import Callable, List, Optional, Tuple, Union
 
-_BLOCK = 4 << 20                         # bytes read and hashed at once
+_BLOCK = 4 << 20                         # bytes read and hashed at once; a multiple of what maps begin at
 
 
 def file_sha256(path: Union[str, Path], progress: Callable[[int], object] = lambda _: None) -> str:
@@ -71,20 +72,20 @@ class FollowingHash:
 
     def _follow(self) -> None:
         try:
-            buffer = bytearray(min(_BLOCK, max(self.size, 1)))
-            view, done = memoryview(buffer), 0
+            done = 0
             with open(self._path, "rb", buffering=0) as file:
                 while done < self.size and not self._stopped:
                     with self._changed:
                         while self._known < min(done + _BLOCK, self.size) and not self._stopped:
                             self._changed.wait()
                         ready = min(self._known, done + _BLOCK)
-                    while done < ready and not self._stopped:
-                        count = file.readinto(view[:ready - done])
-                        if not count:
+                    if ready > done and not self._stopped:
+                        if os.fstat(file.fileno()).st_size < ready:
                             raise OSError(f"{self._path} is shorter than what was written to it")
-                        self._digest.update(view[:count])
-                        done += count
+                        # a map: what was just written is in memory, and a copy of it would cost a fifth of the hash
+                        with mmap.mmap(file.fileno(), ready - done, access=mmap.ACCESS_READ, offset=done) as part:
+                            self._digest.update(part)
+                        done = ready
         except BaseException as err:                     # raised by result(), in the thread that calls it
             self._fault = err
 
