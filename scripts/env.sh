@@ -3,7 +3,7 @@
 # `telechat_env [EXTRA ...]` leaves the interpreter in PYTHON, and its folder first on PATH. It takes, in this order:
 #   1. the interpreter that TELECHAT_PYTHON names;
 #   2. the current python, if mindspore and mindformers import in it (an Ascend image, say);
-#   3. .venv beside, made from a Python 3.9 to 3.12 where there is none yet.
+#   3. .venv in the checkout, created with a Python 3.9 to 3.12 if there is none yet.
 # 1 and 2 belong to the user: what is installed there stays as it is, only what is missing is added.
 
 TELECHAT_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -185,7 +185,7 @@ telechat_use_venv() {
     if [ -e "$TELECHAT_VENV" ] && ! telechat_venv_works; then
         [ -e "$TELECHAT_VENV/pyvenv.cfg" ] || [ -z "$(ls -A "$TELECHAT_VENV")" ] ||
             telechat_die "$TELECHAT_VENV is no virtual environment; move it away and run this again."
-        telechat_say ".venv does not work (moved, or its Python is gone): making it anew."
+        telechat_say ".venv does not work (moved, or its Python is gone): creating it again."
         rm -rf "$TELECHAT_VENV"
     fi
     if [ ! -e "$TELECHAT_VENV" ]; then

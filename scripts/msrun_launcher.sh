@@ -76,7 +76,7 @@ case $JOIN in
     *) die "JOIN must be True or False, found '$JOIN'" ;;
 esac
 
-# An interpreter that COMMAND names by its path brings the msrun beside it.
+# If COMMAND names an interpreter by its path, the msrun next to it is used.
 ASSIGNED='([A-Za-z_][A-Za-z0-9_]*=[^[:space:]]*[[:space:]]+)*'
 if [[ $COMMAND =~ ^[[:space:]]*$ASSIGNED(/[^[:space:]]*)/python[0-9.]*([[:space:]]|$) ]] &&
     [ -x "${BASH_REMATCH[2]}/msrun" ] && [ -x "${BASH_REMATCH[2]}/python" ]; then

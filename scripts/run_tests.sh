@@ -5,7 +5,7 @@
 #   bash scripts/run_tests.sh                       all tests
 #   bash scripts/run_tests.sh -m "not slow"         arguments go to pytest
 #   TELECHAT_TEST_WORKERS=4 bash scripts/run_tests.sh
-#                                                   in so many processes, some 6 GB of memory each (default: 2 for all,
+#                                                   number of processes, some 6 GB of memory each (default: 2 for all,
 #                                                   0, this one, for chosen files or -k)
 #   TELECHAT_TEST_SECONDS=1 bash scripts/run_tests.sh
 #                                                   notes in tests/seconds.json what each file takes: files that take

@@ -24,8 +24,8 @@ def file_of(test):
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take long first: with several processes none of them begins when the others are nearly done. What a
-    file has taken stands in seconds.json; for one that is not there, its marks tell."""
+    """Slow files first: with several processes none of them starts when the others are nearly done. What a
+    file took is in seconds.json; for one that is not there, its marks decide."""
     seconds = json.loads(SECONDS.read_text(encoding="utf-8"))
     weight = Counter()
     for item in items:

@@ -69,7 +69,7 @@ def test_answer_that_is_cut_within_a_character(renderer):
 @given(text=st.text("ab<>_en", max_size=30), stops=st.lists(st.text("ab<>_en", min_size=1, max_size=6), max_size=3),
        cuts=st.lists(st.integers(1, 4), min_size=30, max_size=30))
 def test_stop_strings_in_pieces(text, stops, cuts):
-    """However the text is cut, what is shown is the text up to the stop string that is complete first."""
+    """However the text is divided, what is shown is the text up to the first complete stop string."""
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     expected = text[:min(ends)[1]] if ends else text
     stop_filter, shown, rest = StopFilter(stops), "", text
@@ -147,7 +147,7 @@ def test_history_is_a_list_that_is_not_changed():
 
 
 def test_history_keeps_calls_and_reasoning_in_the_prompt():
-    """In the forms of other libraries: calls beside a content of null, roles of any name."""
+    """In the forms of other libraries: calls with a content of null, roles of any name."""
     given = [{"role": "developer", "content": "a"}, {"role": "human", "content": "b"},
              {"role": "assistant", "content": None, "reasoning_content": "r",
               "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},

@@ -1,4 +1,4 @@
-"""What a model writes as text: reasoning apart from the answer, tool calls as tokens, the same however it is cut."""
+"""What a model writes as text: reasoning apart, tool calls as tokens, the same however it is divided."""
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

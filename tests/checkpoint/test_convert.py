@@ -149,7 +149,7 @@ def test_a_folder_gets_mindspore_ckpt_and_the_config(tmp_path):
                                                                       "telechat_manifest.json"]
     assert to_torch(tmp_path / "out", tmp_path / "back") == 0               # finds sizes and model in config.json
     before = (source / "config.json").read_bytes()
-    assert to_ms(source, source) == 0                                       # beside the input, as was common
+    assert to_ms(source, source) == 0                                       # next to the input, as was common
     assert (source / "mindspore.ckpt").is_file() and (source / "config.json").read_bytes() == before
 
 

@@ -37,7 +37,7 @@ def cut_axis(name):
 
 
 def slices(adapter, dp, mp, pp, optimizer):
-    """What each rank holds, cut with NumPy: {rank: {name: part}}. Two layers, with two stages one each."""
+    """What each rank holds, sharded with NumPy: {rank: {name: part}}. Two layers, with two stages one each."""
     ranks = {}
     for rank in range(dp * mp * pp):
         stage, data, model = rank // (dp * mp), rank // mp % dp, rank % mp
@@ -54,7 +54,7 @@ def slices(adapter, dp, mp, pp, optimizer):
 
 
 def layouts_of(adapter, dp, mp, pp, optimizer):
-    """The same cut as MindSpore's strategies say it."""
+    """The same sharding as MindSpore's strategies express it."""
     found = {}
     for name in lora.mindspore_tensors(adapter):
         axes = [-1, -1]
@@ -238,7 +238,7 @@ def test_merged_slices_give_the_logits_of_the_lora_cells(family, tmp_path):
 @pytest.mark.usefixtures("ascend_plugin")
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_compiler_cuts_adapters_like_this(fused, tmp_path):
-    """The strategy that MindSpore's compiler writes for a LoRA recipe, dp2 mp2 with the optimizer's cut."""
+    """The strategy that MindSpore's compiler writes for a LoRA recipe, dp2 mp2 with a sharded optimizer."""
     from compile_fixtures import compiled
     from plan_fixtures import small_recipe
     more = {"fused_projections": True, "out_proj_has_bias": False} if fused else {}

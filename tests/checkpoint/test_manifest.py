@@ -1,4 +1,4 @@
-"""The manifest beside a checkpoint: what conversion writes into it and takes from it, and what it protects."""
+"""The manifest of a checkpoint: what conversion writes into it and takes from it, and what it protects."""
 import hashlib
 import json
 import logging

@@ -160,7 +160,7 @@ def test_adapter_with_dropout_resumes_exactly(by_layer, data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["stop", "continue"])
 def test_full_disk(setting, data, unbroken, graphs, tmp_path):
-    """A limit on the size of files stands for the full disk: writing fails in the middle of the checkpoint."""
+    """A limit on the size of files simulates the full disk: writing fails in the middle of the checkpoint."""
     folder = tmp_path / "out"
     subprocess.run(["cp", "-r", str(unbroken), str(folder)], check=True)
     before = files(folder)

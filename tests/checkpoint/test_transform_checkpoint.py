@@ -244,7 +244,7 @@ def test_refuses_before_it_starts(eight_ranks, tmp_path, fault):
     elif fault == "fewer ranks":
         arguments[3] = write_strategies(tmp_path / "other", plan(1, 4, 1, False), 1)
         expected = "is for 4 ranks, but there is a folder rank_4"
-    elif fault == "wrong shapes":          # of as many ranks, but cut otherwise
+    elif fault == "wrong shapes":          # of as many ranks, but sharded otherwise
         arguments[3] = write_strategies(tmp_path / "other", plan(1, 4, 2, False), 2)
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text("run_mode: finetune\nmodel: {model_config: {num_layers: 2, hidden_size: 8, num_heads: 2, "

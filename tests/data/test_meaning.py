@@ -1,4 +1,4 @@
-"""What stands beside the texts of a record: honoured, or unusable, or counted by name; never dropped."""
+"""What a record has besides its texts: honoured, or unusable, or counted by name; never dropped."""
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

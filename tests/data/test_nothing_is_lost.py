@@ -12,7 +12,7 @@ from research.telechat.data.preferences import CHOSEN, LISTS, PAIR, REJECTED
 from research.telechat.data.records import DATA_FORMATS, parse_any
 
 ROLES = ["system", "user", "human", "assistant", "gpt", "bot", "tool", "function_call", "tool_call", "odd"]
-TEXT = st.just("TEXT")                   # each becomes a text that stands nowhere else
+TEXT = st.just("TEXT")                   # each becomes a text that occurs nowhere else
 
 
 def objects(**keys):

@@ -259,7 +259,7 @@ def test_typed_markers_never_open_a_turn(turns, limit, vocab_files):
     assert all((ids == marker).sum() == len(turns) for marker in (renderer.user_id, renderer.bot_id, renderer.end_id))
     assert (ids == renderer.pad_id).sum() == 0
     kept = sum(int((piece >= 0).sum()) for piece in encoded.pieces())
-    assert kept == int((whole >= 0).sum())                        # every answer token is trained, however it is cut
+    assert kept == int((whole >= 0).sum())                        # every answer token is trained, however it is split
 
 
 # With the official tokenizers and data

@@ -254,7 +254,7 @@ def test_other_files_of_a_folder_are_left_out_and_named(tmp_path_factory, names)
     ignored = []
     assert [source.path.name for source in find_sources([str(folder)], ignored)] == ["a.jsonl", "b.json"]
     besides = {name for name in names if not name.startswith(".")}
-    unsure = {"out/meta.json", "out/report.json"}                # also known without a data set beside: no records
+    unsure = {"out/meta.json", "out/report.json"}                # also known without a data set next to it: no records
     assert {str(path.relative_to(folder)) for path in ignored} | (unsure & besides) == besides
 
 

@@ -92,7 +92,7 @@ def test_weights_are_told_apart(tmp_path):
 @needs_harness
 @pytest.mark.slow
 def test_command(tmp_path, capfd):
-    """Everything at hand is run, the rest is named with the reason; the limit holds for judged questions, too."""
+    """Everything available is run, the rest is named with the reason; the limit holds for judged questions, too."""
     require_isolation()
     write_card_sets(tmp_path)
     write_published(tmp_path)

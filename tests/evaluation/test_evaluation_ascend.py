@@ -1,4 +1,4 @@
-"""The graph that scores texts compiles for Ascend, cut over cards, with a simulated runtime. Nothing is executed."""
+"""The graph that scores texts compiles for Ascend, sharded over cards, in a simulated runtime. Not executed."""
 import json
 from pathlib import Path
 
@@ -42,7 +42,7 @@ os._exit(0)                                     # there is no device to tear dow
     (1, {"seq_length": 256, "training_seqlen": 64, "base_seqlen": 64, "tie_word_embeddings": False}),
     (2, {"seq_length": 256})], ids=["mp2", "dp2-mp2"])
 def test_score_graph_compiles(tmp_path, dp, model):
-    """mp2: a rotary rule that depends on the length, an untied head; dp2 mp2: the batch is cut too."""
+    """mp2: a rotary rule that depends on the length, an untied head; dp2 mp2: the batch is split too."""
     recipe = small_recipe(dp=dp, mp=2, base="predict", model=model)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     environment = {**runtime.environment(2 * dp, 0), "GLOG_v": "3", "LOG_MF_PATH": str(tmp_path / "log")}

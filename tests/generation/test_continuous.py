@@ -1,4 +1,4 @@
-"""The scheduler on a real model: what others ask, how a prompt is cut and what is cached change no answer."""
+"""The scheduler on a real model: other requests, chunked prefill and the cache change no answer."""
 import numpy as np
 import pytest
 from model_fixtures import HF_CONFIGS, build_model, random_official

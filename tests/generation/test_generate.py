@@ -15,7 +15,7 @@ PROMPTS = [[5, 11, 23, 42, 7], [60, 9, 33, 12, 45, 71, 20, 88, 14], [17, 66]]
 
 
 def reference_answer(hf_config, weights, prompt, new):
-    """Greedy decoding by the reference, everything computed anew for each token."""
+    """Greedy decoding by the reference, everything recomputed for each token."""
     ids = list(prompt)
     for _ in range(new):
         logits, _ = forward(hf_config, weights, np.array([ids]))

@@ -316,7 +316,7 @@ def test_blocks_are_shared_and_given_to_others_when_they_are_needed():
 
 
 def test_tokens_read_at_once_keep_the_scores_bounded():
-    """Whole prompts of small models, pieces of those of large ones, never less than beside others."""
+    """Whole prompts of small models, pieces of those of large ones, never less than next to others."""
     assert tokens_at_once(8, 1024) == tokens_at_once(8, 2048) == 2048
     assert tokens_at_once(40, 1024) == 819 and tokens_at_once(32, 8192) == PREFILL_TOKENS
     for heads in (1, 8, 40, 64):

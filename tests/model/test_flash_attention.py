@@ -100,7 +100,7 @@ def test_dropout_keeps_the_rest():
     settings = config(attention_dropout_prob=0.25, document_boundaries=True)
     attend = kernels.CausalFlashAttention(settings)
     assert (attend.kernel.keep_prob, float(attend.keep.asnumpy()), attend.has_dropout) == (0.75, 0.75, True)
-    assert attend.mask_form == "sequence"              # documents stand back to back only without dropout
+    assert attend.mask_form == "sequence"              # documents are back to back only without dropout
 
 
 def test_ring_attention_masks_by_itself():

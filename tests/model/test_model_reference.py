@@ -1,4 +1,4 @@
-"""The MindSpore model of every family against an independent NumPy forward pass. Needs nothing beside the checkout."""
+"""The MindSpore model of every family against an independent NumPy forward pass. Needs only the checkout."""
 import mindspore as ms
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Where 16 bits end: types of softmax, residual stream, norm, rotation and loss beside 16-bit matrix products."""
+"""Where 16 bits end: types of softmax, residual stream, norm, rotation and loss next to 16-bit matrix products."""
 import mindspore as ms
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_softmax_is_in_its_own_type():
 
 
 def test_residual_stream_is_in_its_own_type():
-    """Small summands survive beside large ones, which 16 bits would swallow; each sum adds what came before it."""
+    """Small summands survive next to large ones, which 16 bits would swallow; each sum adds what came before it."""
     settings = config()
     layer = TelechatDecodeLayer(settings, 0)
     layer.attention.construct = lambda x, *_: x * 0 + 0.25

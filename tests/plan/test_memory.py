@@ -163,9 +163,9 @@ def test_masks_by_hand():
     assert memory_of(plan_of(model={"use_attn_mask_compression": False}), 0).masks == 2 * square
     assert memory_of(plan_of(model=padded), 0).masks == square + 3 * 4 * square
     assert memory_of(plan_of(model={**keys, **padded}), 0).masks == square + 3 * 4 * square
-    assert memory_of(plan_of(model=keys), 0).masks == 2 * triangle       # documents stand back to back
+    assert memory_of(plan_of(model=keys), 0).masks == 2 * triangle       # documents are back to back
     assert memory_of(plan_of(cp=2, model=keys), 0).masks == square + 3 * 4 * square // 2
-    for model, masks in ((padded, square + 3 * 4 * square), (keys, 2 * triangle)):    # heads are cut, not queries
+    for model, masks in ((padded, square + 3 * 4 * square), (keys, 2 * triangle)):    # heads are sharded, not queries
         ulysses = plan_of(cp=2, model=model, parallel_config={"context_parallel_algo": "ulysses_cp"})
         assert memory_of(ulysses, 0).masks == masks
     assert memory_of(plan_of(cp=2, model={"use_ring_attention": True}), 0).masks == 0

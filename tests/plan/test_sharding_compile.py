@@ -50,7 +50,7 @@ class TestCompiled:
                 inner = made_by.get(outer.input[0], (None, None))[1] if program.operator(outer) == "Cast" else None
                 rounded += inner is not None and program.operator(inner) == "Cast" and inner.input[0] == node.input[0]
         assert rounded == graphs["step"]["memory"]["remainder"]["count"]
-        layouts = read_strategy(tmp_path / "output/strategy").layouts          # by which checkpoints are cut and merged
+        layouts = read_strategy(tmp_path / "output/strategy").layouts    # by which checkpoints are sharded and merged
         kept = [name for name in layouts if name.startswith("adam_r.")]
         assert len(kept) == rounded
         assert all(layouts[name] == layouts[name.replace("adam_r.", "adam_m.")] for name in kept)

@@ -242,7 +242,7 @@ def test_every_key_is_honoured_or_answered(loaded):
             assert len(answers) == 1, (row.key, answers, lines)
             assert "\n" not in answers[0]
         elif row.now == "":
-            assert name in ("multiple_of",)            # without effect beside a width, as before
+            assert name in ("multiple_of",)            # without effect if there is a width, as before
         if row.now == "":
             continue
         expected = row.value if row.as_value is None else row.as_value

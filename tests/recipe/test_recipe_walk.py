@@ -57,7 +57,7 @@ def shrunk(recipe):
     computed in chunks, stay as they are."""
     small, plan = copy.deepcopy(recipe), read_plan(recipe)
     kv_heads = max(2, plan.mp * plan.ulysses)
-    kv_heads *= 2 if plan.dp > 1 and plan.mp > 1 else 1     # slices large enough for the optimizer to cut them
+    kv_heads *= 2 if plan.dp > 1 and plan.mp > 1 else 1     # shards large enough for the optimizer to shard them
     heads = kv_heads * (plan.model.num_heads // plan.model.n_kv_heads)
     values = (fewest_layers(plan), 32 * heads, 96 * heads, heads, kv_heads,
               4096 + (plan.model.vocab_size % plan.mp > 0), 256 * plan.cp, 96 if in_chunks(plan) else None)

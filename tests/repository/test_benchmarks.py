@@ -114,7 +114,7 @@ def test_results_of_the_last_run_are_kept_or_their_loss_is_said(tmp_path, capsys
 
 
 def test_rows_of_each_benchmark():
-    """Lines made of the figures of a real run, cut to what is shown."""
+    """Lines made of the figures of a real run, reduced to what is shown."""
     assert benchmark_page.training_rows([
         {"framework": "mindspore", "seconds": 0.4, "peak_gflops": 160.4, "share_of_peak": 0.456},
         {"framework": "torch", "seconds": 0.2, "peak_gflops": 250, "share_of_peak": 0.6}]) == [

@@ -21,7 +21,7 @@ from research.telechat.recipe.read import read_recipe
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples/cluster"
 TRAIN = "examples/cluster/train.sh"
-# name: what it does beside writing its arguments down; resolves m0 as the headless service of a job would
+# name: what it does besides recording its arguments; resolves m0 as the headless service of a job would
 PROGRAMS = {"python": "", "bash": "", "srun": "", "scontrol": "echo m0; echo m1",
             "getent": 'case "$2" in m0) echo "10.0.0.9 STREAM m0" ;; lo) echo "127.0.1.1 STREAM lo" ;; esac',
             "sleep": ""}

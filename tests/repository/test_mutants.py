@@ -1,4 +1,4 @@
-"""The list of mutants is up to date: each text stands once in its file, each test exists. The mutants themselves are
+"""The list of mutants is up to date: each text occurs once in its file, each test exists. The mutants themselves are
 tried by scripts/mutants.py, which takes minutes."""
 import pytest
 
@@ -19,7 +19,7 @@ def test_list_is_up_to_date(listed):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"old": "no such text"}, "`old` stands 0 times in model/rows.py"), ({"old": "self"}, "expected once"),
+    ({"old": "no such text"}, "`old` occurs 0 times in model/rows.py"), ({"old": "self"}, "expected once"),
     ({"new": "(0, 2, 4, 1, 3, 5)"}, "something else"), ({"test": ""}, "expected a test or the reason"),
     ({"equivalent": "it is"}, "expected a test or the reason"),
     ({"test": "tests/model/test_rows.py::test_nothing"}, "there is no test"),

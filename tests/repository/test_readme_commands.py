@@ -66,7 +66,7 @@ class Run(NamedTuple):
 
     words: Sequence[str]                         # that the command has, and no other one
     check: Callable[["Place", str], None]        # of what it printed and wrote
-    change: Dict[str, str]                       # placeholders, and what stands for them
+    change: Dict[str, str]                       # placeholders, and their values
     more: Sequence[str]                          # options behind it
     needs: Sequence[str]                         # runs before it
     stdin: str

@@ -141,7 +141,7 @@ OWN_DEFAULT = {
     "calculate_per_token_loss": True,              # run/batches.py
 }
 
-# Defaults that stand in the code that reads them: MindFormers' context, trainer, and data sets.
+# Defaults that are set in the code that reads them: MindFormers' context, trainer, and data sets.
 READ_WITH_DEFAULT = {
     "use_skip_data_by_global_norm": False,
     **{f"{name}_dataset.{key}": value for name in ("train", "eval") for key, value in (

@@ -108,12 +108,12 @@ def test_torch_is_optional(checkout):
     assert result.returncode == 0 and "will skip" in result.stdout
 
 
-def test_venv_that_was_moved_is_made_anew(checkout):
+def test_venv_that_was_moved_is_created_again(checkout):
     run(checkout)
     moved = checkout.with_name("moved")
     checkout.rename(moved)
     result = run(moved)
-    assert result.returncode == 0 and "making it anew" in result.stdout
+    assert result.returncode == 0 and "creating it again" in result.stdout
     assert str(moved) in (moved / ".venv/bin/activate").read_text()
 
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
 OURS, _, OTHERS = TEXT.partition("\n## Errors of CANN")
-GAP = "\0"                                             # where a value stands in a message
+GAP = "\0"                                             # the place of a value in a message
 FEWEST = 8                                             # characters of a quoted message besides its gaps
 
 
@@ -131,7 +131,7 @@ def test_links_lead_to_files_that_exist():
 
 
 def test_options_that_are_advised_exist():
-    """Every `--option` of the page stands in the code as well."""
+    """Every `--option` of the page is in the code as well."""
     code = "\n".join(messages())
     unknown = set(re.findall(r"--[a-z_]+", OURS)) - set(re.findall(r"--[a-z_]+", code))
     assert not unknown

@@ -28,7 +28,7 @@ def build(kind, source, target):
 def wheel(tmp_path_factory):
     """The wheel, made as `python -m build` makes it: first the source distribution, and from that the wheel."""
     folder = tmp_path_factory.mktemp("build")
-    source = folder / "source"                           # setuptools leaves files beside what it builds
+    source = folder / "source"                           # setuptools leaves files next to what it builds
     source.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():

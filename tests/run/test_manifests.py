@@ -1,4 +1,4 @@
-"""A training beside its manifests: what it takes from that of its checkpoint, what it writes, what it refuses."""
+"""A training and its manifests: what it takes from that of its checkpoint, what it writes, what it refuses."""
 import json
 
 import numpy as np

@@ -12,7 +12,7 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {
 
 
 def cuts(text):
-    """All ways to cut a text in two, and the way to cut it into characters."""
+    """All ways to split a text in two, and the one to split it into characters."""
     yield from ([text[:at], text[at:]] for at in range(len(text) + 1))
     yield list(text)
 

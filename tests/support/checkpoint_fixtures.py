@@ -147,7 +147,7 @@ def _from_llama(variant: Variant, official: Tensors) -> Tensors:
 
 
 def write_safetensors(path: Path, tensors: Tensors, metadata: Optional[Dict[str, str]] = None) -> None:
-    """Write a file by the format's description: the library's own writer wants NumPy, which has no bfloat16."""
+    """Write a file by the format's description: the library's own writer needs NumPy, which has no bfloat16."""
     header, contents = {"__metadata__": metadata or {"format": "pt"}}, b""
     for name, raw in tensors.items():
         data = np.ascontiguousarray(raw.bits).tobytes()

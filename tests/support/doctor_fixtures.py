@@ -78,7 +78,7 @@ class NumpyDevice:
         return collective_checks.EXPECTED[name][0](self.rank, every)
 
     def train(self, recipe, batches, seed, broken=False):
-        """No training: weights that fall by a tenth, cut in halves of rows where there are two cards."""
+        """No training: weights that fall by a tenth, split into halves of rows if there are two cards."""
         assert seed == SEED
         cut = recipe.get("use_parallel") and self.ranks == 2
         whole = {name: (1 if broken else 0.9) * initial_value(name, shape, seed)

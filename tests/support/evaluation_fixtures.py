@@ -36,7 +36,7 @@ PUBLISHED = ["ceval-valid_computer_network", "cmmlu_agronomy", "mmlu_anatomy", "
 
 
 def write_published(folder, solved=2):
-    """Made-up questions for PUBLISHED, in files as these data sets are published; so many `solved` ones for each."""
+    """Made-up questions for PUBLISHED, in files as these data sets are published; `solved` ones for each."""
     lines = ["0,你是谁,人,狗,猫,鸟,A\n", "1,今天天气,好,坏,冷,热,B\n"]
     rows, examples = "".join(lines), "".join((lines * solved)[:solved])
     choices = [{"question": "Which?", "subject": "anatomy", "choices": ["fox", "dog", "sea", "end"], "answer": 2}] * 2

@@ -1,4 +1,4 @@
-"""Where the golden vectors of the official code lie. They are a development set beside the checkout, not part of it."""
+"""Location of the golden vectors of the official code: a development set next to the checkout, not part of it."""
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "golden").is_dir(),
-                                  reason="needs the development set `shared/` beside the checkout (not distributed)")
+                                  reason="needs the development set `shared/` next to the checkout (not distributed)")
 
 
 def golden_json(name: str) -> Any:

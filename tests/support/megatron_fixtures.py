@@ -1,4 +1,4 @@
-"""Megatron's data sets, written as its documentation describes them, and the same tokens as text would be cut."""
+"""Megatron's data sets, written as its documentation describes them, and the same tokens as text would be split."""
 import struct
 from pathlib import Path
 

@@ -19,7 +19,7 @@ def commands_of(name: str) -> List[str]:
     the sentences."""
     found = []
     for language, block in BLOCK.findall(text_of(name)):
-        assert language == "bash", f"{name}: a block is marked {language!r}, and only commands stand in blocks"
+        assert language == "bash", f"{name}: a block is marked {language!r}, and blocks hold commands only"
         block = "\n".join(line for line in block.splitlines() if not line.startswith("#"))
         found += [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     found += INLINE.findall(BLOCK.sub("", text_of(name)))

@@ -226,7 +226,7 @@ class Answer(SimpleNamespace):
 async def exchange(app, method, path, body=None, headers=None, leave_after=None, client="127.0.0.1", chunks=None):
     """One request by ASGI.
 
-    body: JSON, or bytes; chunks: bytes of the body in pieces instead; leave_after: the client goes after so many
+    body: JSON, or bytes; chunks: bytes of the body in pieces instead; leave_after: the client leaves after this many
     pieces of the answer (0: at once), or None.
     """
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()

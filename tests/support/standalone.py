@@ -1,4 +1,4 @@
-"""The plugin outside its repository: what a user has at hand (a vocabulary, conversations, official weights), and the
+"""The plugin outside its repository: what a user has (a vocabulary, conversations, official weights), and the
 commands run on it in a process of their own, where nothing of this repository is on the path."""
 import json
 import os

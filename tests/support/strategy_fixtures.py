@@ -1,4 +1,4 @@
-"""Layouts of cut parameters, and the strategy files that hold them."""
+"""Layouts of sharded parameters, and the strategy files that hold them."""
 from research.telechat.checkpoint.strategy import Layout, write_strategy
 
 

@@ -23,7 +23,7 @@ def conversations(draw, last="bot", max_turns=4):
 
 
 def count_marker(renderer, ids, word):
-    """How often a marker stands in ids, be it a token or words at the beginning of a text or within one."""
+    """How often a marker occurs in ids, be it a token or words at the beginning of a text or within one."""
     if not renderer.as_text:
         return ids.count(getattr(renderer, f"{word}_id"))
     marker = getattr(renderer.template, word)

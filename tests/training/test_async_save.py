@@ -1,4 +1,4 @@
-"""Checkpoints that a thread writes beside the training (async_save): whole, in order, awaited, never silently lost."""
+"""Checkpoints that a thread writes in the background (async_save): complete, in order, awaited, never silently lost."""
 import json
 import os
 import subprocess
@@ -346,7 +346,7 @@ thread.sync_behind("folder/t.ckpt")
 
 @pytest.mark.parametrize("then", ["raise RuntimeError('another')", "raise KeyboardInterrupt", "pass"])
 @pytest.mark.parametrize("write", [True, False])
-def test_failed_write_is_told_where_the_training_dies_of_something_else(write, then):
+def test_failed_write_is_reported_if_the_training_fails_otherwise(write, then):
     done = subprocess.run([sys.executable, "-c", DYING.format(write=write, then=then)], cwd=ROOT, text=True,
                           capture_output=True, check=False)
     line, = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -107,7 +107,7 @@ def test_killed_while_writing_resumes_from_the_complete_one(data, unbroken, grap
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["stop", "continue"])
-def test_full_disk_beside_the_training(setting, data, unbroken, tmp_path):
+def test_full_disk_while_training_continues(setting, data, unbroken, tmp_path):
     folder = tmp_path / "out"
     subprocess.run(["cp", "-r", str(unbroken), str(folder)], check=True)
     before = sorted(path.name for path in (folder / "checkpoint/rank_0").iterdir())

@@ -28,7 +28,7 @@ def test_plain_bfloat16_does_not(figures):
 
 
 def test_exact_reference_against_a_second_one():
-    """The benchmark's float64 steps beside the float32 optimizer of the recipes, on gradients of very unequal size."""
+    """The benchmark's float64 steps against the float32 optimizer of the recipes, on gradients of very unequal size."""
     rng = np.random.default_rng(3)
     start = benchmark.bfloat16(rng.normal(0, 0.02, 40))
     gradients = benchmark.bfloat16(rng.normal(0, 1, (6, 40)) * 10.0 ** rng.integers(-4, 3, (6, 1)))

@@ -39,7 +39,7 @@ def test_loss_falls_and_everything_lies_in_the_output_folder(trained):
     assert log[-1]["loss"] < log[0]["loss"] - 0.2
     assert all(np.isfinite(row["loss"]) and row["global_norm"] > 0 for row in log)
     assert (folder / "out" / "training_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert list((folder / "cwd").iterdir()) == []          # nothing is written where the user stands
+    assert list((folder / "cwd").iterdir()) == []          # nothing is written to the working directory
 
 
 @pytest.mark.slow
