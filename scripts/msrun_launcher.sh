@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Starts a command as one process per card under msrun, on one machine or on several. It does not choose the parallel
-# plan: that is the recipe's matter.
+# Starts a command as one process per card under msrun, on one machine or on several. The recipe sets the parallel plan.
 #
 #   bash scripts/msrun_launcher.sh "COMMAND"                              8 workers on this machine
 #   bash scripts/msrun_launcher.sh "COMMAND" WORKER_NUM
@@ -12,11 +11,11 @@
 # It may begin with `VAR=value`, and with the path of an interpreter; without a program, `python` is put before it.
 # JOIN True waits, shows the output, and names the first error of the first failing rank; JOIN False (the default)
 # returns at once and leaves the workers running. With JOIN True, SIGTERM ends the workers; those of a server finish their
-# answers first, unless a second one comes. CLUSTER_TIME_OUT: seconds to wait for all workers to turn up.
+# answers first, unless a second one comes. CLUSTER_TIME_OUT: seconds to wait for all workers to join.
 #
 # Environment: MF_LOG_SUFFIX=x appends _x to the names of the log folders. LOG_MF_PATH is where MindFormers logs
 # (default: output/log). PLOG_REDIRECT_TO_OUTPUT=True (or PLOG_REDICT_TO_OUTPUT, an earlier spelling) puts Ascend's own
-# logs under output/plog. TELECHAT_BIND_CORE=False leaves the workers free to run on any core; they are bound otherwise.
+# logs under output/plog. TELECHAT_BIND_CORE=False disables the binding of workers to cores.
 # HCCL_CONNECT_TIMEOUT (default here: 1800, at most 7200; HCCL's own: 120): seconds that a rank waits for the others
 # before the first transfer. Ranks need different times to load their shards and compile: docs/parallel.md.
 set -u

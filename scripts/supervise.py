@@ -1,4 +1,4 @@
-"""Watches a job of several workers, names the rank that died or hangs, ends the job, and starts it again if asked to.
+"""Watches a job of several workers, names the rank that died or hangs, ends the job, and restarts it if asked to.
 
     python scripts/supervise.py --max_restarts 3 --hang_timeout 1800 --log_dir output/msrun_log -- \
         bash scripts/msrun_launcher.sh "python run_mindformer.py ... --use_parallel True --resume_training True" \
@@ -177,7 +177,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--max_restarts", type=int, default=0, help="number of restarts (default: 0)")
     parser.add_argument("--hang_timeout", type=float, default=1800, help="seconds without output of any worker")
     parser.add_argument("--log_dir", type=Path, default=Path("output/msrun_log"), help="where worker_N.log are")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the command to run, after --")
     args = parser.parse_args(argv)
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:

@@ -55,14 +55,14 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, when: str = "") -> None:
-    """How answers are chosen. when: what the help of each option says behind its meaning."""
+    """Sampling settings. when: appended to the help of each option."""
     add = parser.add_argument
     add("--max_new_tokens", type=int, help=f"tokens of an answer{when}")
-    add("--do_sample", type=str2bool, help=f"sample; else the likeliest token{when}")
-    add("--temperature", type=float, help=f"of sampling{when}")
-    add("--top_k", type=int, help=f"of sampling; 0: all tokens{when}")
-    add("--top_p", type=float, help=f"of sampling{when}")
-    add("--repetition_penalty", type=float, help=f"over 1: tokens seen before become less likely{when}")
+    add("--do_sample", type=str2bool, help=f"sample; False: take the likeliest token{when}")
+    add("--temperature", type=float, help=f"sampling temperature{when}")
+    add("--top_k", type=int, help=f"sample among the k likeliest tokens; 0: all{when}")
+    add("--top_p", type=float, help=f"sample among the likeliest tokens with this total probability{when}")
+    add("--repetition_penalty", type=float, help=f"above 1: tokens seen before become less likely{when}")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
