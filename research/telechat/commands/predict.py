@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bot_token", help="marker before an answer; default: that of the model's family")
     add("--end_token", help="marker that ends an answer; default: that of the model's family")
     add("--interactive", type=str2bool, nargs="?", const=True, default=False, help="chat in the terminal")
-    add("--multi_turn", type=str2bool, default=True, help="lines of the file are turns of one conversation; default: True")
+    add("--multi_turn", type=str2bool, default=True, help="the lines are turns of one conversation; default: True")
     add("--system", help="system prompt")
     add("--tools_file", help="JSON list of tools that the model may call (TeleChat2)")
     add("--generation_config", default="", help="generation_config.json, or the folder that holds it")
