@@ -2,18 +2,12 @@
 
 They are checked as the README's are by test_readme.py, but not run: what they do is tested where it is implemented.
 """
-import contextlib
-import functools
-import io
 import re
-import runpy
 import shlex
-import sys
 from importlib import import_module
-from unittest import mock
 
 import pytest
-from readme_fixtures import BLOCK, ROOT, launched, watched
+from readme_fixtures import BLOCK, ROOT, help_of, launched, watched
 
 from research.telechat.commands import plan as plan_command
 from research.telechat.recipe.read import read_recipe, resolve_config
@@ -40,20 +34,12 @@ def commands_of(page):
 ALL = {page: commands_of(page) for page in PAGES}
 
 
-@functools.cache
 def options_of(*words):
     """Options of a program of this repository, from its --help. Shell scripts, and benchmarks, which import MindSpore,
     are not started: any word of their text may be an option."""
     if words[0].startswith("benchmarks/") or words[0].endswith(".sh"):
         return frozenset(f"--{word}" for word in re.findall(r"\w+", (ROOT / words[0]).read_text(encoding="utf-8")))
-    said = io.StringIO()
-    with (mock.patch.object(sys, "argv", [words[0], *words[1:], "--help"]), mock.patch.object(sys, "path", [*sys.path]),
-          contextlib.redirect_stdout(said), contextlib.suppress(SystemExit)):
-        if words[0] == "telechat":
-            ENTRY.main([*words[1:], "--help"])
-        else:
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-    return frozenset(re.findall(r"--\w+", said.getvalue()))
+    return frozenset(re.findall(r"--\w+", help_of(*words)))
 
 
 def program_of(words):

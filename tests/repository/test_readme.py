@@ -3,26 +3,16 @@
 Nothing is started here but --help and the planner; test_readme_commands.py runs the commands.
 """
 import configparser
-import functools
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
-from readme_fixtures import ALL, READMES, ROOT, commands_of, launched, text_of, watched
+from readme_fixtures import ALL, READMES, ROOT, commands_of, help_of, launched, text_of, watched
 
 from research.telechat.commands import plan as plan_command
 from research.telechat.recipe.read import read_recipe
 from research.telechat.spec.variants import VARIANTS, get_variant
 from research.telechat.text.templates import get_template
-
-
-@functools.cache
-def help_of(script):
-    result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, text=True, capture_output=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def check_options(words, dotted):

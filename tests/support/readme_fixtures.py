@@ -1,8 +1,15 @@
 """The commands of README.md, read from it and taken apart. What runs them is test_readme_commands.py."""
+import contextlib
+import functools
+import io
 import re
+import runpy
 import shlex
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import List, Optional, Tuple
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ["README.md", "README_CN.md"]
@@ -41,6 +48,19 @@ def launched(command: str) -> Tuple[List[str], Optional[List[str]]]:
     if words[:2] == ["bash", "scripts/msrun_launcher.sh"]:
         return shlex.split(words[2]), words[3:]
     return words, None
+
+
+@functools.cache
+def help_of(program: str, *words: str) -> str:
+    """What --help prints, in this process: of a script of the repository, or of `telechat` with a subcommand."""
+    said = io.StringIO()
+    with (mock.patch.object(sys, "argv", [program, *words, "--help"]), mock.patch.object(sys, "path", [*sys.path]),
+          contextlib.redirect_stdout(said), contextlib.suppress(SystemExit)):
+        if program == "telechat":
+            import_module(".__main__", "research.telechat").main([*words, "--help"])
+        else:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+    return said.getvalue()
 
 
 ALL = commands_of("README.md")
