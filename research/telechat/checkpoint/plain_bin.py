@@ -2,8 +2,8 @@
 
 torch.save writes a zip archive without compression: a pickle that names each tensor's storage, and the storages.
 Nothing is unpickled: the standard library's disassembler lists the pickle's instructions, and the few that a state_dict
-consists of are followed here. They can name three constructors and the storages' types, and call nothing else. Any other
-instruction or name, views, the formats before 1.6, and damaged files are left to torch (checkpoint/torch_bin.py).
+consists of are followed here. They can name three constructors and the storages' types, and call nothing else. Any
+other instruction or name, views, the formats before 1.6, and damaged files are left to torch (checkpoint/torch_bin.py).
 
 Source: torch.serialization and torch._utils of PyTorch; the instructions of pickle: pickletools.
 """
@@ -51,7 +51,8 @@ _MARK = _Global("mark")
 
 
 def _tensor_of(storage: object, start: object, shape: object, strides: object, *_: object) -> _Tensor:
-    if not (isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
+    if not (isinstance(storage, _Storage) and isinstance(start, int) and isinstance(shape, tuple)
+            and isinstance(strides, tuple)
             and all(isinstance(number, int) and number >= 0 for number in (start, *shape, *strides))):
         raise _OtherContentError("an unknown tensor")
     contiguous, count = [], 1
