@@ -252,11 +252,15 @@ def test_progress_follows_the_log(tmp_path, capsys):
 @pytest.mark.long
 @pytest.mark.timeout(1800)      # a minute or two of work, but on a busy machine...
 def test_whole_quickstart(tmp_path):
-    """Its commands are forked from a process that has MindSpore imported; that they start Python as users do, too, is
-    in test_readme_commands.py."""
-    output, python = tmp_path / "out", tmp_path / "python"
+    """On half of the conversations, so in half of the steps. Its commands are forked from a process that has MindSpore
+    imported; that they start Python as users do, too, is in test_readme_commands.py."""
+    output, python, half = tmp_path / "out", tmp_path / "python", tmp_path / "half.jsonl"
     prepared.put_python(python)
-    command = [str(python), "scripts/quickstart.py", "--output", str(output)]
+    lines = quickstart.EXAMPLES.read_text(encoding="utf-8").splitlines(keepends=True)
+    asked = [line for line in lines if any(question in line for question in quickstart.QUESTIONS)]
+    others = [line for line in lines if line not in asked]
+    half.write_text("".join([*asked, *others][:len(lines) // 2]), encoding="utf-8")
+    command = [str(python), "tests/support/quickstart_driver.py", str(half), "--output", str(output)]
     before = set(ROOT.iterdir())
     first = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=1500)
     assert first.returncode == 0, first.stdout + first.stderr
