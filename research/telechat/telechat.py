@@ -83,13 +83,13 @@ class TelechatModel(TelechatPreTrainedModel):
     def prepare(self, tokens: Tensor, attention_mask: Optional[Tensor], actual_seq_len: Optional[Tensor]
                 ) -> Tuple[Tensor, Tuple[Tensor, Tensor], kernels.Mask]:
         """Embeddings, rows [B S, H]; rotary tables and the mask of all layers."""
-        seq = tokens.shape[1]
+        batch, seq = tokens.shape
         if self.document_boundaries and actual_seq_len is not None:
             documents, positions = self.documents(seq, actual_seq_len)             # [B, S] each
             rope = self.rotary.at(positions, seq)
             mask = self.mask(tokens, attention_mask, documents, actual_seq_len)
         else:
-            rope = self.rotary.all_positions(seq)
+            rope = self.rotary.all_positions(batch, seq)
             mask = self.mask(tokens, attention_mask, None)
         return self.tok_embeddings(self.to_rows(tokens)), rope, mask
 

@@ -19,6 +19,8 @@ class TelechatLinear(Linear):
         super().__init__(in_channels, out_channels, has_bias=has_bias, weight_init=Normal(config.initializer_range),
                          param_init_type=config.param_init_type,
                          compute_dtype=kernels.matmul_dtype(config.compute_dtype))
+        if has_bias:
+            self.bias_add = kernels.bias_add()
         if has_bias and config.norm_init_type != config.param_init_type:
             self.bias = Parameter(initializer("zeros", (out_channels,), config.norm_init_type), name="bias")
 

@@ -46,8 +46,10 @@ class RotaryEmbedding(nn.Cell):
         sharding.rotary(self, sharding.Mesh(config))
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: [B, N, S, D]; cos, sin: [1 or B, 1, S, D] -> as x."""
-        dtype = x.dtype
+        """x: [B, N, S, D]; cos, sin: [1 or B, 1 or N and more, S, D] -> as x."""
+        dtype, heads = x.dtype, x.shape[1]
+        if cos.shape[1] > heads:                                                   # repeated for more heads
+            cos, sin = cos[:, :heads], sin[:, :heads]
         x = self.cast(x, self.dtype)
         first, second = self.halves(x)                                             # [B, N, S, D / 2] each
         rotated = self.concat((self.neg(second), first))
@@ -63,20 +65,22 @@ class RotaryTables(nn.Cell):
         self.rule = tuple(vars(config.rope_rule).values())
         self.gather = P.Gather()
         self.reshape = P.Reshape()
+        self.per_head = kernels.PerHead(config.num_heads)
         sharding.rotary_tables(self, sharding.Mesh(config))
 
-    def all_positions(self, seq_length: int) -> Tuple[Tensor, Tensor]:
-        """cos and sin for positions 0 .. seq_length - 1, [1, 1, S, D]."""
+    def all_positions(self, batch: int, seq_length: int) -> Tuple[Tensor, Tensor]:
+        """cos and sin for positions 0 .. seq_length - 1 of `batch` sequences, [1 or B, 1 or N, S, D]."""
         cos, sin = _rope_constants(self.rule, seq_length, self.dtype)
         shape = (1, 1, seq_length, cos.shape[-1])
-        return self.reshape(cos, shape), self.reshape(sin, shape)
+        return self.per_head(self.reshape(cos, shape), batch), self.per_head(self.reshape(sin, shape), batch)
 
     def at(self, positions: Tensor, seq_length: int) -> Tuple[Tensor, Tensor]:
-        """cos and sin at `positions` [B, S], scaled as for `seq_length` tokens: [B, 1, S, D]."""
+        """cos and sin at `positions` [B, S], scaled as for `seq_length` tokens: [B, 1 or N, S, D]."""
         cos, sin = _rope_constants(self.rule, seq_length, self.dtype)
         batch, length = positions.shape
         shape = (batch, 1, length, cos.shape[-1])
-        return self.reshape(self.gather(cos, positions, 0), shape), self.reshape(self.gather(sin, positions, 0), shape)
+        cos, sin = self.gather(cos, positions, 0), self.gather(sin, positions, 0)
+        return self.per_head(self.reshape(cos, shape), 1), self.per_head(self.reshape(sin, shape), 1)
 
 
 class RotaryTablesByLength(nn.Cell):
@@ -104,9 +108,10 @@ class RotaryTablesByLength(nn.Cell):
         self.minimum = P.Minimum()
         self.cumsum = P.CumSum()
         self.ones_like = P.OnesLike()
+        self.per_head = kernels.PerHead(config.num_heads)
 
     def construct(self, positions: Tensor, totals: Tensor) -> Tuple[Tensor, Tensor]:
-        """positions: [B, S]; totals: [B, S] or [B, 1], tokens in the sequence -> cos and sin, [B, 1, S, D]."""
+        """positions: [B, S]; totals: [B, S] or [B, 1], tokens in the sequence -> cos and sin, [B, 1 or N, S, D]."""
         rows = self.minimum(positions, self.limit - 1)                             # padding may reach further
         if not self.constant:
             totals = self.minimum(totals, self.limit)
@@ -118,7 +123,7 @@ class RotaryTablesByLength(nn.Cell):
             mscale = self.expand(self.expand(mscale, 1), -1)
             cos = self.cast(self.mul(cos, mscale), self.rounding)
             sin = self.cast(self.mul(sin, mscale), self.rounding)
-        return self.cast(cos, self.dtype), self.cast(sin, self.dtype)
+        return self.per_head(self.cast(cos, self.dtype), 1), self.per_head(self.cast(sin, self.dtype), 1)
 
     def all_positions(self, tokens: Tensor, lengths: Tensor) -> Tuple[Tensor, Tensor]:
         """cos and sin of every position of tokens [B, S], in sequences of `lengths` [B] tokens."""
