@@ -11,6 +11,7 @@ from mindformers.modules.flash_attention import FlashAttention
 from mindformers.tools.logger import logger
 from mindspore import Tensor, nn
 from mindspore.ops import Primitive, auto_generate
+from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
@@ -20,6 +21,7 @@ from research.telechat.spec.attention_form import documents_back_to_back
 from research.telechat.telechat_config import TelechatConfig
 
 NO_LIMIT = 2**31 - 1                     # of the attention kernel's window
+_FEW = 32                                # rows
 NOTHING = -1e4                           # below it, the largest score of a query that sees no key
 # What the attention of all layers is given (model/mask.py): nothing, a mask, or the triangle and the ends of documents.
 Mask = Union[None, Tensor, Tuple[Tensor, Tensor]]
@@ -149,9 +151,22 @@ class PerHead(nn.Cell):
         return self.tile(table, (batch, self.heads, 1, 1)) if self.repeat else table
 
 
+def reshape_one_token() -> bool:
+    """Whether heads of one token are made by a reshape: no compiler removes such a transposition on the CPU."""
+    return on_cpu()
+
+
 def bias_add() -> Primitive:
     """The operator that adds a bias [H] to rows [T, H]."""
     return P.BiasAdd() if on_cpu() else P.Add()              # for the CPU see Spread
+
+
+def _are_few(rows: int) -> bool:
+    """Whether rows, as of the newest tokens of some answers, are so few that repeating for them costs more than it
+    saves. Known when a graph is compiled; a number of any size is not few."""
+    if F.isconstant(rows):
+        return rows <= _FEW
+    return False
 
 
 class RMSNormKernel(nn.Cell):
@@ -178,6 +193,8 @@ class RMSNormKernel(nn.Cell):
         if self.fused:
             return self.norm(x, weight)[0]
         inverse = self.rsqrt(self.add(self.mean(self.square(x), -1), self.eps))  # [..., 1]
+        if _are_few(x.shape[0]):
+            return self.mul(self.scale(x, inverse), weight)
         ones = (1,) * (x.ndim - 1)
         weight = self.tile(self.reshape(weight, (*ones, -1)), (*x.shape[:-1], 1))
         return self.mul(self.scale(x, self.tile(inverse, (*ones, x.shape[-1]))), weight)

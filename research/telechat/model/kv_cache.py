@@ -118,12 +118,12 @@ class GenerationStep(nn.Cell):
         return rope, mask, (write, rows)
 
     def read(self, totals: Tensor, block_tables: Tensor, write: Tensor) -> Tuple[Tensor, Tuple]:
-        """The mask [B, 1, 1, L] and the rows of the cache that hold the last L = K * block_size slots, [B, N_kv, L]."""
+        """The mask [B, N, 1, L] and the rows of the cache that hold the last L = K * block_size slots, [B, N_kv, L]."""
         batch = block_tables.shape[0]
         rows, positions = self.cached_rows(block_tables)
         unread = self.less(self.sub(self.reshape(totals, (batch, 1, 1)), 1), positions)
         mask = self.where(self.reshape(unread, (batch, 1, 1, -1)))
-        return mask, (write, rows)
+        return self.tile(mask, (1, self.query_heads, 1, 1)), (write, rows)
 
     def cached_rows(self, block_tables: Tensor) -> Tuple[Tensor, Tensor]:
         """Rows of the cache that hold the slots of `block_tables` [B, K], [B, N_kv, L], and their positions in the

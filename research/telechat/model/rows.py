@@ -5,9 +5,10 @@ stand device by device, on each its sequences, of each its part of the tokens. T
 side, and no tensor moves between devices on the way from one form to another.
 """
 from mindspore import Tensor, nn
+from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
-from research.telechat.model import sharding
+from research.telechat.model import kernels, sharding
 from research.telechat.telechat_config import TelechatConfig
 
 
@@ -20,6 +21,13 @@ class _Rows(nn.Cell):
         self.transpose = P.Transpose()
         self.by_device = P.Transpose()
         self.reshape = P.Reshape()
+        self.reshape_one_token = kernels.reshape_one_token()
+
+    def is_one_token(self, seq: int) -> bool:
+        """Whether a reshape suffices, known when the graph is compiled. A length of any size is no constant."""
+        if self.reshape_one_token and F.isconstant(seq):
+            return seq == 1
+        return False
 
 
 class TokensToRows(_Rows):
@@ -63,6 +71,8 @@ class RowsToHeads(_Rows):
     def construct(self, x: Tensor, batch: int, seq: int, heads: int) -> Tensor:
         """x: [B S, N D] -> [B, N, S, D]."""
         dim = x.shape[-1] // heads
+        if self.is_one_token(seq):
+            return self.reshape(x, (batch, heads, 1, dim))
         if self.cp > 1 and batch > self.dp:
             x = self.reshape(x, (self.dp, self.cp, batch // self.dp, seq // self.cp, heads, dim))
             x = self.by_device(x, (0, 2, 4, 1, 3, 5))                              # [dp, B / dp, N, cp, S / cp, D]
@@ -80,6 +90,8 @@ class HeadsToRows(_Rows):
     def construct(self, x: Tensor) -> Tensor:
         """x: [B, N, S, D] -> [B S, N D]."""
         batch, heads, seq, dim = x.shape
+        if self.is_one_token(seq):
+            return self.reshape(x, (batch, heads * dim))
         if self.cp > 1 and batch > self.dp:
             x = self.reshape(x, (self.dp, batch // self.dp, heads, self.cp, seq // self.cp, dim))
             x = self.by_device(x, (0, 3, 1, 4, 2, 5))                              # [dp, cp, B / dp, S / cp, N, D]
