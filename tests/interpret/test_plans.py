@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import prepared
 import pytest
-from compile_fixtures import start
 
 from research.telechat.commands import plan as plan_command
 from research.telechat.common.errors import ConfigError, ExecutionError
@@ -59,6 +58,11 @@ def small(kind):
     name, ranks, keys = KINDS[kind]
     layers = 4 if kind == "virtual stages" else 2 if "pipeline" in kind else 1
     return shrink(full(name, keys), ranks, {"num_layers": layers})
+
+
+def start(words, folder, env, log):
+    log.write_bytes(b"")
+    return prepared.start(words, folder, env, str(log), ascend=True)
 
 
 @pytest.fixture(scope="module")

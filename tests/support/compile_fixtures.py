@@ -1,57 +1,31 @@
 """Compilation of plans for Ascend with the simulated runtime, and of recipes on the CPU."""
-import hashlib
 import json
-import pickle
-from importlib import metadata
 from pathlib import Path
 
 import prepared
 import pytest
 
 from research.telechat.ascend_sim import compile as ascend_compile
-from research.telechat.ascend_sim import runtime
 from research.telechat.ascend_sim.account import Mesh
+from research.telechat.ascend_sim.runtime import mindspore_folder
 from research.telechat.common.errors import SimulationError
-from research.telechat.common.files import whole
-from research.telechat.interpret import graphs
 from research.telechat.plan.cost import cost_of
 from research.telechat.plan.plan import find_faults, read_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 try:
-    runtime.mindspore_folder()
+    mindspore_folder()
     NO_PLUGIN = ""
 except SimulationError as error:
     NO_PLUGIN = str(error)
 
 
-def start(words, folder, env, log):
-    """ascend_sim.compile's `start`: by a process that has MindSpore and MindFormers imported already."""
-    log.write_bytes(b"")
-    return prepared.start(words, folder, env, str(log), ascend=True)
-
-
-def kept_report(recipe, mesh, rank, length):
-    """Where the report of a compilation is kept: as the graphs of interpret/graphs.py, by everything that it depends
-    on, the sources among it, next to the stubs of the simulated runtime (TELECHAT_SIM_CACHE)."""
-    depends = [recipe, mesh, rank, length, runtime.mindspore_version(), metadata.version("mindformers"),
-               graphs._sources()]
-    key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return runtime.cache_folder() / "reports" / f"{key}.pickle"
-
-
-def compile_plan(recipe, mesh, rank, length, keep=None, **options):
-    """ascend_sim.compile.compile_plan, in a process that has its packages already; once after a change of model,
-    recipe or training step, where the plan compiles and `keep` is no folder that wants its files."""
-    path = kept_report(recipe, mesh, rank, length)
-    if keep is None and path.is_file():
-        return pickle.loads(path.read_bytes())
-    report = ascend_compile.compile_plan(recipe, mesh, rank, length, keep, start=start, **options)
-    if report["ok"]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as beside:
-            Path(beside).write_bytes(pickle.dumps(report))
-    return report
+def compile_plan(*args, **options):
+    """ascend_sim.compile.compile_plan by a process that has MindSpore and MindFormers imported already."""
+    def start(words, folder, env, log):
+        log.write_bytes(b"")
+        return prepared.start(words, folder, env, str(log), ascend=True)
+    return ascend_compile.compile_plan(*args, **options, start=start)
 
 
 def compiled(recipe, rank=0, keep=None):
