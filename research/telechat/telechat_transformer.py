@@ -31,10 +31,27 @@ class DotProductAttention(nn.Cell):
         self.context = P.BatchMatMul()
         self.cast = P.Cast()
         self.reshape = P.Reshape()
+        self.in_blocks = P.Split(2, kernels.QUERY_BLOCKS)
+        self.joined = P.Concat(2)
         sharding.dot_product_attention(self, sharding.Mesh(config))
 
-    def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """query: [B, N, S, D]; key, value: [B, N_kv, T, D]; mask: additive, broadcast to [B, N, S, T] -> as query."""
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: kernels.Mask) -> Tensor:
+        """query: [B, N, S, D]; key, value: [B, N_kv, T, D]; mask: additive, broadcast to [B, N, S, T], or those of
+        equal blocks of queries, each with the keys up to its last query -> as query."""
+        if not isinstance(mask, tuple):
+            return self.attend(query, key, value, mask)
+        keys, values = self.in_blocks(key), self.in_blocks(value)
+        contexts: Tuple[Tensor, ...] = ()
+        for number, part in enumerate(self.in_blocks(query)):
+            if number == len(mask) - 1:
+                contexts += (self.attend(part, key, value, mask[number]),)
+            else:
+                contexts += (self.attend(part, self.joined(keys[:number + 1]), self.joined(values[:number + 1]),
+                                         mask[number]),)
+        return self.joined(contexts)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """As `construct`, of all queries at once."""
         batch, heads, seq, dim = query.shape
         keys = key.shape[2]
         query = self.scale_query(query, self.cast(self.scale, query.dtype))

@@ -83,9 +83,18 @@ def test_two_graphs_serve_all_lengths(models):
     for length in (1, 2, 15, 16, 17, 33, 50):
         answers(model, rng.randint(4, 97, (3, length)).tolist(), max_new_tokens=5)
     engine = model._step_engine
-    graphs = [engine._prompts, *engine._tokens.values()]
+    graphs = [*engine._prompts.values(), *engine._tokens.values()]
     assert list(engine._tokens) == [3]
     assert [len(graph.compile_cache) for graph in graphs] == [1, 1]
+
+
+def test_long_prompts_are_read_in_blocks(models):
+    """Prompts of more tokens than are read together, padded to a multiple of the blocks or not."""
+    model, weights = models("12b", use_past=True, seq_length=320, num_blocks=20)
+    for length in (301, 304):
+        prompt = np.random.RandomState(length).randint(4, 97, length).tolist()
+        assert answers(model, [prompt], max_new_tokens=3) == [reference_answer(HF_CONFIGS["12b"], weights, prompt, 3)]
+    assert [len(graph.compile_cache) for graph in model._step_engine._prompts.values()] == [1]
 
 
 def test_plain_call_needs_no_cache(models):

@@ -135,8 +135,8 @@ class _Engine:
 
 
 class DirectEngine(_Engine):
-    """Graphs of a model with the composed cache, compiled once: one for prompts, one for pieces of prompts, one per
-    batch size.
+    """Graphs of a model with the composed cache, compiled once: one for short prompts, one for long ones, one for
+    pieces of prompts, one per batch size.
 
     Raises TypeError for a model with the fused cache kernels: these read the lengths of the sequences on the host from
     the graph input named `batch_valid_length`. The graphs here call it `lengths`, so the kernels would not find it.
@@ -151,28 +151,34 @@ class DirectEngine(_Engine):
             raise TypeError(f"the direct engine's graphs have no input `batch_valid_length`, which the fused attention "
                             f"kernels in {paged[0]} (one of {len(paged)}) read; FrameworkEngine serves them")
         super().__init__(model)
-        self._prompts: Optional[_PromptGraph] = None
+        self._prompts: Dict[bool, _PromptGraph] = {}
         self._piece: Optional[_PieceGraph] = None
         self._tokens: Dict[int, _TokenGraph] = {}
 
     def read(self, rows: Sequence[Row]) -> List[Reading]:
         """Prefill sequences from the beginning, several at once."""
-        flagged = self._prompts is None or _without_graphs()
+        return [Reading(group, self._read_group(group)) for group in _groups(rows)]
+
+    def _read_group(self, rows: List[Row]) -> Step:
+        """Prefill sequences at once. A long one is padded, so that its queries can be computed in blocks."""
+        ids = np.concatenate([row.sequence for row in rows])[None]
+        slots = np.concatenate([row.slots(0, row.length, self.config.block_size) for row in rows])
+        lengths = np.array([row.length for row in rows], np.int32)
+        long, step = ids.shape[1] > PREFILL_TOKENS, self.model.model.step
+        if long:
+            padding = -ids.shape[1] % step.query_blocks
+            ids, slots = np.pad(ids, ((0, 0), (0, padding))), np.pad(slots, (0, padding), constant_values=-1)
+        graph = self._prompts.get(long)
+        flagged = graph is None or _without_graphs()
         if flagged:
             self.model.add_flags_custom(is_first_iteration=True)
-            self.model.model.step.add_flags(flat_prefill=True)
-        if self._prompts is None:
-            self._prompts = _PromptGraph(self.model)
-        size = self.config.block_size
-        readings = []
-        for group in _groups(rows):
-            ids = np.concatenate([row.sequence for row in group])[None]
-            slots = np.concatenate([row.slots(0, row.length, size) for row in group])
-            lengths = np.array([row.length for row in group], np.int32)
-            readings.append(Reading(group, Step(*self._prompts(_tensor(ids), _tensor(lengths), _tensor(slots)))))
+            step.add_flags(flat_prefill=True, in_blocks=long)
+        if graph is None:
+            graph = self._prompts[long] = _PromptGraph(self.model)
+        result = Step(*graph(_tensor(ids), _tensor(lengths), _tensor(slots)))
         if flagged:
-            self.model.model.step.add_flags(flat_prefill=self.config.is_dynamic)
-        return readings
+            step.add_flags(flat_prefill=self.config.is_dynamic, in_blocks=False)
+        return result
 
     def read_piece(self, row: Row, end: int, every: bool) -> Step:
         """Prefill the tokens of a sequence from the cached ones up to `end`. every: logits after each of them, not only

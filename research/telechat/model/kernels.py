@@ -20,11 +20,13 @@ from research.telechat.model import sharding
 from research.telechat.spec.attention_form import documents_back_to_back
 from research.telechat.telechat_config import TelechatConfig
 
+QUERY_BLOCKS = 4                         # of a long prompt with the composed cache; its tokens are a multiple of it
 NO_LIMIT = 2**31 - 1                     # of the attention kernel's window
 _FEW = 32                                # rows
 NOTHING = -1e4                           # below it, the largest score of a query that sees no key
-# What the attention of all layers is given (model/mask.py): nothing, a mask, or the triangle and the ends of documents.
-Mask = Union[None, Tensor, Tuple[Tensor, Tensor]]
+# What the attention of all layers is given (model/mask.py): nothing, a mask, the triangle and the ends of documents, or
+# of a long prompt the masks of all blocks of queries (model/kv_cache.py).
+Mask = Union[None, Tensor, Tuple[Tensor, ...]]
 
 
 def matmul_dtype(dtype: mstype.Type) -> mstype.Type:

@@ -9,7 +9,7 @@ looks at what is cached before it. The attention itself is in telechat_transform
 Keys are cached rotated. Where the official rotary rule changes with the length of the sequence (spec/rope.py), a cache
 is valid for the lengths that share one scaling; generation/passes.py refills it when that changes.
 """
-from typing import Optional, Tuple
+from typing import Tuple
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -57,9 +57,14 @@ class GenerationStep(nn.Cell):
         self.tile = P.Tile()
         self.expand = P.ExpandDims()
         self.gather = P.Gather()
+        self.query_blocks = kernels.QUERY_BLOCKS
+        self.in_blocks = False                     # set while the graph of long prompts is compiled
+        self.split_rows = P.Split(2, self.query_blocks)
+        self.split_columns = P.Split(3, self.query_blocks)
+        self.join_columns = P.Concat(3)
 
     def construct(self, tokens: Tensor, lengths: Tensor, block_tables: Tensor, slot_mapping: Tensor
-                  ) -> Tuple[Tuple[Tensor, Tensor], Optional[Tensor], Tuple]:
+                  ) -> Tuple[Tuple[Tensor, Tensor], kernels.Mask, Tuple]:
         """Inputs as in the head of this file; lengths: [B], tokens of each sequence including those of this step.
 
         -> rotary tables of this step's tokens; additive mask [B, 1 or N, S, T], None where the causal mask of training
@@ -86,7 +91,7 @@ class GenerationStep(nn.Cell):
             return rope, mask, (write,)
         return rope, *self.read(totals, block_tables, write)
 
-    def flat(self, tokens: Tensor, lengths: Tensor) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    def flat(self, tokens: Tensor, lengths: Tensor) -> Tuple[Tensor, Tensor, kernels.Mask]:
         """tokens: [1, T], prompts back to back -> positions in their prompt, its length, [1, T] each, and the mask."""
         index = self.sub(self.cumsum(self.ones_like(tokens), 1), 1)                # [1, T]
         ends = self.cumsum(lengths, 0)
@@ -102,8 +107,20 @@ class GenerationStep(nn.Cell):
             return positions, totals, None
         row, column = self.reshape(index, (1, 1, -1, 1)), self.reshape(index, (1, 1, 1, -1))
         hidden = self.either(self.greater(column, row), self.less(column, self.reshape(starts, (1, 1, -1, 1))))
+        if self.in_blocks:
+            return positions, totals, self.blocks(hidden)
         # Once for all heads and layers: adding a mask that is broadcast takes the CPU several times as long.
         return positions, totals, self.tile(self.where(hidden), (1, self.query_heads, 1, 1))       # [1, N, T, T]
+
+    def blocks(self, hidden: Tensor) -> Tuple[Tensor, ...]:
+        """hidden: [1, 1, T, T], who does not see whom -> the masks of equal blocks of queries, each with the keys up to
+        its last query: [1, N, T / 4, T / 4], [1, N, T / 4, T / 2] and so on. What comes later is never computed."""
+        masks: Tuple[Tensor, ...] = ()
+        for number, rows in enumerate(self.split_rows(hidden)):
+            if number < self.query_blocks - 1:
+                rows = self.join_columns(self.split_columns(rows)[:number + 1])
+            masks += (self.tile(self.where(rows), (1, self.query_heads, 1, 1)),)
+        return masks
 
     def piece(self, tokens: Tensor, first: Tensor, total: Tensor, block_table: Tensor, slot_mapping: Tensor
               ) -> Tuple[Tuple[Tensor, Tensor], Tensor, Tuple]:
