@@ -3,9 +3,7 @@
     python run_mindformer.py --config research/telechat/finetune_telechat_7b.yaml --register_path research/telechat \
         --train_dataset DIR --load_checkpoint FILE
 """
-import sys
-
-from research.telechat.commands.run import main
+from research.telechat.commands.run import leave_with, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_with(main())

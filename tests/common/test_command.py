@@ -150,3 +150,26 @@ def test_output_to_a_full_disk_is_one_error():
                               stderr=subprocess.PIPE, timeout=60, check=False,
                               env={**os.environ, "PYTHONUNBUFFERED": ""})
     assert (done.returncode, done.stderr) == (1, "error: the disk is full; free some space\n")
+
+
+def test_leaving_loses_nothing_but_time():
+    script = textwrap.dedent("""
+        import atexit, threading, time
+        from concurrent.futures import ThreadPoolExecutor
+        from research.telechat.common.command import leave
+
+        class Late:
+            def __del__(self):
+                print("taken apart")
+
+        late = Late()
+        atexit.register(print, "at the exit")
+        pool = ThreadPoolExecutor(1)
+        pool.submit(lambda: (time.sleep(0.2), print("the pool's work")))
+        threading.Thread(target=lambda: (time.sleep(0.1), print("the thread's work"))).start()
+        print("the end", end=" ")
+        leave(3)
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 3 and done.stderr == ""
+    assert done.stdout.splitlines() == ["the end the thread's work", "the pool's work", "at the exit"]

@@ -5,13 +5,17 @@
 
 The command line is checked before MindSpore is imported, so that a mistake costs no time.
 """
-from typing import List, Optional, Sequence
+import sys
+from typing import List, NoReturn, Optional, Sequence
 
-from research.telechat.common.command import run_command
+from research.telechat.common.command import leave, run_command
+from research.telechat.common.environment import workers
 from research.telechat.common.files import JsonObject, prepare_log
 from research.telechat.common.versions import fitting_versions
 from research.telechat.recipe.options import all_overrides, build_parser
 from research.telechat.recipe.read import check_overrides, read_recipe, resolve_config
+
+_modes: List[str] = []                       # what this process has run
 
 
 def start(config: str, overrides: JsonObject, register_path: Optional[str] = None,
@@ -23,6 +27,7 @@ def start(config: str, overrides: JsonObject, register_path: Optional[str] = Non
     with fitting_versions():
         from research.telechat.run.job import run
     run(recipe, overrides, register_path, predict_data, raw)
+    _modes.append(str(overrides.get("run_mode") or recipe.get("run_mode")))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -31,3 +36,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         args, rest = build_parser().parse_known_args(argv)
         start(args.config, all_overrides(args, rest), args.register_path, args.predict_data, args.raw)
     return run_command(body)
+
+
+def leave_with(code: int) -> NoReturn:
+    """End the program: without delay where nothing can be lost by it, after predictions of one process on a CPU."""
+    if _modes == ["predict"] and workers() == 1:
+        from research.telechat.bridge.compat import on_cpu
+        if on_cpu():
+            leave(code)
+    sys.exit(code)

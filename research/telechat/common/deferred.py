@@ -12,7 +12,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Iterator, List, Sequence, Tuple, cast
 
-UNUSED = ("datasets", "datasets.distributed", "nltk", "nltk.translate", "nltk.translate.bleu_score", "tensorboardX")
+UNUSED = ("datasets", "datasets.distributed", "nltk", "nltk.translate", "nltk.translate.bleu_score", "scipy.io",
+          "scipy.io.wavfile", "scipy.ndimage", "tensorboardX")
 
 
 class Deferred:
