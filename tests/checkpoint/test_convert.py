@@ -40,6 +40,7 @@ GOLDEN = {"telechat_7b": "telechat_7b", "telechat_12b": "telechat_12b", "telecha
 def tiny_chunks(monkeypatch):
     """Chunks, tiles and slices so small that even tiny tensors are cut at every kind of border."""
     monkeypatch.setattr(stream, "CHUNK", 48)
+    monkeypatch.setattr(stream, "STREAMED", 48)
     monkeypatch.setattr(stream, "_TILE", 3)
     monkeypatch.setattr(stream, "_CAST_BLOCK", 5)
     monkeypatch.setattr(checkpoint_writer, "SLICE", 100)

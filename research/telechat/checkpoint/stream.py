@@ -18,6 +18,7 @@ from research.telechat.checkpoint.writer import OutTensor
 from research.telechat.common.environment import cores
 
 CHUNK = 16 << 20                 # bytes read at once
+STREAMED = 2 << 20               # where they are written as they lie: still in the processor's cache then
 WHOLE_BUDGET = 512 << 20         # bytes of whole tensors in memory, unless a single one is larger
 _TILE = 256                      # rows and columns transposed at once; they stay in cache
 _CAST_BLOCK = 1 << 18            # elements cast at once
@@ -175,7 +176,7 @@ class Stream:
                 return 0
             yield write_constant
         elif transfer.streams:
-            for start, length in _chunks(transfer.source_bytes):
+            for start, length in _chunks(transfer.source_bytes, STREAMED):
                 def copy(start: int = start, length: int = length) -> int:
                     raw: np.ndarray = self._read(checkpoint, transfer.sources[0], start, length)
                     self._emit(transfer, raw.view(RAW[transfer.dtype]), start // item, sink, tally)
@@ -324,9 +325,10 @@ def _transpose(target: np.ndarray, source: np.ndarray) -> None:
             target[i:i + _TILE, j:j + _TILE] = tile.T
 
 
-def _chunks(size: int) -> Iterator[Tuple[int, int]]:
-    """(start, length) of the chunks of `size` bytes."""
-    return ((start, min(CHUNK, size - start)) for start in range(0, size, CHUNK))
+def _chunks(size: int, each: Optional[int] = None) -> Iterator[Tuple[int, int]]:
+    """(start, length) of the chunks of `size` bytes, of `each` bytes (None: CHUNK)."""
+    each = each or CHUNK
+    return ((start, min(each, size - start)) for start in range(0, size, each))
 
 
 class _Budget:

@@ -8,7 +8,6 @@
 """
 import atexit
 import contextlib
-import ctypes
 import errno
 import os
 import select
@@ -79,7 +78,9 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):         # their reader has exited
             sys.stdout.flush()
             sys.stderr.flush()
-        with contextlib.suppress(OSError, AttributeError, TypeError):
+        with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
+            import ctypes
+
             ctypes.CDLL(None).fflush(None)                     # what libraries print
     finally:
         os._exit(code)
