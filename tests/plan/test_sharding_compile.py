@@ -97,6 +97,21 @@ class TestCompiled:
         assert graphs["step"]["communication"]["bytes"] <= limit
         agree(plan, rank, graphs["step"])
 
+    def test_layers_of_other_stages_change_nothing(self, tmp_path):
+        """An interleaved pipeline, whose layers of the other stage are parsed and inferred, or placeholders."""
+        recipe = small_recipe(mp=2, pp=2, model={"num_layers": 4, "pp_interleave_num": 2},
+                              parallel={"pipeline_config": {"pipeline_interleave": True, "pipeline_scheduler": "1f1b"}},
+                              parallel_config={"use_seq_parallel": True, "micro_batch_num": 4})
+        found = []
+        for name, all_stages in (("as_on_a_cluster", True), ("shorter", False)):
+            _, graphs = compiled(recipe, 2, tmp_path / name, all_stages=all_stages)
+            strategy, = (tmp_path / name).glob("output/strategy/*.ckpt")
+            found.append(({key: value for key, value in graphs["step"].items() if key != "nodes"},
+                          graphs["step"]["nodes"], strategy.read_bytes()))
+        (counted, nodes, strategies), (counted_shorter, nodes_shorter, strategies_shorter) = found
+        assert counted_shorter == counted and strategies_shorter == strategies
+        assert abs(nodes_shorter - nodes) <= 10
+
     def test_ring_attention_and_heads(self):
         """Both kinds of context parallelism in one plan: over heads by AlltoAll, the rest by sending around."""
         recipe = small_recipe(mp=2, cp=4, parallel={"enable_alltoall": True}, model={"use_ring_attention": True},

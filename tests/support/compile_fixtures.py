@@ -28,12 +28,12 @@ def compile_plan(*args, **options):
     return ascend_compile.compile_plan(*args, **options, start=start)
 
 
-def compiled(recipe, rank=0, keep=None):
+def compiled(recipe, rank=0, keep=None, **options):
     """(plan, what the graphs of `rank` hold), compiled."""
     plan = read_plan(recipe)
     assert find_faults(plan) == []
     report = compile_plan(recipe, Mesh(plan.pp, plan.dp, plan.cp, plan.mp), rank, plan.model.seq_length + 1, keep,
-                          timeout=900)
+                          timeout=900, **options)
     assert report["ok"], report["error"] + "\n".join(report["details"])
     return plan, report["graphs"]
 

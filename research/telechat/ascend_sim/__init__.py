@@ -4,6 +4,7 @@
     runtime.py     what MindSpore's Ascend plug-in asks of CANN, the stubs for it, and the environment to load them
     compile.py     compiles one plan for one rank in a process of its own
     worker.py      that process
+    shortcuts.py   what it leaves out: random parameters, layers of other pipeline stages
     mind_ir.py     types of the messages in which MindSpore stores a compiled graph
     account.py     operators, communication and memory of the compiled graph
 

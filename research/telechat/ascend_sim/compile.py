@@ -82,7 +82,7 @@ def start_worker(words: List[str], folder: Path, env: Dict[str, str], log: Path)
 def compile_plan(recipe: JsonObject, mesh: Mesh, rank: int, length: int, keep: Optional[Path] = None,
                  timeout: float = 3600, progress: Optional[Callable[[float], None]] = None,
                  start: Callable[[List[str], Path, Dict[str, str], Path], Worker] = start_worker,
-                 count: bool = True) -> JsonObject:
+                 count: bool = True, all_stages: bool = False) -> JsonObject:
     """Compile `recipe` as rank `rank` of the ranks of `mesh`.
 
     Args:
@@ -94,6 +94,8 @@ def compile_plan(recipe: JsonObject, mesh: Mesh, rank: int, length: int, keep: O
         progress: called every half second with the seconds passed.
         start: starts the process that compiles.
         count: whether to account for the graphs, which takes seconds.
+        all_stages: whether the decoder layers of other pipeline stages are parsed and inferred as well, as on a
+            cluster, before they are dropped (shortcuts.py).
 
     Returns:
         {"ok", "seconds", "versions", "compiler_memory_mb", "folder"}, and "graphs": {name: what `account` counts, or
@@ -111,7 +113,7 @@ def compile_plan(recipe: JsonObject, mesh: Mesh, rank: int, length: int, keep: O
         columns = [*columns, "actual_seq_len"] if "actual_seq_len" not in columns else columns
     result = folder / "worker.json"
     job = {"folder": str(folder), "report": str(result), "recipe": recipe, "config": "recipe",
-           "columns": columns, "length": length, "rows": _rows(recipe), "ranks": ranks}
+           "columns": columns, "length": length, "rows": _rows(recipe), "ranks": ranks, "all_stages": all_stages}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     result.unlink(missing_ok=True)
     env = runtime.environment(ranks, rank)

@@ -78,7 +78,7 @@ def _compile_rank(recipe: JsonObject, plan: Plan, rank: int, target: Path, timeo
     work = Path(tempfile.mkdtemp(prefix="telechat-execute-"))
     try:
         report = compile_plan(recipe, Mesh(plan.pp, plan.dp, plan.cp, plan.mp), rank, plan.model.seq_length + 1, work,
-                              timeout, start=start, count=False)
+                              timeout, start=start, count=False, all_stages=True)
         if not report["ok"]:
             said = (report["details"] or report["error"].splitlines())[0]
             raise ConfigError(f"rank {rank} of the scaled-down plan does not compile: {said[:400]}")
