@@ -129,7 +129,7 @@ def figures(results: List[Timed], started: float) -> Dict[str, float]:
 
 def beside_long_prompt(model: Any, args: argparse.Namespace, pieces: int, beside: int = 8) -> Dict[str, float]:
     """Time between the tokens of `beside` answers before a prompt of --long tokens comes, and while it is read."""
-    scheduler = model.scheduler(Settings(slots=beside + 1, beside_tokens=pieces, reuse=False))
+    scheduler = model.scheduler(Settings(slots=beside + 1, interleaved_prefill_tokens=pieces, reuse=False))
     rng = np.random.RandomState(args.seed)
     results = [Timed() for _ in range(beside)]
     for timed in results:
@@ -145,8 +145,9 @@ def beside_long_prompt(model: Any, args: argparse.Namespace, pieces: int, beside
     gaps = [(at, gap) for timed in results for at, gap in zip(timed.tokens[1:], np.diff(timed.tokens))]
     alone = np.median([gap for at, gap in gaps if at < long.submitted])
     reading = [gap for at, gap in gaps if long.submitted < at <= end]
-    return {"beside_tokens": pieces, "between_alone_median": float(alone), "first_token": end - long.submitted,
-            "between_median": float(np.median(reading)), "between_p99": float(np.percentile(reading, 99))}
+    return {"interleaved_prefill_tokens": pieces, "between_alone_median": float(alone),
+            "first_token": end - long.submitted, "between_median": float(np.median(reading)),
+            "between_p99": float(np.percentile(reading, 99))}
 
 
 class Vllm:

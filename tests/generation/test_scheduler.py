@@ -31,7 +31,7 @@ def run_schedule(seed):
     engine = FakeEngine(border=border, pieces=bool(rng.rand() < 0.9))
     settings = Settings(slots=int(rng.randint(1, 6)), buckets=tuple(sorted(set(rng.randint(1, 6, 2).tolist()))),
                         prefill_tokens=int(rng.choice([3, 8, 256])), reuse=bool(rng.rand() < 0.7),
-                        beside_tokens=int(rng.choice([1, 5])))
+                        interleaved_prefill_tokens=int(rng.choice([1, 5])))
     scheduler = Scheduler(engine, settings)
     events, requests, tickets, order = {}, {}, {}, []
     for number in range(rng.randint(1, 6)):
@@ -111,7 +111,7 @@ def test_long_prompt_does_not_stop_the_others():
 def test_a_long_prompt_takes_smaller_pieces_beside_others(deterministic, expected):
     """And those that come behind it are not kept waiting; where pieces may not depend on others, they do not."""
     engine = FakeEngine(num_blocks=40)
-    scheduler = Scheduler(engine, Settings(prefill_tokens=8, beside_tokens=2, deterministic=deterministic))
+    scheduler = Scheduler(engine, Settings(prefill_tokens=8, interleaved_prefill_tokens=2, deterministic=deterministic))
     scheduler.submit(Request((1,) * 4, Sampling(), 20))
     scheduler.step()
     events = []

@@ -18,18 +18,18 @@ class Settings:
     slots: int = 16                    # sequences at once
     buckets: Tuple[int, ...] = (1, 4, 16)      # batch sizes with a graph, ascending; batches are padded to the next one
     prefill_tokens: int = PREFILL_TOKENS       # prefill limit per step, and size of the pieces
-    beside_tokens: int = 32            # of a prompt longer than prefill_tokens, per step while others decode
+    interleaved_prefill_tokens: int = 32    # of a prompt longer than prefill_tokens, per step while others decode
     max_queue: int = 64                # requests that may wait
     reuse: bool = True                 # share the cache of common prefixes
     together: bool = False             # sequences that start together keep their slots until all have finished
     deterministic: bool = False        # compute each sequence separately
 
     def __post_init__(self) -> None:
-        counts = (self.slots, self.prefill_tokens, self.beside_tokens, self.buckets[0] if self.buckets else 0)
-        if min(counts) < 1 or list(self.buckets) != sorted(set(self.buckets)):
-            raise ConfigError(f"scheduler: expected positive slots, prefill_tokens and beside_tokens, and ascending "
-                              f"buckets, found {self.slots}, {self.prefill_tokens}, {self.beside_tokens} and "
-                              f"{self.buckets}")
+        counts = (self.slots, self.prefill_tokens, self.interleaved_prefill_tokens)
+        ascending = list(self.buckets) == sorted(set(self.buckets))
+        if not self.buckets or min(*counts, *self.buckets) < 1 or not ascending:
+            raise ConfigError("scheduler: expected positive slots, prefill_tokens and interleaved_prefill_tokens, and "
+                              f"ascending buckets, found {', '.join(map(str, counts))} and {self.buckets}")
 
     def bucket(self, count: int) -> int:
         """The smallest bucket for `count` sequences, or the largest."""
@@ -77,7 +77,7 @@ class Passes:
         """
         left = left_of_long = self.settings.prefill_tokens
         if beside and not self.settings.deterministic:             # there, pieces may not depend on others
-            left_of_long = min(left, self.settings.beside_tokens)
+            left_of_long = min(left, self.settings.interleaved_prefill_tokens)
         whole: List[Row] = []
         readings: List[Reading] = []
         for row in rows:
