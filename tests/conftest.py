@@ -12,8 +12,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS = Path(__file__).with_name("seconds.json")
 os.environ.setdefault("GLOG_v", "3")                      # MindSpore: errors only
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-for name in ("MS_RETRY_INTERVAL_LOWER", "MS_RETRY_INTERVAL_UPPER"):
-    os.environ.setdefault(name, "1")                      # seconds between two questions of ranks for each other
 # A shell starts background jobs with Ctrl-C ignored, which processes started by tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

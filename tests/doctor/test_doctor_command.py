@@ -162,10 +162,10 @@ def test_two_processes_under_the_launcher(tmp_path):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = f"python {ROOT}/scripts/doctor.py --only collective plan --json {tmp_path}/doctor.json"
+    command = f"{sys.executable} {ROOT}/scripts/doctor.py --only collective plan --json {tmp_path}/doctor.json"
     done = subprocess.run(["bash", str(ROOT / "scripts/msrun_launcher.sh"), command, "2", str(port),
                            str(tmp_path / "logs"), "True", "300"], cwd=tmp_path, text=True, capture_output=True,
-                          check=False, timeout=500, env=prepared.with_programs())
+                          check=False, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "doctor.json").read_text())
     verdicts = {one["name"]: one["verdict"] for one in found["findings"]}

@@ -1,12 +1,12 @@
 """Evaluation: log-likelihoods and answers equal those from the model's own logits, alone and in the harness."""
 import json
 import math
+import os
 import socket
 import subprocess
 from pathlib import Path
 
 import numpy as np
-import prepared
 import pytest
 import reference
 from chat_fixtures import save_tiny, tiny_weights
@@ -294,7 +294,7 @@ class TestCommand:
             port = listener.getsockname()[1]
         command = " ".join(map(str, ["scripts/evaluate.py", *options, "--use_parallel", "True", "--output",
                                      tmp_path / "two.json"]))
-        env = prepared.with_programs()
+        env = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests/support/without_torch'}:{os.environ.get('PYTHONPATH', '')}"}
         launch = ["bash", "scripts/msrun_launcher.sh", command, "2", str(port), str(tmp_path / "msrun"), "True", "300"]
         done = subprocess.run(launch, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -6,10 +6,11 @@ there.
 import json
 import os
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
-import prepared
 import pytest
 from machines import missing, two_machines
 from training_fixtures import ROOT, SEQ, VOCAB, command, read_log, write_records
@@ -38,8 +39,8 @@ class Launch:
         with self.text.open("w") as file:
             self.process = subprocess.Popen(
                 [*inside, "bash", str(ROOT / "scripts/msrun_launcher.sh"), program, *form], cwd=ROOT, stdout=file,
-                stderr=subprocess.STDOUT, env=prepared.with_programs(
-                    {"GLOG_v": "3", "LOG_MF_PATH": str(folder / "log"), **env}, launcher="KILL_RANK" not in env))
+                stderr=subprocess.STDOUT, env={**os.environ, "GLOG_v": "3", "LOG_MF_PATH": str(folder / "log"),
+                                               "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env})
 
     def wait(self, seconds=300):
         """(exit code, output)"""

@@ -7,7 +7,6 @@ cannot show: order of sets (its hash seed is the parent's), and variables that a
 Tests of those, and the runs that others are compared with, start a fresh Python.
 """
 import atexit
-import ctypes
 import gc
 import importlib
 import json
@@ -30,7 +29,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("mindspore.dataset", "mindspore.mindrecord", "mindformers.trainer", "matplotlib.pyplot",
            "research.telechat.run.job", "run_mindformer")
-CLONE_NEWNET = 0x40000000
 _servers: Dict[bool, "Server"] = {}
 _lock = threading.Lock()
 
@@ -127,9 +125,8 @@ def run(args: Sequence[str], cwd: Path = ROOT, env: Optional[Dict[str, str]] = N
 
 def put_python(path: Path) -> None:
     """Write a program `path` that runs `SCRIPT ARGUMENTS` in a process forked from the prepared one, with the standard
-    streams, folder, environment, cores, network and signals that it has itself. It is sys.executable there, for the
-    processes which that one starts. Anything else (-c, -m), what needs no MindSpore, and what is to load other
-    libraries, it leaves to Python."""
+    streams, folder, environment, cores and signals that it has itself. It is sys.executable there, for the processes
+    which that one starts. Anything else (-c, -m), and what is to load other libraries, it leaves to Python."""
     with _lock:
         if False not in _servers:
             _servers[False] = Server()
@@ -144,17 +141,15 @@ exec {program} "$@"
     path.chmod(0o755)
 
 
-def with_programs(env: Optional[Dict[str, str]] = None, launcher: bool = True) -> Dict[str, str]:
-    """This environment and `env`, in which `python` and, with `launcher`, `msrun` are forked from the prepared process.
-    The processes of a forked msrun are no descendants of what has started it, where those that watch it look."""
+def with_programs(env: Optional[Dict[str, str]] = None) -> Dict[str, str]:
+    """This environment and `env`, in which `python` and `msrun` are forked from the prepared process."""
     folder = Path(tempfile.mkdtemp(prefix="telechat-programs-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     put_python(folder / "python")
-    if launcher:
-        (folder / "msrun").write_text(f"""#!/bin/sh
+    (folder / "msrun").write_text(f"""#!/bin/sh
 exec {folder}/python {shlex.quote(str(Path(sys.executable).with_name("msrun")))} "$@"
 """)
-        (folder / "msrun").chmod(0o755)
+    (folder / "msrun").chmod(0o755)
     return {**os.environ, **(env or {}), "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
@@ -175,9 +170,6 @@ def become(job: Dict[str, Any], streams: Sequence[int]) -> None:
         os.dup2(descriptor, target)
     if "program" in job:
         os.sched_setaffinity(0, job["cores"])
-        if os.stat(job["network"]).st_ino != os.stat("/proc/self/ns/net").st_ino:
-            with open(job["network"]) as network:        # machines.py
-                assert ctypes.CDLL(None).setns(network.fileno(), CLONE_NEWNET) == 0
         sys.executable = job["program"]
     if job["limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))

@@ -85,8 +85,7 @@ def run_killed(what, number, arguments, graphs=None):
 
 
 def run_two(arguments, logs, script="run_mindformer.py", before=(), **env):
-    """The launcher with two processes of run_mindformer.py, which have its packages already (prepared.py); before:
-    what starts the launcher and looks at the processes below it."""
+    """The launcher with two processes of run_mindformer.py; before: what starts the launcher."""
     words = ["python", str(ROOT / script), *(f"'{word}'" if " " in word else word for word in arguments)]
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -94,7 +93,8 @@ def run_two(arguments, logs, script="run_mindformer.py", before=(), **env):
     return subprocess.run(
         [*before, "bash", str(ROOT / "scripts/msrun_launcher.sh"), " ".join(words), "2", str(port), str(logs), "True",
          "300"], cwd=ROOT, text=True, capture_output=True, check=False, timeout=800,
-        env=prepared.with_programs({"GLOG_v": "3", **env}, launcher=not before))
+        env={**os.environ, "GLOG_v": "3", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+             "PYTHONPATH": f"{ROOT / 'tests/support/without_torch'}:{os.environ.get('PYTHONPATH', '')}", **env})
 
 
 DROPOUT = [word for name in ("embed", "hidden", "attention")
