@@ -3,7 +3,9 @@
     python run_mindformer.py --config research/telechat/finetune_telechat_7b.yaml --register_path research/telechat \
         --train_dataset DIR --load_checkpoint FILE
 """
-from research.telechat.commands.run import leave_with, main
+import sys
+
+from research.telechat.commands.run import program as main
 
 if __name__ == "__main__":
-    leave_with(main())
+    sys.exit(main())

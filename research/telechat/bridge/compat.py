@@ -97,6 +97,11 @@ def on_cpu() -> bool:
     return ms.get_context("device_target") == "CPU"
 
 
+def nothing_to_release() -> bool:
+    """Whether a process may end without freeing what it has of the device: on a CPU."""
+    return on_cpu()
+
+
 def chip_name() -> str:
     """Name of the accelerator, "CPU" without one; "" where MindSpore does not tell."""
     if on_cpu():

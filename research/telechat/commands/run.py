@@ -5,8 +5,7 @@
 
 The command line is checked before MindSpore is imported, so that a mistake costs no time.
 """
-import sys
-from typing import List, NoReturn, Optional, Sequence
+from typing import List, Optional, Sequence
 
 from research.telechat.common.command import leave, run_command
 from research.telechat.common.environment import workers
@@ -38,10 +37,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return run_command(body)
 
 
-def leave_with(code: int) -> NoReturn:
-    """End the program: without delay where nothing can be lost by it, after predictions of one process on a CPU."""
+def program(argv: Optional[Sequence[str]] = None) -> int:
+    """`main` as the whole of a program, which it ends at once where that loses nothing: after predictions of one
+    process, if no device has to be released."""
+    code = main(argv)
     if _modes == ["predict"] and workers() == 1:
-        from research.telechat.bridge.compat import on_cpu
-        if on_cpu():
+        from research.telechat.bridge.compat import nothing_to_release
+        if nothing_to_release():
             leave(code)
-    sys.exit(code)
+    return code
