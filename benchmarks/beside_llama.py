@@ -29,6 +29,7 @@ sys.path[:1] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ.setdefault("GLOG_v", "3")
 
 import numpy as np
+import serve_vllm
 from generate import Clock
 
 from research.telechat.spec.variants import Variant, get_variant
@@ -128,10 +129,8 @@ class Vllm:
     """vLLM's Llama, without torch.compile, in the interpreter of --vllm."""
 
     def __init__(self, args: argparse.Namespace, folder: Path):
-        for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_LOGGING_LEVEL", "ERROR"), ("HF_HUB_OFFLINE", "1"),
-                            ("VLLM_NO_USAGE_STATS", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
-                            ("VLLM_ENABLE_V1_MULTIPROCESSING", "0")):
-            os.environ.setdefault(name, value)
+        serve_vllm.prepare()
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")          # the engine is stepped here
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
         self._engine: Any = LLMEngine.from_engine_args(EngineArgs(
@@ -154,10 +153,6 @@ class Vllm:
             for output in outputs:
                 found[output.request_id] = list(output.outputs[0].token_ids)
         return [found[str(number)] for number in range(len(prompts))]
-
-    def train(self, ids: np.ndarray) -> float:
-        """vLLM does not train."""
-        raise NotImplementedError
 
 
 class _Watching:

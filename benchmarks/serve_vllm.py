@@ -13,9 +13,12 @@ import sys
 import time
 from typing import Any, Dict, List
 
-for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_LOGGING_LEVEL", "ERROR"), ("HF_HUB_OFFLINE", "1"),
-                    ("VLLM_NO_USAGE_STATS", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind")):
-    os.environ.setdefault(name, value)
+
+def prepare() -> None:
+    """Set the variables that vLLM reads when it is imported: offline, quiet, threads not bound to cores."""
+    for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_LOGGING_LEVEL", "ERROR"), ("HF_HUB_OFFLINE", "1"),
+                        ("VLLM_NO_USAGE_STATS", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind")):
+        os.environ.setdefault(name, value)
 
 
 async def answer(engine: Any, number: str, request: List[Any]) -> Dict[str, Any]:
@@ -81,6 +84,7 @@ def main() -> None:
     args = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    prepare()
     asyncio.run(serve(args, answers))
 
 

@@ -3,7 +3,7 @@
 A checkpoint is opened by reading the headers of its files; `read_into` then reads any part of any tensor into a buffer
 of the caller, from any thread, so that memory use is the caller's choice (files are not mapped: touched pages of a map
 count as resident memory). Writing is checkpoint/writer.py, the meaning of names spec/parameters.py. Needs neither
-MindSpore nor PyTorch. Files .bin are plain_bin.py's matter or, where they hold more than weights, torch_bin.py's.
+MindSpore nor PyTorch. `.bin` files are read by plain_bin.py, or by torch_bin.py if they hold more than weights.
 
 Sources: the safetensors format description; the .ckpt format is the protobuf message Checkpoint of MindSpore's
 checkpoint.proto, as mindspore.save_checkpoint writes it: one message for each slice of at most 512 MB of a tensor.

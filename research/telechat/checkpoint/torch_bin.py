@@ -1,4 +1,4 @@
-"""PyTorch's .bin files, but for those of weights alone (checkpoint/plain_bin.py): the one place that needs torch.
+"""PyTorch's .bin files that checkpoint/plain_bin.py does not read. The only module of the conversion that needs torch.
 
 Loaded with weights_only=True (no code runs from the file) and memory-mapped. Pages of the map that were read are given
 back at once, because they count as resident memory of the process.

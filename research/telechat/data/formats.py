@@ -165,8 +165,8 @@ def _refuse(record: JsonObject, used: Tuple[str, ...], messages: List[Message], 
     """RecordError if a key of another format has texts that the messages lack: they would be lost."""
     contents = [message.content for message in messages]
     for key in (*_CARRIES, "context") if data_format == "prompt" else _CARRIES:
-        if key in record and key not in used and not all(any(text in content for content in contents)
-                                       for text in texts_of(record.get(key))):
+        if key in record and key not in used and not all(
+                any(text in content for content in contents) for text in texts_of(record[key])):
             raise RecordError("key of another format", f"key {key!r} in a record of the format {data_format!r} has "
                                                        "text that its messages lack; remove it, or move it there")
 

@@ -2,7 +2,7 @@
 
 All of MindSpore takes seconds to import, but its MindRecord writer is an extension module of its own, which loads in
 milliseconds. It is used directly with the releases whose files were compared, byte for byte, with those of
-`mindspore.mindrecord.FileWriter`, which writes for all others. What a data set is made of is data/writer.py's matter.
+`mindspore.mindrecord.FileWriter`, which writes for all others. data/writer.py decides what a data set consists of.
 """
 import importlib.util
 import os
@@ -118,10 +118,10 @@ def open_writer(path: Path, columns: Sequence[str], page: int, header: int) -> R
 
 def direct_extension() -> Optional[ModuleType]:
     """MindSpore's extension module of MindRecord; None where FileWriter has to be used."""
-    if _EXTENSION in sys.modules:
-        return sys.modules[_EXTENSION] if _compared() else None
     if not _compared():
         return None
+    if _EXTENSION in sys.modules:
+        return sys.modules[_EXTENSION]
     os.environ.setdefault("GLOG_v", "4")         # its errors are raised as exceptions anyway
     package = importlib.util.find_spec("mindspore")
     places = list(package.submodule_search_locations or ()) if package else []

@@ -1,7 +1,7 @@
 """Maps a function over a stream in several processes, with results in the order of the stream.
 
 Unlike the pools of the standard library it buffers only a bounded part of the stream, detects a killed worker, and
-leaves no orphans if the main process is killed. `Aside` is a single call beside the main process.
+leaves no orphans if the main process is killed. `Aside` runs a single call in parallel with the main process.
 """
 import contextlib
 import gc
@@ -40,7 +40,7 @@ class Aside(Generic[_Item, _Result]):
         if self._apart and "fork" in multiprocessing.get_all_start_methods():
             context = multiprocessing.get_context("fork")
             self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=self._work, args=(theirs, ), daemon=True)
+            self._process = context.Process(target=self._work, args=(theirs,), daemon=True)
             self._process.start()
             theirs.close()
         return self
