@@ -1,0 +1,127 @@
+"""Compiles the C++ of this room for the processor at hand, once: the library is kept in a folder of the user.
+
+Without a compiler, or with TELECHAT_CPU_KERNELS=0, there is no library, and the model computes with MindSpore's own
+operators: slower, with the same results up to rounding.
+"""
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import List, Optional
+
+SWITCH = "TELECHAT_CPU_KERNELS"
+_COMPILERS = ("g++", "clang++", "c++")
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-Wall")
+_PATIENCE = 300                                          # seconds a compiler may take
+_HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Library:
+    """The compiled library, or why there is none: one of `path` and `reason` is None. seconds: compilation, 0 if it
+    was there already."""
+
+    path: Optional[Path]
+    reason: Optional[str] = None
+    seconds: float = 0.0
+
+
+class _MissingError(Exception):
+    """There is no library; the message says why."""
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> Library:
+    """The library for this processor, compiled if necessary. Never raises: what is missing is in `reason`."""
+    if os.environ.get(SWITCH, "1") == "0":
+        return Library(None, f"{SWITCH} is 0")
+    started = time.monotonic()
+    try:
+        compiler = _compiler()
+        flags = [*_FLAGS, _for_this_processor()]
+        path = _folder() / f"kernels-{_key(compiler, flags)}.so"
+        made = not path.is_file()
+        if made:
+            _compile(compiler, flags, path)
+        _try(path)
+    except (_MissingError, OSError, subprocess.SubprocessError) as err:
+        return Library(None, str(err))
+    return Library(path, seconds=time.monotonic() - started if made else 0.0)
+
+
+def _compiler() -> str:
+    """Path of the compiler: $CXX, or the first of the usual ones."""
+    wanted = os.environ.get("CXX")
+    for name in (wanted,) if wanted else _COMPILERS:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise _MissingError(f"no C++ compiler was found (looked for {wanted or ', '.join(_COMPILERS)})")
+
+
+def _for_this_processor() -> str:
+    return "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
+
+
+def sources() -> List[Path]:
+    """The files to compile; what they include is beside them."""
+    return sorted(_HERE.glob("*.cc"))
+
+
+def _key(compiler: str, flags: List[str]) -> str:
+    """What the library depends on, as a name: source, compiler, options, processor."""
+    digest = hashlib.sha256()
+    for path in sorted([*_HERE.glob("*.cc"), *_HERE.glob("*.h")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_PATIENCE).stdout
+    digest.update(version + "\0".join(flags).encode() + _processor())
+    return digest.hexdigest()[:20]
+
+
+def _processor() -> bytes:
+    """What -march=native looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.machine().encode()
+    wanted = (b"model name", b"flags", b"features", b"cpu part", b"cpu implementer")
+    return b"\n".join(sorted({line for line in lines if line.lower().startswith(wanted)}))
+
+
+def _folder() -> Path:
+    """Where libraries are kept. Only the user may be able to write there: what lies in it is executed."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(cache) / "telechat"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as err:
+        raise _MissingError(f"{folder} cannot be made ({err.strerror}); set XDG_CACHE_HOME to a folder of yours") from err
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise _MissingError(f"{folder} can be written by others; set XDG_CACHE_HOME to a folder of yours")
+    return folder
+
+
+def _compile(compiler: str, flags: List[str], path: Path) -> None:
+    """Compile to `path`, which appears whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        done = subprocess.run([compiler, *flags, "-o", str(made), *map(str, sources())], capture_output=True,
+                              text=True, errors="replace", check=False, timeout=_PATIENCE)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
+            raise _MissingError(f"{compiler} failed: {lines[0].strip()[:300] if lines else done.returncode}")
+        os.replace(made, path)
+
+
+def _try(path: Path) -> None:
+    """Load the library, so that one that cannot be loaded is noticed here."""
+    ctypes.CDLL(str(path), mode=os.RTLD_LOCAL | os.RTLD_NOW)
