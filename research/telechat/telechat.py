@@ -8,7 +8,7 @@ from mindspore.ops import operations as P
 
 from research.telechat.bridge.compat import LayerSetting, MindFormerModuleType, lazy_inline, plugin_class
 from research.telechat.generation.generate import TelechatGenerationMixin
-from research.telechat.model import kernels, sharding
+from research.telechat.model import kernels, native_decoder, sharding
 from research.telechat.model.chunked_loss import ChunkedLoss
 from research.telechat.model.kv_cache import GenerationStep
 from research.telechat.model.loss import CrossEntropyLoss
@@ -211,6 +211,12 @@ class TelechatForCausalLM(TelechatGenerationMixin, TelechatPreTrainedModel):
         if self.use_past and self.model.step.flat_prefill:
             return self.cumsum(lengths, 0) - 1
         return (self.cumsum(self.ones_like(lengths), 0) - 1) * tokens.shape[1] + lengths - 1
+
+    def native_decoder(self) -> Optional[nn.Cell]:
+        """The model in the fused operators of a CPU (model/native_decoder.py), None where these do not serve."""
+        if not self.use_past or self.model.step.paged or not native_decoder.serves(self):
+            return None
+        return native_decoder.NativeDecoder(self)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows [T, H] -> [T, V] float32."""

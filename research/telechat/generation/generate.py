@@ -21,6 +21,7 @@ from research.telechat.common.errors import ConfigError
 from research.telechat.common.tokens import end_tokens
 from research.telechat.generation.batch import check_room, padding_before, read_prompts, tokens_at_once
 from research.telechat.generation.engine import DirectEngine, FrameworkEngine
+from research.telechat.generation.native_engine import NativeEngine
 from research.telechat.generation.passes import Settings
 from research.telechat.generation.requests import Event, Request, Token
 from research.telechat.generation.sampling import Random, Sampling, adjust, choose
@@ -214,8 +215,10 @@ class TelechatGenerationMixin(Model):
 
     def _engine(self) -> Union[DirectEngine, FrameworkEngine]:
         if not hasattr(self, "_step_engine"):
+            decoder = self.native_decoder()
             direct = self.use_past and not self.model.step.paged
-            self._step_engine = DirectEngine(self) if direct else FrameworkEngine(self)
+            self._step_engine = (NativeEngine(self, decoder) if decoder is not None else
+                                 DirectEngine(self) if direct else FrameworkEngine(self))
         return self._step_engine
 
     def _cache_is_stale(self, lengths: np.ndarray) -> bool:

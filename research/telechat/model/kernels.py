@@ -17,6 +17,7 @@ from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
 from research.telechat.bridge.compat import on_cpu
 from research.telechat.model import sharding
+from research.telechat.native.operators import available
 from research.telechat.spec.attention_form import documents_back_to_back
 from research.telechat.telechat_config import TelechatConfig
 
@@ -45,6 +46,12 @@ def use_flash_attention(config: TelechatConfig) -> bool:
 def use_paged_attention() -> bool:
     """Whether the device has the fused kernels of the KV cache."""
     return not on_cpu()
+
+
+def native_operators() -> bool:
+    """Whether the fused operators of the room `native` compute: on a CPU with a C++ compiler, and on one process's own,
+    as MindSpore cannot shard them."""
+    return on_cpu() and ms.get_auto_parallel_context("parallel_mode") in ("stand_alone", "data_parallel") and available()
 
 
 def gather_labels() -> bool:

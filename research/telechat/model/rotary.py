@@ -112,18 +112,21 @@ class RotaryTablesByLength(nn.Cell):
 
     def construct(self, positions: Tensor, totals: Tensor) -> Tuple[Tensor, Tensor]:
         """positions: [B, S]; totals: [B, S] or [B, 1], tokens in the sequence -> cos and sin, [B, 1 or N, S, D]."""
+        cos, sin = self.at(positions, totals)
+        return self.per_head(self.expand(cos, 1), 1), self.per_head(self.expand(sin, 1), 1)
+
+    def at(self, positions: Tensor, totals: Tensor) -> Tuple[Tensor, Tensor]:
+        """As `construct` -> cos and sin, [B, S, D]."""
         rows = self.minimum(positions, self.limit - 1)                             # padding may reach further
         if not self.constant:
             totals = self.minimum(totals, self.limit)
             rows = self.add(rows, self.gather(self.first_row, totals, 0))
-        cos = self.expand(self.gather(self.cos, rows, 0), 1)
-        sin = self.expand(self.gather(self.sin, rows, 0), 1)
+        cos, sin = self.gather(self.cos, rows, 0), self.gather(self.sin, rows, 0)
         if self.grows:
-            mscale = self.gather(self.mscale, totals, 0)                           # [B, S] or [B, 1]
-            mscale = self.expand(self.expand(mscale, 1), -1)
+            mscale = self.expand(self.gather(self.mscale, totals, 0), -1)          # [B, S, 1] or [B, 1, 1]
             cos = self.cast(self.mul(cos, mscale), self.rounding)
             sin = self.cast(self.mul(sin, mscale), self.rounding)
-        return self.per_head(self.cast(cos, self.dtype), 1), self.per_head(self.cast(sin, self.dtype), 1)
+        return self.cast(cos, self.dtype), self.cast(sin, self.dtype)
 
     def all_positions(self, tokens: Tensor, lengths: Tensor) -> Tuple[Tensor, Tensor]:
         """cos and sin of every position of tokens [B, S], in sequences of `lengths` [B] tokens."""

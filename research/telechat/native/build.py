@@ -20,6 +20,7 @@ from typing import List, Optional
 SWITCH = "TELECHAT_CPU_KERNELS"
 _COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-Wall")
+_MOST_THREADS = 16                                       # the operators of small models gain nothing beyond
 _PATIENCE = 300                                          # seconds a compiler may take
 _HERE = Path(__file__).resolve().parent
 
@@ -123,5 +124,16 @@ def _compile(compiler: str, flags: List[str], path: Path) -> None:
 
 
 def _try(path: Path) -> None:
-    """Load the library, so that one that cannot be loaded is noticed here."""
-    ctypes.CDLL(str(path), mode=os.RTLD_LOCAL | os.RTLD_NOW)
+    """Load the library, so that one that cannot be loaded is noticed here; MindSpore gets the same copy of it."""
+    ctypes.CDLL(str(path), mode=os.RTLD_LOCAL | os.RTLD_NOW).UseThreads(threads())
+
+
+def threads() -> int:
+    """Threads of an operator: OMP_NUM_THREADS as set for the process, else its processors, at most 16.
+
+    From Python's copy of the environment: MindSpore sets the variable to 1 when it is imported.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal() and int(given):
+        return int(given)
+    return min(len(os.sched_getaffinity(0)), _MOST_THREADS)

@@ -9,25 +9,34 @@
 
 namespace telechat {
 
-// out[m][n] = sum over k of x[m, k] * w[n, k], for a tile of MR x NR (MR * NR a multiple of 4, or MR * NR small).
-template <int MR, int NR>
+// Keeps a vector in a register: the compiler would read it again for each of its products, and run out of loads.
+inline void hold(Vec& v) {
+#if defined(__AVX__)
+  asm("" : "+x"(v));
+#else
+  (void)v;
+#endif
+}
+
+// out[m][n] = sum over k of x[m, k] * w[n, k], for a tile of MR x NR, MR <= NR. fetch: ask for the weights of the next
+// tile, which follow these.
+template <int MR, int NR, bool kFetch>
 inline __attribute__((always_inline)) void product_tile(const float* x, int64_t ldx, const float* w, int64_t ldw,
                                                         int64_t depth, float* out) {
   Vec acc[MR * NR] = {};
   const int64_t whole = depth - depth % kLanes;
   for (int64_t k = 0; k < whole; k += kLanes) {
+    if (kFetch && k % 16 == 0)
+      for (int n = 0; n < NR; ++n) __builtin_prefetch(w + (NR + n) * ldw + k);
     Vec a[MR];
-    for (int m = 0; m < MR; ++m) a[m] = load(x + m * ldx + k);
-    for (int n = 0; n < NR; ++n) {
-      const Vec b = load(w + n * ldw + k);
-      for (int m = 0; m < MR; ++m) acc[m * NR + n] += a[m] * b;
+    for (int m = 0; m < MR; ++m) {
+      a[m] = load(x + m * ldx + k);
+      hold(a[m]);
     }
-  }
-  if (whole < depth) {
-    const int64_t rest = depth - whole;
     for (int n = 0; n < NR; ++n) {
-      const Vec b = load_some(w + n * ldw + whole, rest);
-      for (int m = 0; m < MR; ++m) acc[m * NR + n] += load_some(x + m * ldx + whole, rest) * b;
+      Vec b = load(w + n * ldw + k);
+      if (MR > 1) hold(b);
+      for (int m = 0; m < MR; ++m) acc[m * NR + n] += a[m] * b;
     }
   }
   constexpr int kWhole = MR * NR / 4 * 4;
@@ -36,35 +45,42 @@ inline __attribute__((always_inline)) void product_tile(const float* x, int64_t 
     std::memcpy(out + i, &four, sizeof four);
   }
   for (int i = kWhole; i < MR * NR; ++i) out[i] = sum(acc[i]);
+  for (int64_t k = whole; k < depth; ++k)
+    for (int m = 0; m < MR; ++m)
+      for (int n = 0; n < NR; ++n) out[m * NR + n] += x[m * ldx + k] * w[n * ldw + k];
 }
 
 // Calls put(m, n, value) for a tile.
 template <int MR, int NR, typename Put>
-inline __attribute__((always_inline)) void put_tile(const float* x, int64_t ldx, const float* w, int64_t ldw,
-                                                    int64_t depth, int64_t m, int64_t n, const Put& put) {
+inline void put_tile(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t depth, int64_t m, int64_t n,
+                     bool fetch, const Put& put) {
   float out[MR * NR];
-  product_tile<MR, NR>(x + m * ldx, ldx, w + n * ldw, ldw, depth, out);
+  if (fetch) product_tile<MR, NR, true>(x + m * ldx, ldx, w + n * ldw, ldw, depth, out);
+  else product_tile<MR, NR, false>(x + m * ldx, ldx, w + n * ldw, ldw, depth, out);
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < NR; ++j) put(m + i, n + j, out[i * NR + j]);
 }
 
-template <int MR, int NR, typename Put>
-inline void put_rows(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t depth, int64_t m, int64_t first,
-                     int64_t last, const Put& put) {
-  int64_t n = first;
-  for (; n + NR <= last; n += NR) put_tile<MR, NR>(x, ldx, w, ldw, depth, m, n, put);
-  for (; n < last; ++n) put_tile<MR, 1>(x, ldx, w, ldw, depth, m, n, put);
+// All rows with NR columns from n on. The columns' weights are read from memory once, and stay in the nearest cache.
+template <int NR, typename Put>
+inline void put_columns(const float* x, int64_t ldx, int64_t rows, const float* w, int64_t ldw, int64_t depth, int64_t n,
+                        bool fetch, const Put& put) {
+  int64_t m = 0;
+  for (; rows - m > 4 || rows - m == 3; m += 3) put_tile<3, NR>(x, ldx, w, ldw, depth, m, n, fetch && m == 0, put);
+  for (; rows - m >= 2; m += 2) put_tile<2, NR>(x, ldx, w, ldw, depth, m, n, fetch && m == 0, put);
+  if (rows - m == 1) put_tile<1, NR>(x, ldx, w, ldw, depth, m, n, fetch && m == 0, put);
 }
 
 // Calls put(m, n, sum over k of x[m, k] w[n, k]) for m below `rows` and n from `first` to `last`, in this thread.
 template <typename Put>
 inline void products(const float* x, int64_t ldx, int64_t rows, const float* w, int64_t ldw, int64_t first,
                      int64_t last, int64_t depth, const Put& put) {
-  int64_t m = 0;
-  for (; m + 4 <= rows; m += 4) put_rows<4, 3>(x, ldx, w, ldw, depth, m, first, last, put);
-  if (rows - m == 3) put_rows<3, 4>(x, ldx, w, ldw, depth, m, first, last, put);
-  if (rows - m == 2) put_rows<2, 6>(x, ldx, w, ldw, depth, m, first, last, put);
-  if (rows - m == 1) put_rows<1, 8>(x, ldx, w, ldw, depth, m, first, last, put);
+  int64_t n = first;
+  if (rows == 1) {
+    for (; n + 8 <= last; n += 8) put_tile<1, 8>(x, ldx, w, ldw, depth, 0, n, n + 16 <= last, put);
+  }
+  for (; n + 4 <= last; n += 4) put_columns<4>(x, ldx, rows, w, ldw, depth, n, n + 8 <= last, put);
+  for (; n < last; ++n) put_columns<1>(x, ldx, rows, w, ldw, depth, n, false, put);
 }
 
 // How a product of `rows` x `columns` is divided: blocks of both, so that the weights of a block stay in the second-level

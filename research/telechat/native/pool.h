@@ -1,18 +1,17 @@
-// The threads that share one operator's work: one per processor of this process, or OMP_NUM_THREADS.
+// The threads that share one operator's work; native/build.py says how many.
 //
 // A thread without work spins for a moment, as the next operator of a graph usually follows at once, and then sleeps.
 // Operators take turns: MindSpore may launch two at the same time.
 #pragma once
 
-#include <sched.h>
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
-#include <cstdlib>
 #include <mutex>
 #include <thread>
 #include <type_traits>
@@ -36,6 +35,9 @@ class Pool {
   }
 
   int threads() const { return count_; }
+
+  // How many from now on. Threads that run already stay, and take no part beyond that number.
+  void use(int count) { count_ = std::max(count, 1); }
 
   std::mutex& turn() { return turn_; }
 
@@ -67,19 +69,12 @@ class Pool {
   static constexpr uint64_t kTasks = (1 << 20) - 1, kJobs = (1 << 24) - 1;
 
   Pool() {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    count_ = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-    if (const char* given = std::getenv("OMP_NUM_THREADS")) {
-      const int number = std::atoi(given);
-      if (number > 0) count_ = number < count_ ? number : count_;
-    }
     pthread_atfork(nullptr, nullptr, [] { get().forked(); });
   }
 
   // A forked process has no threads but the one that forked.
   void forked() {
-    started_ = false;
+    started_ = 1;
     sleeping_.store(0);
     new (&mutex_) std::mutex;
     new (&turn_) std::mutex;
@@ -87,9 +82,7 @@ class Pool {
   }
 
   void start() {
-    if (started_) return;
-    started_ = true;
-    for (int i = 1; i < count_; ++i) std::thread([this] { serve(); }).detach();
+    for (; started_ < count_; ++started_) std::thread([this, me = started_] { serve(me); }).detach();
   }
 
   // Takes tasks of one job until none is left. Job, tasks and the next of them are one number: a thread that comes late
@@ -104,7 +97,7 @@ class Pool {
     }
   }
 
-  void serve() {
+  void serve(int me) {
     uint64_t seen = 0;
     while (true) {
       uint64_t job = published_.load(std::memory_order_acquire);
@@ -123,12 +116,12 @@ class Pool {
         continue;
       }
       seen = job;
-      take(job);
+      if (me < count_) take(job);
     }
   }
 
-  int count_ = 1;
-  bool started_ = false;
+  std::atomic<int> count_{1};
+  int started_ = 1;                                      // threads, with the one that calls
   void (*call_)(const void*, int64_t) = nullptr;
   const void* work_ = nullptr;
   uint64_t job_ = 0;

@@ -4,6 +4,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 namespace telechat {
 
@@ -33,9 +36,10 @@ inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 // Folds a vector to four sums, always in the same order.
 inline Quad fold(Vec v) {
 #if defined(__AVX512F__)
-  Quad q[4];
-  std::memcpy(q, &v, sizeof v);
-  return (q[0] + q[2]) + (q[1] + q[3]);
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX__)
+  return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
 #else
   Quad q[2];
   std::memcpy(q, &v, sizeof v);
