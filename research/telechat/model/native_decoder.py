@@ -89,7 +89,7 @@ class NativeDecoder(nn.Cell):
         config = model.config
         self.model = model
         layers = list(model.model.layers)
-        self.layers = nn.CellList([_Layer(config, layer, layer is layers[-1]) for layer in layers])
+        self.layers = nn.CellList([_Layer(config, layer, layer is layers[-1]) for layer in layers], auto_prefix=False)
         self.eps = Tensor(np.array([config.rms_norm_eps], np.float32))
         self.scale = Tensor(np.array([config.logits_scale], np.float32))
         self.head = operator("Head", ("x", "norm", "weight", "eps", "scale"), [mstype.float32, mstype.int32])
