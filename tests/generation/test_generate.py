@@ -28,12 +28,17 @@ def models():
     """Models by family and settings, made once."""
     made = {}
 
-    def get(family, **overrides):
-        key = (family, *sorted(overrides.items()))
+    def get(family, composed=False, **overrides):
+        """composed: without the fused operators of a CPU."""
+        from research.telechat.generation.engine import DirectEngine
+        key = (family, composed, *sorted(overrides.items()))
         if key not in made:
             weights = random_official(HF_CONFIGS[family])
             overrides = {"seq_length": 64, "num_blocks": 16, **overrides}
-            made[key] = build_model(HF_CONFIGS[family], weights, **overrides), weights
+            model = build_model(HF_CONFIGS[family], weights, **overrides)
+            if composed:
+                model._step_engine = DirectEngine(model)
+            made[key] = model, weights
         return made[key]
     return get
 
@@ -42,10 +47,12 @@ def answers(model, prompts, **settings):
     return [list(ids) for ids in model.generate(prompts, **{**GREEDY, **settings})]
 
 
-@pytest.mark.parametrize("family", HF_CONFIGS)
-def test_cached_tokens_are_those_of_the_reference(models, family):
+@pytest.mark.parametrize("family, composed", [
+    *((family, False) for family in HF_CONFIGS), ("52b", True), ("telechat2_gqa", True)])
+def test_cached_tokens_are_those_of_the_reference(models, family, composed):
     """A batch of mixed lengths. telechat2_gqa passes training_seqlen, where the rotary scaling changes all the time."""
-    model, weights = models(family, use_past=True)
+    model, weights = models(family, composed, use_past=True)
+    assert type(model._engine()).__name__ == ("DirectEngine" if composed else "NativeEngine")
     expected = [reference_answer(HF_CONFIGS[family], weights, prompt, 14) for prompt in PROMPTS]
     assert answers(model, PROMPTS, max_new_tokens=14) == expected
     assert answers(model, [*PROMPTS[1:], PROMPTS[0]], max_new_tokens=14) == [*expected[1:], expected[0]]
@@ -78,19 +85,20 @@ def test_mindformers_own_loop_gives_the_same(models, is_dynamic):
 
 def test_two_graphs_serve_all_lengths(models):
     """Prompts and answers of many lengths compile one graph for prompts and one for a batch size."""
-    model, _ = models("12b", use_past=True)
-    rng = np.random.RandomState(0)
-    for length in (1, 2, 15, 16, 17, 33, 50):
-        answers(model, rng.randint(4, 97, (3, length)).tolist(), max_new_tokens=5)
-    engine = model._step_engine
-    graphs = [*engine._prompts.values(), *engine._tokens.values()]
-    assert list(engine._tokens) == [3]
-    assert [len(graph.compile_cache) for graph in graphs] == [1, 1]
+    for composed in (False, True):
+        model, _ = models("12b", composed, use_past=True)
+        rng = np.random.RandomState(0)
+        for length in (1, 2, 15, 16, 17, 33, 50):
+            answers(model, rng.randint(4, 97, (3, length)).tolist(), max_new_tokens=5)
+        engine = model._step_engine
+        assert list(engine._tokens if composed else engine._steps) == ([3] if composed else [None, 3])
+        graphs = [*engine._prompts.values(), *engine._tokens.values()] if composed else engine._steps.values()
+        assert [len(graph.compile_cache) for graph in graphs] == [1, 1]
 
 
 def test_long_prompts_are_read_in_blocks(models):
     """Prompts of more tokens than are read together, padded to a multiple of the blocks or not."""
-    model, weights = models("12b", use_past=True, seq_length=320, num_blocks=20)
+    model, weights = models("12b", True, use_past=True, seq_length=320, num_blocks=20)
     for length in (301, 304):
         prompt = np.random.RandomState(length).randint(4, 97, length).tolist()
         assert answers(model, [prompt], max_new_tokens=3) == [reference_answer(HF_CONFIGS["12b"], weights, prompt, 3)]
@@ -108,13 +116,47 @@ def test_plain_call_needs_no_cache(models):
 def test_without_graphs(models):
     """PyNative mode, after graphs have been compiled for the same model."""
     import mindspore as ms
-    model, _ = models("12b", use_past=True)
-    expected = answers(model, PROMPTS, max_new_tokens=4)
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    try:
-        assert answers(model, PROMPTS, max_new_tokens=4) == expected
-    finally:
-        ms.set_context(mode=ms.GRAPH_MODE)
+    for composed in (False, True):
+        model, _ = models("12b", composed, use_past=True)
+        expected = answers(model, PROMPTS, max_new_tokens=4)
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+        try:
+            assert answers(model, PROMPTS, max_new_tokens=4) == expected
+        finally:
+            ms.set_context(mode=ms.GRAPH_MODE)
+
+
+def test_what_the_fused_operators_cannot_compute(monkeypatch):
+    """16-bit types, adapters and a machine without them: MindSpore's own operators; parameters keep their names."""
+    from mindspore.common import dtype as mstype
+
+    from research.telechat.model import kernels
+    from research.telechat.telechat import TelechatForCausalLM
+    from research.telechat.telechat_config import TelechatConfig
+    config = {**HF_CONFIGS["telechat2_gqa"], "n_layer": 1}
+
+    def engine(change=lambda model: None, **settings):
+        model = TelechatForCausalLM(TelechatConfig.from_hf_config(config, use_past=True, seq_length=64, num_blocks=4,
+                                                                  **settings))
+        change(model)
+        names = [parameter.name for parameter in model.get_parameters()]
+        found = type(model._engine()).__name__
+        assert [parameter.name for parameter in model.get_parameters()] == names
+        return found
+
+    def adapt(model):
+        class Adapted(type(model.model.layers[0].attention.wq)):
+            pass
+        model.model.layers[0].attention.wq.__class__ = Adapted
+
+    def half(model):
+        model.model.norm_out.weight.set_dtype(mstype.float16)
+
+    assert engine() == "NativeEngine"
+    assert engine(adapt) == engine(half) == engine(compute_dtype="float16") == "DirectEngine"
+    assert engine(softmax_compute_type="float16") == engine(res_dtype="float16") == "DirectEngine"
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    assert engine() == "DirectEngine"
 
 
 def test_direct_engine_refuses_the_fused_kernels(monkeypatch):

@@ -49,9 +49,10 @@ def use_paged_attention() -> bool:
 
 
 def native_operators() -> bool:
-    """Whether the fused operators of the room `native` compute: on a CPU with a C++ compiler, and on one process's own,
+    """Whether the fused operators of the room `native` compute: on a CPU with a C++ compiler, where nothing is sharded,
     as MindSpore cannot shard them."""
-    return on_cpu() and ms.get_auto_parallel_context("parallel_mode") in ("stand_alone", "data_parallel") and available()
+    alone = ms.get_auto_parallel_context("parallel_mode") in ("stand_alone", "data_parallel")
+    return on_cpu() and alone and available()
 
 
 def gather_labels() -> bool:

@@ -5,7 +5,6 @@ prompts, pieces of prompts and single tokens: each token says to which sequence 
 """
 from typing import Tuple
 
-import mindspore as ms
 import mindspore.common.dtype as mstype
 import numpy as np
 from mindspore import Tensor, nn
@@ -16,16 +15,17 @@ from research.telechat.telechat_config import TelechatConfig
 from research.telechat.telechat_layer import TelechatLinear
 from research.telechat.telechat_transformer import TelechatDecodeLayer
 
+# The inputs of the operator, in its order; a bias of one element means none.
 _LAYER = ("x", "attention_norm", "wq", "wq_bias", "wk_v", "wk_v_bias", "wo", "wo_bias", "ffn_norm", "w1", "w3", "w2",
           "w2_bias", "key_cache", "value_cache", "cos", "sin", "rows", "block_tables", "sizes", "eps")
 
 
 def serves(model: nn.Cell) -> bool:
-    """Whether `NativeDecoder` can compute `model`, a TelechatForCausalLM with the composed cache: graph mode on a CPU,
-    everything in float32, no adapter in its layers."""
+    """Whether `NativeDecoder` can compute `model`, a TelechatForCausalLM with the composed cache: on a CPU, all in
+    float32, no adapter in its layers."""
     config = model.config
     dtypes = (config.compute_dtype, config.res_dtype, config.layernorm_compute_type, config.softmax_compute_type)
-    return (ms.get_context("mode") == ms.GRAPH_MODE and all(dtype == mstype.float32 for dtype in dtypes)
+    return (all(dtype == mstype.float32 for dtype in dtypes) and config.head_dim % 2 == 0
             and all(parameter.dtype == mstype.float32 for parameter in model.get_parameters())
             and all(_is_plain(layer) for layer in model.model.layers) and kernels.native_operators())
 

@@ -79,11 +79,12 @@ inline void attend_alone(const float* q, int64_t group, const Pages& keys, const
         const float* v = values.block(first / values.size) + d;
         if (lanes == 4 * kLanes) {
           for (int64_t j = 0; j < here; ++j, v += dim)
-            for (int i = 0; i < 4; ++i) acc[i] += p[first + j] * load(v + i * kLanes);
+            for (int i = 0; i < 4; ++i) acc[i] = add_product(spread(p[first + j]), load(v + i * kLanes), acc[i]);
         } else {
           for (int64_t j = 0; j < here; ++j, v += dim)
             for (int i = 0; i * kLanes < lanes; ++i)
-              acc[i] += p[first + j] * load_some(v + i * kLanes, std::min<int64_t>(kLanes, lanes - i * kLanes));
+              acc[i] = add_product(spread(p[first + j]),
+                                   load_some(v + i * kLanes, std::min<int64_t>(kLanes, lanes - i * kLanes)), acc[i]);
         }
       }
       for (int i = 0; i * kLanes < lanes; ++i)
@@ -105,9 +106,9 @@ inline __attribute__((always_inline)) void outer_tile(const float* a, int64_t ld
     for (int64_t k = first; k < last; ++k, b += ldb) {
       const Vec b0 = load(b), b1 = load(b + kLanes);
       for (int m = 0; m < MR; ++m) {
-        const float factor = a[m * lda + k];
-        acc[m][0] += factor * b0;
-        acc[m][1] += factor * b1;
+        const Vec factor = spread(a[m * lda + k]);
+        acc[m][0] = add_product(factor, b0, acc[m][0]);
+        acc[m][1] = add_product(factor, b1, acc[m][1]);
       }
     }
   }

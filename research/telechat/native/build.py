@@ -104,7 +104,8 @@ def _folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as err:
-        raise _MissingError(f"{folder} cannot be made ({err.strerror}); set XDG_CACHE_HOME to a folder of yours") from err
+        raise _MissingError(f"{folder} cannot be made ({err.strerror}); "
+                            "set XDG_CACHE_HOME to a folder of yours") from err
     found = folder.stat()
     if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise _MissingError(f"{folder} can be written by others; set XDG_CACHE_HOME to a folder of yours")

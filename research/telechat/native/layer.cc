@@ -118,7 +118,7 @@ void gated(const float* x, int64_t rows, int64_t depth, const float* w1, const f
 }
 
 // y = x + a w^T + bias.
-void add_product(const float* x, const float* a, int64_t rows, int64_t depth, const float* weight, const float* bias,
+void add_products(const float* x, const float* a, int64_t rows, int64_t depth, const float* weight, const float* bias,
                  int64_t columns, float* y) {
   const Blocks blocks(rows, columns, depth);
   Pool::get().run(blocks.tasks(), [&](int64_t i) {
@@ -255,10 +255,10 @@ struct Layer {
       }
     });
     attend(context, wanted, count);
-    add_product(wanted ? residual : x, context, count, hidden, weights.wo, weights.wo_bias, hidden, h);
+    add_products(wanted ? residual : x, context, count, hidden, weights.wo, weights.wo_bias, hidden, h);
     norm(h, weights.ffn_norm, eps, count, hidden, h_normed);
     gated(h_normed, count, hidden, weights.w1, weights.w3, sizes, inner);
-    add_product(h, inner, count, sizes.ffn, weights.w2, weights.w2_bias, hidden, y);
+    add_products(h, inner, count, sizes.ffn, weights.w2, weights.w2_bias, hidden, y);
   }
 };
 

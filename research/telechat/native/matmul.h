@@ -36,7 +36,7 @@ inline __attribute__((always_inline)) void product_tile(const float* x, int64_t 
     for (int n = 0; n < NR; ++n) {
       Vec b = load(w + n * ldw + k);
       if (MR > 1) hold(b);
-      for (int m = 0; m < MR; ++m) acc[m * NR + n] += a[m] * b;
+      for (int m = 0; m < MR; ++m) acc[m * NR + n] = add_product(a[m], b, acc[m * NR + n]);
     }
   }
   constexpr int kWhole = MR * NR / 4 * 4;
@@ -47,7 +47,7 @@ inline __attribute__((always_inline)) void product_tile(const float* x, int64_t 
   for (int i = kWhole; i < MR * NR; ++i) out[i] = sum(acc[i]);
   for (int64_t k = whole; k < depth; ++k)
     for (int m = 0; m < MR; ++m)
-      for (int n = 0; n < NR; ++n) out[m * NR + n] += x[m * ldx + k] * w[n * ldw + k];
+      for (int n = 0; n < NR; ++n) out[m * NR + n] = add_product(x[m * ldx + k], w[n * ldw + k], out[m * NR + n]);
 }
 
 // Calls put(m, n, value) for a tile.

@@ -33,6 +33,25 @@ inline Vec spread(float value) { return value - Vec{}; }
 
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
+// a b + c, rounded once or twice alike wherever it stands: left to itself, the compiler fuses some and others not.
+inline float add_product(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Vec add_product(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Folds a vector to four sums, always in the same order.
 inline Quad fold(Vec v) {
 #if defined(__AVX512F__)
