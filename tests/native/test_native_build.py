@@ -13,7 +13,7 @@ def fresh(monkeypatch, tmp_path):
     """`library` asked anew, with an empty cache folder. -> the function."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(build.SWITCH, raising=False)
-    return build.library.__wrapped__
+    return build._library.__wrapped__
 
 
 def compiler(folder, text):
@@ -35,9 +35,13 @@ def test_compiled_once(fresh, monkeypatch, tmp_path):
     """The second time the library is there; other sources, options or compilers get one of their own."""
     monkeypatch.setenv("CXX", compiler(tmp_path, f"while [ $1 != -o ]; do shift; done; echo x >> {tmp_path}/calls; "
                                                  f"cp {build.library().path} $2"))
+    stale = tmp_path / "cache" / "telechat" / "compiling-1"
+    stale.mkdir(parents=True, mode=0o700)
+    stale.parent.chmod(0o700)
+    os.utime(stale, (0, 0))
     first, second = fresh(), fresh()
     assert first.path == second.path and first.seconds > 0 and second.seconds == 0
-    assert (tmp_path / "calls").read_text(encoding="utf-8") == "x\n"
+    assert (tmp_path / "calls").read_text(encoding="utf-8").count("x") == len(build.sources()) + 1
     assert os.listdir(first.path.parent) == [first.path.name]
     monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-g"))
     assert fresh().path != first.path

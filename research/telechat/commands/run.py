@@ -11,6 +11,7 @@ from research.telechat.common.command import leave, run_command
 from research.telechat.common.environment import workers
 from research.telechat.common.files import JsonObject, prepare_log
 from research.telechat.common.versions import fitting_versions
+from research.telechat.native import build
 from research.telechat.recipe.options import all_overrides, build_parser
 from research.telechat.recipe.read import check_overrides, read_recipe, resolve_config
 
@@ -23,6 +24,8 @@ def start(config: str, overrides: JsonObject, register_path: Optional[str] = Non
     recipe = read_recipe(resolve_config(config))
     check_overrides(recipe, overrides)
     prepare_log(overrides.get("output_dir") or recipe.get("output_dir"))
+    if (overrides.get("context.device_target") or recipe.get("context", {}).get("device_target")) == "CPU":
+        build.begin()                        # while MindSpore is imported
     with fitting_versions():
         from research.telechat.run.job import run
     run(recipe, overrides, register_path, predict_data, raw)

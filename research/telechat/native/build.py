@@ -12,6 +12,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ from typing import List, Optional
 
 SWITCH = "TELECHAT_CPU_KERNELS"
 _COMPILERS = ("g++", "clang++", "c++")
-_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-Wall")
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-pthread", "-Wall")
 _MOST_THREADS = 16                                       # the operators of small models gain nothing beyond
 _PATIENCE = 300                                          # seconds a compiler may take
+_STALE = 3600                                            # seconds after which no compiler writes there any more
 _HERE = Path(__file__).resolve().parent
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,19 @@ class _MissingError(Exception):
     """There is no library; the message says why."""
 
 
-@functools.lru_cache(maxsize=1)
 def library() -> Library:
     """The library for this processor, compiled if necessary. Never raises: what is missing is in `reason`."""
+    with _lock:
+        return _library()
+
+
+def begin() -> None:
+    """Compile in the background, if necessary, in a process that will need the library later."""
+    threading.Thread(target=library, daemon=True).start()
+
+
+@functools.lru_cache(maxsize=1)
+def _library() -> Library:
     if os.environ.get(SWITCH, "1") == "0":
         return Library(None, f"{SWITCH} is 0")
     started = time.monotonic()
@@ -113,15 +126,33 @@ def _folder() -> Path:
 
 
 def _compile(compiler: str, flags: List[str], path: Path) -> None:
-    """Compile to `path`, which appears whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    """Compile to `path`, which appears whole or not at all; all files at the same time."""
+    for left in path.parent.glob("compiling-*"):             # of a process that was killed
+        if time.time() - left.stat().st_mtime > _STALE:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="compiling-") as folder:
+        objects = [Path(folder) / f"{source.stem}.o" for source in sources()]
+        _run_all([[compiler, *flags, "-c", "-o", str(made), str(source)] for source, made in zip(sources(), objects)])
         made = Path(folder) / path.name
-        done = subprocess.run([compiler, *flags, "-o", str(made), *map(str, sources())], capture_output=True,
-                              text=True, errors="replace", check=False, timeout=_PATIENCE)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
-            raise _MissingError(f"{compiler} failed: {lines[0].strip()[:300] if lines else done.returncode}")
+        _run_all([[compiler, *flags, "-shared", "-o", str(made), *map(str, objects)]])
         os.replace(made, path)
+
+
+def _run_all(commands: List[List[str]]) -> None:
+    """Run compilers at the same time; _MissingError with the first error of one that fails."""
+    running = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                errors="replace") for command in commands]
+    try:
+        for command, process in zip(commands, running):
+            _, text = process.communicate(timeout=_PATIENCE)
+            if process.returncode:
+                lines = [line for line in text.splitlines() if "error" in line] or text.splitlines()[-1:]
+                why = lines[0].strip()[:300] if lines else f"exit code {process.returncode}"
+                raise _MissingError(f"{command[0]} failed: {why}")
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def _try(path: Path) -> None:
