@@ -66,7 +66,7 @@ inline void attend_alone(const float* q, int64_t group, const Pages& keys, const
   for (int64_t first = 0; first < count; first += keys.size) {
     const int64_t here = std::min(keys.size, count - first);
     products(q, dim, group, keys.block(first / keys.size), dim, 0, here, dim,
-             [&](int64_t m, int64_t n, float v) { scores[m * width + first + n] = v; });
+             [&](int64_t m, int64_t n, auto v) { set(scores + m * width + first + n, v); });
   }
   for (int64_t g = 0; g < group; ++g) {
     float* p = scores + g * width;

@@ -80,8 +80,8 @@ void project(const float* x, int64_t rows, int64_t depth, const Projection* both
     const Projection& to = both[p];
     blocks[p].part(i, [&](int64_t top, int64_t bottom, int64_t first, int64_t last) {
       products(x + top * depth, depth, bottom - top, to.weight, depth, first, last, depth,
-               [&](int64_t m, int64_t n, float v) {
-                 to.out[(top + m) * to.columns + n] = to.bias ? v + to.bias[n] : v;
+               [&](int64_t m, int64_t n, auto v) {
+                 set(to.out + (top + m) * to.columns + n, to.bias ? v + get<decltype(v)>(to.bias + n) : v);
                });
     });
   });
@@ -102,7 +102,7 @@ void gated(const float* x, int64_t rows, int64_t depth, const float* w1, const f
       float* gates = scratch(high * (across + kLanes));
       const int64_t width = rounded(across, kLanes);
       products(in, depth, high, gate, depth, first, last, depth,
-               [&](int64_t m, int64_t n, float v) { gates[m * width + n - first] = v; });
+               [&](int64_t m, int64_t n, auto v) { set(gates + m * width + n - first, v); });
       for (int64_t m = 0; m < high; ++m) {
         for (int64_t n = 0; n < across; n += kLanes) {
           const Vec g = load(gates + m * width + n);
@@ -110,8 +110,8 @@ void gated(const float* x, int64_t rows, int64_t depth, const float* w1, const f
           store(gates + m * width + n, g / (exponential(minus) + 1.0f));
         }
       }
-      products(in, depth, high, up, depth, first, last, depth, [&](int64_t m, int64_t n, float v) {
-        out[(top + m) * sizes.ffn + n] = gates[m * width + n - first] * v;
+      products(in, depth, high, up, depth, first, last, depth, [&](int64_t m, int64_t n, auto v) {
+        set(out + (top + m) * sizes.ffn + n, get<decltype(v)>(gates + m * width + n - first) * v);
       });
     });
   });
@@ -124,9 +124,9 @@ void add_products(const float* x, const float* a, int64_t rows, int64_t depth, c
   Pool::get().run(blocks.tasks(), [&](int64_t i) {
     blocks.part(i, [&](int64_t top, int64_t bottom, int64_t first, int64_t last) {
       products(a + top * depth, depth, bottom - top, weight, depth, first, last, depth,
-               [&](int64_t m, int64_t n, float v) {
+               [&](int64_t m, int64_t n, auto v) {
                  const int64_t at = (top + m) * columns + n;
-                 y[at] = x[at] + (bias ? v + bias[n] : v);
+                 set(y + at, get<decltype(v)>(x + at) + (bias ? v + get<decltype(v)>(bias + n) : v));
                });
     });
   });
@@ -335,7 +335,7 @@ extern "C" int Head(int, void** params, int*, int64_t** shapes, const char**, vo
   Pool::get().run(blocks.tasks(), [&](int64_t i) {
     blocks.part(i, [&](int64_t top, int64_t bottom, int64_t first, int64_t last) {
       telechat::products(normed.data() + top * hidden, hidden, bottom - top, weight, hidden, first, last, hidden,
-                         [&](int64_t m, int64_t n, float v) { logits[(top + m) * vocabulary + n] = v * scale; });
+                         [&](int64_t m, int64_t n, auto v) { telechat::set(logits + (top + m) * vocabulary + n, v * scale); });
     });
   });
   telechat::split(rows, 1, [&](int64_t from, int64_t to) {

@@ -50,15 +50,20 @@ inline __attribute__((always_inline)) void product_tile(const float* x, int64_t 
       for (int n = 0; n < NR; ++n) out[m * NR + n] = add_product(x[m * ldx + k], w[n * ldw + k], out[m * NR + n]);
 }
 
-// Calls put(m, n, value) for a tile.
+// Calls put(m, n, value) for a tile: value is a float, or a Quad of n .. n + 3.
 template <int MR, int NR, typename Put>
 inline void put_tile(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t depth, int64_t m, int64_t n,
                      bool fetch, const Put& put) {
   float out[MR * NR];
   if (fetch) product_tile<MR, NR, true>(x + m * ldx, ldx, w + n * ldw, ldw, depth, out);
   else product_tile<MR, NR, false>(x + m * ldx, ldx, w + n * ldw, ldw, depth, out);
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NR; ++j) put(m + i, n + j, out[i * NR + j]);
+  for (int i = 0; i < MR; ++i) {
+    if constexpr (NR % 4 == 0) {
+      for (int j = 0; j < NR; j += 4) put(m + i, n + j, get<Quad>(out + i * NR + j));
+    } else {
+      for (int j = 0; j < NR; ++j) put(m + i, n + j, out[i * NR + j]);
+    }
+  }
 }
 
 // All rows with NR columns from n on. The columns' weights are read from memory once, and stay in the nearest cache.
@@ -71,7 +76,8 @@ inline void put_columns(const float* x, int64_t ldx, int64_t rows, const float* 
   if (rows - m == 1) put_tile<1, NR>(x, ldx, w, ldw, depth, m, n, fetch && m == 0, put);
 }
 
-// Calls put(m, n, sum over k of x[m, k] w[n, k]) for m below `rows` and n from `first` to `last`, in this thread.
+// Calls put(m, n, sum over k of x[m, k] w[n, k]) for m below `rows` and n from `first` to `last`, in this thread; of
+// four n at a time where it can (see put_tile).
 template <typename Put>
 inline void products(const float* x, int64_t ldx, int64_t rows, const float* w, int64_t ldw, int64_t first,
                      int64_t last, int64_t depth, const Put& put) {
@@ -113,8 +119,8 @@ inline void linear(const float* x, int64_t rows, const float* w, const float* bi
   const Blocks blocks(rows, columns, depth);
   Pool::get().run(blocks.tasks(), [&](int64_t i) {
     blocks.part(i, [&](int64_t top, int64_t bottom, int64_t first, int64_t last) {
-      products(x + top * depth, depth, bottom - top, w, depth, first, last, depth, [&](int64_t m, int64_t n, float v) {
-        y[(top + m) * columns + n] = bias ? v + bias[n] : v;
+      products(x + top * depth, depth, bottom - top, w, depth, first, last, depth, [&](int64_t m, int64_t n, auto v) {
+        set(y + (top + m) * columns + n, bias ? v + get<decltype(v)>(bias + n) : v);
       });
     });
   });

@@ -130,4 +130,15 @@ inline Vec load_some(const float* from, int64_t count) {
 
 inline void store_some(float* to, Vec v, int64_t count) { std::memcpy(to, &v, static_cast<size_t>(count) * 4); }
 
+// One number or four, as a tile of products has them.
+template <typename Value>
+inline Value get(const float* from) {
+  Value v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <typename Value>
+inline void set(float* to, Value v) { std::memcpy(to, &v, sizeof v); }
+
 }  // namespace telechat
