@@ -44,7 +44,8 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_the_plugin_its_recipes_and_their_bases_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        files = {path for path in (ROOT / "research/telechat").rglob("*") if path.suffix in (".py", ".yaml", ".html")}
+        kept = (".py", ".yaml", ".html", ".cc", ".h")
+        files = {path for path in (ROOT / "research/telechat").rglob("*") if path.suffix in kept}
         expected = {str(path.relative_to(ROOT)) for path in files}
         bases = {f"research/telechat/base/{path.name}" for path in (ROOT / "configs/telechat").glob("*.yaml")}
         assert names == expected | bases and len(bases) >= 5
