@@ -32,6 +32,11 @@ struct Pages {
   const float* row(int64_t token) const { return block(token / size) + token % size * dim; }
 };
 
+// Asks for memory that is read next.
+inline void fetch(const float* from, int64_t floats) {
+  for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(from + i);
+}
+
 // x[i] = exp(x[i] - top) for `count` numbers; their sum.
 inline float exponentials(float* x, int64_t count, float top) {
   Vec total{};
@@ -65,6 +70,7 @@ inline void attend_alone(const float* q, int64_t group, const Pages& keys, const
   float* scores = scratch(group * width);
   for (int64_t first = 0; first < count; first += keys.size) {
     const int64_t here = std::min(keys.size, count - first);
+    if (first + keys.size < count) fetch(keys.block(first / keys.size + 1), keys.size * dim);
     products(q, dim, group, keys.block(first / keys.size), dim, 0, here, dim,
              [&](int64_t m, int64_t n, auto v) { set(scores + m * width + first + n, v); });
   }
@@ -77,6 +83,7 @@ inline void attend_alone(const float* q, int64_t group, const Pages& keys, const
       for (int64_t first = 0; first < count; first += values.size) {
         const int64_t here = std::min(values.size, count - first);
         const float* v = values.block(first / values.size) + d;
+        if (first + values.size < count) fetch(values.block(first / values.size + 1) + d, values.size * dim);
         if (lanes == 4 * kLanes) {
           for (int64_t j = 0; j < here; ++j, v += dim)
             for (int i = 0; i < 4; ++i) acc[i] = add_product(spread(p[first + j]), load(v + i * kLanes), acc[i]);
