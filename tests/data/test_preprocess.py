@@ -202,12 +202,16 @@ def read_one(path):
     return records
 
 
-def test_writing_without_mindspore_makes_the_same_files(tmp_path, monkeypatch):
+@pytest.mark.parametrize("several", [True, False])
+def test_writing_without_mindspore_makes_the_same_files(tmp_path, monkeypatch, several):
     """Byte for byte those of FileWriter, with which all other releases of MindSpore write."""
     rng = np.random.default_rng(0)
-    columns = {"input_ids": 70, "labels": 70, "actual_seq_len": 5}
-    records = [{name: rng.integers(-100, 1 << 17, size).astype(np.int32) for name, size in columns.items()}
-               for _ in range(3000)]
+    columns = {"input_ids": 70, "labels": 70, "actual_seq_len": 5} if several else {"input_ids": 139}
+    edges = np.array([side + step for bits in (7, 8, 15, 16, 31) for side in (-(1 << bits), 1 << bits)
+                      for step in (-1, 0, 1) if -(1 << 31) <= side + step < 1 << 31])       # of the bytes of a number
+    records = [{name: np.where(rng.random(size) < 0.3, rng.choice(edges, size), rng.integers(-100, 1 << 17, size)
+                               ).astype(np.int32) for name, size in columns.items()} for _ in range(3000)]
+    records += [{name: np.full(size, 1 << 20, np.int32) for name, size in columns.items()}] * 1500    # packing makes them longer
     if not mindrecord._compared():
         pytest.skip("this release of MindSpore is always written with FileWriter")
     assert mindrecord.direct_extension() is not None

@@ -3,8 +3,13 @@
 All of MindSpore takes seconds to import, but its MindRecord writer is an extension module of its own, which loads in
 milliseconds. It is used directly with the releases whose files were compared, byte for byte, with those of
 `mindspore.mindrecord.FileWriter`, which writes for all others. data/writer.py decides what a data set consists of.
+
+MindRecord stores each integer of a row in as few bytes as it needs. The extension module takes as long for that as for
+everything else in a file five times over, so that here NumPy does it, for many rows at once: the module is made to
+write rows of bytes, and the head of the file then says what they are.
 """
 import importlib.util
+import json
 import os
 import sys
 from importlib.machinery import PathFinder
@@ -20,22 +25,27 @@ from research.telechat.common.versions import installed_version, release
 _EXTENSION = "mindspore._c_mindrecord"
 _COMPARED = ((2, 9),)                        # releases of MindSpore
 _DESCRIPTION = "telechat"                    # of the schema
-Records = List[Dict[str, np.ndarray]]
+Columns = Mapping[str, np.ndarray]           # name to the int32 arrays of some rows [rows, length]
+Schema = Dict[str, Dict[str, Any]]
+_NUMBER_BYTES = 8                            # of the number of bytes of the head, little-endian, at its beginning
+_IN_A_BYTE = 4                               # widths of integers, of two bits each
 
 
 class _DirectWriter:
     """The extension module's writer, called as FileWriter calls it. Methods raise RuntimeError."""
 
-    def __init__(self, extension: ModuleType, path: str, schema: Dict[str, Any]) -> None:
+    def __init__(self, extension: ModuleType, path: str, schema: Schema) -> None:
         self._extension, self._path = extension, path
         self._header, self._writer = extension.ShardHeader(), extension.ShardWriter()
         self._schema = schema
         self._opened = False
+        self._head_bytes = self._saved = 0
 
     def set_sizes(self, page: int, header: int) -> None:
         self._check("sizes of pages and header", self._writer.set_page_size(page))
         self._check("sizes of pages and header", self._writer.set_header_size(header))
-        schema = self._extension.Schema.build(_DESCRIPTION, self._schema)
+        self._head_bytes = header
+        schema = self._extension.Schema.build(_DESCRIPTION, {name: {"type": "bytes"} for name in self._schema})
         if self._header.add_schema(schema) < 0:
             raise RuntimeError("MindRecord refused the schema")
         self._columns = schema.get_blob_fields()         # in MindRecord's order
@@ -46,35 +56,79 @@ class _DirectWriter:
             self._check("the header", self._writer.set_shard_header(self._header))
             self._opened = True
 
-    def write(self, records: Sequence[Mapping[str, np.ndarray]]) -> None:
+    def write(self, columns: Columns) -> None:
         self._open()
-        rows = [self._merged([record[column] for column in self._columns]) for record in records]
+        rows = packed_rows([columns[name] for name in self._columns])
+        self._saved += sum(array.nbytes for array in columns.values()) - sum(map(len, rows))
+        if len(self._columns) > 1:
+            self._saved += len(rows) * len(self._columns) * _NUMBER_BYTES
         self._check("writing", self._writer.write_raw_data({}, rows, True, False))
-
-    @staticmethod
-    def _merged(arrays: List[np.ndarray]) -> bytes:
-        """A row as MindRecord stores it: of several columns each has its bytes in front, in 8 bytes, big-endian."""
-        if len(arrays) == 1:
-            return arrays[0].astype(np.int32, copy=False).tobytes()
-        contents = [array.astype(np.int32, copy=False).tobytes() for array in arrays]
-        return b"".join([part for content in contents for part in (len(content).to_bytes(8, "big"), content)])
 
     def commit(self) -> None:
         self._open()
         self._check("completing", self._writer.commit())
+        self._describe()
         index = self._extension.ShardIndexGenerator(os.path.realpath(self._path), False)
         self._check("the index", index.build())
         self._check("the index", index.write_to_db())
+
+    def _describe(self) -> None:
+        """Say in the head of the file that its rows are packed integers."""
+        try:
+            with open(self._path, "r+b") as file:
+                size = int.from_bytes(file.read(_NUMBER_BYTES), "little")
+                head = json.loads(file.read(size))
+                head["schema"][0]["schema"] = {name: dict(sorted(self._schema[name].items()))
+                                               for name in sorted(self._schema)}
+                head["compression_size"] = max(self._saved, 0)
+                content = json.dumps(head, separators=(",", ":")).encode()
+                if _NUMBER_BYTES + len(content) > self._head_bytes:
+                    raise RuntimeError("MindRecord's header is too small for the pages of the file")
+                file.seek(0)
+                file.write(len(content).to_bytes(_NUMBER_BYTES, "little") + content)
+        except OSError as err:
+            raise RuntimeError(f"MindRecord's header: {err.strerror or err}") from err
 
     def _check(self, what: str, status: object) -> None:
         if status != self._extension.MSRStatus.SUCCESS:
             raise RuntimeError(f"MindRecord reports that {what} failed")
 
 
+def packed_rows(columns: Sequence[np.ndarray]) -> List[bytes]:
+    """Rows of int32 columns [rows, length each] as MindRecord stores them.
+
+    Of each column: the number of integers in 4 bytes, big-endian; the width of each integer in two bits, the first in
+    the highest ones; and each integer in 1, 2 or 4 bytes, little-endian. If there are several columns, each has its
+    number of bytes in front, in 8 bytes, big-endian.
+    """
+    packed = [_packed(column) for column in columns]
+    if len(packed) == 1:
+        return packed[0]
+    return [b"".join([part for content in row for part in (len(content).to_bytes(_NUMBER_BYTES, "big"), content)])
+            for row in zip(*packed)]
+
+
+def _packed(values: np.ndarray) -> List[bytes]:
+    rows, length = values.shape
+    values = np.ascontiguousarray(values, "<i4")
+    kept = np.empty((rows, length, 4), bool)             # which bytes of each integer are stored
+    kept[..., 0] = True
+    kept[..., 1] = values != values.astype(np.int8)
+    kept[..., 2] = kept[..., 3] = values != values.astype(np.int16)
+    widths = np.zeros((rows, -(-length // _IN_A_BYTE), _IN_A_BYTE), np.uint8)
+    widths.reshape(rows, -1)[:, :length] = kept[..., 1].view(np.uint8) + kept[..., 2].view(np.uint8)
+    widths <<= np.array([6, 4, 2, 0], np.uint8)
+    heads = np.bitwise_or.reduce(widths, axis=2)
+    numbers = values.view(np.uint8).reshape(kept.shape)[kept].tobytes()
+    ends = np.cumsum(np.count_nonzero(kept.reshape(rows, -1), axis=1)).tolist()
+    count = length.to_bytes(4, "big")
+    return [count + head.tobytes() + numbers[start:end] for head, start, end in zip(heads, [0, *ends], ends)]
+
+
 class _PublicWriter:
     """mindspore.mindrecord.FileWriter. Methods raise RuntimeError."""
 
-    def __init__(self, path: str, schema: Dict[str, Any]) -> None:
+    def __init__(self, path: str, schema: Schema) -> None:
         try:
             from mindspore.mindrecord import FileWriter
         except ImportError as err:
@@ -87,8 +141,8 @@ class _PublicWriter:
         self._writer.set_header_size(header)
         self._writer.add_schema(self._schema, _DESCRIPTION)
 
-    def write(self, records: Records) -> None:
-        self._writer.write_raw_data(records)
+    def write(self, columns: Columns) -> None:
+        self._writer.write_raw_data([dict(zip(columns, arrays)) for arrays in zip(*columns.values())])
 
     def commit(self) -> None:
         self._writer.commit()
@@ -98,7 +152,7 @@ RecordWriter = Union[_DirectWriter, _PublicWriter]
 
 
 def open_writer(path: Path, columns: Sequence[str], page: int, header: int) -> RecordWriter:
-    """A writer of `path` with the methods write(records) and commit(), which raise RuntimeError.
+    """A writer of `path` with the methods write(columns) and commit(), which raise RuntimeError.
 
     Args:
         path: is replaced; its index will be `path`.db.

@@ -109,7 +109,6 @@ class DatasetWriter:
             self._import.start()
         self._held.append(record)
         self.records += 1
-        self.max_id = max(self.max_id, int(record["input_ids"].max()))
         if self._writer is None and len(self._held) * self._record_bytes < _HELD_BYTES:
             return
         if len(self._held) >= self._batch:
@@ -151,7 +150,10 @@ class DatasetWriter:
             if count < self._batch and whole_batches:
                 return
             batch, self._held = self._held[:count], self._held[count:]
-            self._call(writer.write, batch)
+            columns = {name: np.stack([record[name] for record in batch]).astype(np.int32, copy=False)
+                       for name in self.columns}
+            self.max_id = max(self.max_id, int(columns["input_ids"].max()))
+            self._call(writer.write, columns)
             self._room -= count
             if self._room <= 0:
                 self._close_file()
