@@ -26,7 +26,7 @@ from research.telechat.common.printable import one_line, printable
 from research.telechat.data.budget import TokenBudget
 from research.telechat.data.encoding import Encoded, Encoder, source_formats
 from research.telechat.data.meta import REPORT_FILE
-from research.telechat.data.packing import LONG_MODES, FirstFitPacker, ShuffleBuffer, pack_all, to_record
+from research.telechat.data.packing import LONG_MODES, FirstFitPacker, ShuffleBuffer, pack_all, to_records
 from research.telechat.data.records import DATA_FORMATS
 from research.telechat.data.report import Report, format_report, ignored_line
 from research.telechat.data.sources import Source, find_sources, read_chunks, read_evenly, total_bytes
@@ -133,8 +133,9 @@ def preprocess(args: argparse.Namespace) -> dict:
             sources, args.seed, min(max(args.max_tokens // 16, 1 << 10), _CHUNK_BYTES))
         results = ordered_map(partial(_itself, encoder), chunks, args.num_workers)
         pieces = _pieces(results, sources, report, args.max_errors, budget)
-        for pack in pack_all(_then(pieces, partial(picture.start, report)), shuffle, packer):
-            writer.add(to_record(pack, length, renderer.pad_id, side, slots))
+        packs = pack_all(_then(pieces, partial(picture.start, report)), shuffle, packer)
+        for record in to_records(packs, length, renderer.pad_id, side, slots):
+            writer.add(record)
         if not writer.records:
             raise ConfigError(_nothing(sources, report))
         summary = _summary(report, writer, started, budget)
