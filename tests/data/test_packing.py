@@ -3,13 +3,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packing_fixtures import marked_ids
 
 from research.telechat.data.packing import (
     IGNORED,
     FirstFitPacker,
     ShuffleBuffer,
     cut,
-    marked_ids,
     pack_all,
     to_record,
 )

@@ -211,7 +211,8 @@ def test_writing_without_mindspore_makes_the_same_files(tmp_path, monkeypatch, s
                       for step in (-1, 0, 1) if -(1 << 31) <= side + step < 1 << 31])       # of the bytes of a number
     records = [{name: np.where(rng.random(size) < 0.3, rng.choice(edges, size), rng.integers(-100, 1 << 17, size)
                                ).astype(np.int32) for name, size in columns.items()} for _ in range(3000)]
-    records += [{name: np.full(size, 1 << 20, np.int32) for name, size in columns.items()}] * 1500    # packing makes them longer
+    # Numbers so great that packing only adds to them:
+    records += [{name: np.full(size, 1 << 20, np.int32) for name, size in columns.items()}] * 1500
     if not mindrecord._compared():
         pytest.skip("this release of MindSpore is always written with FileWriter")
     assert mindrecord.direct_extension() is not None

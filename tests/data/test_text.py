@@ -11,6 +11,7 @@ import pytest
 from golden import SHARED, needs_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packing_fixtures import marked_ids
 from preprocess_fixtures import SAMPLES, contents, read_records, report, run, write_lines
 
 from research.telechat.common.errors import ConfigError
@@ -19,7 +20,7 @@ from research.telechat.data.budget import BEYOND, TokenBudget
 from research.telechat.data.documents import cut_document
 from research.telechat.data.encoding import Encoder, source_formats
 from research.telechat.data.meta import check_dataset_meta, read_meta
-from research.telechat.data.packing import cut, marked_ids
+from research.telechat.data.packing import cut
 from research.telechat.data.records import parse_any
 from research.telechat.data.sources import Chunk, Source, find_sources, read_chunks, read_evenly
 from research.telechat.text.renderer import Renderer, get_template

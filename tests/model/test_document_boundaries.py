@@ -3,9 +3,10 @@ import mindspore as ms
 import numpy as np
 import pytest
 from model_fixtures import HF_CONFIGS, build_model, logits_of, random_official
+from packing_fixtures import marked_ids
 from vocab_fixtures import train_sentencepiece
 
-from research.telechat.data.packing import IGNORED, FirstFitPacker, ShuffleBuffer, marked_ids, pack_all, to_record
+from research.telechat.data.packing import IGNORED, FirstFitPacker, ShuffleBuffer, pack_all, to_record
 from research.telechat.interpret import attention
 from research.telechat.model.mask import COMPRESSED, DocumentEnds, Documents
 from research.telechat.spec.attention_form import documents_back_to_back

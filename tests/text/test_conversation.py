@@ -5,8 +5,10 @@ import pytest
 from conversation_fixtures import bot, renderers, system, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packing_fixtures import marked_ids
 
 from research.telechat.common.errors import ConfigError, ConversationError
+from research.telechat.data.assembly import assemble
 from research.telechat.text.renderer import Renderer, get_template
 
 MARKERS = ["<_user>", "<_bot>", "<_end>", "<_start>", "<_system>", "<_pad>", "</s>", "<pad>", "<reserve1>"]
@@ -84,9 +86,14 @@ def test_loss_is_on_the_answers_and_nothing_else(way, vocabs, messages):
 def test_batches_give_the_same_as_one_by_one(way, vocabs, batch):
     renderer = renderers(vocabs)[way]
     plans = [renderer.plan(messages) for messages in batch]
-    encoded = iter(renderer.vocab.encode_batch([text for plan in plans for text in plan.texts], num_threads=1))
-    for plan, messages in zip(plans, batch):
-        rendered = renderer.assemble(plan, encoded)
+    encoded = iter(renderer.vocab.encode_arrays([text for plan in plans for text in plan.texts]))
+    together = assemble(plans, encoded, renderer.opening)
+    for number, (plan, messages) in enumerate(zip(plans, batch)):
+        rendered = renderer.assemble(plan, map(renderer.vocab.encode, plan.texts))
+        start, end = together.bounds[number:number + 2]
+        assert together.marked[start:end].tolist() == marked_ids([rendered])[0].tolist()
+        assert together.layout(number) == (rendered.turns, rendered.separator, rendered.opening)
+        assert together.trained[number] == any(rendered.mask()[1:])
         assert (rendered.ids, rendered.mask()) == renderer.render(messages)
         assert len(rendered.turns) == len(messages) // 2
         opening = rendered.ids[rendered.turns[0]:rendered.turns[0] + rendered.opening]

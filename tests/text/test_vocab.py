@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 from golden import DECODE_DEVIATIONS, DEVIATIONS, OFFICIAL, SHARED, golden_json, needs_shared
@@ -179,7 +180,10 @@ class TestProperties:
     @settings(max_examples=30, deadline=None)
     @given(texts=st.lists(TEXTS, max_size=5), num_threads=st.sampled_from([None, 1, 2]))
     def test_batch_equals_single(self, vocab, texts, num_threads):
-        assert vocab.encode_batch(texts, num_threads=num_threads) == [vocab.encode(text) for text in texts]
+        singly = [vocab.encode(text) for text in texts]
+        assert vocab.encode_batch(texts, num_threads=num_threads) == singly
+        arrays = vocab.encode_arrays(texts)
+        assert [array.tolist() for array in arrays] == singly and all(array.dtype == np.int32 for array in arrays)
 
 
 class TestSentencePiece:

@@ -60,6 +60,8 @@ class TestErrors:
             vocab.encode("ab\ud83d")
         with pytest.raises(VocabError, match=r"text 2 of 3 .* lone surrogate"):
             vocab.encode_batch(["a", "\udc00", "b"])
+        with pytest.raises(VocabError, match=r"text 2 of 3 .* lone surrogate"):
+            vocab.encode_arrays(["a", "\udc00", "b"])
         with pytest.raises(VocabError, match="is NoneType, expected str"):
             vocab.encode(None)
         with pytest.raises(VocabError, match=r"text 2 of 2 .*bytes, expected str"):

@@ -10,7 +10,7 @@ import numpy as np
 from research.telechat.common.errors import RecordError
 from research.telechat.common.files import JsonObject
 from research.telechat.data.markers import record_trains, unused_keys
-from research.telechat.data.packing import Cut, without_loss
+from research.telechat.data.packing import WHOLE, Cut, without_loss
 
 TEXT = "text"                                # the name of the format
 TEXT_KEYS = ("text", "content", "data")      # the first of these keys in a record is its text
@@ -65,7 +65,7 @@ def cut_document(marked: np.ndarray, limit: int, long: str = "split", overlap: i
     """A document split into pieces of at most `limit` tokens.
 
     Args:
-        marked: its ids from data.packing.marked_ids.
+        marked: its ids, complemented where they carry no loss.
         limit: tokens of one record.
         long: what to do with a longer one. "split": pieces of `limit` tokens and a last one with the rest. "truncate":
             the first piece only. "drop": nothing.
@@ -76,7 +76,7 @@ def cut_document(marked: np.ndarray, limit: int, long: str = "split", overlap: i
     if not (marked >= 0).any():
         return Cut([], 0, len(marked), 0, "nothing to train")
     if len(marked) <= limit:
-        return Cut([marked], len(marked), 0, 0, "whole", [len(marked)])
+        return Cut([marked], len(marked), 0, 0, WHOLE, [len(marked)])
     if long == "drop":
         return Cut([], 0, len(marked), 0, "longer than the length")
     pieces, fresh = [marked[:limit]], [limit]

@@ -9,9 +9,10 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 import numpy as np
 
 from research.telechat.common.errors import ConfigError, ConversationError, RecordError
+from research.telechat.data.assembly import assemble
 from research.telechat.data.documents import TEXT, Document, cut_document
 from research.telechat.data.markers import NO_REASONING
-from research.telechat.data.packing import Cut, cut, marked_ids
+from research.telechat.data.packing import WHOLE, Cut, cut
 from research.telechat.data.records import Conversation, detect_format, parse_any
 from research.telechat.data.sources import Chunk, Source, peek_records
 from research.telechat.data.texts import is_text
@@ -89,26 +90,36 @@ class Encoder:
             if not isinstance(record, Document) and record.messages[0].role == "system" and (
                     self.renderer.system_id is None):
                 counts[f"note: system prompt, policy {self.renderer.system_policy!r}"] += 1
-        encoded = iter(self.renderer.vocab.encode_batch([text for plan in plans for text in plan.texts], num_threads=1))
-        conversations = [self.renderer.assemble(plan, encoded) for plan in plans]
+        encoded = iter(self.renderer.vocab.encode_arrays([text for plan in plans for text in plan.texts]))
+        conversations = assemble(plans, encoded, self.renderer.opening)
         pieces: List[np.ndarray] = []
         fresh: List[int] = []
         owners: List[int] = []
         fates: List[str] = []
-        for rendered, marked, document in zip(conversations, marked_ids(conversations), documents):
-            result = cut_document(marked, self.limit, self.long, self.overlap) if document else cut(
-                rendered, marked, self.limit, self.long)
+        whole = conversations.trained & (conversations.lengths <= self.limit)
+        bounds = conversations.bounds.tolist()
+        for number, (start, end, fits) in enumerate(zip(bounds, bounds[1:], whole.tolist())):
+            marked = conversations.marked[start:end]
+            if fits:                             # as nearly always: counted below, all at once
+                pieces.append(marked)
+                fresh.append(end - start)
+                owners.append(number)
+                fates.append(WHOLE)
+                continue
+            result = cut_document(marked, self.limit, self.long, self.overlap) if documents[number] else cut(
+                conversations.layout(number), marked, self.limit, self.long)
             pieces += result.pieces
             fresh += result.fresh
-            owners += [len(fates)] * len(result.pieces)
-            fates.append(_count(counts, result, len(marked)))
-        counts["documents"] = sum(documents)
-        tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
-        counts["answer tokens"] = int((tokens >= 0).sum())
+            owners += [number] * len(result.pieces)
+            fates.append(_count(counts, result, end - start))
+        number, tokens = int(whole.sum()), int(conversations.lengths[whole].sum())
+        counts.update({"conversations": number, "tokens": tokens, "tokens kept": tokens, "pieces": number,
+                       WHOLE: number, "documents": sum(documents)})
+        joined = np.concatenate([np.zeros(0, np.int32), *pieces])
+        counts["answer tokens"] = int(np.count_nonzero(joined >= 0))
         sizes = np.array([len(piece) for piece in pieces], np.int32)
-        lengths = np.array([len(rendered.ids) for rendered in conversations], np.int32)
-        return Encoded(chunk.source, tokens, sizes, lengths, dict(counts), dict(unused), errors, chunk.progress,
-                       np.array(fresh, np.int32), np.array(owners, np.int32), fates)
+        return Encoded(chunk.source, joined, sizes, conversations.lengths.astype(np.int32), dict(counts), dict(unused),
+                       errors, chunk.progress, np.array(fresh, np.int32), np.array(owners, np.int32), fates)
 
     def _plans(self, record: Union[Conversation, Document]) -> List[Plan]:
         """What to train of a record. Raises ConversationError."""

@@ -4,14 +4,15 @@ Pure Python and NumPy on token ids: no text, no files. A piece is an int32 array
 as its bitwise complement (~id, negative): one array holds both tokens and mask.
 """
 import random
-from itertools import chain, islice
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
+from itertools import islice
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
-from research.telechat.text.renderer import Rendered
+from research.telechat.text.spans import Layout, Rendered
 
 LONG_MODES = ("split", "truncate", "drop")
+WHOLE = "whole"                              # fate of a conversation or document that was not split
 IGNORED = -100                               # label without loss
 _ROWS = 64                                   # records made at once
 HELD_TOKENS = 1 << 25                        # in the shuffle buffer and in the batch being packed: 128 MiB each
@@ -20,7 +21,7 @@ _LEAST_ANSWER = 16                           # a question keeps its beginning if
 
 
 class Cut(NamedTuple):
-    """The result of splitting one conversation. kept + dropped == len(rendered.ids)."""
+    """The result of splitting one conversation. kept + dropped == len(marked)."""
 
     pieces: List[np.ndarray]
     kept: int                                # tokens of the conversation that are in some piece
@@ -30,21 +31,12 @@ class Cut(NamedTuple):
     fresh: Sequence[int] = ()                # per piece: tokens that are in no earlier piece
 
 
-def marked_ids(conversations: Sequence[Rendered]) -> List[np.ndarray]:
-    """The ids of each conversation as int32, complemented where they carry no loss. Vectorised over all for speed."""
-    sizes = [len(rendered.ids) for rendered in conversations]
-    ids = np.fromiter(chain.from_iterable(rendered.ids for rendered in conversations), np.int32, sum(sizes))
-    runs = np.array([run for rendered in conversations for run in rendered.loss], np.int32).reshape(-1, 2)
-    flip = np.repeat(runs[:, 1] - 1, runs[:, 0])             # 0 where the loss counts, else -1: x ^ -1 == ~x
-    return np.split(ids ^ flip, np.cumsum(sizes[:-1]))
-
-
-def cut(rendered: Rendered, marked: np.ndarray, limit: int, long: str = "split") -> Cut:
+def cut(layout: Union[Layout, Rendered], marked: np.ndarray, limit: int, long: str = "split") -> Cut:
     """A conversation split into pieces of at most `limit` tokens.
 
     Args:
-        rendered: the conversation.
-        marked: its ids from `marked_ids`.
+        layout: where its turns are.
+        marked: its ids, complemented where they carry no loss.
         limit: tokens of one record.
         long: what to do with a longer one. "split": parts at turn boundaries. Every part starts with what precedes the
             first turn (start marker, system prompt), then earlier turns as context without loss (up to half of the
@@ -55,14 +47,14 @@ def cut(rendered: Rendered, marked: np.ndarray, limit: int, long: str = "split")
     if not (marked[1:] >= 0).any():
         return Cut([], 0, len(marked), 0, "nothing to train")
     if len(marked) <= limit:
-        return Cut([marked], len(marked), 0, 0, "whole", [len(marked)])
+        return Cut([marked], len(marked), 0, 0, WHOLE, [len(marked)])
     if long == "drop":
         return Cut([], 0, len(marked), 0, "longer than the length")
-    head = rendered.turns[0]
+    head = layout.turns[0]
     if limit - head < min(2 * _LEAST_ANSWER, limit // 2):
         return Cut([], 0, len(marked), 0, "system prompt fills the length")
-    spans = _spans(rendered)
-    windows = _windows(spans, marked, limit - head, rendered.opening)
+    spans = _spans(layout, len(marked))
+    windows = _windows(spans, marked, limit - head, layout.opening)
     bodies = [np.concatenate([without_loss(marked[start:end], max(new - start, 0)) for start, end in parts])
               for parts, new in windows]
     chosen = [number for number, body in enumerate(bodies) if (body >= 0).any()]     # the others have no loss
@@ -91,10 +83,10 @@ def without_loss(marked: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([np.where(front >= 0, ~front, front), marked[count:]])
 
 
-def _spans(rendered: Rendered) -> List[Tuple[int, int]]:
+def _spans(layout: Union[Layout, Rendered], size: int) -> List[Tuple[int, int]]:
     """(start, end) of each turn, without the separators between them."""
-    ends = [start - rendered.separator for start in rendered.turns[1:]] + [len(rendered.ids)]
-    return list(zip(rendered.turns, ends))
+    ends = [start - layout.separator for start in layout.turns[1:]] + [size]
+    return list(zip(layout.turns, ends))
 
 
 Window = Tuple[List[Tuple[int, int]], int]       # parts (start, end) to be joined; position from which tokens are new

@@ -52,8 +52,9 @@ SYSTEM_POLICIES = ("ignore", "prepend", "error")
 class Renderer:
     """Writes conversations for one vocabulary.
 
-    Attributes: `template`, `vocab`; `as_text` (markers are ordinary text); ids of the markers: `start_id`, `user_id`,
-    `bot_id`, `system_id` (None where there is no such marker), `end_id`, `pad_id`.
+    Attributes: `template`, `vocab`; `as_text` (markers are ordinary text); `opening`, number of ids of the marker with
+    which a turn begins; ids of the markers: `start_id`, `user_id`, `bot_id`, `system_id` (None where there is no such
+    marker), `end_id`, `pad_id`.
     """
 
     def __init__(self, template: Template, vocab: Vocab, *, start_token: Optional[str] = None,
@@ -93,11 +94,11 @@ class Renderer:
         self._observation = marker_span(self._marker("observation", template.observation)
                                         if template.observation else self.user_id)
         self._opening_spans = self._stretches([(template.think_start, True)]) if template.think_start else []
-        self._opening = 1
+        self.opening = 1
         self._marker_spans = marker_span(self.user_id), marker_span(self.bot_id), Span((self.end_id,), loss=True)
         self._words = TextMarkers(vocab, (template.user, template.bot, self._text_end) if self.as_text else ())
         if self.as_text:
-            self._opening = len(vocab.encode(template.user))
+            self.opening = len(vocab.encode(template.user))
             self._text_end_length = len(self._words.continued(self._text_end))
 
     @property
@@ -193,7 +194,7 @@ class Renderer:
             loss.append((len(part) - span.tail, span.loss))
             if span.tail:
                 loss.append((span.tail, False))
-        return Rendered(ids, loss, [positions[start] for start in plan.turns], plan.separator, self._opening)
+        return Rendered(ids, loss, [positions[start] for start in plan.turns], plan.separator, self.opening)
 
     # Generation
 

@@ -44,6 +44,14 @@ class Rendered(NamedTuple):
         return [int(on) for length, on in self.loss for _ in range(length)]
 
 
+class Layout(NamedTuple):
+    """Where the turns of a conversation are, as in `Rendered`."""
+
+    turns: List[int]
+    separator: int = 0
+    opening: int = 1
+
+
 class Prompt(NamedTuple):
     """A prompt that fits: what of the history had to go is said, not hidden."""
 

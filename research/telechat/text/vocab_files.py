@@ -3,13 +3,15 @@
 `SentencePieceFile` (``tokenizer.model``) and `ByteLevelBpeFile` (``tokenizer.json``) have the same attributes and
 methods, of which `research.telechat.text.vocab.Vocab` is made: `size`, `markers` (piece to id), `special_ids`,
 `own_tokens` (role to piece), `dummy_prefix` (whether a leading space of each stretch of text is the encoder's own),
-`encode`, `encode_batch`, `token_to_id`, `id_to_token`, `pieces` (piece to id), and `token_bytes` (the UTF-8 bytes that
-each id stands for).
+`encode`, `encode_batch`, `encode_arrays`, `token_to_id`, `id_to_token`, `pieces` (piece to id), and `token_bytes` (the
+UTF-8 bytes that each id stands for).
 """
 import json
 import re
 from pathlib import Path
 from typing import Dict, Iterable, List, Mapping, Optional, Tuple
+
+import numpy as np
 
 from research.telechat.common.errors import VocabError
 from research.telechat.common.protobuf import fields
@@ -84,6 +86,12 @@ class SentencePieceFile:
         ids: List[List[int]] = self._model.encode(texts, num_threads=-1 if num_threads is None else num_threads)
         return ids
 
+    def encode_arrays(self, texts: List[str]) -> List[np.ndarray]:
+        if not hasattr(self._model, "EncodeAsNumpy"):        # a release before 0.2.3
+            return [np.array(ids, np.int32) for ids in self.encode_batch(texts, 1)]
+        arrays: List[np.ndarray] = self._model.EncodeAsNumpy(texts, num_threads=1)
+        return arrays
+
     def token_to_id(self, piece: str) -> Optional[int]:
         if piece in self._ids:
             return self._ids[piece]
@@ -151,6 +159,9 @@ class ByteLevelBpeFile:
         if num_threads == 1:
             return [self.encode(text) for text in texts]
         return [one.ids for one in self._model.encode_batch(texts, add_special_tokens=False)]
+
+    def encode_arrays(self, texts: List[str]) -> List[np.ndarray]:
+        return [np.array(self.encode(text), np.int32) for text in texts]
 
     def token_to_id(self, piece: str) -> Optional[int]:
         return self._ids.get(piece)
