@@ -64,7 +64,7 @@ class Encoder:
         self.named, self.overlap = named, overlap
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        counts: Counter[str] = Counter(records=len(chunk.records))
+        counts: Counter[str] = Counter(records=len(chunk.records), bytes=sum(map(len, chunk.records)))
         counts.update(f"note: {note}" for note in chunk.notes)
         unused: Counter[str] = Counter()
         errors: List[Tuple[int, str]] = []
@@ -72,7 +72,6 @@ class Encoder:
         documents: List[bool] = []               # of each plan
         data_format = self.formats[chunk.source]
         for number, raw in zip(chunk.numbers, chunk.records):
-            counts["bytes"] += len(raw)
             try:
                 record = parse_any(raw, data_format, self.named)
                 plans += self._plans(record)
@@ -85,8 +84,10 @@ class Encoder:
                 errors.append((number, str(err)))
                 continue
             documents += [isinstance(record, Document)] * (len(plans) - len(documents))
-            counts.update(f"note: {note}" for note in self._notes(record))
-            unused.update(record.unused)
+            for note in self._notes(record):
+                counts[f"note: {note}"] += 1
+            for key in record.unused:
+                unused[key] += 1
             if not isinstance(record, Document) and record.messages[0].role == "system" and (
                     self.renderer.system_id is None):
                 counts[f"note: system prompt, policy {self.renderer.system_policy!r}"] += 1

@@ -34,6 +34,7 @@ from research.telechat.text.messages import REASONING, TOOL, Tools, join_calls
 from research.telechat.text.renderer import BOT, SYSTEM, USER, Message, to_message
 
 _SYSTEMS = ("system", "system_prompt")
+_TOOLS = ("tools", "functions")
 _INLINE = re.compile("(<_user>|<_bot>)")
 
 
@@ -116,6 +117,8 @@ def _system(record: JsonObject, messages: Tuple[Message, ...] = ()) -> List[Mess
 
 def _tools(record: JsonObject, notes: List[str], messages: Tuple[object, ...] = ()) -> Tools:
     """The tools of a record: under `tools`, the older `functions`, or in its system message."""
+    if not messages and record.keys().isdisjoint(_TOOLS):
+        return None
     found = [_tool_list(record, "tools", notes), _functions(record, notes)]
     found += [_tool_list(message, "tools", notes) for message in messages if isinstance(message, dict)]
     lists = [tools for tools in found if tools]
@@ -185,7 +188,7 @@ def _input_output(record: JsonObject) -> Conversation:
 def _of_keys(record: JsonObject, used: Tuple[str, ...], messages: List[Message], data_format: str,
              notes: Tuple[str, ...] = ()) -> Conversation:
     """A conversation from a record with its last answer, and possibly its reasoning, under keys of their own."""
-    used = (*used, "tools", "functions", *_SYSTEMS)
+    used = (*used, *_TOOLS, *_SYSTEMS)
     _refuse(record, used, messages, data_format)
     reasoning = record_reasoning(record)
     if reasoning:
@@ -235,7 +238,7 @@ def _message_list(record: JsonObject, key: str, context: int = 0, data_format: s
     messages = join_calls(messages, [isinstance(source, dict) and source.get("role") for source in sources])
     if _uncalled(messages):
         repairs.append("tool result without a preceding call")
-    used = (key, "tools", "functions", *_SYSTEMS)
+    used = (key, *_TOOLS, *_SYSTEMS)
     _refuse(record, used, messages, data_format or key)
     tools = _tools(record, repairs, tuple(sources))
     system = _system(record, tuple(messages))

@@ -105,6 +105,8 @@ def reasoned(message: Message, source: JsonObject, number: int) -> Message:
 
 def record_reasoning(record: JsonObject) -> str:
     """The reasoning of a single-answer record, under any of the usual keys. RecordError if there are two."""
+    if record.keys().isdisjoint(REASONING):
+        return ""
     found = {record[key].strip("\n") for key in REASONING if isinstance(record.get(key), str) and record[key].strip()}
     if len(found) > 1:
         raise RecordError("reasoning", "two different reasonings; keep one of them")

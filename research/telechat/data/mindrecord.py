@@ -118,8 +118,9 @@ def _packed(values: np.ndarray) -> List[bytes]:
     widths = np.zeros((rows, -(-length // _IN_A_BYTE) * _IN_A_BYTE), np.uint8)
     widths[:, :length] = kept[..., 1].view(np.uint8) + kept[..., 2].view(np.uint8)
     heads = widths[:, 0::4] << 6 | widths[:, 1::4] << 4 | widths[:, 2::4] << 2 | widths[:, 3::4]
-    numbers = values.view(np.uint8).reshape(-1).take(np.flatnonzero(kept)).tobytes()     # faster than indexing by kept
-    ends = np.cumsum(np.count_nonzero(kept.reshape(rows, -1), axis=1)).tolist()
+    places = np.flatnonzero(kept)                        # faster than to index by `kept`
+    numbers = values.view(np.uint8).reshape(-1).take(places).tobytes()
+    ends = np.searchsorted(places, np.arange(1, rows + 1) * (4 * length)).tolist()
     count = length.to_bytes(4, "big")
     return [count + head.tobytes() + numbers[start:end] for head, start, end in zip(heads, [0, *ends], ends)]
 

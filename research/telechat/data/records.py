@@ -19,6 +19,8 @@ __all__ = ["DATA_FORMATS", "FORMATS", "Conversation", "Document", "detect_format
 
 DATA_FORMATS = (*FORMATS, TEXT)
 
+_decode = json.JSONDecoder(object_pairs_hook=unique_keys).decode
+_BOM = "\ufeff"                              # json.loads names it, the decoder does not
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -83,9 +85,9 @@ def _parse_json(raw: bytes) -> Tuple[object, Tuple[str, ...]]:
     except UnicodeDecodeError as err:
         raise RecordError("not UTF-8", f"byte 0x{raw[err.start]:02x} at position {err.start + 1}") from None
     try:
-        record = json.loads(text, object_pairs_hook=unique_keys)
+        record = json.loads(text) if text.startswith(_BOM) else _decode(text)
         notes: List[str] = []
-        if _SURROGATE_ESCAPE.search(raw):
+        if b"\\u" in raw and _SURROGATE_ESCAPE.search(raw):
             record = clean(record, notes)
     except DuplicateKeyError as err:
         raise RecordError("key twice", repr(err.key)) from None

@@ -32,6 +32,8 @@ def answer_parts(message: Message, separator: str = "\n", blocks: bool = False, 
 
     separator: between content and the first call. blocks: see `content_parts`.
     """
+    if not message.calls and not blocks:
+        return [(message.content, False)]
     between: Parts = [(separator, False)] if message.content and message.calls else []
     return [*content_parts(message, blocks), *between, *call_parts(message.calls, form)]
 

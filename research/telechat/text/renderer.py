@@ -155,13 +155,13 @@ class Renderer:
         turns = self._turns(messages, tools, BOT)
         spans, separator = self._head(turns.system, tools, training=True)
         starts = []
+        asked, ending = last_question(turns.turns), len(turns.turns) - 1
         for number, turn in enumerate(turns.turns):
             if number and separator:
                 spans.append(Span(separator))
             starts.append(len(spans))
-            last = number == len(turns.turns) - 1
-            spans += self._text_turn(turn, last) if self.as_text else self._turn(
-                turn, True, last, number >= last_question(turns.turns))
+            spans += self._text_turn(turn, number == ending) if self.as_text else self._turn(
+                turn, True, number == ending, number >= asked)
         return Plan(spans, starts, len(separator))
 
     def conversations(self, messages: Sequence[Message]) -> List[List[Message]]:
@@ -311,10 +311,12 @@ class Renderer:
     def _stretches(self, parts: Iterable[Tuple[str, bool]], loss: bool = False) -> List[Span]:
         """Texts as spans. (text, ours): in our own texts, the markers of tools and reasoning are tokens, where the
         vocabulary has them; the text between two of them is encoded as one."""
+        if not self._inner:
+            return [Span((), "".join([part for part, _ in parts]), loss)]
         spans: List[Span] = []
         text = ""
         for part, ours in parts:
-            pieces = self._inner_pattern.split(part) if ours and self._inner else [part]
+            pieces = self._inner_pattern.split(part) if ours else [part]
             for index, piece in enumerate(pieces):
                 if index % 2:
                     spans += [Span(text=text, loss=loss)] if text else []
@@ -362,10 +364,11 @@ class Renderer:
                               (self._text_end, False)]
             return self._encode(self._words.guarded(parts + ([(self.template.bot, False)] if bot else [])))
         spans = []
+        asked = last_question(turns)
         for number, turn in enumerate(turns):
             answered = number and turns[number - 1][-1].role == BOT
             spans += [Span(separator)] if answered and separator else []
-            spans += self._turn(turn, current=number >= last_question(turns))
+            spans += self._turn(turn, current=number >= asked)
         return self._encode(spans + ([marker_span(self.bot_id), *self._opening_spans] if bot else []))
 
     def _encode(self, spans: List[Span]) -> List[int]:
