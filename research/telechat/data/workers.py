@@ -68,6 +68,8 @@ class Aside(Generic[_Item, _Result]):
 
     def _work(self, connection: Connection) -> None:
         _leave_signals()
+        gc.freeze()
+        gc.disable()                                         # it ends soon
         self._connection.close()                             # inherited; would hide the end of the main process
         with contextlib.suppress(EOFError, OSError):
             self._prepare()

@@ -91,6 +91,7 @@ class Renderer:
         self._inner = {piece: vocab.markers[piece] for piece in (*TOOL_MARKERS, *THINK_MARKERS)
                        if piece in vocab.markers}
         self._inner_pattern = re.compile("(" + "|".join(map(re.escape, self._inner)) + ")")
+        self._plain = not self._inner and template.think_start is None
         self._observation = marker_span(self._marker("observation", template.observation)
                                         if template.observation else self.user_id)
         self._opening_spans = self._stretches([(template.think_start, True)]) if template.think_start else []
@@ -283,6 +284,10 @@ class Renderer:
         """One turn with markers as ids. last: of a conversation to be trained, whose answer begins with reasoning.
         current: no other question comes behind it."""
         user, bot, end = self._marker_spans
+        if self._plain and training and len(turn) == 2 and turn[0].role == USER and not turn[1].calls:
+            train = turn[1].train                # what follows, in short, for nearly all turns of a data set
+            return [user, Span((), turn[0].content), bot, Span((), self.template.answer_start + turn[1].content, train),
+                    end if train else end._replace(loss=False)]
         opening = user if turn[0].role == USER else self._observation
         asked = turn[0].role != BOT
         spans = [opening, *self._stretches(self._question_parts(turn, training))] if asked else []
