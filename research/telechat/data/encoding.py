@@ -114,8 +114,8 @@ class Encoder:
             owners += [number] * len(result.pieces)
             fates.append(_count(counts, result, end - start))
         number, tokens = int(whole.sum()), int(conversations.lengths[whole].sum())
-        counts.update({"conversations": number, "tokens": tokens, "tokens kept": tokens, "pieces": number,
-                       WHOLE: number, "documents": sum(documents)})
+        counts.update({"conversations": number, "tokens": tokens, "tokens kept": tokens, "tokens dropped": 0,
+                       "tokens repeated": 0, "pieces": number, WHOLE: number, "documents": sum(documents)})
         joined = np.concatenate([np.zeros(0, np.int32), *pieces])
         counts["answer tokens"] = int(np.count_nonzero(joined >= 0))
         sizes = np.array([len(piece) for piece in pieces], np.int32)
