@@ -22,7 +22,8 @@ class Assembled(NamedTuple):
     @property
     def bounds(self) -> np.ndarray:
         """Where the ids of each conversation begin, and the end of the last, int64."""
-        return self.places[self.spans]
+        bounds: np.ndarray = self.places[self.spans]
+        return bounds
 
     @property
     def lengths(self) -> np.ndarray:
@@ -34,7 +35,8 @@ class Assembled(NamedTuple):
         """Whether any id of each conversation carries a loss, its first aside, which nothing predicts."""
         counts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.marked >= 0)])
         starts, ends = self.bounds[:-1], self.bounds[1:]
-        return counts[ends] > counts[np.minimum(starts + 1, ends)]
+        trained: np.ndarray = counts[ends] > counts[np.minimum(starts + 1, ends)]
+        return trained
 
     def layout(self, number: int) -> Layout:
         """Where the turns of a conversation begin, counted from its own beginning."""
