@@ -248,14 +248,14 @@ def test_only_rank_0_reads_all(tmp_path, monkeypatch):
 
 
 def test_records_that_differ_in_length(tmp_path):
-    out = tmp_path / "out"
-    with DatasetWriter(out, {"input_ids": 65, "labels": 65}) as writer:
-        for length in (65, 65, 70):
-            writer.add(dict.fromkeys(("input_ids", "labels"), np.zeros(length, np.int32)))
-        writer.finish({})
-    (out / "meta.json").unlink()
+    from mindspore.mindrecord import FileWriter
+    writer = FileWriter(str(tmp_path / DATASET_NAME), 1)         # as of another program
+    writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in ("input_ids", "labels")}, "other")
+    writer.write_raw_data([dict.fromkeys(("input_ids", "labels"), np.zeros(length, np.int32))
+                           for length in (65, 65, 70)])
+    writer.commit()
     with pytest.raises(ConfigError, match="its records differ in length") as caught:
-        check_records(out, vocab_size=600, seq_length=64)
+        check_records(tmp_path, vocab_size=600, seq_length=64)
     assert "\n" not in str(caught.value)
 
 
