@@ -101,7 +101,7 @@ class TelechatHead(nn.Cell):
         super().__init__()
         self.dtype = kernels.matmul_dtype(config.compute_dtype)
         self.scale = config.logits_scale
-        self.matmul = P.MatMul(transpose_b=True)
+        self.matmul = kernels.linear_product(config)
         self.mul = P.Mul()
         self.cast = P.Cast()
         sharding.head(self, sharding.Mesh(config))

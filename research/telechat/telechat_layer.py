@@ -9,6 +9,7 @@ from mindspore.ops import operations as P
 from mindspore.ops.auto_generate import SiLU
 
 from research.telechat.model import kernels, sharding
+from research.telechat.model.cpu_kernels import FusedGroupedSwiGLU, FusedSwiGLU
 from research.telechat.telechat_config import TelechatConfig
 
 
@@ -19,6 +20,7 @@ class TelechatLinear(Linear):
         super().__init__(in_channels, out_channels, has_bias=has_bias, weight_init=Normal(config.initializer_range),
                          param_init_type=config.param_init_type,
                          compute_dtype=kernels.matmul_dtype(config.compute_dtype))
+        self.matmul = kernels.linear_product(config)
         if has_bias:
             self.bias_add = kernels.bias_add()
         if has_bias and config.norm_init_type != config.param_init_type:
@@ -34,7 +36,7 @@ class RMSNorm(nn.Cell):
                                 parallel_optimizer=False)
         self.compute_dtype = config.layernorm_compute_type
         self.out_dtype = kernels.matmul_dtype(config.compute_dtype)
-        self.kernel = kernels.RMSNormKernel(config.rms_norm_eps)
+        self.kernel = kernels.rms_norm(config)
         self.cast = P.Cast()
         sharding.norm(self, sharding.Mesh(config))
 
@@ -91,12 +93,19 @@ class TelechatFeedForward(nn.Cell):
         self.silu = SiLU()
         self.mul = P.Mul()
         self.reshape = P.Reshape()
+        self.in_one = kernels.fused_on_cpu(config)
+        if self.in_one:
+            self.swiglu = FusedGroupedSwiGLU(self.groups) if self.fused else FusedSwiGLU()
         sharding.feed_forward(self, sharding.Mesh(config))
 
     def construct(self, x: Tensor) -> Tensor:
         """x: rows [T, H] -> [T, H]."""
         if not self.fused:
-            return self.w2(self.mul(self.silu(self.w1(x)), self.w3(x)))
-        both = self.reshape(self.w_gate_hidden(x), (-1, self.groups, 2 * self.ffn // self.groups))
+            gate, up = self.w1(x), self.w3(x)
+            return self.w2(self.swiglu(gate, up) if self.in_one else self.mul(self.silu(gate), up))
+        both = self.w_gate_hidden(x)
+        if self.in_one:
+            return self.w2(self.swiglu(both))
+        both = self.reshape(both, (-1, self.groups, 2 * self.ffn // self.groups))
         gate, up = self.split(both)                                                # [T, G, F / G] each
         return self.w2(self.reshape(self.mul(self.silu(gate), up), (-1, self.ffn)))

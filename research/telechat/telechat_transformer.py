@@ -5,6 +5,7 @@ from mindspore import Tensor, nn
 from mindspore.ops import operations as P
 
 from research.telechat.model import kernels, sharding
+from research.telechat.model.cpu_kernels import FusedAttention
 from research.telechat.model.graph_sharing import SharedGraph
 from research.telechat.model.kv_cache import ComposedCache, PagedCache
 from research.telechat.model.rotary import RotaryEmbedding
@@ -94,6 +95,9 @@ class TelechatAttention(nn.Cell):
         self.to_heads = RowsToHeads(config)
         self.to_rows = HeadsToRows(config)
         self.reshape = P.Reshape()
+        self.in_one = kernels.fused_attention_on_cpu(config)
+        if self.in_one:
+            self.attend_rows = FusedAttention(one=self.fused)
         self.use_past = config.use_past
         if self.use_past:
             self.is_first_iteration = True
@@ -111,6 +115,9 @@ class TelechatAttention(nn.Cell):
         shape: (B, S); rope: cos and sin (model/rotary.py); mask: as the kernel takes it; cached: what
         `model.kv_cache.GenerationStep` says of the cache, where there is one.
         """
+        if self.in_one and mask.ndim == 2:                        # documents
+            projections = (self.w_qkv(x),) if self.fused else (self.wq(x), self.wk_v(x))
+            return self.wo(self.attend_rows(projections, rope, mask))
         query, key, value = self.project(x, shape)
         cos, sin = rope
         query, key = self.rotary(query, cos, sin), self.rotary(key, cos, sin)

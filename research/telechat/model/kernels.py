@@ -16,7 +16,7 @@ from mindspore.ops import operations as P
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
 from research.telechat.bridge.compat import on_cpu
-from research.telechat.model import sharding
+from research.telechat.model import cpu_kernels, sharding
 from research.telechat.native.operators import available
 from research.telechat.spec.attention_form import documents_back_to_back
 from research.telechat.telechat_config import TelechatConfig
@@ -25,8 +25,8 @@ QUERY_BLOCKS = 4                         # of a long prompt with the composed ca
 NO_LIMIT = 2**31 - 1                     # of the attention kernel's window
 _FEW = 32                                # rows
 NOTHING = -1e4                           # below it, the largest score of a query that sees no key
-# What the attention of all layers is given (model/mask.py): nothing, a mask, the triangle and the ends of documents, or
-# of a long prompt the masks of all blocks of queries (model/kv_cache.py).
+# What the attention of all layers is given (model/mask.py): nothing, a mask, the documents of all tokens, the triangle and
+# the ends of documents, or of a long prompt the masks of all blocks of queries (model/kv_cache.py).
 Mask = Union[None, Tensor, Tuple[Tensor, ...]]
 
 
@@ -86,6 +86,20 @@ def dropout_by_step() -> bool:
 def argmax(logits: Tensor, axis: int = -1) -> Tensor:
     """Index of the largest logit along `axis`; unlike mint.argmax, it exists on every device."""
     return ms.ops.argmax(logits, axis)
+
+
+def fused_on_cpu(config: TelechatConfig) -> bool:
+    """Whether the cells of model/cpu_kernels.py compute training and evaluation: where there are native operators, in
+    float32, and with the rows of a device in the order of its tokens."""
+    if config.use_past or config.parallel_config.context_parallel > 1 or not native_operators():
+        return False
+    types = (matmul_dtype(config.compute_dtype), config.layernorm_compute_type, config.softmax_compute_type)
+    return all(each == mstype.float32 for each in types)
+
+
+def fused_attention_on_cpu(config: TelechatConfig) -> bool:
+    """Whether attention, too, is one of them: it has no dropout, and knows no padding."""
+    return fused_on_cpu(config) and not config.mask_pad_tokens and config.attention_dropout_prob == 0
 
 
 class Softmax(nn.Cell):
@@ -150,10 +164,10 @@ class PerHead(nn.Cell):
     """A rotary table made ready to be combined with queries and keys: repeated for all heads and sequences on the CPU
     (see Spread), once for all layers; elsewhere as it is."""
 
-    def __init__(self, heads: int):
+    def __init__(self, config: TelechatConfig):
         super().__init__()
-        self.heads = heads
-        self.repeat = on_cpu()
+        self.heads = config.num_heads
+        self.repeat = on_cpu() and not fused_attention_on_cpu(config)
         self.tile = P.Tile()
 
     def construct(self, table: Tensor, batch: int) -> Tensor:
@@ -177,6 +191,21 @@ def _are_few(rows: int) -> bool:
     if F.isconstant(rows):
         return rows <= _FEW
     return False
+
+
+def linear_product(config: TelechatConfig) -> Primitive:
+    """The operator (x [T, K], weight [N, K]), of one dtype -> x weight^T [T, N]."""
+    return cpu_kernels.linear_product() if fused_on_cpu(config) else P.MatMul(transpose_b=True)
+
+
+def adamw() -> Primitive:
+    """The operator of a CPU that updates a float32 parameter."""
+    return cpu_kernels.adamw() if native_operators() else P.AdamWeightDecay()
+
+
+def rms_norm(config: TelechatConfig) -> nn.Cell:
+    """(x [..., H], weight [H]), of one dtype -> RMSNorm of x."""
+    return cpu_kernels.FusedRMSNorm(config.rms_norm_eps) if fused_on_cpu(config) else RMSNormKernel(config.rms_norm_eps)
 
 
 class RMSNormKernel(nn.Cell):

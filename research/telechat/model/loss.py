@@ -13,6 +13,7 @@ from mindspore.ops.functional import stop_gradient
 from mindspore.ops.primitive import constexpr
 
 from research.telechat.model import kernels, sharding
+from research.telechat.model.cpu_kernels import FusedCrossEntropy
 from research.telechat.telechat_config import TelechatConfig
 
 _LITTLE = 1e-20                            # 0 / _LITTLE is 0, and the number of tokens + _LITTLE is itself in float32
@@ -61,6 +62,9 @@ class CrossEntropyLoss(nn.Cell):
         self.little = Tensor([_LITTLE], mstype.float32)
         self.cast = P.Cast()
         self.reshape = P.Reshape()
+        self.in_one = kernels.fused_on_cpu(config)
+        if self.in_one:
+            self.of_rows = FusedCrossEntropy(self.ignore)
         sharding.loss(self, sharding.Mesh(config))
 
     def construct(self, logits: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor]:
@@ -79,7 +83,10 @@ class CrossEntropyLoss(nn.Cell):
 
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor]:
         """Loss of each token (0 where the label does not count) and the mask, both [N] float32."""
-        mask, labels = self.counted(labels)
+        mask, counted = self.counted(labels)
+        if self.in_one:
+            return self.of_rows(logits, labels), mask
+        labels = counted
         shifted = self.sub(logits, self.spread(stop_gradient(self.max(logits)), logits))       # [N, V]
         log_sum = self.log(self.sum(self.exp(shifted), -1))                        # [N, 1]
         loss = self.reshape(self.token_loss(log_sum, self.of_label(shifted, labels, None)), (-1,))
@@ -88,7 +95,11 @@ class CrossEntropyLoss(nn.Cell):
     def with_gradient(self, logits: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """As `token_losses`, and softmax(logits) - one_hot(label), [N, V] float32: the gradient of a token's loss by
         its logits if the label counts."""
-        mask, labels = self.counted(labels)
+        mask, counted = self.counted(labels)
+        if self.in_one:
+            loss, gradient = self.of_rows.with_gradient(logits, labels)
+            return loss, mask, gradient
+        labels = counted
         one_hot = self.one_hot(labels, self.vocab_size, self.on, self.off)
         shifted = self.sub(logits, self.spread(self.max(logits), logits))          # [N, V]
         exponentials = self.exp(shifted)

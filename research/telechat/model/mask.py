@@ -39,6 +39,12 @@ def _column(batch: int, value: int) -> Tensor:
     return Tensor(np.full((batch, 1), value, np.int32))
 
 
+@constexpr
+def _one_document(size: int) -> Tensor:
+    """[1, size] int32: all in document 0."""
+    return Tensor(np.zeros((1, size), np.int32))
+
+
 def forbidden_score(softmax_dtype: mstype.Type) -> float:
     """What is added to a score to take it out of the softmax; finite, so that a row of only such scores is not NaN."""
     return -3e4 if softmax_dtype == mstype.float16 else -1e30
@@ -49,12 +55,13 @@ class AttentionMask(nn.Cell):
 
     Composed attention: additive, in softmax_compute_type. Flash attention: uint8, 1 where a query may not look; the
     2048 x 2048 triangle where the mask is only causal, together with the ends of documents where these stand back to
-    back; None for ring attention, which masks by itself.
+    back; None for ring attention, which masks by itself. The fused attention of a CPU: the documents of all tokens.
     """
 
     def __init__(self, config: TelechatConfig):
         super().__init__()
         self.flash = kernels.use_flash_attention(config)
+        self.by_documents = kernels.fused_attention_on_cpu(config)
         self.per_sequence = kernels.per_sequence_mask(config)
         self.back_to_back = kernels.back_to_back(config)
         self.ends = DocumentEnds(config)
@@ -81,6 +88,8 @@ class AttentionMask(nn.Cell):
         """tokens: [B, S]; attention_mask: [B, S], 0 where nothing may look; documents: [B, S], number of the document
         a token belongs to; ends: [B, K], theirs -> [1 or B, 1, S, S] or the compressed forms."""
         batch, seq = tokens.shape
+        if self.by_documents and attention_mask is None:
+            return _one_document(seq) if documents is None else documents
         if self.flash and self.ring:
             return None
         if self.back_to_back:

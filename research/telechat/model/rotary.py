@@ -65,7 +65,7 @@ class RotaryTables(nn.Cell):
         self.rule = tuple(vars(config.rope_rule).values())
         self.gather = P.Gather()
         self.reshape = P.Reshape()
-        self.per_head = kernels.PerHead(config.num_heads)
+        self.per_head = kernels.PerHead(config)
         sharding.rotary_tables(self, sharding.Mesh(config))
 
     def all_positions(self, batch: int, seq_length: int) -> Tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ class RotaryTablesByLength(nn.Cell):
         self.minimum = P.Minimum()
         self.cumsum = P.CumSum()
         self.ones_like = P.OnesLike()
-        self.per_head = kernels.PerHead(config.num_heads)
+        self.per_head = kernels.PerHead(config)
 
     def construct(self, positions: Tensor, totals: Tensor) -> Tuple[Tensor, Tensor]:
         """positions: [B, S]; totals: [B, S] or [B, 1], tokens in the sequence -> cos and sin, [B, 1 or N, S, D]."""

@@ -3,11 +3,12 @@
 Each wraps one C++ function (MindSpore's `Custom` of type aot): `Name` computes, `NameInferShape` beside it gives the
 shapes of the outputs, also of sizes that are not known when a graph is compiled.
 """
-from typing import Callable, Optional, Sequence
+from typing import Callable, Optional, Sequence, Type
 
 import mindspore.common.dtype as mstype
 from mindformers.tools.logger import logger
 from mindspore import ops
+from mindspore.ops import signature as sig
 
 from research.telechat.common.printable import printable
 from research.telechat.native.build import SWITCH, library
@@ -31,11 +32,12 @@ def available() -> bool:
 
 
 def operator(name: str, inputs: Sequence[str], outputs: Sequence[mstype.Type],
-             bprop: Optional[Callable] = None) -> ops.Custom:
+             bprop: Optional[Callable] = None, writes: Sequence[str] = ()) -> ops.Custom:
     """The primitive of a C++ function.
 
     name: the function; inputs: their names, all tensors; outputs: their types, one tensor, or a tuple of several;
-    bprop: as of any Custom, (inputs..., out, dout) -> gradients of the inputs. RuntimeError without a library.
+    bprop: as of any Custom, (inputs..., out, dout) -> gradients of the inputs; writes: the inputs that it changes, which
+    must be parameters. RuntimeError without a library.
     """
     path = library().path
     if path is None:
@@ -48,4 +50,12 @@ def operator(name: str, inputs: Sequence[str], outputs: Sequence[mstype.Type],
     anything = [ops.DataType.None_None] * (len(inputs) + len(outputs))
     described = described.dtype_format(*anything).target("CPU").get_op_info()
     types = outputs[0] if len(outputs) == 1 else tuple(outputs)
-    return ops.Custom(f"{path}:{name}", None, lambda *_: types, "aot", bprop=bprop, reg_info=described)
+    kind: Type[ops.Custom] = ops.Custom
+    if writes:
+        signature = tuple(sig.make_sig(each, sig.sig_rw.RW_WRITE if each in writes else sig.sig_rw.RW_READ)
+                          for each in inputs)
+        kind = type("WritingCustom", (ops.Custom,), {"__mindspore_signature__": signature})
+    made = kind(f"{path}:{name}", None, lambda *_: types, "aot", bprop=bprop, reg_info=described)
+    if writes:
+        made.add_prim_attr("side_effect_mem", True)
+    return made

@@ -22,20 +22,19 @@ _update = C.MultitypeFuncGraph("telechat_adamw")
 _update_master = C.MultitypeFuncGraph("telechat_adamw_master")
 _square_sum = C.MultitypeFuncGraph("telechat_square_sum")
 _scaled = C.MultitypeFuncGraph("telechat_scaled")
-_fused_update = P.AdamWeightDecay()
 _product = P.MatMul(transpose_b=True)
 _pow = P.Pow()
 
 
-@_update.register("Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor",
-                  "Bool")
-def _update_parameter(beta1: Tensor, beta2: Tensor, eps: Tensor, rate: Tensor, shrink: Tensor,
+@_update.register("Function", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor",
+                  "Tensor", "Bool")
+def _update_parameter(fused: Primitive, beta1: Tensor, beta2: Tensor, eps: Tensor, rate: Tensor, shrink: Tensor,
                       weight_decay: Tensor, parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor,
                       trained: bool) -> bool:
     """One parameter's update; see TelechatAdamW."""
     if trained:
-        _fused_update(parameter, mean, square, rate, beta1, beta2, eps, weight_decay * shrink,
-                      F.cast(gradient, mstype.float32))
+        fused(parameter, mean, square, rate, beta1, beta2, eps, weight_decay * shrink,
+              F.cast(gradient, mstype.float32))
     return True
 
 
@@ -97,6 +96,7 @@ class TelechatAdamW(AdamW):
             self.remainders = ParameterTuple([remainder_like(p, swap) if is_low else mean for p, is_low, mean in
                                               zip(self.parameters, low, self.exp_avg)])
         self.write = kernels.writer() if self.composed else None
+        self.update = kernels.adamw() if self.fused else None
         self.pow, self.sqrt, self.reshape = P.Pow(), P.Sqrt(), P.Reshape()
 
     def construct(self, gradients: Tuple[Tensor, ...]) -> Tensor:
@@ -108,9 +108,9 @@ class TelechatAdamW(AdamW):
         weight_decay = self.get_weight_decay()
         beta1, beta2, eps, rate, shrink = self.rates()
         if self.is_group:
-            return self.hyper_map(F.partial(_update, beta1, beta2, eps, rate, shrink), weight_decay, self._parameters,
+            return self.hyper_map(F.partial(_update, self.update, beta1, beta2, eps, rate, shrink), weight_decay, self._parameters,
                                   gradients, self.exp_avg, self.exp_avg_sq, self.optim_filter)
-        return self.hyper_map(F.partial(_update, beta1, beta2, eps, rate, shrink, weight_decay), self._parameters,
+        return self.hyper_map(F.partial(_update, self.update, beta1, beta2, eps, rate, shrink, weight_decay), self._parameters,
                               gradients, self.exp_avg, self.exp_avg_sq, self.optim_filter)
 
     def update_masters(self, gradients: Tuple[Tensor, ...]) -> Tensor:
@@ -221,13 +221,14 @@ class AdamWPart(nn.Cell):
         self.means, self.squares = ParameterTuple(means), ParameterTuple(squares)
         self.decays = tuple(Tensor(decay, mstype.float32) for decay in decays)
         self.all = (True,) * len(decays)
+        self.update = kernels.adamw()
         self.hyper_map, self.times = C.HyperMap(), GradientsTimes()
 
     def construct(self, factor: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, rate: Tensor, shrink: Tensor,
                   *gradients: Tensor) -> Tensor:
         """factor: [1], what the gradients are to be multiplied by; then the rates of the step, and the gradients."""
         gradients = self.times(factor, gradients)
-        return self.hyper_map(F.partial(_update, beta1, beta2, eps, rate, shrink), self.decays, self.parameters,
+        return self.hyper_map(F.partial(_update, self.update, beta1, beta2, eps, rate, shrink), self.decays, self.parameters,
                               gradients, self.means, self.squares, self.all)
 
 
