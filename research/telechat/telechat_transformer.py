@@ -115,7 +115,7 @@ class TelechatAttention(nn.Cell):
         shape: (B, S); rope: cos and sin (model/rotary.py); mask: as the kernel takes it; cached: what
         `model.kv_cache.GenerationStep` says of the cache, where there is one.
         """
-        if self.in_one and mask.ndim == 2:                        # documents
+        if self.in_one and isinstance(mask, Tensor) and mask.ndim == 2:                        # documents
             projections = (self.w_qkv(x),) if self.fused else (self.wq(x), self.wk_v(x))
             return self.wo(self.attend_rows(projections, rope, mask))
         query, key, value = self.project(x, shape)

@@ -1,4 +1,4 @@
-"""The fused operators of training on a CPU: against formulas in float64, with any number of threads, and in the model."""
+"""The fused operators of training on a CPU: against formulas in float64, with 1 and 2 threads, and in the model."""
 import ctypes
 import types
 
@@ -59,14 +59,14 @@ def assert_near(found, expected, error=5e-6):
     assert np.abs(found - expected).max(initial=0) <= error * max(np.abs(expected).max(initial=0), 1e-30)
 
 
-def assert_gradients(function, inputs, gradients, dout, error=1e-5):
-    """`gradients` are those of sum(dout * function(*inputs)): by central differences in a random direction for each."""
+def assert_gradients(function, inputs, gradients, dy, error=1e-5):
+    """`gradients` are those of sum(dy * function(*inputs)): by central differences in a random direction for each."""
     inputs = [each.astype(np.float64) for each in inputs]
     for place, gradient in enumerate(gradients):
         direction = np.random.default_rng(place).normal(size=inputs[place].shape)
         ahead, back = ([each + sign * 1e-5 * direction if number == place else each
                         for number, each in enumerate(inputs)] for sign in (1, -1))
-        slope = ((function(*ahead) - function(*back)) * dout).sum() / 2e-5
+        slope = ((function(*ahead) - function(*back)) * dy).sum() / 2e-5
         size = np.abs(gradient.astype(np.float64) * direction).sum()
         assert abs((gradient.astype(np.float64) * direction).sum() - slope) <= error * size, place
 
@@ -157,12 +157,12 @@ def attention(query, key_value, cos, sin, documents, heads):
 
 
 @pytest.mark.parametrize("batch, seq, heads, kv_heads, dim, ends", [
-    (1, 1, 1, 1, 2, [[]]), (2, 50, 4, 2, 24, [[]]), (1, 300, 2, 1, 32, [[130, 131, 240]]), (2, 110, 2, 2, 8, [[3], [100]]),
-    (1, 7, 2, 2, 40, [[]])])
+    (1, 1, 1, 1, 2, [[]]), (2, 50, 4, 2, 24, [[]]), (1, 300, 2, 1, 32, [[130, 131, 240]]),
+    (2, 110, 2, 2, 8, [[3], [100]]), (1, 7, 2, 2, 40, [[]])])
 def test_attention(native, batch, seq, heads, kv_heads, dim, ends):
     """Grouped heads, documents of one token and over more than a block, lengths that divide nothing."""
     query, key_value = numbers(batch * seq, heads * dim), numbers(batch * seq, 2 * kv_heads * dim, seed=1)
-    dout = numbers(batch * seq, heads * dim, seed=2)
+    dy = numbers(batch * seq, heads * dim, seed=2)
     documents = np.array([np.searchsorted(of, np.arange(seq), "right") for of in ends], np.int32)
     cos, sin = (numbers(len(ends), 1, seq, dim, seed=seed) for seed in (3, 4))        # any numbers will do
     whole = np.broadcast_to(documents, (batch, seq))
@@ -172,15 +172,15 @@ def test_attention(native, batch, seq, heads, kv_heads, dim, ends):
     context, lse = native.call("Attention", query, key_value, cos, sin, documents,
                                shapes=[query.shape, (batch * seq * heads,)])
     assert_near(context, context_of(query.astype(np.float64), key_value.astype(np.float64)), 1e-5)
-    gradients = native.call("AttentionGradient", query, key_value, cos, sin, documents, context, lse, dout,
+    gradients = native.call("AttentionGradient", query, key_value, cos, sin, documents, context, lse, dy,
                             shapes=[query.shape, key_value.shape])
-    assert_gradients(context_of, [query, key_value], gradients, dout, 2e-5)
+    assert_gradients(context_of, [query, key_value], gradients, dy, 2e-5)
     if heads == kv_heads:                              # the same, from rows [q | k | v] per head
         rows = np.concatenate([query.reshape(-1, heads, dim), key_value.reshape(-1, heads, 2 * dim)], -1)
         rows = rows.reshape(batch * seq, -1)
         found = native.call("AttentionOfOne", rows, cos, sin, documents, shapes=[query.shape, lse.shape])
         np.testing.assert_array_equal(found[0], context)
-        of_rows, = native.call("AttentionOfOneGradient", rows, cos, sin, documents, context, lse, dout,
+        of_rows, = native.call("AttentionOfOneGradient", rows, cos, sin, documents, context, lse, dy,
                                shapes=[rows.shape])
         of_rows = of_rows.reshape(-1, heads, 3 * dim)
         np.testing.assert_array_equal(of_rows[..., :dim].reshape(query.shape), gradients[0])

@@ -20,9 +20,9 @@ def linear_product() -> Primitive:
     of_input = operator("LinearInputGradient", ("dy", "weight"), (mstype.float32,))
     of_weight = operator("LinearWeightGradient", ("dy", "x"), (mstype.float32,))
 
-    def bprop(x: Tensor, weight: Tensor, _out: Tensor, dout: Tensor) -> Tuple:
+    def bprop(x: Tensor, weight: Tensor, _out: Tensor, dy: Tensor) -> Tuple:
         """Gradients of x and weight."""
-        return of_input(dout, weight), of_weight(dout, x)
+        return of_input(dy, weight), of_weight(dy, x)
 
     return operator("Linear", ("x", "weight"), (mstype.float32,), bprop)
 
@@ -40,9 +40,9 @@ class FusedRMSNorm(nn.Cell):
         super().__init__()
         backward = operator("RmsNormGradient", ("x", "weight", "inverse", "dy"), (mstype.float32, mstype.float32))
 
-        def bprop(x: Tensor, weight: Tensor, eps: Tensor, out: Tuple, dout: Tuple) -> Tuple:
+        def bprop(x: Tensor, weight: Tensor, eps: Tensor, out: Tuple, dy: Tuple) -> Tuple:
             """Gradients of x, weight and eps, which has none."""
-            dx, dweight = backward(x, weight, out[1], dout[0])
+            dx, dweight = backward(x, weight, out[1], dy[0])
             return dx, dweight, F.zeros_like(eps)
 
         self.norm = operator("RmsNorm", ("x", "weight", "eps"), (mstype.float32, mstype.float32), bprop)
@@ -63,9 +63,9 @@ class FusedSwiGLU(nn.Cell):
         super().__init__()
         backward = operator("SwiGluGradient", ("gate", "up", "dy"), (mstype.float32, mstype.float32))
 
-        def bprop(gate: Tensor, up: Tensor, _out: Tensor, dout: Tensor) -> Tuple:
+        def bprop(gate: Tensor, up: Tensor, _out: Tensor, dy: Tensor) -> Tuple:
             """Gradients of gate and up."""
-            return backward(gate, up, dout)
+            return backward(gate, up, dy)
 
         self.swiglu = operator("SwiGlu", ("gate", "up"), (mstype.float32,), bprop)
 
@@ -81,9 +81,9 @@ class FusedGroupedSwiGLU(nn.Cell):
         super().__init__()
         backward = operator("GroupedSwiGluGradient", ("both", "groups", "dy"), (mstype.float32,))
 
-        def bprop(both: Tensor, groups: Tensor, _out: Tensor, dout: Tensor) -> Tuple:
+        def bprop(both: Tensor, groups: Tensor, _out: Tensor, dy: Tensor) -> Tuple:
             """Gradients of both, and of groups, which have none."""
-            return backward(both, groups, dout), F.zeros_like(groups)
+            return backward(both, groups, dy), F.zeros_like(groups)
 
         self.swiglu = operator("GroupedSwiGlu", ("both", "groups"), (mstype.float32,), bprop)
         self.groups = Tensor(np.zeros(groups, np.float32))         # its length counts
@@ -101,9 +101,9 @@ class FusedCrossEntropy(nn.Cell):
         inputs = ("logits", "labels", "ignored")
         backward = operator("CrossEntropyGradient", (*inputs, "lse", "dloss"), (mstype.float32,))
 
-        def bprop(logits: Tensor, labels: Tensor, ignored: Tensor, out: Tuple, dout: Tuple) -> Tuple:
+        def bprop(logits: Tensor, labels: Tensor, ignored: Tensor, out: Tuple, dy: Tuple) -> Tuple:
             """Gradients of the logits, and of the others, which have none."""
-            return (backward(logits, labels, ignored, out[1], dout[0]), F.zeros_like(labels), F.zeros_like(ignored))
+            return (backward(logits, labels, ignored, out[1], dy[0]), F.zeros_like(labels), F.zeros_like(ignored))
 
         self.forward = operator("CrossEntropy", inputs, (mstype.float32, mstype.float32), bprop)
         self.backward = backward
@@ -136,20 +136,20 @@ class FusedAttention(nn.Cell):
         both = (mstype.float32, mstype.float32)
         backward = operator(f"{name}Gradient", (*inputs, "context", "lse", "dcontext"), both[:1 if one else 2])
 
-        def of_one(rows: Tensor, cos: Tensor, sin: Tensor, documents: Tensor, out: Tuple, dout: Tuple) -> Tuple:
+        def of_one(rows: Tensor, cos: Tensor, sin: Tensor, documents: Tensor, out: Tuple, dy: Tuple) -> Tuple:
             """Gradients of the rows, and of the others, which have none."""
-            drows = backward(rows, cos, sin, documents, out[0], out[1], dout[0])
+            drows = backward(rows, cos, sin, documents, out[0], out[1], dy[0])
             return drows, F.zeros_like(cos), F.zeros_like(sin), F.zeros_like(documents)
 
         def of_two(query: Tensor, key_value: Tensor, cos: Tensor, sin: Tensor, documents: Tensor, out: Tuple,
-                   dout: Tuple) -> Tuple:
+                   dy: Tuple) -> Tuple:
             """Gradients of the rows, and of the others, which have none."""
-            dquery, dkey_value = backward(query, key_value, cos, sin, documents, out[0], out[1], dout[0])
+            dquery, dkey_value = backward(query, key_value, cos, sin, documents, out[0], out[1], dy[0])
             return dquery, dkey_value, F.zeros_like(cos), F.zeros_like(sin), F.zeros_like(documents)
 
         self.attend = operator(name, inputs, both, of_one if one else of_two)
 
     def construct(self, projections: Tuple[Tensor, ...], rope: Tuple[Tensor, Tensor], documents: Tensor) -> Tensor:
-        """projections: rows [B S, ...]; rope: cos and sin, [1 or B, 1, S, D]; all float32. documents: [1 or B, S] int32,
-        number of the document of each token, rising -> context [B S, N D]."""
+        """projections: rows [B S, ...]; rope: cos and sin, [1 or B, 1, S, D]; all float32. documents: [1 or B, S]
+        int32, number of the document of each token, rising -> context [B S, N D]."""
         return self.attend(*projections, *rope, documents)[0]

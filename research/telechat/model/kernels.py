@@ -25,8 +25,8 @@ QUERY_BLOCKS = 4                         # of a long prompt with the composed ca
 NO_LIMIT = 2**31 - 1                     # of the attention kernel's window
 _FEW = 32                                # rows
 NOTHING = -1e4                           # below it, the largest score of a query that sees no key
-# What the attention of all layers is given (model/mask.py): nothing, a mask, the documents of all tokens, the triangle and
-# the ends of documents, or of a long prompt the masks of all blocks of queries (model/kv_cache.py).
+# What the attention of all layers is given (model/mask.py): nothing, a mask, the documents of all tokens, the triangle
+# and the ends of documents, or of a long prompt the masks of all blocks of queries (model/kv_cache.py).
 Mask = Union[None, Tensor, Tuple[Tensor, ...]]
 
 

@@ -36,8 +36,8 @@ def operator(name: str, inputs: Sequence[str], outputs: Sequence[mstype.Type],
     """The primitive of a C++ function.
 
     name: the function; inputs: their names, all tensors; outputs: their types, one tensor, or a tuple of several;
-    bprop: as of any Custom, (inputs..., out, dout) -> gradients of the inputs; writes: the inputs that it changes, which
-    must be parameters. RuntimeError without a library.
+    bprop: as of any Custom, (inputs..., output, its gradient) -> gradients of the inputs; writes: the inputs that it
+    changes, which must be parameters. RuntimeError without a library.
     """
     path = library().path
     if path is None:

@@ -161,7 +161,7 @@ void forward(const Problem& p, int64_t b, int64_t kv, float* out, float* lse) {
   }
 }
 
-void backward(const Problem& p, int64_t b, int64_t kv, const float* out, const float* lse, const float* dout) {
+void backward(const Problem& p, int64_t b, int64_t kv, const float* out, const float* lse, const float* dy) {
   const int64_t dim = p.dim, wide = p.padded_dim, seq = p.seq, group = p.heads / p.kv_heads;
   Scratch scratch(p.padded_seq * (2 * dim + 3 * wide) + kUnit * (4 * wide + 2 * kKeys + 2));
   float* keys_across = scratch.take(p.padded_seq * dim);   // strips of k^T and v^T
@@ -191,7 +191,7 @@ void backward(const Problem& p, int64_t b, int64_t kv, const float* out, const f
         const int64_t token = b * seq + at + i;
         rotate(p.rows.query + p.rows.of_query(token, head), p.cos_of(b, at + i), p.sin_of(b, at + i), dim, p.scale(),
                query + i * wide);
-        const float *gradient = dout + (token * p.heads + head) * dim, *result = out + (token * p.heads + head) * dim;
+        const float *gradient = dy + (token * p.heads + head) * dim, *result = out + (token * p.heads + head) * dim;
         float along = 0;
         for (int64_t d = 0; d < dim; ++d) along += gradient[d] * result[d], above[i * wide + d] = gradient[d];
         pull[i] = along;

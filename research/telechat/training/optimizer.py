@@ -108,10 +108,10 @@ class TelechatAdamW(AdamW):
         weight_decay = self.get_weight_decay()
         beta1, beta2, eps, rate, shrink = self.rates()
         if self.is_group:
-            return self.hyper_map(F.partial(_update, self.update, beta1, beta2, eps, rate, shrink), weight_decay, self._parameters,
-                                  gradients, self.exp_avg, self.exp_avg_sq, self.optim_filter)
-        return self.hyper_map(F.partial(_update, self.update, beta1, beta2, eps, rate, shrink, weight_decay), self._parameters,
-                              gradients, self.exp_avg, self.exp_avg_sq, self.optim_filter)
+            return self.hyper_map(F.partial(_update, self.update, beta1, beta2, eps, rate, shrink), weight_decay,
+                                  self._parameters, gradients, self.exp_avg, self.exp_avg_sq, self.optim_filter)
+        return self.hyper_map(F.partial(_update, self.update, beta1, beta2, eps, rate, shrink, weight_decay),
+                              self._parameters, gradients, self.exp_avg, self.exp_avg_sq, self.optim_filter)
 
     def update_masters(self, gradients: Tuple[Tensor, ...]) -> Tensor:
         """The step where some parameters are stored in 16 bits."""
@@ -228,8 +228,8 @@ class AdamWPart(nn.Cell):
                   *gradients: Tensor) -> Tensor:
         """factor: [1], what the gradients are to be multiplied by; then the rates of the step, and the gradients."""
         gradients = self.times(factor, gradients)
-        return self.hyper_map(F.partial(_update, self.update, beta1, beta2, eps, rate, shrink), self.decays, self.parameters,
-                              gradients, self.means, self.squares, self.all)
+        return self.hyper_map(F.partial(_update, self.update, beta1, beta2, eps, rate, shrink), self.decays,
+                              self.parameters, gradients, self.means, self.squares, self.all)
 
 
 def is_overflow(norm: Tensor) -> Tensor:
