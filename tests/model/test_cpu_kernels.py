@@ -225,13 +225,13 @@ def test_adamw(native):
 def of_model(monkeypatch, family, switch, inputs, **settings):
     """(loss, gradients by name) of a small model in training, with or without the fused operators."""
     monkeypatch.setenv(build.SWITCH, switch)
-    build.library.cache_clear()
+    build._library.cache_clear()
     try:
         model = build_model(HF_CONFIGS[family], random_official(HF_CONFIGS[family]), **settings)
         assert model.loss.in_one == (switch == "1")
     finally:
         monkeypatch.delenv(build.SWITCH)
-        build.library.cache_clear()
+        build._library.cache_clear()
     model.set_train(True)
     if "document_boundaries" in settings:
         of_two = model

@@ -40,11 +40,10 @@ def _is_plain(layer: nn.Cell) -> bool:
 
 
 class _Layer(nn.Cell):
-    """One decoder layer in one operator, as telechat_transformer.TelechatDecodeLayer; with `last`, only of the rows that
-    are wanted.
+    """One decoder layer in one operator, as telechat_transformer.TelechatDecodeLayer.
 
-    The operator writes the cache. MindSpore is not told: nothing else in the graph reads the cache, and ordering by side
-    effects takes a step nearly twice as long.
+    With `last`, only of the rows that are wanted. The operator writes the cache, which MindSpore does not know: nothing
+    else in the graph reads the cache, and with ordering by side effects a step takes nearly twice as long.
     """
 
     def __init__(self, config: TelechatConfig, layer: nn.Cell, last: bool):
