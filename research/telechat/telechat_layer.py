@@ -22,7 +22,7 @@ class TelechatLinear(Linear):
                          compute_dtype=kernels.matmul_dtype(config.compute_dtype))
         self.matmul = kernels.linear_product(config)
         if has_bias:
-            self.bias_add = kernels.bias_add()
+            self.bias_add = kernels.bias_add(config)
         if has_bias and config.norm_init_type != config.param_init_type:
             self.bias = Parameter(initializer("zeros", (out_channels,), config.norm_init_type), name="bias")
 

@@ -81,6 +81,13 @@ def test_linear(native, tokens, depth, columns):
     assert_near(native.call("LinearWeightGradient", dy, x, shapes=[(columns, depth)])[0], wide[2].T @ wide[0])
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 45, 1100])
+def test_bias(native, tokens):
+    x, bias = numbers(tokens, 21), numbers(21, seed=1)
+    np.testing.assert_array_equal(native.call("AddBias", x, bias, shapes=[x.shape])[0], x + bias)
+    assert_near(native.call("BiasGradient", x, shapes=[bias.shape])[0], x.astype(np.float64).sum(0))
+
+
 @pytest.mark.parametrize("shape", [(1, 3), (37, 24), (3, 5, 45), (1100, 16), (0, 8)])
 def test_rms_norm(native, shape):
     x, weight, dy, eps = numbers(*shape), numbers(shape[-1], seed=1), numbers(*shape, seed=2), np.float32([1e-3])

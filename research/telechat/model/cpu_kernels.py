@@ -27,6 +27,17 @@ def linear_product() -> Primitive:
     return operator("Linear", ("x", "weight"), (mstype.float32,), bprop)
 
 
+def bias_add() -> Primitive:
+    """The operator (x [T, N], bias [N]), float32 -> x + bias."""
+    of_bias = operator("BiasGradient", ("dy",), (mstype.float32,))
+
+    def bprop(_x: Tensor, _bias: Tensor, _out: Tensor, dy: Tensor) -> Tuple:
+        """Gradients of x and bias."""
+        return dy, of_bias(dy)
+
+    return operator("AddBias", ("x", "bias"), (mstype.float32,), bprop)
+
+
 def adamw() -> Primitive:
     """The operator that updates a parameter; arguments and formula as of MindSpore's AdamWeightDecay."""
     return operator("AdamW", ("parameter", "mean", "square", "rate", "beta1", "beta2", "eps", "decay", "gradient"),

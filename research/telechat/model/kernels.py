@@ -180,8 +180,10 @@ def reshape_one_token() -> bool:
     return on_cpu()
 
 
-def bias_add() -> Primitive:
+def bias_add(config: TelechatConfig) -> Primitive:
     """The operator that adds a bias [H] to rows [T, H]."""
+    if fused_on_cpu(config):
+        return cpu_kernels.bias_add()
     return P.BiasAdd() if on_cpu() else P.Add()              # for the CPU see Spread
 
 

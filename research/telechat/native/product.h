@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "pool.h"
 #include "tile.h"
@@ -114,12 +113,11 @@ inline void block(const float* a, int64_t row, int64_t column, int64_t strip_of_
 // c [rows, columns] = a [rows, depth] b [depth, columns], on all threads; c is stored in rows. The caller has the pool's
 // turn.
 inline void multiply(const Matrix& a, const Matrix& b, float* c, int64_t rows, int64_t columns, int64_t depth) {
-  static std::vector<float>& packed = *new std::vector<float>;
+  static Buffer& packed = *new Buffer;
   const bool pack_a = a.column != 1 || a.row * 4 % 4096 == 0;
   const int64_t deep = std::min(depth, kDeepest);
   const Division over_columns(columns, std::max<int64_t>(kWide, kPacked / std::max<int64_t>(1, deep) / kWide * kWide), kWide);
-  packed.resize(std::max<int64_t>(packed.size(), deep * over_columns.part));
-  float* strips = packed.data();
+  float* strips = packed.get(deep * over_columns.part);
   for (int64_t k = 0; k < depth; k += deep) {
     const int64_t this_deep = std::min(deep, depth - k);
     const Division over_depth(this_deep, kDeep, 1);
@@ -131,15 +129,15 @@ inline void multiply(const Matrix& a, const Matrix& b, float* c, int64_t rows, i
       });
       const Division down(rows, kHigh, kTall), across(wide, kAcross, kWide);
       Pool::get().run(down.count * across.count, [&](int64_t task) {
-        static thread_local std::vector<float> own;
+        static thread_local Buffer own;
         const int64_t top = down.begin(task / across.count), left = across.begin(task % across.count);
         const int64_t height = down.length(task / across.count), width = across.length(task % across.count);
-        if (pack_a) own.resize(std::max<int64_t>(own.size(), up_to(height, kTall) * kDeep));
+        float* packed_a = pack_a ? own.get(up_to(height, kTall) * kDeep) : nullptr;
         for (int64_t i = 0; i < over_depth.count; ++i) {
           const int64_t begin = over_depth.begin(i), depth_of = over_depth.length(i);
           const float* rows_of_a = a.data + top * a.row + (k + begin) * a.column;
-          if (pack_a) pack_rows(rows_of_a, a, height, depth_of, own.data());
-          const float* of_a = pack_a ? own.data() : rows_of_a;
+          if (pack_a) pack_rows(rows_of_a, a, height, depth_of, packed_a);
+          const float* of_a = pack_a ? packed_a : rows_of_a;
           const int64_t row = pack_a ? 1 : a.row, column = pack_a ? kTall : 1;
           const int64_t strip_of_a = pack_a ? depth_of * kTall : kTall * a.row;
           const float* of_b = strips + left * this_deep + begin * kWide;

@@ -2,6 +2,9 @@
 // second factor is stored in strips as wide as two vectors.
 #pragma once
 
+#include <algorithm>
+#include <new>
+
 #include "vector.h"
 
 namespace telechat {
@@ -9,6 +12,37 @@ namespace telechat {
 constexpr int kTall = 6;                                   // rows of a tile: 12 sums, 2 vectors, 1 number in registers
 constexpr int kWide = 2 * kLanes;                          // its columns
 constexpr int64_t kUnit = kLanes == 16 ? 96 : 48;          // a multiple of both
+
+// Memory that grows, at the beginning of a line of the caches.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { release(); }
+
+  // At least `size` numbers of any value, until the next call.
+  float* get(int64_t size) {
+    if (size > size_) {
+      release();
+      data_ = static_cast<float*>(::operator new(static_cast<size_t>(size) * sizeof(float), kLine));
+      size_ = size;
+    }
+    return data_;
+  }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+
+  void release() {
+    if (data_) ::operator delete(data_, kLine);
+    data_ = nullptr;
+    size_ = 0;
+  }
+
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
 
 inline int64_t up_to(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 

@@ -88,6 +88,45 @@ TELECHAT_OPERATOR(LinearWeightGradient) {
   return 0;
 }
 
+// x [T, N], bias [N] -> x + bias
+TELECHAT_SHAPE(AddBias) { return shape_of(0, ndims, shapes); }
+
+TELECHAT_OPERATOR(AddBias) {
+  const Arguments given(params, ndims, shapes);
+  const int64_t width = given.length(0, 1);
+  const float *x = given.floats(0), *bias = given.floats(1);
+  float* y = given.floats(2);
+  std::lock_guard<std::mutex> turn(Pool::get().turn());
+  split(given.length(0, 0), 16, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t)
+      vectors(width, [&](int64_t i, int lanes) {
+        put(y + t * width + i, get(x + t * width + i, lanes) + get(bias + i, lanes), lanes);
+      });
+  });
+  return 0;
+}
+
+// dy [T, N] -> dbias [N], the sum of the rows
+TELECHAT_SHAPE(BiasGradient) { return {shapes[0][1]}; }
+
+TELECHAT_OPERATOR(BiasGradient) {
+  const Arguments given(params, ndims, shapes);
+  const int64_t rows = given.length(0, 0), width = given.length(0, 1);
+  const float* dy = given.floats(0);
+  const int64_t high = block_rows(rows), blocks = (rows + high - 1) / high;
+  std::vector<float> partial(blocks * width);
+  std::lock_guard<std::mutex> turn(Pool::get().turn());
+  Pool::get().run(blocks, [&](int64_t block) {
+    float* sums_of = partial.data() + block * width;
+    for (int64_t t = block * high; t < std::min(rows, (block + 1) * high); ++t)
+      vectors(width, [&](int64_t i, int lanes) {
+        put(sums_of + i, get(sums_of + i, lanes) + get(dy + t * width + i, lanes), lanes);
+      });
+  });
+  add_blocks(partial, blocks, width, given.floats(1));
+  return 0;
+}
+
 // x [..., H], weight [H], eps [1] -> y [..., H] = x r weight, r [T] = 1 / sqrt(mean(x^2) + eps)
 TELECHAT_SHAPES(RmsNorm) {
   int64_t rows = 1;

@@ -41,7 +41,7 @@ struct Problem {
 };
 
 // to = (x cos + rotate_half(x) sin) * scale, rotate_half([a, b]) = [-b, a].
-void rotate(const float* x, const float* cos, const float* sin, int64_t dim, float scale, float* to) {
+void rotate(const float* x, const float* cos, const float* sin, int64_t dim, float scale, float* __restrict to) {
   const int64_t half = dim / 2;
   for (int64_t i = 0; i < half; ++i) {
     const float a = x[i], b = x[half + i];
@@ -51,7 +51,8 @@ void rotate(const float* x, const float* cos, const float* sin, int64_t dim, flo
 }
 
 // The gradient of x where that of rotate(x) is dy.
-void rotate_back(const float* dy, const float* cos, const float* sin, int64_t dim, float scale, float* to) {
+void rotate_back(const float* dy, const float* cos, const float* sin, int64_t dim, float scale,
+                 float* __restrict to) {
   const int64_t half = dim / 2;
   for (int64_t i = 0; i < half; ++i) {
     const float a = dy[i], b = dy[half + i];
@@ -70,17 +71,18 @@ void put_column(const float* x, int64_t dim, int64_t s, float* strips) {
 class Scratch {
  public:
   explicit Scratch(int64_t size) {
-    static thread_local std::vector<float> memory;
-    memory.assign(size, 0.0f);
-    next_ = memory.data();
+    static thread_local Buffer memory;
+    next_ = memory.get(size + kArrays * kLine);
+    std::fill(next_, next_ + size + kArrays * kLine, 0.0f);
   }
   float* take(int64_t size) {
     float* taken = next_;
-    next_ += size;
+    next_ += up_to(size, kLine);
     return taken;
   }
 
  private:
+  static constexpr int64_t kLine = 16, kArrays = 16;       // numbers in a line of the caches; arrays at most
   float* next_;
 };
 
