@@ -3,7 +3,7 @@
 Each wraps one C++ function (MindSpore's `Custom` of type aot): `Name` computes, `NameInferShape` beside it gives the
 shapes of the outputs, also of sizes that are not known when a graph is compiled.
 """
-from typing import Callable, Optional, Sequence, Type
+from typing import Callable, Optional, Sequence
 
 import mindspore.common.dtype as mstype
 from mindformers.tools.logger import logger
@@ -31,6 +31,13 @@ def available() -> bool:
     return found.path is not None
 
 
+class _Operator(ops.Custom):
+    """A Custom that can be copied; MindSpore's cannot."""
+
+    def __deepcopy__(self, memo: object) -> "_Operator":
+        return self
+
+
 def operator(name: str, inputs: Sequence[str], outputs: Sequence[mstype.Type],
              bprop: Optional[Callable] = None, writes: Sequence[str] = ()) -> ops.Custom:
     """The primitive of a C++ function.
@@ -50,11 +57,9 @@ def operator(name: str, inputs: Sequence[str], outputs: Sequence[mstype.Type],
     anything = [ops.DataType.None_None] * (len(inputs) + len(outputs))
     described = described.dtype_format(*anything).target("CPU").get_op_info()
     types = outputs[0] if len(outputs) == 1 else tuple(outputs)
-    kind: Type[ops.Custom] = ops.Custom
-    if writes:
-        signature = tuple(sig.make_sig(each, sig.sig_rw.RW_WRITE if each in writes else sig.sig_rw.RW_READ)
-                          for each in inputs)
-        kind = type("WritingCustom", (ops.Custom,), {"__mindspore_signature__": signature})
+    reading = sig.sig_rw.RW_READ
+    signature = tuple(sig.make_sig(each, sig.sig_rw.RW_WRITE if each in writes else reading) for each in inputs)
+    kind = type("NativeOperator", (_Operator,), {"__mindspore_signature__": signature} if writes else {})
     made = kind(f"{path}:{name}", None, lambda *_: types, "aot", bprop=bprop, reg_info=described)
     if writes:
         made.add_prim_attr("side_effect_mem", True)
