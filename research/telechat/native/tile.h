@@ -50,11 +50,7 @@ inline int64_t up_to(int64_t size, int64_t unit) { return (size + unit - 1) / un
 template <bool kAdd, int kRows = kTall>
 inline void tile(const float* a, int64_t row, int64_t column, const float* b, int64_t ldb, int64_t depth, float* c,
                  int64_t ldc) {
-  Vec low[kRows], high[kRows];
-  for (int m = 0; m < kRows; ++m) {
-    low[m] = kAdd ? load(c + m * ldc) : Vec{};
-    high[m] = kAdd ? load(c + m * ldc + kLanes) : Vec{};
-  }
+  Vec low[kRows] = {}, high[kRows] = {};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     const Vec first = load(b + k * ldb), second = load(b + k * ldb + kLanes);
@@ -65,8 +61,8 @@ inline void tile(const float* a, int64_t row, int64_t column, const float* b, in
     }
   }
   for (int m = 0; m < kRows; ++m) {
-    store(c + m * ldc, low[m]);
-    store(c + m * ldc + kLanes, high[m]);
+    store(c + m * ldc, kAdd ? load(c + m * ldc) + low[m] : low[m]);
+    store(c + m * ldc + kLanes, kAdd ? load(c + m * ldc + kLanes) + high[m] : high[m]);
   }
 }
 
