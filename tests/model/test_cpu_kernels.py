@@ -209,6 +209,26 @@ def test_tokens_behind_a_query_and_of_other_documents_change_nothing(native):
     assert (of(slice(0, 20))[:20] != plain[:20]).any()
 
 
+def test_what_is_no_number_shows(native):
+    """Overflow is found by gradients that are no numbers: none is lost on the way."""
+    with np.errstate(invalid="ignore"):
+        for wrong in (np.nan, np.inf):
+            gate, query, logits = numbers(2, 40), numbers(2, 8), numbers(2, 40)
+            gate[1, 5] = query[1, 5] = logits[1, 5] = wrong
+            assert not np.isfinite(native.call("SwiGlu", gate, np.ones_like(gate), shapes=[gate.shape])[0][1, 5])
+            labels, ignored = np.int32([0, 0]), np.int32([-100])
+            loss = native.call("CrossEntropy", logits, labels, ignored, shapes=[(2,), (2,)])[0]
+            assert not np.isfinite(loss[1]) and np.isfinite(loss[0])
+            tables, documents = np.ones((1, 1, 2, 8), np.float32), np.int32([[0, 0]])
+            context = native.call("Attention", query, numbers(2, 16), tables, tables, documents,
+                                  shapes=[(2, 8), (2,)])[0]
+            assert not np.isfinite(context[1]).any() and np.isfinite(context[0]).all()
+            x = numbers(2, 40)
+            x[1, 5] = wrong
+            norm = native.call("RmsNorm", x, np.ones(40, np.float32), np.float32([1e-5]), shapes=[x.shape, (2,)])[0]
+            assert np.isnan(norm[1, 5])
+
+
 def test_adamw(native):
     """Two steps of the update, in place."""
     parameter, mean, square = numbers(3, 33), np.zeros((3, 33), np.float32), np.zeros((3, 33), np.float32)

@@ -98,10 +98,10 @@ inline float largest(Vec v) {
 }
 
 // e^x for x <= 88: x = n ln 2 + r, a polynomial of degree 6 on |r| <= ln 2 / 2 (Taylor, in Horner's form), exponent n by
-// bits. Below -87 the result is 0. Relative error below 3e-7.
+// bits. Below -87 the result is 0, of NaN it is NaN. Relative error below 3e-7.
 inline Vec exponential(Vec x) {
   const Vec tiny = spread(-87.0f);
-  const Vec clipped = larger(x, tiny);
+  const Vec clipped = x < tiny ? tiny : x;                // NaN stays
   Vec scaled = clipped * 1.44269504f;
   const Vec magic = spread(12582912.0f);                 // 1.5 * 2^23: adding it rounds to a whole number
   Vec shifted = scaled + magic;
@@ -116,7 +116,7 @@ inline Vec exponential(Vec x) {
   IntVec bits = ((IntVec)shifted - 0x4B400000 + 127) << 23;
   Vec power = (Vec)bits;
   Vec result = p * power;
-  return x > tiny ? result : Vec{};
+  return x < tiny ? Vec{} : result;
 }
 
 inline float exponential(float x) { return exponential(spread(x))[0]; }
