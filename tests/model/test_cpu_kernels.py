@@ -10,7 +10,7 @@ from mindspore import nn
 from model_fixtures import HF_CONFIGS, build_model, random_official
 from needs import require
 
-from research.telechat.model import kernels
+from research.telechat.model import cpu_kernels, kernels
 from research.telechat.native import build
 from research.telechat.telechat_config import TelechatConfig
 
@@ -282,6 +282,20 @@ def test_model_equals_composed_operators(native, monkeypatch, family, settings):
     for name, gradient in composed[1].items():
         assert np.abs(gradient).max() > 0, name
         assert_near(fused[1][name], gradient, 1e-5)
+
+
+def test_without_a_graph(native):
+    """Operator by operator (PyNative), gradients as well."""
+    x, weight, dy = numbers(5, 12), numbers(9, 12, seed=1), numbers(5, 9, seed=2)
+    ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU")
+    try:
+        product = cpu_kernels.linear_product()
+        gradients = ms.grad(lambda x, weight: (product(x, weight) * ms.Tensor(dy)).sum(), (0, 1))(
+            ms.Tensor(x), ms.Tensor(weight))
+    finally:
+        ms.set_context(mode=ms.GRAPH_MODE)
+    assert_near(gradients[0].asnumpy(), dy @ weight)
+    assert_near(gradients[1].asnumpy(), dy.T @ x)
 
 
 @pytest.mark.parametrize("settings, all_of_them, attention_too", [
