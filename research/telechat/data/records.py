@@ -68,6 +68,8 @@ def _conversation(record: object, data_format: str, notes: Tuple[str, ...]) -> C
     for number, message in enumerate(messages, 1):
         if message.role == BOT and message.train and not message.calls and not message.content.strip():
             raise RecordError("empty answer", f"message {number} from the bot has no text")
+    if not notes:
+        return conversation
     return conversation._replace(messages=messages, notes=(*conversation.notes, *notes))
 
 

@@ -118,7 +118,7 @@ class Renderer:
         ordinary text."""
         return frozenset(self._inner.values())
 
-    @property
+    @cached_property
     def unnamed_tool_markers(self) -> bool:
         """Whether the markers of tools are ordinary text only because no tokenizer_config.json says whether they are
         tokens."""
