@@ -11,7 +11,7 @@ from research.telechat.data.packing import (
     ShuffleBuffer,
     cut,
     pack_all,
-    to_record,
+    to_records,
 )
 from research.telechat.text.renderer import Rendered
 
@@ -187,7 +187,7 @@ def test_padding_is_small_and_first_fit_reuses_room():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_record(side):
     pack = [np.array([5, 6, ~7], np.int32), np.array([~8, 9], np.int32)]
-    record = to_record(pack, 8, pad_id=3, padding_side=side, slots=5)
+    record, = to_records([pack], 8, pad_id=3, padding_side=side, slots=5)
     ids, labels = [5, 6, 7, 8, 9], [5, 6, IGNORED, IGNORED, 9]
     if side == "right":
         ids, labels, ends = ids + [3] * 3, labels + [IGNORED] * 3, [3, 5, 7, 7, 7]
@@ -197,7 +197,7 @@ def test_record(side):
     assert record["labels"].tolist() == labels
     assert record["actual_seq_len"].tolist() == ends
     assert all(column.dtype == np.int32 for column in record.values())
-    assert "actual_seq_len" not in to_record(pack, 8, 3, side)
+    assert "actual_seq_len" not in next(to_records([pack], 8, 3, side))
 
 
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6), side=st.sampled_from(["left", "right"]))
@@ -205,7 +205,7 @@ def test_record(side):
 def test_boundaries_lie_between_the_pieces(lengths, side):
     pack = pieces_of(lengths)
     length = sum(lengths) + 5
-    record = to_record(pack, length, pad_id=99, padding_side=side, slots=len(lengths) + 1)
+    record, = to_records([pack], length, pad_id=99, padding_side=side, slots=len(lengths) + 1)
     ends = record["actual_seq_len"]
     assert (np.diff(ends) >= 0).all() and ends[-1] == length - 1
     documents = np.searchsorted(ends, np.arange(length - 1), side="right")

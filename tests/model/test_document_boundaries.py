@@ -6,7 +6,7 @@ from model_fixtures import HF_CONFIGS, build_model, logits_of, random_official
 from packing_fixtures import marked_ids
 from vocab_fixtures import train_sentencepiece
 
-from research.telechat.data.packing import IGNORED, FirstFitPacker, ShuffleBuffer, pack_all, to_record
+from research.telechat.data.packing import IGNORED, FirstFitPacker, ShuffleBuffer, pack_all, to_records
 from research.telechat.interpret import attention
 from research.telechat.model.mask import COMPRESSED, DocumentEnds, Documents
 from research.telechat.spec.attention_form import documents_back_to_back
@@ -44,7 +44,7 @@ def test_packed_losses_are_those_of_each_alone(rendered, family, side):
     weights = random_official(hf, seed=3)
     length = sum(len(one.ids) for one in rendered) + 6
     pack, = pack_all(marked_ids(rendered), ShuffleBuffer(0, 0), FirstFitPacker(length))
-    record = to_record(pack, length, PAD, side, slots=8)
+    record, = to_records([pack], length, PAD, side, slots=8)
     ids, labels = record["input_ids"][None, :-1], record["labels"][1:]
     ends = ms.Tensor(record["actual_seq_len"][None])
     separate = logits_of(build_model(hf, weights, document_boundaries=True), ids, input_position=ends)[0]

@@ -1,7 +1,7 @@
 """From raw records to pieces of token ids: the work of one worker process of preprocessing.
 
-Combines data/records.py, text/renderer.py, data/packing.py and data/documents.py for one chunk of records, with one
-call to the vocabulary for all its texts, and counts what happens to the records.
+Combines data/records.py, text/renderer.py, data/assembly.py, data/packing.py and data/documents.py for one chunk of
+records, with one call to the vocabulary for all its texts, and counts what happens to the records.
 """
 from collections import Counter
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union

@@ -218,13 +218,6 @@ class FirstFitPacker:
         return finished
 
 
-def to_record(pack: List[np.ndarray], length: int, pad_id: int, padding_side: str = "right",
-              slots: int = 0) -> Dict[str, np.ndarray]:
-    """The columns of one record: `to_records` of a single pack."""
-    record, = to_records([pack], length, pad_id, padding_side, slots)
-    return record
-
-
 def to_records(packs: Iterable[List[np.ndarray]], length: int, pad_id: int, padding_side: str = "right",
                slots: int = 0) -> Iterator[Dict[str, np.ndarray]]:
     """The columns of one record for each pack. Vectorised over `_ROWS` of them for speed.
