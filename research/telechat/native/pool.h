@@ -6,6 +6,9 @@
 
 #include <pthread.h>
 #include <sched.h>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -27,6 +30,33 @@ inline void relax() {
 #endif
 }
 
+// While it lives, its thread takes numbers below 2^-126 for 0: they are slow, and some threads of MindSpore do so and some
+// do not, so that a result would depend on the thread.
+class FlushToZero {
+ public:
+#if defined(__SSE__)
+  FlushToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushToZero() { _mm_setcsr(before_); }
+#elif defined(__aarch64__)
+  FlushToZero() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" : : "r"(before_ | 1 << 24));
+  }
+  ~FlushToZero() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
+#else
+  FlushToZero() {}
+#endif
+  FlushToZero(const FlushToZero&) = delete;
+  FlushToZero& operator=(const FlushToZero&) = delete;
+
+ private:
+#if defined(__SSE__)
+  unsigned before_;
+#else
+  uint64_t before_ = 0;
+#endif
+};
+
 class Pool {
  public:
   static Pool& get() {
@@ -44,6 +74,7 @@ class Pool {
   // Calls work(i) for each i below `tasks` (less than 2^20), on all threads; returns when all are done.
   template <typename Work>
   void run(int64_t tasks, const Work& work) {
+    const FlushToZero flush;
     if (tasks <= 1 || count_ == 1) {
       for (int64_t i = 0; i < tasks; ++i) work(i);
       return;
@@ -98,6 +129,7 @@ class Pool {
   }
 
   void serve(int me) {
+    const FlushToZero flush;
     uint64_t seen = 0;
     while (true) {
       uint64_t job = published_.load(std::memory_order_acquire);
