@@ -1,5 +1,6 @@
 // A whole decoder layer for prediction (telechat_transformer.TelechatDecodeLayer), and head and greedy choice behind the
 // last one. float32, any number of tokens of any sequences at once.
+#include "arguments.h"
 #include "attention.h"
 
 namespace telechat {
@@ -262,94 +263,86 @@ struct Layer {
   }
 };
 
-const float* floats(void** params, int number) { return static_cast<const float*>(params[number]); }
-
 // A bias of one element stands for none: no layer is that narrow.
-const float* bias(void** params, int64_t** shapes, int number) {
-  return shapes[number][0] > 1 ? floats(params, number) : nullptr;
+const float* bias(const Arguments& given, int number) {
+  return given.length(number, 0) > 1 ? given.floats(number) : nullptr;
 }
 
 // The inputs in the order of model/native_decoder.py.
-Layer layer_of(void** params, int64_t** shapes) {
+Layer layer_of(const Arguments& given) {
   Layer layer;
-  const auto* rows = static_cast<const int32_t*>(params[17]);
-  layer.tokens = shapes[0][0];
-  layer.hidden = shapes[0][1];
-  layer.weights = {floats(params, 1), floats(params, 2), bias(params, shapes, 3), floats(params, 4),
-                   bias(params, shapes, 5), floats(params, 6), bias(params, shapes, 7), floats(params, 8),
-                   floats(params, 9), floats(params, 10), floats(params, 11), bias(params, shapes, 12)};
-  std::memcpy(&layer.sizes, params[19], sizeof layer.sizes);
-  layer.cache = {static_cast<float*>(params[13]), static_cast<float*>(params[14]),
-                 shapes[13][0] / layer.sizes.kv_heads};
-  layer.cos = floats(params, 15);
-  layer.sin = floats(params, 16);
-  layer.rows = {rows, rows + layer.tokens, rows + 2 * layer.tokens, static_cast<const int32_t*>(params[18]),
-                shapes[18][1]};
-  layer.eps = *floats(params, 20);
+  layer.tokens = given.length(0, 0);
+  layer.hidden = given.length(0, 1);
+  layer.weights = {given.floats(1), given.floats(2), bias(given, 3), given.floats(4), bias(given, 5), given.floats(6),
+                   bias(given, 7), given.floats(8), given.floats(9), given.floats(10), given.floats(11),
+                   bias(given, 12)};
+  std::memcpy(&layer.sizes, given.integers(19), sizeof layer.sizes);
+  layer.cache = {given.floats(13), given.floats(14), given.length(13, 0) / layer.sizes.kv_heads};
+  layer.cos = given.floats(15);
+  layer.sin = given.floats(16);
+  const int32_t* rows = given.integers(17);
+  layer.rows = {rows, rows + layer.tokens, rows + 2 * layer.tokens, given.integers(18), given.length(18, 1)};
+  layer.eps = *given.floats(20);
   return layer;
 }
 
 }  // namespace
 }  // namespace telechat
 
-using telechat::Pool;
+using namespace telechat;
 
 // How many threads share the work of an operator.
 extern "C" void UseThreads(int count) { Pool::get().use(count); }
 
-extern "C" int DecoderLayer(int, void** params, int*, int64_t** shapes, const char**, void*, void*) {
+// The inputs of model/native_decoder.py -> x of the next layer [T, H]; keys and values are written into the cache.
+TELECHAT_SHAPE(DecoderLayer) { return shape_of(0, ndims, shapes); }
+
+TELECHAT_OPERATOR(DecoderLayer) {
+  const Arguments given(params, ndims, shapes);
   std::lock_guard<std::mutex> turn(Pool::get().turn());
-  const auto layer = telechat::layer_of(params, shapes);
-  layer(telechat::floats(params, 0), nullptr, layer.tokens, static_cast<float*>(params[21]));
+  layer_of(given)(given.floats(0), nullptr, given.length(0, 0), given.floats(21));
   return 0;
 }
 
-extern "C" std::vector<int64_t> DecoderLayerInferShape(int*, int64_t** shapes, void*) {
-  return {shapes[0][0], shapes[0][1]};
-}
+// As DecoderLayer, of the rows in the last input [R] only -> [R, H]
+TELECHAT_SHAPE(LastDecoderLayer) { return {shapes[21][0], shapes[0][1]}; }
 
-// As DecoderLayer, of the rows in the last input only.
-extern "C" int LastDecoderLayer(int, void** params, int*, int64_t** shapes, const char**, void*, void*) {
+TELECHAT_OPERATOR(LastDecoderLayer) {
+  const Arguments given(params, ndims, shapes);
   std::lock_guard<std::mutex> turn(Pool::get().turn());
-  telechat::layer_of(params, shapes)(telechat::floats(params, 0), static_cast<const int32_t*>(params[21]),
-                                            shapes[21][0], static_cast<float*>(params[22]));
+  layer_of(given)(given.floats(0), given.integers(21), given.length(21, 0), given.floats(22));
   return 0;
 }
 
-extern "C" std::vector<int64_t> LastDecoderLayerInferShape(int*, int64_t** shapes, void*) {
-  return {shapes[21][0], shapes[0][1]};
-}
+// x [R, H], norm weight [H], head weight [V, H], eps [1], logits_scale [1] -> logits [R, V], the most likely tokens [R]
+TELECHAT_SHAPES(Head) { return {{shapes[0][0], shapes[2][0]}, {shapes[0][0]}}; }
 
-// x [R, H], norm weight, head weight [V, H], eps, logits_scale -> logits [R, V], the most likely tokens [R].
-extern "C" int Head(int, void** params, int*, int64_t** shapes, const char**, void*, void*) {
+TELECHAT_OPERATOR(Head) {
+  const Arguments given(params, ndims, shapes);
+  const int64_t rows = given.length(0, 0), hidden = given.length(0, 1), vocabulary = given.length(2, 0);
+  const float *weight = given.floats(2), scale = *given.floats(4);
+  float* logits = given.floats(5);
+  auto* tokens = const_cast<int32_t*>(given.integers(6));
   std::lock_guard<std::mutex> turn(Pool::get().turn());
-  const int64_t rows = shapes[0][0], hidden = shapes[0][1], vocabulary = shapes[2][0];
-  const float *x = telechat::floats(params, 0), *weight = telechat::floats(params, 2);
-  const float scale = *telechat::floats(params, 4);
-  float* logits = static_cast<float*>(params[5]);
-  auto* tokens = static_cast<int32_t*>(params[6]);
-  static std::vector<float> normed;
-  if (static_cast<int64_t>(normed.size()) < rows * hidden) normed.resize(rows * hidden);
-  telechat::norm(x, telechat::floats(params, 1), *telechat::floats(params, 3), rows, hidden, normed.data());
-  const telechat::Blocks blocks(rows, vocabulary, hidden);
+  static Buffers buffers;
+  buffers.reserve(rows * hidden);
+  float* normed = buffers.take(rows * hidden);
+  norm(given.floats(0), given.floats(1), *given.floats(3), rows, hidden, normed);
+  const Blocks blocks(rows, vocabulary, hidden);
   Pool::get().run(blocks.tasks(), [&](int64_t i) {
     blocks.part(i, [&](int64_t top, int64_t bottom, int64_t first, int64_t last) {
-      telechat::products(normed.data() + top * hidden, hidden, bottom - top, weight, hidden, first, last, hidden,
-                         [&](int64_t m, int64_t n, auto v) { telechat::set(logits + (top + m) * vocabulary + n, v * scale); });
+      products(normed + top * hidden, hidden, bottom - top, weight, hidden, first, last, hidden,
+               [&](int64_t m, int64_t n, auto v) { set(logits + (top + m) * vocabulary + n, v * scale); });
     });
   });
-  telechat::split(rows, 1, [&](int64_t from, int64_t to) {
+  split(rows, 1, [&](int64_t from, int64_t to) {
     for (int64_t r = from; r < to; ++r) {
       const float* row = logits + r * vocabulary;
-      const float top = telechat::maximum(row, vocabulary);
+      const float top = maximum(row, vocabulary);
       int64_t at = 0;
       while (at < vocabulary && row[at] != top) ++at;
       tokens[r] = at < vocabulary ? static_cast<int32_t>(at) : 0;
     }
   });
   return 0;
-}
-
-extern "C" std::vector<std::vector<int64_t>> HeadInferShape(int*, int64_t** shapes, void*) {
-  return {{shapes[0][0], shapes[2][0]}, {shapes[0][0]}};
 }
