@@ -1,14 +1,13 @@
 """The fused operators of training on a CPU: against formulas in float64, with 1 and 2 threads, and in the model."""
-import ctypes
 import types
 
 import mindspore as ms
 import model_fixtures
+import native_fixtures
 import numpy as np
 import pytest
 from mindspore import nn
 from model_fixtures import HF_CONFIGS, build_model, random_official
-from needs import require
 
 from research.telechat.model import cpu_kernels, kernels
 from research.telechat.native import build
@@ -20,32 +19,15 @@ DOCUMENTS = dict(document_boundaries=True)
 @pytest.fixture(scope="module")
 def native():
     """Calls an operator of the library: name, inputs and shapes of its outputs -> its outputs."""
-    found = build.library()
-    require(found.path, f"needs the operators in C++: {found.reason}")
-    library = ctypes.CDLL(str(found.path))
-
-    def call(name, *inputs, shapes, fails=False):
-        outputs = [np.full(shape, np.nan, np.float32) for shape in shapes]
-        arrays = [np.ascontiguousarray(each) for each in inputs] + outputs
-        count = len(arrays)
-        lengths = [(ctypes.c_int64 * array.ndim)(*array.shape) for array in arrays]
-        result = getattr(library, name)(
-            count, (ctypes.c_void_p * count)(*(array.ctypes.data for array in arrays)),
-            (ctypes.c_int * count)(*(array.ndim for array in arrays)),
-            (ctypes.c_void_p * count)(*(ctypes.addressof(each) for each in lengths)), None, None, None)
-        assert bool(result) == fails
-        return outputs
+    def call(name, *inputs, shapes, threads=2, fails=False):
+        return native_fixtures.call(name, [np.ascontiguousarray(each) for each in inputs], shapes, threads, fails)
 
     def on_both(name, *inputs, shapes, **keys):
         """The same with one thread and with two, which must agree to the bit."""
-        found = []
-        for threads in (1, 2):
-            library.UseThreads(threads)
-            found.append(call(name, *inputs, shapes=shapes, **keys))
-        library.UseThreads(build.threads())
-        for one, other in zip(*found):
-            np.testing.assert_array_equal(one, other)
-        return found[0]
+        one, two = (call(name, *inputs, shapes=shapes, threads=threads, **keys) for threads in (1, 2))
+        for first, second in zip(one, two):
+            np.testing.assert_array_equal(first, second)
+        return one
     return types.SimpleNamespace(call=on_both, once=call)
 
 

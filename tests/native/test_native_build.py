@@ -75,6 +75,13 @@ def test_a_folder_that_others_can_write_is_refused(fresh, tmp_path):
     assert "cannot be made" in fresh().reason
 
 
+def test_lines_of_the_source_fit():
+    """As in Python, which the linter checks."""
+    for path in [*build._HERE.glob("*.cc"), *build._HERE.glob("*.h")]:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert max(map(len, lines)) <= 120 and len(lines) <= 400, path.name
+
+
 def test_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert build.threads() == 3

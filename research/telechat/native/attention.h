@@ -1,7 +1,7 @@
 // Causal attention over a paged cache of keys and values (model/kv_cache.py: rows [N_kv * slots, D], head by head).
 //
-// softmax(q k^T) v with queries that are rotated and scaled already. A query that stands alone, as in decoding, looks at
-// its keys one after the other; those of a prompt are taken in blocks, with the running maximum and sum of
+// softmax(q k^T) v with queries that are rotated and scaled already. A query that stands alone, as in decoding, looks
+// at its keys one after the other; those of a prompt are taken in blocks, with the running maximum and sum of
 // FlashAttention (Dao et al., 2022), so that scores are never stored as a whole.
 #pragma once
 
@@ -147,7 +147,7 @@ inline void attend_block(const float* q, int64_t stride, int64_t count, int64_t 
   std::fill_n(top, rows, kNothing);
   std::fill_n(total, rows, 0.0f);
   const int64_t length = first + count;
-  // Keys at once: whole blocks of the cache. Values that follow each other: a block, or one where blocks are of odd sizes.
+  // Keys at once: whole blocks of the cache. Values that follow each other: a block, or one if blocks are of odd sizes.
   const int64_t at_once = values.size <= kKeys ? kKeys / values.size * values.size : kKeys;
   const int64_t step = values.size <= kKeys ? values.size : values.size % kKeys ? 1 : kKeys;
   for (int64_t from = 0; from < length; from += at_once) {

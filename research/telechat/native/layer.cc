@@ -1,5 +1,5 @@
-// A whole decoder layer for prediction (telechat_transformer.TelechatDecodeLayer), and head and greedy choice behind the
-// last one. float32, any number of tokens of any sequences at once.
+// A whole decoder layer for prediction (telechat_transformer.TelechatDecodeLayer), and head and greedy choice behind
+// the last one. float32, any number of tokens of any sequences at once.
 #include "arguments.h"
 #include "attention.h"
 
@@ -89,7 +89,8 @@ void project(const float* x, int64_t rows, int64_t depth, const Projection* both
 }
 
 // silu(x w1^T) * (x w3^T), [T, F]. With fused projections, w1 holds gate and up of each group one after the other.
-void gated(const float* x, int64_t rows, int64_t depth, const float* w1, const float* w3, const Sizes& sizes, float* y) {
+void gated(const float* x, int64_t rows, int64_t depth, const float* w1, const float* w3, const Sizes& sizes,
+           float* y) {
   const int64_t groups = sizes.fused ? sizes.groups : 1, wide = sizes.ffn / groups;
   const Blocks blocks(rows, wide, 2 * depth);
   Pool::get().run(groups * blocks.tasks(), [&](int64_t i) {
@@ -232,7 +233,8 @@ struct Layer {
     float* inner = buffers.take(count * sizes.ffn);
 
     norm(x, weights.attention_norm, eps, tokens, hidden, normed);
-    const Projection both[2] = {{weights.wq, weights.wq_bias, q, q_width}, {weights.wkv, weights.wkv_bias, kv, kv_width}};
+    const Projection both[2] = {{weights.wq, weights.wq_bias, q, q_width},
+                                {weights.wkv, weights.wkv_bias, kv, kv_width}};
     if (sizes.fused) {
       project(normed, tokens, hidden, both, 1);
       write(q + dim, q_width, 3 * dim);

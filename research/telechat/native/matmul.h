@@ -68,8 +68,8 @@ inline void put_tile(const float* x, int64_t ldx, const float* w, int64_t ldw, i
 
 // All rows with NR columns from n on. The columns' weights are read from memory once, and stay in the nearest cache.
 template <int NR, typename Put>
-inline void put_columns(const float* x, int64_t ldx, int64_t rows, const float* w, int64_t ldw, int64_t depth, int64_t n,
-                        bool fetch, const Put& put) {
+inline void put_columns(const float* x, int64_t ldx, int64_t rows, const float* w, int64_t ldw, int64_t depth,
+                        int64_t n, bool fetch, const Put& put) {
   int64_t m = 0;
   for (; rows - m > 4 || rows - m == 3; m += 3) put_tile<3, NR>(x, ldx, w, ldw, depth, m, n, fetch && m == 0, put);
   for (; rows - m >= 2; m += 2) put_tile<2, NR>(x, ldx, w, ldw, depth, m, n, fetch && m == 0, put);
@@ -89,8 +89,8 @@ inline void products(const float* x, int64_t ldx, int64_t rows, const float* w, 
   for (; n < last; ++n) put_columns<1>(x, ldx, rows, w, ldw, depth, n, false, put);
 }
 
-// How a product of `rows` x `columns` is divided: blocks of both, so that the weights of a block stay in the second-level
-// cache and there are some tasks per thread.
+// How a product of `rows` x `columns` is divided: blocks of both, so that the weights of a block stay in the
+// second-level cache and there are some tasks per thread.
 struct Blocks {
   int64_t rows, columns, high, wide;
 

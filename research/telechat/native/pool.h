@@ -30,8 +30,8 @@ inline void relax() {
 #endif
 }
 
-// While it lives, its thread takes numbers below 2^-126 for 0: they are slow, and some threads of MindSpore do so and some
-// do not, so that a result would depend on the thread.
+// While it lives, its thread takes numbers below 2^-126 for 0: they are slow, and some threads of MindSpore do so and
+// some do not, so that a result would depend on the thread.
 class FlushToZero {
  public:
 #if defined(__SSE__)

@@ -1,7 +1,7 @@
 // Matrix products of training, c = a b, of matrices stored in rows or in columns, for many rows.
 //
-// b is packed in strips as wide as a tile, and a where its rows would share lines of the caches. Each element is summed in
-// an order that depends on the depth only.
+// b is packed in strips as wide as a tile, and a where its rows would share lines of the caches. Each element is summed
+// in an order that depends on the depth only.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ struct Matrix {
 };
 
 constexpr int64_t kDeep = 256;                             // a strip of b of that depth stays in the first-level cache
-constexpr int64_t kHigh = 192;                             // rows of a task: that part of a stays in the second-level cache
+constexpr int64_t kHigh = 192;                             // rows of a task: that part of a stays in the second level
 constexpr int64_t kAcross = 768;                           // its columns
 constexpr int64_t kPacked = 1 << 20;                       // numbers of b that are packed at a time
 constexpr int64_t kDeepest = 4096;                         // rows of b among them
@@ -110,13 +110,14 @@ inline void block(const float* a, int64_t row, int64_t column, int64_t strip_of_
   }
 }
 
-// c [rows, columns] = a [rows, depth] b [depth, columns], on all threads; c is stored in rows. The caller has the pool's
-// turn.
+// c [rows, columns] = a [rows, depth] b [depth, columns], on all threads; c is stored in rows. The caller has the
+// pool's turn.
 inline void multiply(const Matrix& a, const Matrix& b, float* c, int64_t rows, int64_t columns, int64_t depth) {
   static Buffer& packed = *new Buffer;
   const bool pack_a = a.column != 1 || a.row * 4 % 4096 == 0;
   const int64_t deep = std::min(depth, kDeepest);
-  const Division over_columns(columns, std::max<int64_t>(kWide, kPacked / std::max<int64_t>(1, deep) / kWide * kWide), kWide);
+  const int64_t fits = kPacked / std::max<int64_t>(1, deep) / kWide * kWide;
+  const Division over_columns(columns, std::max<int64_t>(kWide, fits), kWide);
   float* strips = packed.get(deep * over_columns.part);
   for (int64_t k = 0; k < depth; k += deep) {
     const int64_t this_deep = std::min(deep, depth - k);

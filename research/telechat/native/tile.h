@@ -1,5 +1,5 @@
-// A matrix product whose first factor is read number by number, so that it may be stored in rows or in columns, and whose
-// second factor is stored in strips as wide as two vectors.
+// A matrix product whose first factor is read number by number, so that it may be stored in rows or in columns, and
+// whose second factor is stored in strips as wide as two vectors.
 #pragma once
 
 #include <algorithm>

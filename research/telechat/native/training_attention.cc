@@ -147,8 +147,10 @@ void forward(const Problem& p, int64_t b, int64_t kv, float* out, float* lse) {
             all += e;
           }
           total[i] = total[i] * before + sum(all);
-          if (before != 1.0f)
-            for (int64_t d = 0; d < wide; d += kLanes) store(context + i * wide + d, load(context + i * wide + d) * before);
+          if (before != 1.0f) {
+            float* row = context + i * wide;
+            for (int64_t d = 0; d < wide; d += kLanes) store(row + d, load(row + d) * before);
+          }
           top[i] = now;
         }
         product<true>(scores, kKeys, 1, values + key * wide, kWide, wide, kUnit, wide, many, context, wide);
@@ -223,7 +225,8 @@ void backward(const Problem& p, int64_t b, int64_t kv, const float* out, const f
   }
   for (int64_t s = 0; s < seq; ++s) {
     const int64_t token = b * seq + s;
-    rotate_back(dkeys + s * wide, p.cos_of(b, s), p.sin_of(b, s), dim, 1.0f, p.rows.dkey_value + p.rows.of_key(token, kv));
+    rotate_back(dkeys + s * wide, p.cos_of(b, s), p.sin_of(b, s), dim, 1.0f,
+                p.rows.dkey_value + p.rows.of_key(token, kv));
     std::memcpy(p.rows.dkey_value + p.rows.of_value(token, kv), dvalues + s * wide, dim * sizeof(float));
   }
 }

@@ -55,7 +55,8 @@ inline Vec add_product(Vec a, Vec b, Vec c) {
 // Folds a vector to four sums, always in the same order.
 inline Quad fold(Vec v) {
 #if defined(__AVX512F__)
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), upper);
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 #elif defined(__AVX__)
   return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -97,8 +98,8 @@ inline float largest(Vec v) {
   return r;
 }
 
-// e^x for x <= 88: x = n ln 2 + r, a polynomial of degree 6 on |r| <= ln 2 / 2 (Taylor, in Horner's form), exponent n by
-// bits. Below -87 the result is 0, of NaN it is NaN. Relative error below 3e-7.
+// e^x for x <= 88: x = n ln 2 + r, a polynomial of degree 6 on |r| <= ln 2 / 2 (Taylor, in Horner's form), exponent n
+// by bits. Below -87 the result is 0, of NaN it is NaN. Relative error below 3e-7.
 inline Vec exponential(Vec x) {
   const Vec tiny = spread(-87.0f);
   const Vec clipped = x < tiny ? tiny : x;                // NaN stays
