@@ -64,6 +64,13 @@ def test_without_compiler_or_switched_off(fresh, monkeypatch):
     assert fresh().reason == "TELECHAT_CPU_KERNELS is 0"
 
 
+def test_what_mindspore_would_refuse_is_a_reason(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("MS_CUSTOM_AOT_WHITE_LIST", str(tmp_path / "elsewhere"))
+    assert "allows libraries in " in fresh().reason
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert fresh().reason == "MindSpore takes them on Linux only"
+
+
 def test_a_folder_that_others_can_write_is_refused(fresh, tmp_path):
     """What lies there is executed."""
     folder = tmp_path / "cache" / "telechat"

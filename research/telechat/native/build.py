@@ -11,6 +11,7 @@ import platform
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import List, Optional
 
 SWITCH = "TELECHAT_CPU_KERNELS"
+_ALLOWED = "MS_CUSTOM_AOT_WHITE_LIST"                    # read by MindSpore
 _COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-pthread", "-Wall")
 _MOST_THREADS = 16                                       # the operators of small models gain nothing beyond
@@ -57,11 +59,14 @@ def begin() -> None:
 def _library() -> Library:
     if os.environ.get(SWITCH, "1") == "0":
         return Library(None, f"{SWITCH} is 0")
+    if sys.platform != "linux":
+        return Library(None, "MindSpore takes them on Linux only")
     started = time.monotonic()
     try:
         compiler = _compiler()
         flags = [*_FLAGS, _for_this_processor()]
         path = _folder() / f"kernels-{_key(compiler, flags)}.so"
+        _check_allowed(path)
         made = not path.is_file()
         if made:
             _compile(compiler, flags, path)
@@ -123,6 +128,13 @@ def _folder() -> Path:
     if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise _MissingError(f"{folder} can be written by others; set XDG_CACHE_HOME to a folder of yours")
     return folder
+
+
+def _check_allowed(path: Path) -> None:
+    """Whether MindSpore will load the library: it heeds a variable that names a folder."""
+    allowed = os.environ.get(_ALLOWED)
+    if allowed is not None and os.path.realpath(allowed) not in os.path.realpath(path):
+        raise _MissingError(f"{_ALLOWED} allows libraries in {allowed} only; set XDG_CACHE_HOME to that folder")
 
 
 def _compile(compiler: str, flags: List[str], path: Path) -> None:
