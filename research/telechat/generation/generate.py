@@ -143,14 +143,16 @@ class TelechatGenerationMixin(Model):
     def _generating(self, scheduler: Scheduler) -> Iterator[None]:
         """Context with the model in inference mode; unfinished requests are cancelled at the end."""
         phase = self.phase
-        self.set_train(False)
+        if phase != "predict":                                 # it visits all cells of the model
+            self.set_train(False)
         self._schedulers().add(scheduler)
         try:
             yield
         finally:
             self._schedulers().discard(scheduler)
             scheduler.close()
-            self.set_train(phase == "train")
+            if phase == "train":
+                self.set_train()
 
     def _step(self, scheduler: Scheduler, limits: Sequence[int]) -> bool:
         """One step of a scheduler whose requests need `limits` tokens -> whether there is more to do."""
