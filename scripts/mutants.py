@@ -31,10 +31,12 @@ if str(ROOT) not in sys.path:
 from research.telechat.common.command import run_command
 from research.telechat.common.errors import ConfigError
 from research.telechat.common.table import table
+from research.telechat.native.build import SWITCH
 
 LIST = ROOT / "scripts/mutants.yaml"
 PLUGIN = "research/telechat"
 TIMEOUT = 900                                            # seconds for one test
+_FUSED = ("native/", "model/cpu_kernels.py", "model/native_decoder.py", "generation/native_engine.py")
 _KILLED, _SURVIVED, _EQUIVALENT, _PASSED_OVER = "killed", "SURVIVED", "equivalent", "no test ran"
 
 
@@ -47,6 +49,11 @@ class Mutant(NamedTuple):
     new: str
     test: str = ""
     equivalent: str = ""
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is in the fused operators of a CPU, or what calls them."""
+        return self.file.startswith(_FUSED)
 
 
 def read_mutants(path: Path = LIST) -> List[Mutant]:
@@ -128,18 +135,22 @@ def _in_child(work: Callable[[], int], log: Path) -> int:
     return -1
 
 
-def run_test(copy: Path, test: str, log: Path) -> int:
-    """pytest's exit code for `test` in the copy: 0 passed, 1 failed, others where no test ran."""
+def run_test(copy: Path, mutant: Mutant, log: Path) -> int:
+    """pytest's exit code for a mutant's test in the copy: 0 passed, 1 failed, others where no test ran.
+
+    The fused operators of a CPU compute only where the mutant is in them: elsewhere it would often not be executed.
+    """
     def work() -> int:
         import pytest
         os.chdir(copy)
         sys.dont_write_bytecode = True                   # of a mutant
         os.environ["PYTHONPATH"] = str(copy)
+        os.environ[SWITCH] = "1" if mutant.fused else "0"
         sys.path[:] = [str(copy), *(path for path in sys.path if Path(path or ".").resolve() not in (
             ROOT, ROOT / "scripts"))]
         for name in [name for name in sys.modules if name.partition(".")[0] in ("research", "scripts", "tests")]:
             del sys.modules[name]
-        return int(pytest.main([test, "-q", "-x", "-p", "no:cacheprovider", "--no-header"]))
+        return int(pytest.main([mutant.test, "-q", "-x", "-p", "no:cacheprovider", "--no-header"]))
     return _in_child(work, log)
 
 
@@ -150,7 +161,7 @@ def try_mutant(mutant: Mutant, copy: Path) -> str:
     path.write_text(right.replace(mutant.old, mutant.new), encoding="utf-8")
     os.utime(path, (written, written + 60))              # another time, so that no bytecode of the right file is taken
     try:
-        code = run_test(copy, mutant.test, copy.parent / "log.txt")
+        code = run_test(copy, mutant, copy.parent / "log.txt")
     finally:
         path.write_text(right, encoding="utf-8")
         os.utime(path, (written, written))
@@ -192,10 +203,10 @@ def run(argv: Optional[List[str]] = None) -> int:
         copy = Path(name) / "checkout"
         copy_checkout(copy)
         prepare(Path(name) / "log")
-        for test in dict.fromkeys(mutant.test for mutant in mutants if mutant.test):
-            if run_test(copy, test, copy.parent / "log.txt"):
+        for mutant in {(one.test, one.fused): one for one in mutants if one.test}.values():
+            if run_test(copy, mutant, copy.parent / "log.txt"):
                 said = (copy.parent / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
-                raise ConfigError(f"{test} does not pass without a mutant ({''.join(said)}); run it alone")
+                raise ConfigError(f"{mutant.test} does not pass without a mutant ({''.join(said)}); run it alone")
         for mutant in mutants:
             started = time.time()
             result = _EQUIVALENT if mutant.equivalent else try_mutant(mutant, copy)

@@ -5,18 +5,27 @@ import pytest
 from model_fixtures import HF_CONFIGS, build_model, logits_of, loss_of, random_official
 from reference import cross_entropy, forward
 
+from research.telechat.model import kernels
+
 pytestmark = pytest.mark.matrix
 
 RNG = np.random.default_rng(7)
 FAMILIES = list(HF_CONFIGS)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, *(f"{name} composed" for name in FAMILIES)])
 def family(request):
-    """(official config, official weights, model in the precision of the official code)."""
-    hf = HF_CONFIGS[request.param]
+    """(official config, official weights, model in the precision of the official code), computed by the fused operators
+    of a CPU and composed of MindSpore's."""
+    name, _, composed = request.param.partition(" ")
+    hf = HF_CONFIGS[name]
     weights = random_official(hf, seed=3)
-    return hf, weights, build_model(hf, weights)
+    with pytest.MonkeyPatch.context() as patch:
+        if composed:
+            patch.setattr(kernels, "available", lambda: False)
+        model = build_model(hf, weights)
+    assert model.model.layers[0].attention.in_one is not bool(composed)
+    return hf, weights, model
 
 
 def test_logits(family):

@@ -14,7 +14,7 @@ from mindspore.ops import operations as P
 from mindspore.ops.functional import stop_gradient
 from mindspore.ops.primitive import constexpr
 
-from research.telechat.model import sharding
+from research.telechat.model import kernels, sharding
 from research.telechat.model.loss import CrossEntropyLoss, unit
 from research.telechat.spec.loss_chunks import MOST, rows_at_once
 from research.telechat.telechat_config import TelechatConfig
@@ -35,7 +35,7 @@ class ChunkedLoss(nn.Cell):
         mesh = sharding.Mesh(config)
         self.pieces = mesh.head_rows if mesh.in_effect else 1         # of rows, each on a device of its own
         self.vocab_size, self.vocab_pieces = config.vocab_size, mesh.vocab if mesh.in_effect else 1
-        self.chunk_rows = config.loss_chunk_rows
+        self.chunk_rows = kernels.loss_chunk_rows(config)
         self.head, self.loss = head, loss
         self.parts = loss.parts
         self.rows_of = P.StridedSlice()

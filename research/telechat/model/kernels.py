@@ -2,7 +2,7 @@
 
 The only module that asks for the device. Each factory or cell below hides one such choice; the layers do not know it.
 """
-from typing import Tuple, Union
+from typing import Optional, Tuple, Union
 
 import mindspore as ms
 import mindspore.common.dtype as mstype
@@ -198,6 +198,16 @@ def _are_few(rows: int) -> bool:
 def linear_product(config: TelechatConfig) -> Primitive:
     """The operator (x [T, K], weight [N, K]), of one dtype -> x weight^T [T, N]."""
     return cpu_kernels.linear_product() if fused_on_cpu(config) else P.MatMul(transpose_b=True)
+
+
+def loss_chunk_rows(config: TelechatConfig) -> Optional[int]:
+    """Rows of a chunk of head and loss: as the recipe says, else None, by size (spec/loss_chunks.py).
+
+    0, all at once, for the fused loss of a CPU: it needs logits and their gradient only, and chunks keep that, too.
+    """
+    if config.loss_chunk_rows is None and fused_on_cpu(config):
+        return 0
+    return config.loss_chunk_rows
 
 
 def adamw() -> Primitive:
