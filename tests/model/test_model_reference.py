@@ -24,7 +24,7 @@ def family(request):
         if composed:
             patch.setattr(kernels, "available", lambda: False)
         model = build_model(hf, weights)
-    assert model.model.layers[0].attention.in_one is not bool(composed)
+        assert model.model.layers[0].attention.in_one == kernels.native_operators()
     return hf, weights, model
 
 
