@@ -10,7 +10,7 @@ from research.telechat.native import build
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """`library` asked anew, with an empty cache folder. -> the function."""
+    """`library` without its remembered result, and with an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(build.SWITCH, raising=False)
     return build._library.__wrapped__

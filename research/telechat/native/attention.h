@@ -126,13 +126,11 @@ inline __attribute__((always_inline)) void outer_tile(const float* a, int64_t ld
 constexpr int kTile = 6;                                 // rows of outer_tile
 constexpr int64_t kQueries = 16 * kTile, kKeys = 256;    // in a block
 
-inline int64_t rounded(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 // Queries of one head at consecutive positions: `count` (at most kQueries) rows of q, `stride` apart, the first of them
 // at position `first`; context likewise.
 inline void attend_block(const float* q, int64_t stride, int64_t count, int64_t first, const Pages& keys,
                          const Pages& values, float* context) {
-  const int64_t dim = keys.dim, wide = rounded(dim, 2 * kLanes), rows = rounded(count, kTile);
+  const int64_t dim = keys.dim, wide = up_to(dim, 2 * kLanes), rows = up_to(count, kTile);
   float* query = scratch(rows * dim + dim * kKeys + rows * kKeys + rows * wide + 2 * rows);
   float* transposed = query + rows * dim;                // keys [D, kKeys]
   float* scores = transposed + dim * kKeys;              // [rows, kKeys]
@@ -151,7 +149,7 @@ inline void attend_block(const float* q, int64_t stride, int64_t count, int64_t 
   const int64_t at_once = values.size <= kKeys ? kKeys / values.size * values.size : kKeys;
   const int64_t step = values.size <= kKeys ? values.size : values.size % kKeys ? 1 : kKeys;
   for (int64_t from = 0; from < length; from += at_once) {
-    const int64_t here = std::min(at_once, length - from), columns = rounded(here, 2 * kLanes);
+    const int64_t here = std::min(at_once, length - from), columns = up_to(here, 2 * kLanes);
     for (int64_t j = 0; j < columns; ++j) {
       if (j < here) {
         const float* k = keys.row(from + j);

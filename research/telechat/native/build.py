@@ -1,4 +1,4 @@
-"""Compiles the C++ of this room for the processor at hand, once: the library is kept in a folder of the user.
+"""Compiles the C++ of this room for this machine's processor, once, and keeps the library in the user's cache folder.
 
 Without a compiler, or with TELECHAT_CPU_KERNELS=0, there is no library, and the model computes with MindSpore's own
 operators: slower, with the same results up to rounding.

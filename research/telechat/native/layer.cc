@@ -51,16 +51,6 @@ void norm(const float* x, const float* weight, float eps, int64_t rows, int64_t 
   });
 }
 
-// x cos + rotate_half(x) sin of one head, times `scale`.
-void rotate(const float* x, const float* cos, const float* sin, int64_t dim, float scale, float* y) {
-  const int64_t half = dim / 2;
-  for (int64_t d = 0; d < half; ++d) {
-    const float a = x[d], b = x[d + half];
-    y[d] = (a * cos[d] - b * sin[d]) * scale;
-    y[d + half] = (b * cos[d + half] + a * sin[d + half]) * scale;
-  }
-}
-
 // Projections whose work is shared out together.
 struct Projection {
   const float *weight, *bias;
@@ -102,14 +92,13 @@ void gated(const float* x, int64_t rows, int64_t depth, const float* w1, const f
       const float* in = x + top * depth;
       const int64_t high = bottom - top, across = last - first;
       float* gates = scratch(high * (across + kLanes));
-      const int64_t width = rounded(across, kLanes);
+      const int64_t width = up_to(across, kLanes);
       products(in, depth, high, gate, depth, first, last, depth,
                [&](int64_t m, int64_t n, auto v) { set(gates + m * width + n - first, v); });
       for (int64_t m = 0; m < high; ++m) {
         for (int64_t n = 0; n < across; n += kLanes) {
           const Vec g = load(gates + m * width + n);
-          const Vec minus = -g < 87.0f ? -g : spread(87.0f);
-          store(gates + m * width + n, g / (exponential(minus) + 1.0f));
+          store(gates + m * width + n, g * sigmoid(g));
         }
       }
       products(in, depth, high, up, depth, first, last, depth, [&](int64_t m, int64_t n, auto v) {
@@ -265,7 +254,7 @@ struct Layer {
   }
 };
 
-// A bias of one element stands for none: no layer is that narrow.
+// A bias of one element means there is none: no layer is that narrow.
 const float* bias(const Arguments& given, int number) {
   return given.length(number, 0) > 1 ? given.floats(number) : nullptr;
 }

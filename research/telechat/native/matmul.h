@@ -113,17 +113,4 @@ struct Blocks {
   }
 };
 
-// y[m, n] = bias[n] + sum over k of x[m, k] w[n, k], on all threads. bias may be null.
-inline void linear(const float* x, int64_t rows, const float* w, const float* bias, float* y, int64_t columns,
-                   int64_t depth) {
-  const Blocks blocks(rows, columns, depth);
-  Pool::get().run(blocks.tasks(), [&](int64_t i) {
-    blocks.part(i, [&](int64_t top, int64_t bottom, int64_t first, int64_t last) {
-      products(x + top * depth, depth, bottom - top, w, depth, first, last, depth, [&](int64_t m, int64_t n, auto v) {
-        set(y + (top + m) * columns + n, bias ? v + get<decltype(v)>(bias + n) : v);
-      });
-    });
-  });
-}
-
 }  // namespace telechat

@@ -44,8 +44,6 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-inline int64_t up_to(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
-
 // c[m, n] = (kAdd ? c[m, n] : 0) + sum over k of a[m * row + k * column] * b[k * ldb + n], for one tile of kRows.
 template <bool kAdd, int kRows = kTall>
 inline void tile(const float* a, int64_t row, int64_t column, const float* b, int64_t ldb, int64_t depth, float* c,

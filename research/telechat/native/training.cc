@@ -30,12 +30,6 @@ inline __attribute__((always_inline)) void put(float* to, Vec v, int lanes) {
 // Rows of a block whose sums are added one after the other; there are 64 blocks at most.
 int64_t block_rows(int64_t rows) { return std::max<int64_t>(16, (rows + 63) / 64); }
 
-// 1 / (1 + e^-x)
-inline Vec sigmoid(Vec x) {
-  const Vec most = spread(87.0f), minus = -x;
-  return 1.0f / (1.0f + exponential(minus < most ? minus : most));
-}
-
 // Calls work(first, last) for parts of 0 .. size - 1, the same ones whatever the number of threads, so that an element
 // is always computed by the same instructions.
 template <typename Work>

@@ -40,16 +40,6 @@ struct Problem {
   const int32_t* documents_of(int64_t b) const { return documents + (own_documents ? b : 0) * seq; }
 };
 
-// to = (x cos + rotate_half(x) sin) * scale, rotate_half([a, b]) = [-b, a].
-void rotate(const float* x, const float* cos, const float* sin, int64_t dim, float scale, float* __restrict to) {
-  const int64_t half = dim / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    const float a = x[i], b = x[half + i];
-    to[i] = (a * cos[i] - b * sin[i]) * scale;
-    to[half + i] = (b * cos[half + i] + a * sin[half + i]) * scale;
-  }
-}
-
 // The gradient of x where that of rotate(x) is dy.
 void rotate_back(const float* dy, const float* cos, const float* sin, int64_t dim, float scale,
                  float* __restrict to) {

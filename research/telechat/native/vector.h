@@ -122,6 +122,15 @@ inline Vec exponential(Vec x) {
 
 inline float exponential(float x) { return exponential(spread(x))[0]; }
 
+// 1 / (1 + e^-x)
+inline Vec sigmoid(Vec x) {
+  const Vec most = spread(87.0f), minus = -x;
+  return 1.0f / (1.0f + exponential(minus < most ? minus : most));
+}
+
+// `size` rounded up to a multiple of `unit`.
+inline int64_t up_to(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
 // Reads up to kLanes floats, zeros behind them, and writes as many.
 inline Vec load_some(const float* from, int64_t count) {
   Vec v{};
@@ -141,5 +150,15 @@ inline Value get(const float* from) {
 
 template <typename Value>
 inline void set(float* to, Value v) { std::memcpy(to, &v, sizeof v); }
+
+// to = (x cos + rotate_half(x) sin) * scale of one head, rotate_half([a, b]) = [-b, a]; not in place.
+inline void rotate(const float* x, const float* cos, const float* sin, int64_t dim, float scale, float* __restrict to) {
+  const int64_t half = dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = x[i], b = x[half + i];
+    to[i] = (a * cos[i] - b * sin[i]) * scale;
+    to[half + i] = (b * cos[half + i] + a * sin[half + i]) * scale;
+  }
+}
 
 }  // namespace telechat
